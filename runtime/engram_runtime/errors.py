@@ -1,0 +1,59 @@
+"""Every error engram-edge raises on purpose.
+
+    EngramError                exit code 1, never raised itself
+    ├── RequestError           2   a prompt, option or token id the model cannot take
+    ├── BundleError            3   a bundle that is damaged, incomplete or of another format
+    │   └── TableError         3   a host table that does not hold what its manifest says
+    ├── CheckpointError        3   a checkpoint that cannot be exported
+    ├── TargetError            4   machine code or a profile that does not fit this machine
+    │   └── CompileError       4   a graph that cannot be compiled for a target
+    └── VerificationError      5   results differ from what they must equal
+
+Messages say what is wrong, with the value found and the value wanted, then what to do.
+"""
+
+from typing import ClassVar
+
+
+class EngramError(Exception):
+    """Base of all errors a user can act on; ``exit_code`` is what the commands return."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RequestError(EngramError):
+    """A prompt, option or token id the model cannot take."""
+
+    exit_code = 2
+
+
+class BundleError(EngramError):
+    """A bundle that is damaged, incomplete or of another format."""
+
+    exit_code = 3
+
+
+class TableError(BundleError):
+    """A host table that does not hold what its manifest says."""
+
+
+class CheckpointError(EngramError):
+    """A checkpoint that cannot be exported."""
+
+    exit_code = 3
+
+
+class TargetError(EngramError):
+    """Machine code or a profile that does not fit this machine."""
+
+    exit_code = 4
+
+
+class CompileError(TargetError):
+    """A graph that cannot be compiled for a target."""
+
+
+class VerificationError(EngramError):
+    """Results differ from what they must equal."""
+
+    exit_code = 5
