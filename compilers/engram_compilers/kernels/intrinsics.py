@@ -1,0 +1,137 @@
+"""LLVM intrinsics and vector helpers: the only file that knows an intrinsic by name.
+
+Vectors have 16 lanes; LLVM splits them where the machine has shorter ones. Every sum of products
+that matters goes through `fma`, so that no compiler is free to choose between one rounding and two.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from engram_compilers.kernels.loops import LANES
+
+Expr = Any  # a TVM expression
+
+_LOG2_E = 1.44269504088896341
+_LN2_HIGH = 0.693359375  # exact in 10 bits: step * _LN2_HIGH has no rounding error
+_LN2_LOW = -2.12194440e-4
+_EXP_LOWEST = -87.33  # below, the result would be subnormal: 0 is returned
+_EXP_HIGHEST = 88.37  # above, 2**step would not be finite
+# exp(r) = 1 + r + r^2 * poly(r) on |r| <= ln(2)/2, highest power first (Cephes expf).
+_EXP_POLY = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def lanes(start: Expr, count: int = LANES) -> Expr:
+    """Index ``count`` neighbouring elements from ``start``."""
+    return T.ramp(start, 1, count)
+
+
+def splat(value: Expr, count: int = LANES) -> Expr:
+    """Repeat a scalar in every lane; a Python float or int becomes float32 or int32."""
+    if isinstance(value, float):
+        value = T.float32(value)
+    elif isinstance(value, int):
+        value = T.int32(value)
+    return T.broadcast(value, count)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """Return a*b + c with one rounding, on float32 scalars or vectors of one length."""
+    return T.call_llvm_pure_intrin(a.ty.dtype, "llvm.fma", a, b, c)
+
+
+def dot4_vnni(total: Expr, weights: Expr, activations: Expr) -> Expr:
+    """Add four products to each lane: total[i] += sum_b weights[4i+b] * activations[4i+b].
+
+    ``total`` is int32x16, ``weights`` uint8x64 (unsigned), ``activations`` int8x64 (signed); no saturation.
+    """
+    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, weights, activations)
+
+
+def prefetch(buffer: Expr, *indices: Expr) -> Expr:
+    """Ask for the cache line of ``buffer[indices]``; an address past the end is harmless."""
+    read, keep_in_l2, data = T.int32(0), T.int32(2), T.int32(1)
+    address = T.address_of(buffer[indices])
+    return T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep_in_l2, data))
+
+
+def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """Evaluate ``value`` once and use it several times in ``body``."""
+    var = tirx.Var("value", value.ty)
+    return tirx.Let(var, value, body(var))
+
+
+def halves(vector: Expr, count: int) -> tuple[Expr, Expr]:
+    """Split a vector of ``count`` lanes into its lower and upper half."""
+    middle = count // 2
+    return T.Shuffle([vector], list(range(middle))), T.Shuffle([vector], list(range(middle, count)))
+
+
+def lane_fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Combine 16 lanes to a scalar in one fixed tree: lane i with i+8, then i+4, i+2, i+1."""
+
+    def fold(part: Expr, count: int) -> Expr:
+        if count == 1:
+            return part
+        return let(combine(*halves(part, count)), lambda half: fold(half, count // 2))
+
+    return let(vector, lambda whole: fold(whole, LANES))
+
+
+def lane_sum(vector: Expr) -> Expr:
+    """Add 16 lanes in the tree of `lane_fold`."""
+    return lane_fold(vector, lambda a, b: a + b)
+
+
+def lane_max(vector: Expr) -> Expr:
+    """Return the largest of 16 lanes."""
+    return lane_fold(vector, T.max)
+
+
+def lane_sums(vectors: Sequence[Expr]) -> Expr:
+    """Add up each of 16 vectors in the tree of `lane_fold`; lane i of the result is the sum of vector i.
+
+    Each level merges two vectors of partial sums into one, so 16 sums cost 15 additions, not 64.
+    """
+
+    def merge(a: Expr, b: Expr, width: int) -> Expr:
+        lower = [first + i for first in range(0, 2 * LANES, width) for i in range(width // 2)]
+        upper = [index + width // 2 for index in lower]
+        return let(a, lambda a: let(b, lambda b: T.Shuffle([a, b], lower) + T.Shuffle([a, b], upper)))
+
+    width = LANES
+    while width > 1:
+        vectors = [merge(a, b, width) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        width //= 2
+    return vectors[0]
+
+
+def power_of_two(step: Expr) -> Expr:
+    """Return 2**step for whole float32x16 steps in -126..127, by writing the exponent bits."""
+    exponent = T.cast(step, "int32x16") + splat(127)
+    return T.reinterpret("float32x16", T.shift_left(exponent, splat(23)))
+
+
+def exp16(x: Expr) -> Expr:
+    """Return exp(x) on float32x16 to about 1 ulp; 0 below -87.33 (also for -inf), exp(88.37) above 88.37.
+
+    exp(x) = 2**n * exp(r) with n = nearbyint(x * log2(e)) and r = x - n*ln(2), ln(2) in two parts.
+    """
+
+    def scaled(step: Expr, r: Expr) -> Expr:
+        poly = splat(_EXP_POLY[0])
+        for coefficient in _EXP_POLY[1:]:
+            poly = fma(poly, r, splat(coefficient))
+        return (fma(poly, r * r, r) + splat(1.0)) * power_of_two(step)
+
+    def reduced(clamped: Expr, step: Expr) -> Expr:
+        rest = fma(step, splat(-_LN2_LOW), fma(step, splat(-_LN2_HIGH), clamped))
+        return let(rest, lambda r: scaled(step, r))
+
+    def clamp_and_reduce(value: Expr) -> Expr:
+        clamped = T.min(T.max(value, splat(_EXP_LOWEST)), splat(_EXP_HIGHEST))
+        return let(clamped, lambda c: let(T.nearbyint(c * splat(_LOG2_E)), lambda step: reduced(c, step)))
+
+    return let(x, lambda value: T.Select(value >= splat(_EXP_LOWEST), clamp_and_reduce(value), splat(0.0)))

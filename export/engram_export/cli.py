@@ -1,0 +1,116 @@
+"""The ``engram-export`` command: parse, export, print."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from engram_export.pipeline import ExportOptions, Progress, export_bundle
+from engram_export.plan import ExportPlan
+from engram_export.verify import Parity
+from engram_runtime.errors import EngramError
+
+MIB = 1 << 20
+
+
+class TerminalReporter:
+    """Shows the plan and a bar with bytes and remaining time per stage on stderr."""
+
+    def plan(self, plan: ExportPlan) -> None:
+        """See `engram_export.pipeline.Reporter`."""
+        click.echo(f"{plan.model}: {plan.family}, {plan.parameters / 1e6:.1f}M parameters", err=True)
+        click.echo(f"  weights      {plan.weights_bytes / MIB:9.1f} MiB", err=True)
+        click.echo(f"  tables       {plan.tables_bytes / MIB:9.1f} MiB, {plan.tables_mode}", err=True)
+        for site in plan.sites:
+            click.echo(
+                f"    {site.site}: {site.rows:,} rows of {site.record_bytes} bytes, {site.rows_per_token} a token",
+                err=True,
+            )
+        click.echo(f"  cache        {plan.cache_bytes_per_token / 1024:9.1f} KiB a token", err=True)
+        click.echo(f"  peak memory  {plan.peak_memory_bytes / MIB:9.1f} MiB above the libraries", err=True)
+        click.echo(f"  context      {plan.context_length:9,d} tokens", err=True)
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total_bytes: int) -> Iterator[Progress]:
+        """See `engram_export.pipeline.Reporter`."""
+        done = 0
+
+        def position(_: object) -> str:
+            return f"{done / MIB:.0f}/{total_bytes / MIB:.0f} MiB"
+
+        with click.progressbar(
+            length=total_bytes, label=f"{title:16}", file=sys.stderr, item_show_func=position, show_eta=True
+        ) as bar:
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.update(count)
+
+            yield advance
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
+@click.option(
+    "--quant",
+    type=click.Choice(["none", "int8", "int4", "keep"]),
+    default="int8",
+    show_default=True,
+    help="Weight format; keep takes over Q4_0 and Q8_0 of a GGUF exactly.",
+)
+@click.option(
+    "--tables",
+    type=click.Choice(["copy", "reference"]),
+    default="copy",
+    show_default=True,
+    help="Copy tables into the bundle, or read them in place.",
+)
+@click.option("--context", type=int, help="Tokens a sequence may have.  [default: what the model was trained for]")
+@click.option("--engram", type=click.Path(path_type=Path), help="Folder with an Engram site to add.")
+@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export(
+    checkpoint: Path,
+    out: Path,
+    quant: str,
+    tables: str,
+    context: int | None,
+    engram: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export CHECKPOINT, a Hugging Face folder or a GGUF file, to a bundle."""
+    options = ExportOptions(
+        checkpoint=checkpoint, out=out, quant=quant, tables=tables, context=context, engram=engram, replace=force
+    )
+    started = time.monotonic()
+    parity = export_bundle(options, TerminalReporter())
+    seconds = time.monotonic() - started
+    if as_json:
+        click.echo(json.dumps({"bundle": str(out), "seconds": round(seconds, 2), "parity": asdict(parity)}))
+    else:
+        _print_parity(parity)
+        click.echo(f"{out} written in {seconds:.1f} s")
+
+
+def _print_parity(parity: Parity) -> None:
+    click.echo(f"logits against the checkpoint's float32 model, {parity.tokens} tokens:")
+    click.echo(f"  max |difference|   {parity.max_abs:.3e}")
+    click.echo(f"  mean |difference|  {parity.mean_abs:.3e}")
+    click.echo(f"  argmax agreement   {parity.argmax_agreement:.1%}")
+
+
+def main() -> None:
+    """Run the command; errors a user can act on become one line and their exit code."""
+    try:
+        export()
+    except EngramError as error:
+        click.echo(f"engram-export: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,72 @@
+"""The paper's Engram site on a single residual stream (arXiv 2601.07372 section 3; signed root from the demo code).
+
+At one position, with e the concatenated rows and h the residual stream:
+    k = W_K e,  v = W_V e
+    s = <norm(h), norm(k)> / sqrt(D)
+    g = sigmoid(sign(s) * sqrt(max(|s|, floor)) + bias)
+    u = g * v
+    h <- h + output_scale * (u + silu(conv(norm(u))))      without convolution: h + output_scale * u
+
+Norms have a gain; where the checkpoint has none it is one.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engram_export.engram_config import ConvConfig, EngramConfig
+from engram_export.linear import LinearFactory
+from engram_export.norms import RmsNorm
+
+
+class CausalConv(nn.Module):
+    """Depthwise dilated convolution over normalised steps, the last ``window`` of them carried as a state."""
+
+    def __init__(self, hidden_size: int, config: ConvConfig) -> None:
+        super().__init__()
+        self.norm = RmsNorm(hidden_size, config.norm_eps)
+        self.weight = nn.Parameter(torch.empty(hidden_size, 1, config.kernel), requires_grad=False)
+        self.config = config
+
+    def forward(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x [1, T, D]`` and the earlier steps ``window [1, W, D]`` to outputs and the next window."""
+        steps = torch.cat([window, self.norm(x)], dim=1)
+        tokens, dilation = x.shape[1], self.config.dilation
+        taps = [
+            steps[:, tap * dilation : tap * dilation + tokens] * self.weight[:, 0, tap]
+            for tap in range(self.config.kernel)
+        ]
+        return torch.stack(taps).sum(dim=0), steps[:, tokens:]
+
+
+class EngramSite(nn.Module):
+    """Gate rows of the table into the residual stream."""
+
+    def __init__(self, config: EngramConfig, hidden_size: int, make_linear: LinearFactory) -> None:
+        super().__init__()
+        width = config.num_columns * config.row_dim
+        self.config = config
+        self.key_proj = make_linear(f"sites.{config.layer_id}.key_proj", width, hidden_size)
+        self.value_proj = make_linear(f"sites.{config.layer_id}.value_proj", width, hidden_size)
+        self.query_norm = RmsNorm(hidden_size, config.query_norm_eps)
+        self.key_norm = RmsNorm(hidden_size, config.key_norm_eps)
+        self.gate_bias = nn.Parameter(torch.empty(1), requires_grad=False) if config.gate_bias else None
+        self.conv = CausalConv(hidden_size, config.conv) if config.conv else None
+
+    def forward(self, hidden: Tensor, rows: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Add to ``hidden [1, T, D]`` what ``rows [T, C, d]`` say; ``window`` is the convolution's state."""
+        embedding = rows.flatten(1)[None]  # [1, T, C * d]
+        update = self._gate(hidden, self.key_proj(embedding)) * self.value_proj(embedding)
+        if self.conv is not None:
+            assert window is not None
+            convolved, window = self.conv(update, window)
+            update = update + functional.silu(convolved)
+        return hidden + self.config.output_scale * update, window
+
+    def _gate(self, hidden: Tensor, key: Tensor) -> Tensor:
+        products = self.query_norm(hidden) * self.key_norm(key)
+        score = products.sum(dim=-1, keepdim=True) * (1 / math.sqrt(hidden.shape[-1]))
+        root = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=self.config.signed_root_floor))
+        return torch.sigmoid(root if self.gate_bias is None else root + self.gate_bias)

@@ -1,0 +1,167 @@
+"""Where a checkpoint's Engram sites come from: its own config and tensors, or a folder added at export."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_export.checkpoint import Checkpoint
+from engram_export.engram_config import EngramConfig
+from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
+from engram_export.safetensors_header import TensorEntry
+from engram_export.source_files import parse_json_object, read_small_file
+from engram_export.token_compression import compress_vocabulary
+from engram_runtime.errors import CheckpointError
+from engram_runtime.records import RecordFormat
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "engram.safetensors"
+MAX_CONFIG_BYTES = 4 << 20
+DERIVE_FROM_TOKENIZER = "tokenizer"
+PAYLOADS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
+SCALES = {"F16": "float16", "F32": "float32"}
+
+# Weight of the site's module -> tensor of the checkpoint, after its prefix.
+SITE_WEIGHTS: Mapping[str, str] = {
+    "key_proj.weight": "key_proj.weight",
+    "value_proj.weight": "value_proj.weight",
+    "query_norm.weight": "query_norm.weight",
+    "key_norm.weight": "key_norm.weight",
+    "gate_bias": "gate_bias",
+    "conv.norm.weight": "conv_norm.weight",
+    "conv.weight": "conv.weight",
+}
+GAINS = ("query_norm.weight", "key_norm.weight", "conv.norm.weight")  # one where the checkpoint has none
+
+
+class RawTensors(Protocol):
+    """Tensors whose bytes can be found in their files."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def read_raw(self, name: str) -> NDArray[np.generic]: ...
+    def locate(self, name: str) -> tuple[Path, TensorEntry]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngramSource:
+    """One site: its config and the tensors under its prefix."""
+
+    config: EngramConfig
+    tensors: RawTensors
+    prefix: str
+
+    def tensor(self, name: str) -> str:
+        """Return the checkpoint's name of a site tensor."""
+        return f"{self.prefix}.{name}"
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has this site tensor."""
+        return self.tensor(name) in self.tensors.names()
+
+    def table_parts(self) -> list[str]:
+        """Return the tensors that make up a row, payload first."""
+        return [self.tensor("table.rows"), *([self.tensor("table.scales")] if self.has("table.scales") else [])]
+
+    def record_format(self) -> RecordFormat:
+        """Return the row's format, checked against the config."""
+        rows, config = self.tensor("table.rows"), self.config
+        if (shape := self.tensors.shape(rows)) != (config.num_rows, config.row_dim):
+            raise CheckpointError(
+                f"{rows} has shape {list(shape)}, the config wants {[config.num_rows, config.row_dim]}"
+            )
+        if config.num_rows != (total := sum(config.keyer.primes)):
+            raise CheckpointError(f"the engram block has {config.num_rows} rows, its primes sum to {total}")
+        return RecordFormat(payload=self._payload(rows), columns=config.row_dim, scale=self._scale())
+
+    def _payload(self, rows: str) -> str:
+        if (dtype := self.tensors.dtype(rows)) not in PAYLOADS:
+            raise CheckpointError(f"{rows} has dtype {dtype}, supported are {sorted(PAYLOADS)}")
+        return PAYLOADS[dtype]
+
+    def _scale(self) -> str:
+        if not self.has("table.scales"):
+            return "none"
+        scales = self.tensor("table.scales")
+        dtype, shape = self.tensors.dtype(scales), self.tensors.shape(scales)
+        if dtype not in SCALES or shape != (self.config.num_rows,):
+            raise CheckpointError(f"{scales} is {dtype} {list(shape)}, expected one F16 or F32 for each row")
+        return SCALES[dtype]
+
+    def read_table_rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return ``[N, row_dim]`` rows by id, straight from the checkpoint's tensors."""
+        parts = [self.tensors.read_raw(name) for name in self.table_parts()]
+        raw = [part[row_ids].reshape(len(row_ids), -1).view(np.uint8) for part in parts]
+        return self.record_format().decode(np.concatenate(raw, axis=1))
+
+    def token_map(self, vocab_size: int, tokenizer_json: bytes | None) -> NDArray[np.int32] | None:
+        """Return ``[V]`` raw id -> compressed id, or None where raw ids are hashed."""
+        if self.config.token_map is None:
+            return None
+        if self.config.token_map == DERIVE_FROM_TOKENIZER:
+            if tokenizer_json is None:
+                raise CheckpointError("the engram token map is to be derived, but the checkpoint has no tokenizer")
+            values = compress_vocabulary(tokenizer_json)
+        else:
+            values = self.tensors.read_raw(self.config.token_map).astype(np.int32)
+        self._check_token_map(values, vocab_size)
+        return values
+
+    def _check_token_map(self, values: NDArray[np.int32], vocab_size: int) -> None:
+        if values.shape != (vocab_size,):
+            raise CheckpointError(f"the engram token map has {values.size} entries, the vocabulary {vocab_size}")
+        expected = self.config.compressed_vocab_size
+        if (found := int(values.max()) + 1) != expected or values.min() < 0:
+            raise CheckpointError(
+                f"the engram token map leads to {found} ids, the config says {expected}; this is another tokenizer"
+            )
+
+
+def engram_sources(checkpoint: Checkpoint, folder: Path | None) -> list[EngramSource]:
+    """Find the sites of a checkpoint, those of ``folder`` if one is given.
+
+    Raises:
+        CheckpointError: an engram block that is malformed, or tensors that can't be read in place.
+    """
+    if folder is not None:
+        config = parse_json_object(read_small_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES), str(folder / CONFIG_FILE))
+        if "engram" not in config:
+            raise CheckpointError(f"{folder / CONFIG_FILE} has no 'engram' block")
+        return _from_blocks(config["engram"], SafetensorsFile(folder / WEIGHTS_FILE))
+    if "engram" not in checkpoint.config:
+        return []
+    if not isinstance(checkpoint.tensors, SafetensorsFile | SafetensorsShards):
+        raise CheckpointError(f"{checkpoint.source} has an engram block, but its tensors are not safetensors")
+    return _from_blocks(checkpoint.config["engram"], checkpoint.tensors)
+
+
+def _from_blocks(blocks: object, tensors: RawTensors) -> list[EngramSource]:
+    if isinstance(blocks, dict):
+        return [EngramSource(EngramConfig.from_dict(blocks), tensors, "engram")]
+    if not isinstance(blocks, list):
+        raise CheckpointError(f"the engram block is a {type(blocks).__name__}, expected an object or a list of them")
+    configs = sorted((EngramConfig.from_dict(block) for block in blocks), key=lambda config: config.layer_id)
+    return [EngramSource(config, tensors, f"engram.{config.layer_id}") for config in configs]
+
+
+def site_name_map(sources: Sequence[EngramSource]) -> dict[str, tuple[str, ...]]:
+    """Return the name map of the sites' modules."""
+    return {
+        f"sites.{source.config.layer_id}.{weight}": (source.tensor(tensor),)
+        for source in sources
+        for weight, tensor in SITE_WEIGHTS.items()
+    }
+
+
+def unit_gains(sources: Sequence[EngramSource], hidden_size: int) -> dict[str, NDArray[np.float32]]:
+    """Return ones for the norm gains that the checkpoint leaves out, by module weight."""
+    return {
+        f"sites.{source.config.layer_id}.{weight}": np.ones(hidden_size, dtype=np.float32)
+        for source in sources
+        for weight in GAINS
+        if not source.has(SITE_WEIGHTS[weight]) and (source.config.conv or not weight.startswith("conv"))
+    }

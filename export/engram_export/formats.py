@@ -1,0 +1,56 @@
+"""The quantisations of ``--quant``: which weight format each part of a model gets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from engram_export.families.llama import EmbeddingFactory
+from engram_export.linear import (
+    BlockLinear,
+    FloatEmbedding,
+    FloatLinear,
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    LinearFactory,
+)
+
+KEPT_BITS = {"Q4_0": 4, "Q8_0": 8}  # GGUF types whose integers and scales can be taken over exactly
+ALWAYS_INT8 = ("lm_head", "sites.")  # few bytes, and the most sensitive weights: never below int8
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """Factories for the linear layers and the embedding."""
+
+    make_linear: LinearFactory
+    make_embedding: EmbeddingFactory
+
+
+FLOAT = WeightFormat(FloatLinear, FloatEmbedding)
+
+
+def weight_format(quant: str, kept_type: Callable[[str], str | None]) -> WeightFormat:
+    """Return the format of a ``--quant`` choice.
+
+    Args:
+        kept_type: for a linear layer's name, the GGUF type all its tensors share, or None.
+    """
+
+    def int4_or_int8(name: str, in_features: int, out_features: int) -> nn.Module:
+        linear = Int8Linear if name.startswith(ALWAYS_INT8) else Int4Linear
+        return linear(name, in_features, out_features)
+
+    def kept_or_int8(name: str, in_features: int, out_features: int) -> nn.Module:
+        if bits := KEPT_BITS.get(kept_type(name) or ""):
+            return BlockLinear(name, in_features, out_features, bits)
+        return Int8Linear(name, in_features, out_features)
+
+    formats = {
+        "none": FLOAT,
+        "int8": WeightFormat(Int8Linear, Int8Embedding),
+        "int4": WeightFormat(int4_or_int8, Int8Embedding),
+        "keep": WeightFormat(kept_or_int8, Int8Embedding),
+    }
+    return formats[quant]

@@ -1,0 +1,161 @@
+"""Linear layers and embeddings by weight format: what each stores, and what it computes.
+
+Every class says with `encode` how a float weight becomes its parameters, so that weights can be streamed from the
+checkpoint to the bundle one at a time; the modules themselves may be traced without any data.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engram_export.operators import gather_int8, matmul_nbits
+from engram_export.quantise import BLOCK, quantise_int4, quantise_int8
+from engram_runtime.errors import CheckpointError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class WeightModule(Protocol):
+    """A module whose parameters are computed from one float weight."""
+
+    def encode(self, weight: NDArray[np.float32]) -> Arrays:
+        """Return the module's parameters by name for ``weight [N, K]``."""
+        ...
+
+
+LinearFactory = Callable[[str, int, int], nn.Module]  # (name, in_features, out_features) -> linear layer
+
+
+class FloatLinear(nn.Module):
+    """``x @ weight.T`` with a float32 weight ``[N, K]``."""
+
+    def __init__(self, name: str, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = _parameter(out_features, in_features)
+
+    def encode(self, weight: NDArray[np.float32]) -> Arrays:
+        """See `WeightModule`."""
+        return {"weight": weight}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
+class Int8Linear(nn.Module):
+    """int8 per output channel: `engram_export.quantise.Int8Weight`."""
+
+    def __init__(self, name: str, in_features: int, out_features: int) -> None:
+        super().__init__()
+        blocks = _blocks(name, in_features)
+        self.codes = _parameter(out_features, blocks, BLOCK, dtype=torch.uint8)
+        self.scale = _parameter(out_features, 1)
+
+    def encode(self, weight: NDArray[np.float32]) -> Arrays:
+        """See `WeightModule`."""
+        quantised = quantise_int8(weight)
+        return {"codes": quantised.codes.reshape(len(weight), -1, BLOCK), "scale": quantised.scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return matmul_nbits(x, self.codes, self.scale.expand(self.codes.shape[:2]), None, bits=8)
+
+
+class Int4Linear(nn.Module):
+    """Two-level int4: `engram_export.quantise.Int4Weight`."""
+
+    def __init__(self, name: str, in_features: int, out_features: int) -> None:
+        super().__init__()
+        blocks = _blocks(name, in_features)
+        self.codes = _parameter(out_features, blocks, BLOCK // 2, dtype=torch.uint8)
+        self.multiplier = _parameter(out_features, blocks, dtype=torch.uint8)
+        self.zero = _parameter(out_features, (blocks + 1) // 2, dtype=torch.uint8)
+        self.scale = _parameter(out_features, 1)
+
+    def encode(self, weight: NDArray[np.float32]) -> Arrays:
+        """See `WeightModule`."""
+        quantised = quantise_int4(weight)
+        return {
+            "codes": pack_nibbles(quantised.codes).reshape(len(weight), -1, BLOCK // 2),
+            "multiplier": quantised.multiplier,
+            "zero": pack_nibbles(quantised.zero),
+            "scale": quantised.scale,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self.multiplier.float() * self.scale
+        return matmul_nbits(x, self.codes, scales, self.zero, bits=4)
+
+
+class BlockLinear(nn.Module):
+    """GGUF's Q4_0 or Q8_0 kept exactly: codes and one float scale per block of 32."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, bits: int) -> None:
+        super().__init__()
+        blocks = _blocks(name, in_features)
+        self.bits = bits
+        self.codes = _parameter(out_features, blocks, BLOCK * bits // 8, dtype=torch.uint8)
+        self.block_scale = _parameter(out_features, blocks)
+
+    def encode_blocks(self, codes: NDArray[np.uint8], block_scale: NDArray[np.float32]) -> Arrays:
+        """Return the parameters for codes ``[N, K]`` and scales ``[N, K / 32]`` read from the checkpoint."""
+        packed = codes if self.bits == 8 else pack_nibbles(codes)
+        return {"codes": packed.reshape(self.codes.shape), "block_scale": block_scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return matmul_nbits(x, self.codes, self.block_scale, None, bits=self.bits)
+
+
+class FloatEmbedding(nn.Module):
+    """Float32 table ``[V, D]``; `logits` is the tied head."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = _parameter(vocab_size, hidden_size)
+
+    def encode(self, weight: NDArray[np.float32]) -> Arrays:
+        """See `WeightModule`."""
+        return {"weight": weight}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return functional.embedding(ids, self.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return ``[1, R, V]`` for ``x [1, R, D]``."""
+        return functional.linear(x, self.weight)
+
+
+class Int8Embedding(Int8Linear):
+    """int8 table with one scale per token; `logits` is the tied head."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(name, hidden_size, vocab_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return gather_int8(self.codes, self.scale.expand(self.codes.shape[:2]), ids)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return ``[1, R, V]`` for ``x [1, R, D]``."""
+        return Int8Linear.forward(self, x)
+
+
+def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pack pairs of 4-bit codes along the last axis, the even one in the low half; an odd last one stands alone."""
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), dtype=np.uint8)], axis=-1)
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def _blocks(name: str, in_features: int) -> int:
+    if in_features % BLOCK:
+        raise CheckpointError(
+            f"{name} has {in_features} inputs, quantised weights need a multiple of {BLOCK}; export with --quant none"
+        )
+    return in_features // BLOCK
+
+
+def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)

@@ -1,0 +1,142 @@
+"""Trace a model without data and write it as ONNX, its weights referred to in a safetensors file beside it."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engram_export.engram_site import EngramSite
+from engram_export.families.llama import LlamaModel
+from engram_export.weights_file import TensorPlan
+from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
+
+OPSET = 23  # the first with RMSNormalization
+TRACED_TOKENS, TRACED_LOGIT_ROWS = 5, 3  # unlike each other and 1, so that no axis is taken for a constant
+
+for noisy in ("onnxscript", "onnx_ir"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)  # they warn of each weight that has no data yet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TracedGraph:
+    """A graph whose weights have names, shapes and dtypes but no data yet; ``skeleton`` is the module it came from."""
+
+    model: ir.Model
+    skeleton: LlamaModel
+    states: tuple[StateSpec, ...]
+
+    def weights(self) -> list[TensorPlan]:
+        """Return the weights the graph uses, under the module's parameter names."""
+        return [_plan(value) for value in self.model.graph.initializers.values() if value.const_value is None]
+
+    def save(self, path: Path, weights_file: str, offsets: Mapping[str, int]) -> GraphSpec:
+        """Write the graph beside its weights; ``offsets`` are those of `weights` in the file of that name."""
+        for value in self.model.graph.initializers.values():
+            if value.const_value is None:
+                plan = _plan(value)
+                value.const_value = ir.ExternalTensor(
+                    weights_file, offsets[plan.name], plan.bytes, value.dtype, shape=value.shape, name=plan.name
+                )
+        ir.save(self.model, path)
+        graph, folder = self.model.graph, path.parent.name
+        state_names = {state.name for state in self.states}
+        return GraphSpec(
+            file=f"{folder}/{path.name}",
+            weights=f"{folder}/{weights_file}",
+            inputs=tuple(_tensor_spec(value) for value in graph.inputs if value.name not in state_names),
+            outputs=(_tensor_spec(graph.outputs[0]),),
+            states=self.states,
+        )
+
+
+def state_specs(model: LlamaModel) -> tuple[StateSpec, ...]:
+    """Return the states in the order the model takes them."""
+    config = model.config
+    cache = (1, config.num_kv_heads, model.context_length, config.head_dim)
+    caches = [
+        StateSpec(name=f"{part}.{layer}", dtype="float32", shape=cache, kind="positional")
+        for layer in range(config.num_layers)
+        for part in ("key", "value")
+    ]
+    windows = [
+        StateSpec(
+            name=f"window.{site.config.site}",
+            dtype="float32",
+            shape=(1, site.config.conv.window, config.hidden_size),
+            kind="window",
+        )
+        for site in _sites(model)
+        if site.config.conv
+    ]
+    return (*caches, *windows)
+
+
+def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
+    """Trace the model ``build()`` makes; no parameter gets memory.
+
+    The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
+    the states; its outputs are logits ``[R, V]`` and ``next.<state>``.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        model = build()
+        states = state_specs(model)
+        tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")
+        arguments = _example_inputs(model, states)
+        dynamic = ({0: tokens}, {}, {0: rows_wanted}, [{0: tokens} for _ in arguments[3]], [{} for _ in states])
+        program = torch.export.export(model, arguments, dynamic_shapes=dynamic, strict=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    assert exported is not None
+    graph = exported.model
+    parameters = dict(model.named_parameters())
+    for name, value in graph.graph.initializers.items():
+        if name in parameters:
+            value.const_value = None
+    onnxscript.optimizer.optimize(graph)
+    _name_interface(graph, model, states)
+    return TracedGraph(graph, model, states)
+
+
+def _example_inputs(model: LlamaModel, states: Sequence[StateSpec]) -> tuple[Any, ...]:
+    rows = [torch.empty(TRACED_TOKENS, site.config.num_columns, site.config.row_dim) for site in _sites(model)]
+    return (
+        torch.empty(TRACED_TOKENS, dtype=torch.int64),
+        torch.empty(1, dtype=torch.int64),
+        torch.empty(TRACED_LOGIT_ROWS, dtype=torch.int64),
+        rows,
+        [torch.empty(state.shape) for state in states],
+    )
+
+
+def _name_interface(graph: ir.Model, model: LlamaModel, states: Sequence[StateSpec]) -> None:
+    sites = [f"rows.{site.config.site}" for site in _sites(model)]
+    inputs = ["token_ids", "position", "logit_rows", *sites, *(state.name for state in states)]
+    outputs = ["logits", *(f"next.{state.name}" for state in states)]
+    for value, name in zip(graph.graph.inputs, inputs, strict=True):
+        value.name = name
+    for value, name in zip(graph.graph.outputs, outputs, strict=True):
+        value.name = name
+    axes = {str(graph.graph.inputs[0].shape[0]): "T", str(graph.graph.inputs[2].shape[0]): "R"}  # type: ignore[index]
+    for value in (*graph.graph.inputs, *graph.graph.outputs, *(out for node in graph.graph for out in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([axes.get(str(axis), axis) for axis in value.shape])
+
+
+def _sites(model: LlamaModel) -> list[EngramSite]:
+    return [site for site in model.sites.values() if isinstance(site, EngramSite)]
+
+
+def _plan(value: ir.Value) -> TensorPlan:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    return TensorPlan(value.name, value.dtype.numpy().name, tuple(int(axis) for axis in value.shape))  # type: ignore[call-overload]
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape)
+    return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)

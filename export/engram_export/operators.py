@@ -1,0 +1,135 @@
+"""Operators with two faces: plain torch when run, one ONNX node of ``com.microsoft`` when exported.
+
+onnxruntime runs the nodes on CPU; `engram_compilers` lowers the same nodes to kernels. The domain's definitions:
+onnxruntime's docs/ContribOperators.md.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engram_export.quantise import BLOCK
+
+# onnxruntime quantises activations to int8 in blocks only at this accuracy level; lower ones are 50 times slower.
+ACCURACY_LEVEL = 4
+
+
+def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
+    """Multiply by a block-quantised weight: ``x [1, T, K] @ dequantise(codes).T -> [1, T, N]``.
+
+    Args:
+        codes: ``[N, K / 32, 32 * bits / 8]`` uint8, two 4-bit codes a byte, the even one in the low half.
+        scales: ``[N, K / 32]`` float32.
+        zeros: 4-bit zero points packed to ``[N, ceil(K / 64)]`` uint8, or None for 2 ** (bits - 1).
+    """
+    out_features, blocks = scales.shape
+    if torch.compiler.is_exporting():
+        inputs = (x, codes, scales) if zeros is None else (x, codes, scales, zeros)
+        attributes = {"K": blocks * BLOCK, "N": out_features, "bits": bits, "block_size": BLOCK}
+        node: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            inputs,
+            attributes | {"accuracy_level": ACCURACY_LEVEL},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], out_features),
+            version=1,
+        )
+        return node
+    return functional.linear(x, dequantise_blocks(codes, scales, zeros, bits=bits))
+
+
+def gather_int8(codes: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
+    """Look up rows of an int8 table: ``ids [1, T] -> [1, T, K]``; ``codes [V, K / 32, 32]``, ``scales [V, K / 32]``."""
+    if torch.compiler.is_exporting():
+        rows: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::GatherBlockQuantized",
+            (codes, ids, scales[:, :, None]),
+            {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 2},
+            dtype=torch.float32,
+            shape=(*ids.shape, *codes.shape[1:]),
+            version=1,
+        )
+        return rows.flatten(-2)
+    return dequantise_blocks(codes[ids[0]], scales[ids[0]], None, bits=8)[None]
+
+
+def group_query_attention(
+    qkv: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate, append to the cache and attend causally.
+
+    Args:
+        qkv: ``[1, T, (H + 2 * Hkv) * hd]`` queries, keys, values before rotation.
+        key_cache: ``[1, Hkv, S, hd]``; the first ``position`` entries are filled. ``value_cache`` alike.
+        position: ``[1]`` int64.
+        cos: ``[S, hd / 2]``, of the half-split rotation. ``sin`` alike.
+
+    Returns:
+        ``[1, T, H * hd]`` and the caches with T more entries.
+    """
+    if torch.compiler.is_exporting():
+        return _attention_node(qkv, key_cache, value_cache, position, cos, sin, num_heads=num_heads, scale=scale)
+    tokens, head_dim = qkv.shape[1], key_cache.shape[-1]
+    kv_heads = key_cache.shape[1]
+    heads = qkv[0].view(tokens, num_heads + 2 * kv_heads, head_dim).transpose(0, 1)  # [H + 2 Hkv, T, hd]
+    query, key, value = heads.split([num_heads, kv_heads, kv_heads])
+    positions = torch.arange(tokens) + position
+    query, key = (_rotate(part, cos[positions], sin[positions]) for part in (query, key))
+    keys = key_cache.index_copy(2, positions, key[None])
+    values = value_cache.index_copy(2, positions, value[None])
+    visible = torch.arange(keys.shape[2]) <= positions[:, None]  # [T, S]
+    out = functional.scaled_dot_product_attention(
+        query[None], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(2), keys, values
+
+
+def _attention_node(
+    qkv: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads, head_dim = key_cache.shape[1], key_cache.shape[-1]
+    total = (position + qkv.shape[1]).to(torch.int32)
+    attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": scale}
+    out, keys, values = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (qkv, None, None, key_cache, value_cache, total - 1, total[0], cos, sin),
+        attributes,
+        dtypes=(qkv.dtype, key_cache.dtype, value_cache.dtype),
+        shapes=((1, qkv.shape[1], num_heads * head_dim), key_cache.shape, value_cache.shape),
+        version=1,
+    )
+    return out, keys, values
+
+
+def dequantise_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
+    """Return ``[N, K]`` float32 of codes laid out as for `matmul_nbits`."""
+    values = codes if bits == 8 else unpack_nibbles(codes)
+    zero = torch.tensor(2.0 ** (bits - 1)) if zeros is None else unpack_nibbles(zeros)[:, : scales.shape[1], None]
+    return ((values.float() - zero) * scales[:, :, None]).flatten(1)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Split bytes into 4-bit codes along the last axis, the low half first."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[H, T, hd]`` by ``[T, hd / 2]`` angles, the half-split way of Llama."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,178 @@
+"""The recipe of an export, in reading order."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+from engram_export.formats import weight_format
+from engram_export.golden import write_golden
+from engram_export.onnx_graph import TracedGraph, trace
+from engram_export.plan import ExportPlan, plan_export
+from engram_export.source import ModelSource, open_source
+from engram_export.staging import staged_folder
+from engram_export.table_writer import copy_table, reference_table, write_token_map
+from engram_export.verify import (
+    Parity,
+    bundle_logits,
+    check_float_parity,
+    compare,
+    reference_logits,
+    verify_tokens,
+)
+from engram_export.weights_file import SafetensorsWriter
+from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_sha256, manifest_bytes
+from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo, TableSpec
+
+Progress = Callable[[int], None]
+GRAPH_FOLDER, GRAPH_FILE, WEIGHTS_FILE = "graph", "decoder.onnx", "weights.safetensors"
+TABLE_FOLDER = "tables"
+VERIFY_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What the user asked for."""
+
+    checkpoint: Path
+    out: Path
+    quant: str
+    tables: str
+    context: int | None
+    engram: Path | None
+    replace: bool
+
+
+class Reporter(Protocol):
+    """Is told how an export goes."""
+
+    def plan(self, plan: ExportPlan) -> None:
+        """Show what is about to happen, before anything is written."""
+        ...
+
+    def stage(self, title: str, total_bytes: int) -> AbstractContextManager[Progress]:
+        """Show a stage's progress; the callable is told the bytes of each step."""
+        ...
+
+
+def export_bundle(options: ExportOptions, reporter: Reporter) -> Parity:
+    """Export a checkpoint into a bundle and verify it; on any failure nothing is left at ``options.out``.
+
+    Raises:
+        CheckpointError: the checkpoint can't be exported.
+        RequestError: a place or context that can't be.
+        VerificationError: the bundle does not compute what the checkpoint's model does.
+    """
+    source = open_source(options.checkpoint, engram=options.engram, context=options.context)
+    chosen = weight_format(options.quant, source.kept_type)
+    with staged_folder(options.out, replace=options.replace) as folder:
+        graph = trace(lambda: source.build(chosen))
+        reporter.plan(plan_export(source, graph.weights(), options.tables))
+        decoder = write_graph(source, graph, folder, reporter)
+        tables = write_tables(source, options.tables, folder, reporter)
+        write_tokenizer(source, folder)
+        bundle = Bundle(folder, draft_manifest(source, options.quant, decoder, tables))
+        parity = verify_bundle(source, bundle, options.quant, reporter)
+        finish_manifest(bundle, reporter)
+    return parity
+
+
+def write_graph(source: ModelSource, graph: TracedGraph, folder: Path, reporter: Reporter) -> GraphSpec:
+    """Stream the weights from the checkpoint into the bundle, one at a time, and write the graph beside them."""
+    (folder / GRAPH_FOLDER).mkdir()
+    plans = graph.weights()
+    names = {plan.name for plan in plans}
+    with (
+        SafetensorsWriter(folder / GRAPH_FOLDER / WEIGHTS_FILE, plans) as writer,
+        reporter.stage("weights", sum(plan.bytes for plan in plans)) as progress,
+    ):
+        for name, module in graph.skeleton.named_modules():
+            for key, values in source.parameters(name, module).items():
+                if key in names:
+                    writer.write(key, values)
+                    progress(values.nbytes)
+    return graph.save(folder / GRAPH_FOLDER / GRAPH_FILE, WEIGHTS_FILE, writer.offsets)
+
+
+def write_tables(source: ModelSource, mode: str, folder: Path, reporter: Reporter) -> tuple[TableSpec, ...]:
+    """Copy or refer to the tables of all sites."""
+    if not source.sites:
+        return ()
+    (folder / TABLE_FOLDER).mkdir()
+    specs = []
+    for site in source.sites:
+        keyer = write_token_map(site, source.config.vocab_size, source.checkpoint.tokenizer_json, folder / TABLE_FOLDER)
+        if mode == "reference":
+            specs.append(reference_table(site, keyer))
+            continue
+        total = site.config.num_rows * site.record_format().record_bytes
+        with reporter.stage(f"table {site.config.site}", total) as progress:
+            specs.append(copy_table(site, keyer, folder / TABLE_FOLDER, progress))
+    return tuple(specs)
+
+
+def write_tokenizer(source: ModelSource, folder: Path) -> None:
+    """Write the tokenizer and its settings as the checkpoint has them."""
+    checkpoint = source.checkpoint
+    if checkpoint.tokenizer_json is not None:
+        (folder / "tokenizer.json").write_bytes(checkpoint.tokenizer_json)
+    for name, values in (
+        ("tokenizer_config.json", checkpoint.tokenizer_config),
+        ("generation_config.json", checkpoint.generation_config),
+    ):
+        if values:
+            (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    if checkpoint.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
+
+
+def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: tuple[TableSpec, ...]) -> Manifest:
+    """Describe the bundle; its files are listed once they are all there."""
+    config = source.config
+    model = ModelInfo(
+        name=source.checkpoint.source,
+        family=config.family,
+        quantisation=quant,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        context_length=source.context_length,
+    )
+    return Manifest(
+        producer=f"engram-edge {version('engram-edge')}", model=model, decoder=decoder, tables=tables, files=()
+    )
+
+
+def verify_bundle(source: ModelSource, bundle: Bundle, quant: str, reporter: Reporter) -> Parity:
+    """Run the bundle and the checkpoint's float model over a fixed text; keep what the bundle said as golden."""
+    token_ids = verify_tokens(source)
+    total = sum(shape.numel() * 4 for shape in source.float_shapes())
+    with reporter.stage("verify", total) as progress:
+        reference = reference_logits(source, token_ids, progress)
+    found = bundle_logits(bundle, token_ids.tolist(), executor="onnxruntime", threads=VERIFY_THREADS)
+    parity = compare(reference, found)
+    if quant == "none":
+        check_float_parity(parity)
+    write_golden(bundle, token_ids, found, parity)
+    return parity
+
+
+def finish_manifest(bundle: Bundle, reporter: Reporter) -> None:
+    """List every file with size and digest, and write the manifest last."""
+    paths = sorted(path for path in bundle.path.rglob("*") if path.is_file())
+    with reporter.stage("digests", sum(path.stat().st_size for path in paths)) as progress:
+        files = tuple(
+            FileEntry(
+                path=path.relative_to(bundle.path).as_posix(),
+                bytes=path.stat().st_size,
+                sha256=file_sha256(path, progress),
+            )
+            for path in paths
+        )
+    manifest = dataclasses.replace(bundle.manifest, files=files)
+    manifest.check()
+    (bundle.path / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))

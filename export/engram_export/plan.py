@@ -1,0 +1,72 @@
+"""What an export will write and need, told before it starts."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engram_export.source import ModelSource
+from engram_export.weights_file import TensorPlan
+
+LARGEST_WEIGHT_COPIES = 4  # a float weight, its scaled copy, its rounded copy and its codes are alive at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SitePlan:
+    """One Engram site."""
+
+    site: str
+    rows: int
+    record_bytes: int
+    rows_per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan:
+    """Sizes in bytes."""
+
+    model: str
+    family: str
+    context_length: int
+    parameters: int
+    weights_bytes: int
+    tables_bytes: int
+    tables_mode: str
+    cache_bytes_per_token: int
+    peak_memory_bytes: int
+    sites: tuple[SitePlan, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return asdict(self)
+
+
+def plan_export(source: ModelSource, weights: Sequence[TensorPlan], tables_mode: str) -> ExportPlan:
+    """Work out sizes from shapes alone."""
+    config = source.config
+    float_sizes = [int(shape.numel()) for shape in source.float_shapes()]
+    sites = tuple(
+        SitePlan(
+            site=site.config.site,
+            rows=site.config.num_rows,
+            record_bytes=site.record_format().record_bytes,
+            rows_per_token=site.config.num_columns,
+        )
+        for site in source.sites
+    )
+    return ExportPlan(
+        model=source.checkpoint.source,
+        family=config.family,
+        context_length=source.context_length,
+        parameters=sum(float_sizes),
+        weights_bytes=sum(plan.bytes for plan in weights),
+        tables_bytes=sum(site.rows * site.record_bytes for site in sites),
+        tables_mode=tables_mode,
+        cache_bytes_per_token=config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4,
+        peak_memory_bytes=_peak_memory(float_sizes),
+        sites=sites,
+    )
+
+
+def _peak_memory(float_sizes: Sequence[int]) -> int:
+    """Return the larger of the two moments that hold most: quantising the largest weight, verifying the model."""
+    return max(max(float_sizes) * 4 * LARGEST_WEIGHT_COPIES, sum(float_sizes) * 4)

@@ -1,0 +1,116 @@
+"""Hold an exported bundle against the checkpoint's own float32 model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from engram_export.engram_source import EngramSource
+from engram_export.formats import FLOAT
+from engram_export.onnx_graph import state_specs
+from engram_export.source import ModelSource, load_parameters
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import VerificationError
+from engram_runtime.executor import load_executor
+from engram_runtime.hashing import NgramHash
+from engram_runtime.session import Session, open_sites
+
+VERIFY_TEXT = "verify_text.txt"
+VERIFY_TOKENS = 256
+FLOAT_TOLERANCE = 2e-3  # largest logit difference of a float graph: other summation orders over some 30 layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """How far the bundle's logits are from the float model's, over all positions of the text."""
+
+    tokens: int
+    max_abs: float
+    mean_abs: float
+    argmax_agreement: float
+
+
+def verify_tokens(source: ModelSource) -> NDArray[np.int64]:
+    """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer."""
+    limit = min(VERIFY_TOKENS, source.context_length)
+    if source.checkpoint.tokenizer_json is None:
+        return np.random.default_rng(0).integers(0, source.config.vocab_size, size=limit)
+    text = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_buffer(source.checkpoint.tokenizer_json)
+    return np.array(tokenizer.encode(text).ids[:limit], dtype=np.int64)
+
+
+def reference_logits(
+    source: ModelSource, token_ids: NDArray[np.int64], progress: Callable[[int], None] = lambda count: None
+) -> NDArray[np.float32]:
+    """Run the float32 torch model, its rows taken straight from the checkpoint; returns ``[T, V]``."""
+    model = source.build(FLOAT)
+    load_parameters(model, source, progress)
+    rows = [torch.from_numpy(_checkpoint_rows(site, source, token_ids)) for site in source.sites]
+    states = []
+    for state in state_specs(model):
+        batch, *middle, _, width = state.shape
+        length = len(token_ids) if state.kind == "positional" else state.shape[-2]
+        states.append(torch.zeros(batch, *middle, length, width))
+    with torch.no_grad():
+        logits, *_ = model(
+            torch.from_numpy(token_ids),
+            torch.zeros(1, dtype=torch.int64),
+            torch.arange(len(token_ids)),
+            rows,
+            states,
+        )
+    values: NDArray[np.float32] = logits.numpy()
+    return values
+
+
+def bundle_logits(bundle: Bundle, token_ids: Sequence[int], *, executor: str, threads: int) -> NDArray[np.float32]:
+    """Run a bundle over a text; returns ``[T, V]``."""
+    with Session(bundle, load_executor(executor, bundle, threads=threads), open_sites(bundle)) as session:
+        return np.concatenate(list(session.logits(token_ids)))
+
+
+def compare(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Parity:
+    """Compare ``[T, V]`` logits.
+
+    Raises:
+        VerificationError: a logit is not a finite number.
+    """
+    if not np.isfinite(found).all():
+        raise VerificationError(f"{int((~np.isfinite(found)).sum())} logits of the bundle are not finite")
+    difference = np.abs(reference - found)
+    return Parity(
+        tokens=len(found),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean(dtype=np.float64)),
+        argmax_agreement=float((reference.argmax(axis=1) == found.argmax(axis=1)).mean()),
+    )
+
+
+def check_float_parity(parity: Parity) -> None:
+    """Refuse a float graph that is not the model; quantised ones differ by what quantising costs."""
+    if parity.max_abs > FLOAT_TOLERANCE:
+        raise VerificationError(
+            f"the float graph differs from the model by {parity.max_abs:.2e}, at most {FLOAT_TOLERANCE} is rounding; "
+            f"nothing was written"
+        )
+
+
+def _checkpoint_rows(site: EngramSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    keyer = site.config.keyer
+    token_map = site.token_map(source.config.vocab_size, source.checkpoint.tokenizer_json)
+    ngram_hash = NgramHash(
+        orders=keyer.orders,
+        num_heads=keyer.num_heads,
+        multipliers=np.array(keyer.multipliers, dtype=np.int64),
+        primes=np.array(keyer.primes, dtype=np.int64),
+        offsets=np.array(keyer.offsets, dtype=np.int64),
+        pad_id=keyer.pad_id,
+        token_map=None if token_map is None else token_map.astype(np.int64),
+    )
+    row_ids = ngram_hash.row_ids([], token_ids)
+    return site.read_table_rows(row_ids.ravel()).reshape(*row_ids.shape, -1)

@@ -1,0 +1,95 @@
+"""Write a safetensors file whose tensors arrive one at a time, in any order."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8", "int32": "I32", "int64": "I64"}
+WEIGHTS_ALIGNMENT = 64
+TABLE_ALIGNMENT = 64 << 10  # covers pages of 4, 16 and 64 KiB
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class SafetensorsWriter:
+    """A file laid out in advance; every planned tensor must be written before it closes."""
+
+    def __init__(self, path: Path, plans: Sequence[TensorPlan], *, alignment: int = WEIGHTS_ALIGNMENT) -> None:
+        """Write the header, padded so that the data starts at a multiple of ``alignment``."""
+        # Wider types first: every tensor then starts at a multiple of its item size without gaps, which are illegal.
+        ordered = sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize)
+        self._missing = {plan.name: plan for plan in ordered}
+        self.offsets: Mapping[str, int] = self._lay_out(path, ordered, alignment)
+
+    def _lay_out(self, path: Path, plans: Sequence[TensorPlan], alignment: int) -> dict[str, int]:
+        header: dict[str, Any] = {}
+        end = 0
+        for plan in plans:
+            header[plan.name] = {
+                "dtype": SAFETENSORS_DTYPES[plan.dtype],
+                "shape": list(plan.shape),
+                "data_offsets": [end, end + plan.bytes],
+            }
+            end += plan.bytes
+        text = json.dumps(header).encode()
+        text += b" " * (-(len(text) + 8) % alignment)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        os.pwrite(self._file, len(text).to_bytes(8, "little") + text, 0)
+        start = len(text) + 8
+        os.ftruncate(self._file, start + end)
+        return {name: start + int(entry["data_offsets"][0]) for name, entry in header.items()}
+
+    def write(self, name: str, values: NDArray[Any]) -> None:
+        """Write a planned tensor; its shape and dtype must be the planned ones."""
+        plan = self._missing.pop(name)
+        if values.shape != plan.shape or values.dtype != np.dtype(plan.dtype):
+            raise ValueError(f"{name} is {values.dtype} {values.shape}, planned was {plan.dtype} {plan.shape}")
+        self.write_at(self.offsets[name], values)
+
+    def write_rows(self, name: str, start: int, values: NDArray[Any]) -> None:
+        """Write rows of a planned tensor from row ``start`` on; the last rows complete it."""
+        plan = self._missing[name]
+        row_bytes = plan.bytes // plan.shape[0]
+        self.write_at(self.offsets[name] + start * row_bytes, values)
+        if start + len(values) == plan.shape[0]:
+            del self._missing[name]
+
+    def write_at(self, offset: int, values: NDArray[Any]) -> None:
+        """Write raw bytes at an offset of the file."""
+        view = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        while view:
+            count = os.pwrite(self._file, view, offset)
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+        if kind is None and self._missing:
+            raise ValueError(f"planned but never written: {sorted(self._missing)}")

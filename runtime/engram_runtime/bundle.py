@@ -1,0 +1,117 @@
+"""A bundle on disk: opened, checked, its paths resolved."""
+
+import hashlib
+import json
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.errors import BundleError
+from engram_runtime.hashing import INT64_MAX, NgramHash
+from engram_runtime.manifest import Extent, FileEntry, KeyerSpec, Manifest
+from engram_runtime.strict_json import read_json_object
+
+MANIFEST_NAME = "engram.json"
+DIGEST_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder whose manifest is sound and whose files have the sizes it states."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read the manifest and check that every file is there; contents are checked by `verify_digests`.
+
+        Raises:
+            BundleError: not a bundle, of another version, or a file is missing, a link or of another size.
+        """
+        if not (path / MANIFEST_NAME).is_file():
+            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with engram-export")
+        bundle = cls(path, Manifest.from_dict(read_json_object(path / MANIFEST_NAME)))
+        for entry in bundle.manifest.files:
+            bundle._check_file(entry)
+        return bundle
+
+    def file(self, relative: str) -> Path:
+        """Return the path of a listed file."""
+        return self.path / relative
+
+    def table_path(self, extent: Extent) -> Path:
+        """Return the file that holds an extent, inside the bundle or referred to."""
+        return Path(extent.file) if extent.external else self.file(extent.file)
+
+    def ngram_hash(self, keyer: KeyerSpec) -> NgramHash:
+        """Build the hash of a table, reading its token map.
+
+        Raises:
+            BundleError: a product of an id and a multiplier would overflow 64 bits.
+        """
+        ngram_hash = NgramHash(
+            orders=keyer.orders,
+            num_heads=keyer.num_heads,
+            multipliers=np.array(keyer.multipliers, dtype=np.int64),
+            primes=np.array(keyer.primes, dtype=np.int64),
+            offsets=np.array(keyer.offsets, dtype=np.int64),
+            pad_id=keyer.pad_id,
+            token_map=None if keyer.token_map is None else self._token_map(keyer.token_map),
+        )
+        if (limit := ngram_hash.largest_id(self.manifest.model.vocab_size) * max(keyer.multipliers)) > INT64_MAX:
+            raise BundleError(f"keyer multiplier {max(keyer.multipliers)} overflows 64 bits: products reach {limit}")
+        return ngram_hash
+
+    def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Hash every file; ``progress`` is told the bytes of each block.
+
+        Raises:
+            BundleError: naming the first file whose contents differ.
+        """
+        for entry in self.manifest.files:
+            found = file_sha256(self.file(entry.path), progress)
+            if found != entry.sha256:
+                raise BundleError(f"{entry.path} has SHA-256 {found}, the manifest says {entry.sha256}; export again")
+
+    def _token_map(self, relative: str) -> NDArray[np.int64]:
+        vocab_size = self.manifest.model.vocab_size
+        values = np.fromfile(self.file(relative), dtype="<i4")
+        if len(values) != vocab_size or values.min(initial=0) < 0:
+            raise BundleError(f"token map {relative} has {len(values)} entries, the vocabulary {vocab_size}")
+        return values.astype(np.int64)
+
+    def _check_file(self, entry: FileEntry) -> None:
+        for parent in list(Path(entry.path).parents)[:-1]:
+            if self.file(parent.as_posix()).is_symlink():
+                raise BundleError(f"{parent} in bundle {self.path} is a link; bundles hold plain files only")
+        try:
+            status = self.file(entry.path).lstat()
+        except OSError as error:
+            raise BundleError(f"bundle {self.path} lacks {entry.path}: {error.strerror}; export it again") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{entry.path} in bundle {self.path} is not a plain file")
+        if status.st_size != entry.bytes:
+            raise BundleError(
+                f"{entry.path} holds {status.st_size} bytes, the manifest says {entry.bytes}; export the bundle again"
+            )
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """Return the SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(DIGEST_BLOCK_BYTES):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the bytes of ``engram.json``."""
+    return (json.dumps(manifest.to_dict(), indent=1) + "\n").encode()

@@ -1,0 +1,103 @@
+"""Turn chat messages into a prompt with the model's own template, which is code from whoever made the model."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+
+from jinja2 import TemplateError
+
+from engram_runtime.chat_sandbox import Meter, Sandbox, TemplateRefusal, metered_rendering
+from engram_runtime.errors import BundleError, RequestError
+
+MAX_PROMPT_CHARS = 4 << 20  # far beyond any context length, and seconds of tokenising
+MAX_TEMPLATE_BYTES = 256 << 10  # the longest in use, for many kinds of tools, are about 20 KiB
+
+# Whatever running someone else's template can raise.
+TEMPLATE_FAILURES = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
+    *(RecursionError, SyntaxError, TypeError, ValueError),
+)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    It renders what transformers' ``apply_chat_template`` renders for messages of text and no tools, or fails.
+    Templates run in jinja2's sandbox: no attribute with an underscore, nothing changed in place, no other template, and
+    of jinja2's functions only ``dict``, ``namespace`` and ``range``.
+
+    What the limits are worth: time and work are checked at every turn of a loop, every call, every piece of output and
+    before every operation that can make a large value, so no loop, recursion or doubling runs away. A single operation
+    of Python, such as sorting, can't be interrupted, but works on values of ``MAX_WORK`` characters at most: seconds
+    and some hundred megabytes. Compiling is bounded by the size of the template alone. Whoever renders templates of
+    strangers for others needs a process with limits of its own.
+
+    A template can be used from several threads.
+    """
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], *, now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        num_bytes = len(source.encode("utf-8", "surrogatepass"))
+        if num_bytes > MAX_TEMPLATE_BYTES:
+            raise BundleError(f"the chat template has {num_bytes} bytes, at most {MAX_TEMPLATE_BYTES} are allowed")
+        try:
+            self._template = Sandbox(now).compile_metered(source)
+        except TEMPLATE_FAILURES as error:
+            raise BundleError(f"the chat template can't be compiled: {_reason(error)}; give a plain prompt") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Return the prompt for messages, each with the fields ``role`` and ``content``.
+
+        Args:
+            messages: at most ``MAX_PROMPT_CHARS`` characters together.
+            add_generation_prompt: end with what the model's answer follows.
+
+        Raises:
+            RequestError: messages of another form, too long, or refused by the template.
+            BundleError: the template has an error, does something forbidden or takes too long.
+        """
+        _check_messages(messages)
+        variables = {
+            **self._special_tokens,
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            with metered_rendering() as meter:
+                return _limited_text(self._template.generate(variables), meter)
+        except TemplateRefusal as error:
+            raise RequestError(f"the chat template refuses the messages: {error}") from error
+        except TEMPLATE_FAILURES as error:
+            raise BundleError(f"the chat template failed: {_reason(error)}; give a plain prompt") from error
+
+
+def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    if not messages:
+        raise RequestError("there are no messages, wanted at least one")
+    for index, message in enumerate(messages):
+        for field in {"role": "", "content": "", **message}:
+            if not isinstance(message.get(field), str):
+                raise RequestError(f"{field} of message {index} is {str(message.get(field))[:60]}, wanted a string")
+    num_chars = sum(len(value) for message in messages for value in message.values())
+    if num_chars > MAX_PROMPT_CHARS:
+        raise RequestError(f"the messages have {num_chars} characters, wanted at most {MAX_PROMPT_CHARS}; shorten them")
+
+
+def _limited_text(pieces: Iterable[str], meter: Meter) -> str:
+    taken = []
+    num_chars = 0
+    for piece in pieces:
+        meter.spend(1 + len(piece))
+        num_chars += len(piece)
+        if num_chars > MAX_PROMPT_CHARS:
+            raise RequestError(f"the messages make a prompt of more than {MAX_PROMPT_CHARS} characters; shorten them")
+        taken.append(piece)
+    return "".join(taken)
+
+
+def _reason(error: BaseException) -> str:
+    line = getattr(error, "lineno", None)
+    return f"{error}" + (f" (line {line})" if line else "")

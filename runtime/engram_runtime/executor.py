@@ -1,0 +1,87 @@
+"""What runs a graph: the protocol, and the executors by name."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import RequestError
+from engram_runtime.manifest import StateSpec
+
+ALIGNMENT_BYTES = 64  # TVM's vector loads need it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepInputs:
+    """One forward pass over T tokens.
+
+    Attributes:
+        token_ids: ``[T]`` int64.
+        position: how many tokens the states already hold.
+        logit_rows: ``[R]`` int64, the tokens of this pass whose logits are wanted.
+        rows: by site, ``[T, C, d]`` float32.
+    """
+
+    token_ids: NDArray[np.int64]
+    position: int
+    logit_rows: NDArray[np.int64]
+    rows: Mapping[str, NDArray[np.float32]]
+
+
+class Step(Protocol):
+    """A graph bound to one sequence's states, which it updates in place."""
+
+    def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """Return ``[R, V]`` logits; valid until the next call."""
+        ...
+
+
+class Executor(Protocol):
+    """A bundle's graph, loaded and ready."""
+
+    name: str
+
+    def chunks(self, count: int) -> Sequence[int]:
+        """Split ``count`` tokens into the sizes this executor runs at once, in order."""
+        ...
+
+    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> Step:
+        """Bind caller-owned states, by name in their manifest shapes, 64-byte aligned."""
+        ...
+
+
+EXECUTORS = {
+    "tvm": "engram_runtime.executors.tvm_library",
+    "onnxruntime": "engram_runtime.executors.onnxruntime_session",
+}
+
+
+def load_executor(name: str, bundle: Bundle, *, threads: int) -> Executor:
+    """Load a bundle into the executor of that name.
+
+    Raises:
+        RequestError: no executor of that name.
+        TargetError: the executor can't run this bundle on this machine.
+    """
+    if name not in EXECUTORS:
+        raise RequestError(f"executor {name!r} is unknown; there are {sorted(EXECUTORS)}")
+    executor: Executor = importlib.import_module(EXECUTORS[name]).load(bundle, threads=threads)
+    return executor
+
+
+def allocate_states(specs: Sequence[StateSpec]) -> dict[str, NDArray[np.float32]]:
+    """Return zeroed, aligned states by name; pages are touched only as positions are used."""
+    return {spec.name: aligned_zeros(spec.shape) for spec in specs}
+
+
+def aligned_zeros(shape: Sequence[int]) -> NDArray[np.float32]:
+    """Return float32 zeros whose data begins at a multiple of `ALIGNMENT_BYTES`."""
+    count = int(np.prod(shape, dtype=np.int64))
+    slack = ALIGNMENT_BYTES // 4
+    buffer = np.zeros(count + slack, dtype=np.float32)
+    start = (-buffer.ctypes.data % ALIGNMENT_BYTES) // 4
+    return buffer[start : start + count].reshape(shape)

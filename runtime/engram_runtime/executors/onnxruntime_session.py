@@ -1,0 +1,74 @@
+"""Executor on onnxruntime's CPU provider: the graph as it was exported, states bound in place."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import BundleError, TargetError
+from engram_runtime.executor import StepInputs
+
+try:
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+except ModuleNotFoundError as error:
+    raise TargetError("the onnxruntime executor needs onnxruntime: pip install 'engram-edge[ort]'") from error
+
+MAX_CHUNK_TOKENS = 256  # bounds the memory of activations during prefill
+
+
+class OnnxRuntimeExecutor:
+    """An onnxruntime session over a bundle's decoder graph."""
+
+    name = "onnxruntime"
+
+    def __init__(self, session: "ort.InferenceSession") -> None:
+        self._session = session
+
+    def chunks(self, count: int) -> Sequence[int]:
+        """See `Executor.chunks`; any size runs, so only the last one is smaller."""
+        full, rest = divmod(count, MAX_CHUNK_TOKENS)
+        return [MAX_CHUNK_TOKENS] * full + [rest] * (rest > 0)
+
+    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> "OnnxRuntimeStep":
+        """See `Executor.bind`."""
+        return OnnxRuntimeStep(self._session, states)
+
+
+class OnnxRuntimeStep:
+    """The session with one sequence's states as inputs and, the same memory, as outputs."""
+
+    def __init__(self, session: "ort.InferenceSession", states: Mapping[str, NDArray[np.float32]]) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._states = [ort.OrtValue.ortvalue_from_numpy(array) for array in states.values()]
+        for name, value in zip(states, self._states, strict=True):
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(f"next.{name}", value)
+
+    def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """See `Step`."""
+        binding = self._binding
+        binding.bind_cpu_input("token_ids", inputs.token_ids)
+        binding.bind_cpu_input("position", np.array([inputs.position], dtype=np.int64))
+        binding.bind_cpu_input("logit_rows", inputs.logit_rows)
+        for site, rows in inputs.rows.items():
+            binding.bind_cpu_input(f"rows.{site}", rows)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        logits: NDArray[np.float32] = binding.get_outputs()[len(self._states)].numpy()
+        return logits
+
+
+def load(bundle: Bundle, *, threads: int) -> OnnxRuntimeExecutor:
+    """Open the decoder graph; raises BundleError where onnxruntime refuses it."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    path = bundle.file(bundle.manifest.decoder.file)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (ort_state.Fail, ort_state.InvalidArgument, ort_state.InvalidGraph, ort_state.NotImplemented) as error:
+        raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
+    return OnnxRuntimeExecutor(session)

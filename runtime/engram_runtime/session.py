@@ -1,0 +1,146 @@
+"""One sequence: token ids in, logits out, with rows fetched and caches kept."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import RequestError
+from engram_runtime.executor import Executor, StepInputs, allocate_states
+from engram_runtime.hashing import NgramHash
+from engram_runtime.manifest import TableSpec
+from engram_runtime.tables import TableStore, open_table
+
+
+class Site:
+    """A place in the model that reads a table: its hash and its store."""
+
+    def __init__(self, spec: TableSpec, ngram_hash: NgramHash, table: TableStore) -> None:
+        self.name = spec.site
+        self.ngram_hash = ngram_hash
+        self.table = table
+        self._columns = spec.record.columns
+
+    def rows(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return ``[T, C, d]`` float32 rows of the n-grams that end at each token."""
+        row_ids = self.ngram_hash.row_ids(history, token_ids)
+        return self.table.gather(row_ids.ravel()).reshape(*row_ids.shape, self._columns)
+
+    def empty_rows(self, count: int) -> NDArray[np.float32]:
+        """Return ``[T, C, d]`` zeros: with them the site adds nothing to the model."""
+        return np.zeros((count, self.ngram_hash.num_columns, self._columns), dtype=np.float32)
+
+
+def open_sites(bundle: Bundle) -> list[Site]:
+    """Open every table of a bundle; the caller closes their stores."""
+    return [Site(spec, bundle.ngram_hash(spec.keyer), open_table(bundle, spec)) for spec in bundle.manifest.tables]
+
+
+class Session:
+    """The state of one sequence; close it to release its tables."""
+
+    def __init__(self, bundle: Bundle, executor: Executor, sites: Sequence[Site], *, tables_on: bool = True) -> None:
+        """Start an empty sequence.
+
+        Args:
+            tables_on: False feeds zero rows, so the model runs as if it had no tables.
+        """
+        self._model = bundle.manifest.model
+        self._specs = bundle.manifest.decoder.states
+        self._executor = executor
+        self._sites = sites
+        self._tables_on = tables_on
+        self._states = allocate_states(self._specs)
+        self._step = executor.bind(self._states)
+        self._token_ids: list[int] = []
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Ids of all tokens the states hold."""
+        return tuple(self._token_ids)
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def prefill(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Add tokens and return the logits ``[V]`` after the last one.
+
+        Raises:
+            RequestError: no token, an id outside the vocabulary, or more tokens than the context holds.
+        """
+        *_, last = self._forward(token_ids, every_position=False)
+        return last[-1]
+
+    def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Add k tokens and return the logits ``[k, V]`` after each of them.
+
+        Raises:
+            RequestError: as for `prefill`.
+        """
+        return np.concatenate(list(self._forward(token_ids, every_position=True)))
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Add tokens and yield the logits of every position, ``[chunk, V]`` at a time."""
+        return self._forward(token_ids, every_position=True)
+
+    def trim(self, count: int) -> None:
+        """Forget the last ``count`` tokens, as if they had never been added.
+
+        States that hold only a window of recent steps can't step back, so the kept tokens are computed again.
+        """
+        if not 0 <= count <= len(self):
+            raise RequestError(f"can't trim {count} tokens of a sequence of {len(self)}")
+        kept = self._token_ids[: len(self) - count]
+        if count == 0 or all(spec.kind == "positional" for spec in self._specs):
+            self._token_ids = kept
+            return
+        self._token_ids = []
+        for spec in self._specs:
+            if spec.kind == "window":
+                self._states[spec.name][...] = 0
+        if kept:
+            self.prefill(kept)
+
+    def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
+        ids = self._checked(token_ids)
+        start = 0
+        for size in self._executor.chunks(len(ids)):
+            chunk = ids[start : start + size]
+            wanted = np.arange(size) if every_position else np.array([size - 1])
+            inputs = StepInputs(
+                token_ids=chunk, position=len(self), logit_rows=wanted.astype(np.int64), rows=self._rows(chunk)
+            )
+            logits = self._step(inputs)
+            self._token_ids += chunk.tolist()
+            start += size
+            yield logits
+
+    def _rows(self, token_ids: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:
+        if self._tables_on:
+            return {site.name: site.rows(self._token_ids, token_ids) for site in self._sites}
+        return {site.name: site.empty_rows(len(token_ids)) for site in self._sites}
+
+    def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
+        ids = np.asarray(token_ids, dtype=np.int64)
+        if len(ids) == 0:
+            raise RequestError("no tokens were given; the model needs at least one")
+        outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
+        if len(outside):
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self._model.vocab_size}")
+        if (total := len(self) + len(ids)) > self._model.context_length:
+            raise RequestError(f"{total} tokens exceed the context of {self._model.context_length}; shorten the prompt")
+        return ids
+
+    def close(self) -> None:
+        """Close the tables."""
+        for site in self._sites:
+            site.table.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,165 @@
+"""Text to token ids and back, with the special tokens and the chat template of a bundle."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import Tokenizer
+
+from engram_runtime.chat import MAX_PROMPT_CHARS, MAX_TEMPLATE_BYTES, ChatTemplate
+from engram_runtime.detokenise import TextStream, native_errors
+from engram_runtime.errors import BundleError, RequestError
+from engram_runtime.strict_json import read_json_object
+
+MAX_TOKENIZER_BYTES = 64 << 20  # tokenizer.json of a 260 000 token vocabulary is 35 MB
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TextTokenizer:
+    """The tokenizer of a bundle.
+
+    ``vocab_size`` is the number of tokens that have a text; the logits of a model can be wider. ``eos_token_ids``, the
+    tokens that end a text, is empty if the bundle names none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+        template_source: str | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._special_tokens = _special_tokens(config)
+        self._template_source = template_source
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.eos_token_ids = self._token_ids("eos_token", generation_config)
+        self.bos_token_id = min(self._token_ids("bos_token", generation_config), default=None)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``tokenizer.json`` and, where present, the other tokenizer files of a bundle."""
+        tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        config = _read_optional_json(folder / "tokenizer_config.json")
+        return cls(
+            tokenizer,
+            config=config,
+            generation_config=_read_optional_json(folder / "generation_config.json"),
+            template_source=_read_template(folder / "chat_template.jinja", config),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text; special tokens written out in the text become those tokens.
+
+        Args:
+            text: at most ``MAX_PROMPT_CHARS`` characters.
+            add_special_tokens: let ``tokenizer.json`` add what it wants around a text, such as a BOS.
+        """
+        if len(text) > MAX_PROMPT_CHARS:
+            raise RequestError(f"the prompt has {len(text)} characters, wanted at most {MAX_PROMPT_CHARS}; shorten it")
+        _require_unicode(text)
+        with native_errors(RequestError, "the tokenizer can't take the prompt"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of a chat up to where the model's answer begins; the template writes the special tokens."""
+        return self.encode(self.chat_template.render(messages), add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of a sequence; ids without a text are left out."""
+        with native_errors(RequestError, "the tokenizer can't decode the tokens"):
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """Start a text that is decoded token by token and ends before a stop string."""
+        return TextStream(self._tokenizer, stop)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template that turns messages into a prompt; RequestError if the bundle has none."""
+        if self._template_source is None:
+            raise RequestError("the bundle has no chat template, so it takes no messages; give a plain prompt")
+        return ChatTemplate(self._template_source, self._special_tokens)
+
+    def _token_ids(self, name: str, generation_config: Mapping[str, Any]) -> frozenset[int]:
+        """Return the ids of ``eos_token`` or ``bos_token``: the generation config's, else the tokenizer config's."""
+        value = generation_config.get(f"{name}_id")
+        if value is not None:
+            return _checked_ids(value, f"{name}_id")
+        text = self._special_tokens.get(name)
+        if text is None:
+            return frozenset()
+        token_id = self._tokenizer.token_to_id(text)
+        if token_id is None:
+            raise BundleError(f"{name} {text!r} of tokenizer_config.json is not in tokenizer.json; export again")
+        return frozenset({token_id})
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    text = _read_text(path, MAX_TOKENIZER_BYTES)
+    with native_errors(BundleError, f"{path} is not a tokenizer this runtime can read"):
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()  # left from training; it would cut prompts silently
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_text(path: Path, max_bytes: int) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise BundleError(f"{path} can't be read: {error.strerror}; export the bundle again") from error
+    if len(content) > max_bytes:
+        raise BundleError(f"{path} holds more than {max_bytes} bytes, the most that is allowed")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(
+            f"{path} is not utf-8 text: byte {error.start} is invalid; export the bundle again"
+        ) from error
+
+
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    if path.exists():
+        return _read_text(path, MAX_TEMPLATE_BYTES)
+    source = config.get("chat_template")
+    if source is not None and not isinstance(source, str):
+        raise BundleError(f"chat_template of tokenizer_config.json is a {type(source).__name__}, wanted a string")
+    return source
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the text of each special token that is set; the file has it as a string or as an object."""
+    texts = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            texts[name] = text
+        elif value is not None:
+            raise BundleError(f"{name} of tokenizer_config.json is {value!r}, wanted a string; correct the file")
+    return texts
+
+
+def _checked_ids(value: object, name: str) -> frozenset[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise BundleError(f"{name} of generation_config.json is {value!r}, wanted a token id or a list of them")
+    return frozenset(ids)
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"character {error.start} of the prompt is {text[error.start]!r}, half of a surrogate pair, "
+            "wanted whole characters; decode the input as utf-8"
+        ) from error
