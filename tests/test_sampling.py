@@ -66,6 +66,14 @@ def test_distribution_equals_the_processors_of_transformers(
     np.testing.assert_allclose(probabilities(logits, token_ids, chosen), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("top_p", [0.001, 0.01, 0.1, 0.5, 0.999999])
+def test_top_p_finds_the_nucleus_however_many_tokens_it_has(top_p: float) -> None:
+    options = SamplingOptions(temperature=4.0, top_p=top_p)
+    logits = random_logits(20_000)
+    expected = reference_probabilities(logits, [], options)
+    np.testing.assert_allclose(probabilities(logits, [], options), expected, rtol=1e-9)
+
+
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), penalty=st.sampled_from([0.5, 1.0, 1.3, 10.0]))
 def test_greedy_takes_the_likeliest_after_the_penalty_of_transformers(seed: int, penalty: float) -> None:

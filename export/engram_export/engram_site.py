@@ -31,14 +31,14 @@ class CausalConv(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``x [1, T, D]`` and the earlier steps ``window [1, W, D]`` to outputs and the next window."""
-        steps = torch.cat([window, self.norm(x)], dim=1)
-        tokens, dilation = x.shape[1], self.config.dilation
+        """Map ``x [T, D]`` and the earlier steps ``window [W, D]`` to outputs and the next window."""
+        steps = torch.cat([window, self.norm(x)])
+        tokens, dilation = x.shape[0], self.config.dilation
         taps = [
-            steps[:, tap * dilation : tap * dilation + tokens] * self.weight[:, 0, tap]
+            steps[tap * dilation : tap * dilation + tokens] * self.weight[:, 0, tap]
             for tap in range(self.config.kernel)
         ]
-        return torch.stack(taps).sum(dim=0), steps[:, tokens:]
+        return torch.stack(taps).sum(dim=0), steps[tokens:]
 
 
 class EngramSite(nn.Module):
@@ -56,8 +56,8 @@ class EngramSite(nn.Module):
         self.conv = CausalConv(hidden_size, config.conv) if config.conv else None
 
     def forward(self, hidden: Tensor, rows: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Add to ``hidden [1, T, D]`` what ``rows [T, C, d]`` say; ``window`` is the convolution's state."""
-        embedding = rows.flatten(1)[None]  # [1, T, C * d]
+        """Add to ``hidden [T, D]`` what ``rows [T, C, d]`` say; ``window`` is the convolution's state."""
+        embedding = rows.flatten(1)  # [T, C * d]
         update = self._gate(hidden, self.key_proj(embedding)) * self.value_proj(embedding)
         if self.conv is not None:
             assert window is not None

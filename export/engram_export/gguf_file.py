@@ -20,7 +20,7 @@ from engram_runtime.errors import CheckpointError
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 BLOCK_LENGTH = 32  # of Q4_0 and Q8_0: a float16 scale, then the codes
-CHUNK_BYTES = 8 << 20  # decoded at once: gguf's decoders make several copies of their input
+CHUNK_BYTES = 1 << 20  # decoded at once: gguf's decoders make several copies of their input
 
 MODEL_NAMES = {
     "token_embd": "model.embed_tokens",

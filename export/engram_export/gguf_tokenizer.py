@@ -209,6 +209,9 @@ def _frame_text(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     """Let every text begin and end with the tokens the config asks for."""
     bos = [config["bos_token"]] if config["add_bos_token"] and "bos_token" in config else []
     eos = [config["eos_token"]] if config["add_eos_token"] and "eos_token" in config else []
+    for token in (*bos, *eos):
+        if token.startswith("$") or ":" in token:  # the template would read these as something else
+            raise VocabularyError(f"texts cannot begin or end with the token {token!r}; convert the file again")
     if bos or eos:
         ids = [(token, tokenizer.token_to_id(token)) for token in (*bos, *eos)]
         tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)

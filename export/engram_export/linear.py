@@ -124,7 +124,7 @@ class FloatEmbedding(nn.Module):
         return functional.embedding(ids, self.weight)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return ``[1, R, V]`` for ``x [1, R, D]``."""
+        """Return ``[R, V]`` for ``x [R, D]``."""
         return functional.linear(x, self.weight)
 
 
@@ -138,7 +138,7 @@ class Int8Embedding(Int8Linear):
         return gather_int8(self.codes, self.scale.expand(self.codes.shape[:2]), ids)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return ``[1, R, V]`` for ``x [1, R, D]``."""
+        """Return ``[R, V]`` for ``x [R, D]``."""
         return Int8Linear.forward(self, x)
 
 

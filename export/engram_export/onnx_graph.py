@@ -68,7 +68,7 @@ def state_specs(model: LlamaModel) -> tuple[StateSpec, ...]:
         StateSpec(
             name=f"window.{site.config.site}",
             dtype="float32",
-            shape=(1, site.config.conv.window, config.hidden_size),
+            shape=(site.config.conv.window, config.hidden_size),
             kind="window",
         )
         for site in _sites(model)

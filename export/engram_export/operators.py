@@ -15,7 +15,7 @@ ACCURACY_LEVEL = 4
 
 
 def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
-    """Multiply by a block-quantised weight: ``x [1, T, K] @ dequantise(codes).T -> [1, T, N]``.
+    """Multiply by a block-quantised weight: ``x [T, K] @ dequantise(codes).T -> [T, N]``.
 
     Args:
         codes: ``[N, K / 32, 32 * bits / 8]`` uint8, two 4-bit codes a byte, the even one in the low half.
@@ -39,7 +39,7 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None,
 
 
 def gather_int8(codes: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
-    """Look up rows of an int8 table: ``ids [1, T] -> [1, T, K]``; ``codes [V, K / 32, 32]``, ``scales [V, K / 32]``."""
+    """Look up rows of an int8 table: ``ids [T] -> [T, K]``; ``codes [V, K / 32, 32]``, ``scales [V, K / 32]``."""
     if torch.compiler.is_exporting():
         rows: Tensor = torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized",
@@ -50,7 +50,7 @@ def gather_int8(codes: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
             version=1,
         )
         return rows.flatten(-2)
-    return dequantise_blocks(codes[ids[0]], scales[ids[0]], None, bits=8)[None]
+    return dequantise_blocks(codes[ids], scales[ids], None, bits=8)
 
 
 def group_query_attention(
@@ -67,20 +67,20 @@ def group_query_attention(
     """Rotate, append to the cache and attend causally.
 
     Args:
-        qkv: ``[1, T, (H + 2 * Hkv) * hd]`` queries, keys, values before rotation.
+        qkv: ``[T, (H + 2 * Hkv) * hd]`` queries, keys, values before rotation.
         key_cache: ``[1, Hkv, S, hd]``; the first ``position`` entries are filled. ``value_cache`` alike.
         position: ``[1]`` int64.
         cos: ``[S, hd / 2]``, of the half-split rotation. ``sin`` alike.
 
     Returns:
-        ``[1, T, H * hd]`` and the caches with T more entries.
+        ``[T, H * hd]`` and the caches with T more entries.
     """
     if torch.compiler.is_exporting():
         return _attention_node(qkv, key_cache, value_cache, position, cos, sin, num_heads=num_heads, scale=scale)
-    tokens, head_dim = qkv.shape[1], key_cache.shape[-1]
+    tokens, head_dim = qkv.shape[0], key_cache.shape[-1]
     kv_heads = key_cache.shape[1]
-    heads = qkv[0].view(tokens, num_heads + 2 * kv_heads, head_dim).transpose(0, 1)  # [H + 2 Hkv, T, hd]
-    query, key, value = heads.split([num_heads, kv_heads, kv_heads])
+    heads = qkv.view(tokens, num_heads + 2 * kv_heads, head_dim).transpose(0, 1)  # [H + 2 Hkv, T, hd]
+    query, key, value = torch.split(heads, [num_heads, kv_heads, kv_heads])
     positions = torch.arange(tokens) + position
     query, key = (_rotate(part, cos[positions], sin[positions]) for part in (query, key))
     keys = key_cache.index_copy(2, positions, key[None])
@@ -89,7 +89,7 @@ def group_query_attention(
     out = functional.scaled_dot_product_attention(
         query[None], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
     )
-    return out.transpose(1, 2).flatten(2), keys, values
+    return out[0].transpose(0, 1).flatten(1), keys, values
 
 
 def _attention_node(
@@ -104,17 +104,17 @@ def _attention_node(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv_heads, head_dim = key_cache.shape[1], key_cache.shape[-1]
-    total = (position + qkv.shape[1]).to(torch.int32)
+    total = (position + qkv.shape[0]).to(torch.int32)
     attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": scale}
     out, keys, values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (qkv, None, None, key_cache, value_cache, total - 1, total[0], cos, sin),
+        (qkv[None], None, None, key_cache, value_cache, total - 1, total.squeeze(0), cos, sin),
         attributes,
         dtypes=(qkv.dtype, key_cache.dtype, value_cache.dtype),
-        shapes=((1, qkv.shape[1], num_heads * head_dim), key_cache.shape, value_cache.shape),
+        shapes=((1, qkv.shape[0], num_heads * head_dim), key_cache.shape, value_cache.shape),
         version=1,
     )
-    return out, keys, values
+    return out.squeeze(0), keys, values
 
 
 def dequantise_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:

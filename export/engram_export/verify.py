@@ -53,9 +53,8 @@ def reference_logits(
     rows = [torch.from_numpy(_checkpoint_rows(site, source, token_ids)) for site in source.sites]
     states = []
     for state in state_specs(model):
-        batch, *middle, _, width = state.shape
-        length = len(token_ids) if state.kind == "positional" else state.shape[-2]
-        states.append(torch.zeros(batch, *middle, length, width))
+        *outer, length, width = state.shape
+        states.append(torch.zeros(*outer, len(token_ids) if state.kind == "positional" else length, width))
     with torch.no_grad():
         logits, *_ = model(
             torch.from_numpy(token_ids),

@@ -27,9 +27,9 @@ class ChatTemplate:
 
     What the limits are worth: time and work are checked at every turn of a loop, every call, every piece of output and
     before every operation that can make a large value, so no loop, recursion or doubling runs away. A single operation
-    of Python, such as sorting, can't be interrupted, but works on values of ``MAX_WORK`` characters at most: seconds
-    and some hundred megabytes. Compiling is bounded by the size of the template alone. Whoever renders templates of
-    strangers for others needs a process with limits of its own.
+    of Python, such as ``title``, can't be interrupted, but works on ``MAX_VALUE_SIZE`` characters at most: some seconds
+    and some hundred megabytes. Compiling is bounded by the size of the template alone, to some seconds again. Whoever
+    renders templates of strangers for others needs a process with limits of its own.
 
     A template can be used from several threads.
     """
@@ -100,4 +100,4 @@ def _limited_text(pieces: Iterable[str], meter: Meter) -> str:
 
 def _reason(error: BaseException) -> str:
     line = getattr(error, "lineno", None)
-    return f"{error}" + (f" (line {line})" if line else "")
+    return (str(error) or type(error).__name__) + (f" (line {line})" if line else "")

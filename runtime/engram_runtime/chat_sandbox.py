@@ -18,7 +18,9 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_RENDER_S = 2.0
-MAX_WORK = 64 << 20  # characters and list items all steps of a rendering may make: 16 copies of the longest prompt
+MAX_VALUE_SIZE = 8 << 20  # characters of one value: twice the longest prompt
+MAX_WORK = 64 << 20  # characters of all values a rendering makes: 16 copies of the longest prompt
+ITEM_SIZE = 64  # characters that take the memory and time of one item of a list
 MAX_INTEGER_BITS = 4096
 MAX_FORMAT_CHARS = 100  # strftime may write 256 characters for each of its format, json an indent for each item
 
@@ -28,8 +30,8 @@ rejectattr reverse round safe select selectattr sort string title trim unique up
 """
 _STRING_METHODS = """
 capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace
-istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split
-splitlines startswith strip swapcase title upper
+istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip
+split splitlines startswith strip swapcase title upper
 """
 # What a template may call on plain values: nothing that pads, formats or changes in place.
 SAFE_METHODS: Mapping[type, frozenset[str]] = {
@@ -54,24 +56,25 @@ class Meter:
         self._work_left = MAX_WORK
 
     def spend(self, work: int) -> None:
-        """Take ``work`` characters or items off, and look at the clock."""
+        """Take the ``work`` characters of a new value off, and look at the clock."""
+        if work > MAX_VALUE_SIZE:
+            raise SecurityError(f"it makes a value of more than {MAX_VALUE_SIZE} characters")
         self._work_left -= work
         if self._work_left < 0:
-            raise SecurityError(f"it makes more than {MAX_WORK} characters and list items on its way")
+            raise SecurityError(f"it makes more than {MAX_WORK} characters on its way")
         if time.monotonic() > self._deadline:
             raise SecurityError(f"it takes more than {MAX_RENDER_S:g} s")
 
     def spend_on(self, value: object, times: int = 1) -> None:
         """Take off the size of a value written out, where what is held twice counts twice."""
-        if isinstance(value, str | range):
-            return self.spend(times * (1 + len(value)))
-        self.spend(times)
         if isinstance(value, Mapping):
             value = [*value.keys(), *value.values()]
         if isinstance(value, list | tuple):
+            self.spend(times * ITEM_SIZE * len(value))
             for item in value:
                 self.spend_on(item, times)
-        return None
+        else:
+            self.spend(times * (len(value) if isinstance(value, str | range) else 1))
 
 
 _current_meter: ContextVar[Meter] = ContextVar("_current_meter")
@@ -93,8 +96,11 @@ def _join_strings(pieces: Iterable[str]) -> str:
 
 def _spent(pieces: Iterable[str], separator_chars: int) -> Iterator[str]:
     meter = _current_meter.get()
+    size = 0
     for piece in pieces:
-        meter.spend(1 + len(piece) + separator_chars)
+        piece_size = 1 + len(piece) + separator_chars
+        size += piece_size
+        meter.spend(size if size > MAX_VALUE_SIZE else piece_size)
         yield piece
 
 

@@ -93,7 +93,9 @@ class TextTokenizer:
             return frozenset()
         token_id = self._tokenizer.token_to_id(text)
         if token_id is None:
-            raise BundleError(f"{name} {text!r} of tokenizer_config.json is not in tokenizer.json; export again")
+            raise BundleError(
+                f"{name} {text!r} of tokenizer_config.json is not in tokenizer.json; export the bundle again"
+            )
         return frozenset({token_id})
 
 
@@ -131,7 +133,9 @@ def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
         return _read_text(path, MAX_TEMPLATE_BYTES)
     source = config.get("chat_template")
     if source is not None and not isinstance(source, str):
-        raise BundleError(f"chat_template of tokenizer_config.json is a {type(source).__name__}, wanted a string")
+        raise BundleError(
+            f"chat_template of tokenizer_config.json is a {type(source).__name__}, wanted a string; correct the file"
+        )
     return source
 
 

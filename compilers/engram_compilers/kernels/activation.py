@@ -50,7 +50,6 @@ def silu_mul(rows: int, columns: int) -> tirx.PrimFunc:
 
 def add(rows: int, columns: int) -> tirx.PrimFunc:
     """Build ``(a f32 [M, D], b f32 [M, D]) -> y f32 [M, D]``, y = a + b."""
-    whole, rest = divmod(rows * columns, LANES)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(

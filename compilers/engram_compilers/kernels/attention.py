@@ -1,47 +1,50 @@
 # mypy: disable-error-code="valid-type, untyped-decorator"
 """Rotary position embedding, the key/value cache, and causal attention over it.
 
-Caches are float32 ``[1, Hkv, S, hd]``: S is the capacity, row p of a head holds position p. Head h reads
+Caches are float32 ``[1, Hkv, S, hd]``: S is the capacity, row p of a head holds position p. Query head h reads
 key/value head h // (H / Hkv). Positions must be valid (position + T <= S): the runtime checks them.
 """
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 
 from tvm import tirx
 from tvm.script import tirx as T
 
 from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
+from engram_compilers.kernels.packing import require_indexable
 
 KEY_BLOCK = 64  # keys between two updates of the running softmax
 _TOKEN_BLOCK = 8  # tokens that read a key block while it is in cache
 _MOST_ACCUMULATORS = 16  # vectors of output kept in registers
-_ROTATED_VALUES_PER_US = 4000.0
-_SCORES_PER_US = 350.0  # of 64 dimensions
 _TYPICAL_LENGTH = 512  # keys, to judge whether to run in parallel
+_SCORES_PER_US = 350.0  # of 64 dimensions
+_ROTATED_PER_US = 4000.0
 _MINUS_INFINITY = float("-inf")
 
 
 def rope_append(tokens: int, heads: int, kv_heads: int, head_dim: int, capacity: int) -> tirx.PrimFunc:
-    """Build the kernel that rotates queries and keys, and writes keys and values to the cache.
+    """Build the kernel that rotates queries and keys and appends keys and values to the cache.
 
     ``(qkv f32 [T, (H + 2*Hkv) * hd], cos f32 [S, hd/2], sin f32 [S, hd/2], position i64 [1],
-    k_cache f32 [1, Hkv, S, hd], v_cache f32 [1, Hkv, S, hd]) -> q f32 [T, H * hd]``; token t is at
-    position + t. To be called so, for the caches are changed in place:
+    k_cache f32 [1, Hkv, S, hd], v_cache f32 [1, Hkv, S, hd]) -> q f32 [T, H * hd]``, token t at position + t.
+    The caches are changed in place, so the call is
 
         call_tir_inplace(gv, [qkv, cos, sin, position, k_cache, v_cache], [4, 5, -1],
                          [k_cache_type, v_cache_type, q_type])
 
-    Rotation of the halves (x1, x2) of a head: fma(x1, cos, -(x2*sin)), fma(x2, cos, x1*sin).
+    Rotation of the halves (x1, x2) of a head: fma(x1, cos, -(x2 * sin)) and fma(x2, cos, x1 * sin).
     """
     half = head_dim // 2
-    width = LANES if half % LANES == 0 else LANES // 2
-    first_value = (heads + kv_heads) * head_dim
+    width = (heads + 2 * kv_heads) * head_dim
+    require_indexable("the key cache", kv_heads, capacity, head_dim)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        qkv: T.Buffer((tokens, (heads + 2 * kv_heads) * head_dim), "float32"),
+        qkv: T.Buffer((tokens, width), "float32"),
         cos: T.Buffer((capacity, half), "float32"),
         sin: T.Buffer((capacity, half), "float32"),
         position: T.Buffer((1,), "int64"),
@@ -50,61 +53,80 @@ def rope_append(tokens: int, heads: int, kv_heads: int, head_dim: int, capacity:
         q: T.Buffer((tokens, heads * head_dim), "float32"),
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
-
-        @T.inline
-        def rotate(token, row, head, i, store):
-            x1: T.let = qkv[token, lanes(head * head_dim + i, width)]
-            x2: T.let = qkv[token, lanes(head * head_dim + half + i, width)]
-            c: T.let = cos[row, lanes(i, width)]
-            s: T.let = sin[row, lanes(i, width)]
-            store(i, fma(x1, c, T.broadcast(T.float32(-1.0), width) * (x2 * s)))
-            store(half + i, fma(x2, c, x1 * s))
-
         with T.sblock("root"):
-            for token in loop_over(tokens, tokens * (heads + 2 * kv_heads) * head_dim / _ROTATED_VALUES_PER_US):
+            for token in loop_over(tokens, tokens * width / _ROTATED_PER_US):
                 row: T.let = T.cast(position[0], "int32") + token
                 for head in T.serial(heads):
-
-                    @T.inline
-                    def store_query(i, value):
-                        q[token, lanes(head * head_dim + i, width)] = value
-
-                    for step in T.serial(half // width):
-                        rotate(token, row, head, step * width, store_query)
-                for kv_head in T.serial(kv_heads):
-
-                    @T.inline
-                    def store_key(i, value):
-                        k_cache[0, kv_head, row, lanes(i, width)] = value
-
-                    for step in T.serial(half // width):
-                        rotate(token, row, heads + kv_head, step * width, store_key)
-                    for step in T.serial(head_dim // LANES):
-                        v_cache[0, kv_head, row, lanes(step * LANES)] = qkv[
-                            token, lanes(first_value + kv_head * head_dim + step * LANES)
+                    _rotate(q, [token], head * head_dim, qkv, token, head * head_dim, cos, sin, row, half)
+                for head in T.serial(kv_heads):
+                    _rotate(k_cache, [0, head, row], 0, qkv, token, (heads + head) * head_dim, cos, sin, row, half)
+                    for d in T.serial(head_dim // LANES):
+                        v_cache[0, head, row, lanes(d * LANES)] = qkv[
+                            token, lanes((heads + kv_heads + head) * head_dim + d * LANES)
                         ]
 
     return kernel
 
 
-def _between(index: Expr, first: Expr, last: Expr) -> Expr:
-    return T.And(index >= splat(first), index <= splat(last))
+def _rotate(
+    target: Expr,
+    target_row: list[Expr],
+    target_column: Expr,
+    qkv: Expr,
+    token: Expr,
+    column: Expr,
+    cos: Expr,
+    sin: Expr,
+    row: Expr,
+    half: int,
+) -> None:
+    """Write the rotated head at qkv[token, column:] to target[*target_row, target_column:]."""
+    width = LANES if half % LANES == 0 else LANES // 2
+    minus_one = T.broadcast(T.float32(-1.0), width)
+    for i in range(0, half, width):
+        x1 = T.Bind(qkv[token, lanes(column + i, width)])
+        x2 = T.Bind(qkv[token, lanes(column + half + i, width)])
+        c = T.Bind(cos[row, lanes(i, width)])
+        s = T.Bind(sin[row, lanes(i, width)])
+        T.buffer_store(target, fma(x1, c, minus_one * (x2 * s)), [*target_row, lanes(target_column + i, width)])
+        T.buffer_store(target, fma(x2, c, x1 * s), [*target_row, lanes(target_column + half + i, width)])
 
 
-def _row_sums(vectors: Expr) -> Expr:
-    """Return the lane sums of the 16 rows of a local buffer, one to a lane."""
-    return lane_sums([vectors[i, lanes(0)] for i in range(LANES)])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """Sizes of one attention layer, and how its work is cut."""
 
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    scale: float
+    window: int
 
-def _fold_block(scores: Expr, row: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """Combine a row of 64 values to 16 lanes: (0 with 1) with (2 with 3)."""
-    a, b, c, d = (scores[row, lanes(i * LANES)] for i in range(KEY_BLOCK // LANES))
-    return combine(combine(a, b), combine(c, d))
+    @property
+    def vectors(self) -> int:
+        """Vectors in a head."""
+        return self.head_dim // LANES
 
+    @property
+    def group(self) -> int:
+        """Query heads that read the same key/value head."""
+        return self.heads // self.kv_heads
 
-def _heads_at_once(group: int, vectors: int) -> int:
-    """Return how many query heads of a group share a load of a value row: a divisor that fits the registers."""
-    return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * vectors <= _MOST_ACCUMULATORS))
+    @property
+    def together(self) -> int:
+        """Query heads that share each load of a value: a divisor of the group that fits the registers."""
+        fitting = (n for n in range(2, self.group + 1) if n * self.vectors <= _MOST_ACCUMULATORS)
+        return max((n for n in fitting if self.group % n == 0), default=1)
+
+    @property
+    def token_blocks(self) -> int:
+        return -(-self.tokens // _TOKEN_BLOCK)
+
+    @property
+    def work_us(self) -> float:
+        return self.tokens * self.heads * _TYPICAL_LENGTH * (self.head_dim / 64) / _SCORES_PER_US
 
 
 def attend(
@@ -112,19 +134,25 @@ def attend(
 ) -> tirx.PrimFunc:
     """Build ``(q f32 [T, H*hd], k_cache, v_cache f32 [1, Hkv, S, hd], position i64 [1]) -> out f32 [T, H*hd]``.
 
-    out[t] = softmax(scale * q[t] . K) V over cache rows 0..position+t, or the last ``window`` of them.
+    out[t] = softmax(scale * q[t] . K) V over cache rows 0..position+t, or the last ``window`` of them; hd is a
+    multiple of 16.
 
-    Order, the same for every T: a score sums lane i over dimensions i, i+16, ... ascending by fma, then the
-    tree of `lane_sums`. Keys go in blocks of 64 aligned to position 0; a block updates the running maximum m,
-    sum l = fma(l, c, tree sum of p) and output o = o*c, then o = fma(p, v, o) key by key ascending, with
-    p = exp((score - m) * scale), c = exp((m before - m) * scale). At the end out = o / l.
+    Order, the same for every T: a score sums lane i over dimensions i, i+16, ... ascending by fma, then adds the
+    lanes in the tree of `lane_sums`. Keys go in blocks of 64 aligned to position 0. A block updates the running
+    peak, then with c = exp((peak before - peak) * scale) and p = exp((score - peak) * scale) the running
+    total = fma(total, c, tree sum of p) and output = output * c, output = fma(p, v, output) key by key
+    ascending. At the end out = output / total.
     """
-    vectors = head_dim // LANES
-    group = heads // kv_heads
-    together = _heads_at_once(group, vectors)
-    token_blocks = -(-tokens // _TOKEN_BLOCK)
-    reach = capacity if window is None else window
-    work_us = tokens * heads * _TYPICAL_LENGTH * (head_dim / 64) / _SCORES_PER_US
+    shape = _Shape(
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        capacity=capacity,
+        scale=scale,
+        window=window or capacity,
+    )
+    require_indexable("the key cache", kv_heads, capacity, head_dim)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -135,91 +163,128 @@ def attend(
         out: T.Buffer((tokens, heads * head_dim), "float32"),
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
-
-        @T.inline
-        def score_keys(scores, g, token, head, kv_head, key, first, last):
-            partial = T.alloc_local((LANES, LANES), "float32")
-            for i in T.unroll(LANES):
-                partial[i, lanes(0)] = splat(0.0)
-                for d in T.unroll(vectors):
-                    partial[i, lanes(0)] = fma(
-                        q[token, lanes(head * head_dim + d * LANES)],
-                        k_cache[
-                            0,
-                            kv_head,
-                            key + i if capacity % LANES == 0 else T.min(key + i, capacity - 1),
-                            lanes(d * LANES),
-                        ],
-                        partial[i, lanes(0)],
-                    )
-            scores[g, lanes(key % KEY_BLOCK)] = T.Select(
-                _between(lanes(key), first, last), _row_sums(partial), splat(_MINUS_INFINITY)
-            )
-
-        @T.inline
-        def softmax_step(scores, g, peak, total, rescale, state):
-            best: T.let = T.max(peak[state], lane_max(_fold_block(scores, g, T.max)))
-            for i in T.unroll(KEY_BLOCK // LANES):
-                scores[g, lanes(i * LANES)] = exp16((scores[g, lanes(i * LANES)] - splat(best)) * splat(scale))
-            rescale[g, lanes(0)] = exp16(splat((peak[state] - best) * T.float32(scale)))
-            total[state] = fma(total[state], rescale[g, 0], lane_sum(_fold_block(scores, g, operator.add)))
-            peak[state] = best
-
-        @T.inline
-        def add_values(output, weights, rescale, state, kv_head, block, low, high):
-            sums = T.alloc_local((together, vectors, LANES), "float32")
-            for g in T.unroll(together):
-                for d in T.unroll(vectors):
-                    sums[g, d, lanes(0)] = output[state + g, lanes(d * LANES)] * rescale[g, lanes(0)]
-            for key in T.serial(low, high + 1):
-                for d in T.unroll(vectors):
-                    for g in T.unroll(together):
-                        sums[g, d, lanes(0)] = fma(
-                            splat(weights[g, key - block]),
-                            v_cache[0, kv_head, key, lanes(d * LANES)],
-                            sums[g, d, lanes(0)],
-                        )
-            for g in T.unroll(together):
-                for d in T.unroll(vectors):
-                    output[state + g, lanes(d * LANES)] = sums[g, d, lanes(0)]
-
         with T.sblock("root"):
-            for task in loop_over(heads // together * token_blocks, work_us):
-                head: T.let = task // token_blocks * together
-                token_0: T.let = task % token_blocks * _TOKEN_BLOCK
-                count: T.let = T.min(_TOKEN_BLOCK, tokens - token_0)
-                position_0: T.let = T.cast(position[0], "int32") + token_0
-                peak = T.alloc_local((_TOKEN_BLOCK * together,), "float32")
-                total = T.alloc_local((_TOKEN_BLOCK * together,), "float32")
-                output = T.alloc_local((_TOKEN_BLOCK * together, head_dim), "float32")
-                scores = T.alloc_local((together, KEY_BLOCK), "float32")
-                rescale = T.alloc_local((together, LANES), "float32")
-                for state in T.serial(count * together):
-                    peak[state] = T.float32(_MINUS_INFINITY)
-                    total[state] = T.float32(0)
-                    for d in T.unroll(vectors):
-                        output[state, lanes(d * LANES)] = splat(0.0)
+            for task in loop_over(heads // shape.together * shape.token_blocks, shape.work_us):
+                head: T.let = task // shape.token_blocks * shape.together
+                first_token: T.let = task % shape.token_blocks * _TOKEN_BLOCK
+                count: T.let = T.min(_TOKEN_BLOCK, tokens - first_token)
+                first_position: T.let = T.cast(position[0], "int32") + first_token
+                running = T.meta_var(_start(shape, count))
                 for key_block in T.serial(
-                    T.max(position_0 + 1 - reach, 0) // KEY_BLOCK, (position_0 + count - 1) // KEY_BLOCK + 1
+                    T.max(first_position + 1 - shape.window, 0) // KEY_BLOCK,
+                    (first_position + count - 1) // KEY_BLOCK + 1,
                 ):
                     for t in T.serial(count):
-                        block: T.let = key_block * KEY_BLOCK
-                        first: T.let = T.max(position_0 + t + 1 - reach, 0)
-                        low: T.let = T.max(first, block)
-                        high: T.let = T.min(position_0 + t, block + KEY_BLOCK - 1)
+                        start: T.let = key_block * KEY_BLOCK
+                        low: T.let = T.max(T.max(first_position + t + 1 - shape.window, 0), start)
+                        high: T.let = T.min(first_position + t, start + KEY_BLOCK - 1)
                         if low <= high:
-                            for g in T.unroll(together):
-                                for i in T.unroll(KEY_BLOCK // LANES):
-                                    scores[g, lanes(i * LANES)] = splat(_MINUS_INFINITY)
-                                for step in T.serial(low // LANES, high // LANES + 1):
-                                    score_keys(scores, g, token_0 + t, head + g, head // group, step * LANES, low, high)
-                                softmax_step(scores, g, peak, total, rescale, t * together + g)
-                            add_values(output, scores, rescale, t * together, head // group, block, low, high)
+                            _score_block(shape, running, q, first_token + t, head, k_cache, low, high)
+                            _softmax_step(shape, running, t * shape.together)
+                            _add_values(shape, running, t * shape.together, v_cache, head, low, high)
                 for t in T.serial(count):
-                    for g in T.unroll(together):
-                        for d in T.unroll(vectors):
-                            out[token_0 + t, lanes((head + g) * head_dim + d * LANES)] = output[
-                                t * together + g, lanes(d * LANES)
-                            ] / splat(total[t * together + g])
+                    _finish(shape, running, t * shape.together, out, first_token + t, head)
 
     return kernel
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """Local buffers of a task. A row of the first three is one query head of one token of the task."""
+
+    peak: Expr  # f32 [rows], the largest score so far
+    total: Expr  # f32 [rows], sum of exp((score - peak) * scale)
+    output: Expr  # f32 [rows, hd], sum of exp(...) * value
+    scores: Expr  # f32 [together, 64], of the block at hand; then their exponentials
+    rescale: Expr  # f32 [together, 16], exp((peak before - peak) * scale) in every lane
+
+
+def _start(shape: _Shape, count: Expr) -> _Running:
+    rows = _TOKEN_BLOCK * shape.together
+    running = _Running(
+        peak=T.alloc_local((rows,), "float32"),
+        total=T.alloc_local((rows,), "float32"),
+        output=T.alloc_local((rows, shape.head_dim), "float32"),
+        scores=T.alloc_local((shape.together, KEY_BLOCK), "float32"),
+        rescale=T.alloc_local((shape.together, LANES), "float32"),
+    )
+    with T.serial(count * shape.together) as row:
+        T.buffer_store(running.peak, T.float32(_MINUS_INFINITY), [row])
+        T.buffer_store(running.total, T.float32(0.0), [row])
+        for d in range(shape.vectors):
+            T.buffer_store(running.output, splat(0.0), [row, lanes(d * LANES)])
+    return running
+
+
+def _score_block(
+    shape: _Shape, running: _Running, q: Expr, token: Expr, head: Expr, k_cache: Expr, low: Expr, high: Expr
+) -> None:
+    """Fill the scores of a block: q . k for keys low..high, -inf for the rest of the 64."""
+    for g in range(shape.together):
+        for i in range(0, KEY_BLOCK, LANES):
+            T.buffer_store(running.scores, splat(_MINUS_INFINITY), [g, lanes(i)])
+        with T.serial(low // LANES, high // LANES + 1) as step:
+            dots = _dots(shape, q, token, head + g, k_cache, step * LANES)
+            key = lanes(step * LANES)
+            live = T.And(key >= splat(low), key <= splat(high))
+            masked = T.Select(live, dots, splat(_MINUS_INFINITY))
+            T.buffer_store(running.scores, masked, [g, lanes(step * LANES % KEY_BLOCK)])
+
+
+def _dots(shape: _Shape, q: Expr, token: Expr, head: Expr, k_cache: Expr, key: Expr) -> Expr:
+    """Return q . k for 16 neighbouring keys; rows past the live ones are read, but not past the cache."""
+    partial = T.alloc_local((LANES, LANES), "float32")
+    for i in range(LANES):
+        row = key + i if shape.capacity % LANES == 0 else T.min(key + i, shape.capacity - 1)
+        total = splat(0.0)
+        for d in range(shape.vectors):
+            query = q[token, lanes(head * shape.head_dim + d * LANES)]
+            total = fma(query, k_cache[0, head // shape.group, row, lanes(d * LANES)], total)
+        T.buffer_store(partial, total, [i, lanes(0)])
+    return lane_sums([partial[i, lanes(0)] for i in range(LANES)])
+
+
+def _softmax_step(shape: _Shape, running: _Running, first_row: Expr) -> None:
+    """Raise the peak to the block's, turn its scores into exponentials and add them to the total."""
+    for g in range(shape.together):
+        row = first_row + g
+        best = T.Bind(T.max(running.peak[row], lane_max(_fold_block(running.scores, g, T.max))))
+        scale = T.float32(shape.scale)
+        for i in range(0, KEY_BLOCK, LANES):
+            below = running.scores[g, lanes(i)] - splat(best)
+            T.buffer_store(running.scores, exp16(below * splat(scale)), [g, lanes(i)])
+        rescale = exp16(splat((running.peak[row] - best) * scale))
+        T.buffer_store(running.rescale, rescale, [g, lanes(0)])
+        block_total = lane_sum(_fold_block(running.scores, g, operator.add))
+        T.buffer_store(running.total, fma(running.total[row], running.rescale[g, 0], block_total), [row])
+        T.buffer_store(running.peak, best, [row])
+
+
+def _fold_block(scores: Expr, g: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Combine 64 values to 16 lanes: (first 16 with second) with (third with fourth)."""
+    a, b, c, d = (scores[g, lanes(i)] for i in range(0, KEY_BLOCK, LANES))
+    return combine(combine(a, b), combine(c, d))
+
+
+def _add_values(
+    shape: _Shape, running: _Running, first_row: Expr, v_cache: Expr, head: Expr, low: Expr, high: Expr
+) -> None:
+    """Rescale the output and add exponential * value for keys low..high, ascending."""
+    sums = T.alloc_local((shape.together, shape.vectors, LANES), "float32")
+    every = list(product(range(shape.together), range(shape.vectors)))
+    for g, d in every:
+        rescaled = running.output[first_row + g, lanes(d * LANES)] * running.rescale[g, lanes(0)]
+        T.buffer_store(sums, rescaled, [g, d, lanes(0)])
+    with T.serial(low, high + 1) as key:
+        for g, d in every:
+            value = v_cache[0, head // shape.group, key, lanes(d * LANES)]
+            weight = splat(running.scores[g, key % KEY_BLOCK])
+            T.buffer_store(sums, fma(weight, value, sums[g, d, lanes(0)]), [g, d, lanes(0)])
+    for g, d in every:
+        T.buffer_store(running.output, sums[g, d, lanes(0)], [first_row + g, lanes(d * LANES)])
+
+
+def _finish(shape: _Shape, running: _Running, first_row: Expr, out: Expr, token: Expr, head: Expr) -> None:
+    for g, d in product(range(shape.together), range(shape.vectors)):
+        mean = running.output[first_row + g, lanes(d * LANES)] / splat(running.total[first_row + g])
+        T.buffer_store(out, mean, [token, lanes((head + g) * shape.head_dim + d * LANES)])

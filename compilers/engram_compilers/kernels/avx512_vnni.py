@@ -22,7 +22,9 @@ from engram_compilers.kernels.packing import (
     BLOCK_BIAS,
     GROUP,
     INT8_BIAS,
+    Arrays,
     Bytes,
+    Scalar,
     int4_header,
     pad,
     require_bits,
@@ -34,8 +36,8 @@ from engram_compilers.kernels.quantise import PLANE_MULTIPLE
 VECTOR_BYTES = 64
 _GROUP_STEPS = GROUP // 4  # weight vectors of a tile in a group
 _MOST_ROWS = 4  # rows that share a load of a weight vector
+_COMPUTE_BOUND_ROWS = 16  # from here on memory does not set the time
 _UNROLLED = 4  # weight vectors per turn of the int8 loop
-_PREFETCH_AHEAD = 16  # weight vectors of a tile
 _WEIGHTS_PER_US = 25_000.0  # from memory
 _PRODUCTS_PER_US = 100_000.0  # of a weight and a 16-bit activation
 _EMBEDDED_PER_US = 1000.0
@@ -72,8 +74,10 @@ class _Plan:
 
     @property
     def group_tiles(self) -> int:
-        """As many tiles as leave 2 planes * rows * tiles sums in the 32 vector registers."""
-        return {1: 8, 2: 4, 3: 4}.get(self.rows, 2)
+        """Tiles that share a load of an activation: more hide latency, one streams memory best. Measured."""
+        if self.rows == 1:
+            return 8
+        return 2 if self.rows == 2 or self.rows >= _COMPUTE_BOUND_ROWS else 1
 
     @property
     def work_us(self) -> float:
@@ -81,7 +85,7 @@ class _Plan:
         return max(weights / _WEIGHTS_PER_US, self.rows * weights / _PRODUCTS_PER_US)
 
 
-def pack_int8(weight: Bytes) -> dict[str, Bytes]:
+def pack_int8(weight: Bytes) -> Arrays:
     """Pack weights stored as value + 128, ``[N, K]``, for `linear_int8` and `embed_int8`.
 
     Returns:
@@ -91,7 +95,7 @@ def pack_int8(weight: Bytes) -> dict[str, Bytes]:
     return {"weight": _tile(pad(weight, LANES, PLANE_MULTIPLE, INT8_BIAS))}
 
 
-def pack_int4(codes: Bytes, multiplier: Bytes, zero: Bytes) -> dict[str, Bytes]:
+def pack_int4(codes: Bytes, multiplier: Bytes, zero: Bytes) -> Arrays:
     """Pack ``codes [N, K]`` 0..15 with ``multiplier`` 1..16 and ``zero`` 0..15 ``[N, K/32]`` for `linear_int4`.
 
     Returns:
@@ -107,7 +111,7 @@ def pack_int4(codes: Bytes, multiplier: Bytes, zero: Bytes) -> dict[str, Bytes]:
     return {"codes": _tile_nibbles(pad(codes, LANES, PLANE_MULTIPLE)), "header": _tile_groups(header)}
 
 
-def pack_block(codes: Bytes, block_scale: NDArray[np.float32], bits: int) -> dict[str, NDArray[np.generic]]:
+def pack_block(codes: Bytes, block_scale: NDArray[np.float32], bits: int) -> Arrays:
     """Pack Q4_0 or Q8_0 ``codes [N, K]`` (value + 8 or 128) with ``block_scale [N, K/32]`` for `linear_block`.
 
     Returns:
@@ -131,10 +135,10 @@ def _tile(values: Bytes) -> Bytes:
 def _tile_nibbles(codes: Bytes) -> Bytes:
     """[N, K] -> [N/16, K/8, 64]: two neighbouring vectors of `_tile` to one, the first in the low nibbles."""
     vectors = _tile(codes)
-    return vectors[:, ::2] | (vectors[:, 1::2] << 4)
+    return vectors[:, ::2] | (vectors[:, 1::2] << np.uint8(4))
 
 
-def _tile_groups(values: NDArray[np.generic]) -> NDArray[np.generic]:
+def _tile_groups(values: NDArray[Scalar]) -> NDArray[Scalar]:
     """[N, G] -> [N/16, G, 16]."""
     outputs, groups = values.shape
     return np.ascontiguousarray(values.reshape(outputs // LANES, LANES, groups).transpose(0, 2, 1))
@@ -192,6 +196,7 @@ class _Block:
     num_rows: int
     first_tile: Expr
     num_tiles: int
+    is_first: bool = True  # of the row blocks of its tiles: the one that waits for memory
 
     def plane_row(self, plane: int, r: int) -> Expr:
         return plane * self.plan.rows + self.first_row + r
@@ -222,11 +227,12 @@ def _each_tile_group(plan: _Plan, run: Callable[[Expr, int], None]) -> None:
 def _each_row_block(plan: _Plan, first_tile: Expr, num_tiles: int, run: Callable[[_Block], None]) -> None:
     """Emit the loop over the rows inside a tile group: run(block) for all row blocks."""
     whole, last_rows = divmod(plan.rows, plan.block_rows)
-    if whole > 0:
-        with T.serial(whole) as index:
-            run(_Block(plan, index * plan.block_rows, plan.block_rows, first_tile, num_tiles))
+    run(_Block(plan, 0, plan.block_rows, first_tile, num_tiles))
+    if whole > 1:
+        with T.serial(1, whole) as index:
+            run(_Block(plan, index * plan.block_rows, plan.block_rows, first_tile, num_tiles, is_first=False))
     if last_rows > 0:
-        run(_Block(plan, plan.rows - last_rows, last_rows, first_tile, num_tiles))
+        run(_Block(plan, plan.rows - last_rows, last_rows, first_tile, num_tiles, is_first=False))
 
 
 def _start_sums(block: _Block, plane_offset: Expr) -> Expr:
@@ -238,11 +244,16 @@ def _start_sums(block: _Block, plane_offset: Expr) -> Expr:
 
 
 def _add_int8_products(block: _Block, sums: Expr, planes: Expr, weight: Expr, first_weight_tile: Expr) -> None:
-    """Add all products with weights laid out [tiles, Kp/4, 64]."""
+    """Add all products with weights laid out [tiles, Kp/4, 64]; meanwhile the first block asks for the next tiles."""
     with T.serial(block.plan.padded_inputs // 4 // _UNROLLED) as turn:
-        for u, t in product(range(_UNROLLED), range(block.num_tiles)):
-            step = turn * _UNROLLED + u
-            block.add_products(sums, t, planes, step, weight[first_weight_tile + t, step, lanes(0, VECTOR_BYTES)])
+        every = [
+            (turn * _UNROLLED + u, first_weight_tile + t, t) for u in range(_UNROLLED) for t in range(block.num_tiles)
+        ]
+        for step, tile, t in every:
+            block.add_products(sums, t, planes, step, weight[tile, step, lanes(0, VECTOR_BYTES)])
+        # Prefetches go last: between the products they would keep LLVM from sharing loads.
+        for step, tile, _ in every if block.is_first else ():
+            prefetch(weight, tile + block.num_tiles, step, 0)
 
 
 def _store(plan: _Plan, y: Expr, row: Expr, tile: Expr, value: Expr) -> None:
@@ -308,6 +319,12 @@ def _each_int4_vector(codes: Expr, header: Expr, tile: Expr, group: Expr, use: C
     _each_nibble_vector(
         codes, tile, group, lambda step, nibbles: use(step, _biased_weights(nibbles, multiplier, zero_bytes))
     )
+
+
+def _prefetch_group(codes: Expr, first_tile: Expr, num_tiles: int, group: Expr, group_vectors: int) -> None:
+    """Ask for the code vectors of a group of some tiles."""
+    for t, s in product(range(num_tiles), range(group_vectors)):
+        prefetch(codes, first_tile + t, group * group_vectors + s, 0)
 
 
 def linear_int8(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
@@ -395,6 +412,7 @@ def _int4_direct_body(
             for t in range(num_tiles):
                 multiply = partial(block.add_products, sums, t, planes)
                 _each_int4_vector(codes, header, first_tile + t, group, multiply)
+            _prefetch_group(codes, first_tile + num_tiles, num_tiles, group, _GROUP_STEPS // 2)
         _store_sums(block, y, sums, channel_scale, row_scale)
 
     _each_tile_group(plan, tile_group)
@@ -418,6 +436,7 @@ def _int4_unpacking_body(
                 T.buffer_store(weight, weights, [t, step, lanes(0, VECTOR_BYTES)])
 
             _each_int4_vector(codes, header, first_tile + t, group, keep)
+            _prefetch_group(codes, first_tile + num_tiles + t, 1, group, _GROUP_STEPS // 2)
 
         def row_block(block: _Block) -> None:
             sums = _start_sums(block, plane_offset)
@@ -474,6 +493,8 @@ def _block_body(plan: _Plan, bits: int, planes: Expr, row_scale: Expr, codes: Ex
                 for r in range(block.num_rows):
                     joined = _joined(sums[0, r, 0, lanes(0)], sums[1, r, 0, lanes(0)])
                     T.buffer_store(outputs, fma(joined, scale, outputs[r, t, lanes(0)]), [r, t, lanes(0)])
+            if block.is_first:
+                _prefetch_group(codes, block.first_tile + block.num_tiles, block.num_tiles, group, bits)
         for r, t in product(range(block.num_rows), range(block.num_tiles)):
             row = block.first_row + r
             _store(plan, y, row, block.first_tile + t, outputs[r, t, lanes(0)] * splat(row_scale[row]))

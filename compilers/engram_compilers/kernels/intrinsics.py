@@ -50,11 +50,11 @@ def dot4_vnni(total: Expr, weights: Expr, activations: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, weights, activations)
 
 
-def prefetch(buffer: Expr, *indices: Expr) -> Expr:
+def prefetch(buffer: Expr, *indices: Expr) -> None:
     """Ask for the cache line of ``buffer[indices]``; an address past the end is harmless."""
     read, keep_in_l2, data = T.int32(0), T.int32(2), T.int32(1)
     address = T.address_of(buffer[indices])
-    return T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep_in_l2, data))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep_in_l2, data))
 
 
 def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:

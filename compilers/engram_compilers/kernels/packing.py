@@ -1,10 +1,12 @@
 """What the packers of every kernel family share: bounds, padding and nibbles."""
 
+from typing import Any, TypeVar
+
 import numpy as np
-from engram_runtime.errors import CompileError
 from numpy.typing import NDArray
 
 from engram_compilers.kernels.loops import round_up
+from engram_runtime.errors import CompileError
 
 GROUP = 32  # inputs that share a multiplier, a zero or a block scale
 INT8_BIAS = 128  # int8 weights are stored as value + 128
@@ -13,6 +15,8 @@ BLOCK_BIAS = {4: 8, 8: 128}  # what Q4_0 and Q8_0 codes are above their value
 _MOST_ELEMENTS = 2**31 - 1
 
 Bytes = NDArray[np.uint8]
+Arrays = dict[str, NDArray[Any]]  # in the order of the kernel's arguments
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def require_indexable(what: str, *shape: int) -> None:
@@ -49,10 +53,10 @@ def int4_header(multiplier: Bytes, zero: Bytes) -> Bytes:
             f"group {group} of output {row} has multiplier {multiplier[row, group]} and zero {zero[row, group]}, "
             "wanted 1..16 and 0..15 with (15 - zero) * multiplier <= 127 and zero * multiplier <= 128"
         )
-    return ((multiplier - 1) | (zero << 4)).astype(np.uint8)
+    return ((multiplier - 1) | (zero << np.uint8(4))).astype(np.uint8)
 
 
-def pad(values: NDArray[np.generic], row_multiple: int, column_multiple: int, fill: int = 0) -> NDArray[np.generic]:
+def pad(values: NDArray[Scalar], row_multiple: int, column_multiple: int, fill: int = 0) -> NDArray[Scalar]:
     """Return a copy with rows and columns rounded up to a multiple, filled with ``fill``."""
     rows, columns = values.shape
     shape = (round_up(rows, row_multiple), round_up(columns, column_multiple))

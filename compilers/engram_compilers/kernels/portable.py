@@ -16,6 +16,7 @@ from engram_compilers.kernels.packing import (
     BLOCK_BIAS,
     GROUP,
     INT8_BIAS,
+    Arrays,
     Bytes,
     int4_header,
     pad,
@@ -29,7 +30,7 @@ _PRODUCTS_PER_US = 8_000.0  # of a weight and a 16-bit activation
 _EMBEDDED_PER_US = 2000.0
 
 
-def pack_int8(weight: Bytes) -> dict[str, Bytes]:
+def pack_int8(weight: Bytes) -> Arrays:
     """Pack weights stored as value + 128, ``[N, K]``, for `linear_int8` and `embed_int8`.
 
     Returns:
@@ -38,7 +39,7 @@ def pack_int8(weight: Bytes) -> dict[str, Bytes]:
     return {"weight": pad(weight, 1, PLANE_MULTIPLE, INT8_BIAS)}
 
 
-def pack_int4(codes: Bytes, multiplier: Bytes, zero: Bytes) -> dict[str, Bytes]:
+def pack_int4(codes: Bytes, multiplier: Bytes, zero: Bytes) -> Arrays:
     """Pack ``codes [N, K]`` 0..15 with ``multiplier`` 1..16 and ``zero`` 0..15 ``[N, K/32]`` for `linear_int4`.
 
     Returns:
@@ -53,7 +54,7 @@ def pack_int4(codes: Bytes, multiplier: Bytes, zero: Bytes) -> dict[str, Bytes]:
     return {"codes": _nibbles(pad(codes, 1, PLANE_MULTIPLE)), "header": header}
 
 
-def pack_block(codes: Bytes, block_scale: NDArray[np.float32], bits: int) -> dict[str, NDArray[np.generic]]:
+def pack_block(codes: Bytes, block_scale: NDArray[np.float32], bits: int) -> Arrays:
     """Pack Q4_0 or Q8_0 ``codes [N, K]`` (value + 8 or 128) with ``block_scale [N, K/32]`` for `linear_block`.
 
     Returns:
@@ -71,7 +72,7 @@ def _nibbles(codes: Bytes) -> Bytes:
     """[N, K] -> [N, K/2]: the two halves of a group of 32 in the low and high nibbles."""
     outputs, inputs = codes.shape
     grouped = codes.reshape(outputs, inputs // GROUP, 2, GROUP // 2)
-    return (grouped[:, :, 0] | (grouped[:, :, 1] << 4)).reshape(outputs, inputs // 2)
+    return (grouped[:, :, 0] | (grouped[:, :, 1] << np.uint8(4))).reshape(outputs, inputs // 2)
 
 
 def _wide(values: Expr) -> Expr:

@@ -12,11 +12,11 @@ from tvm.script import tirx as T
 
 from engram_compilers.kernels.intrinsics import Expr, lane_max, lane_sum, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
+from engram_compilers.kernels.packing import INT8_BIAS
 
 LARGEST = 32639  # 127*256 + 127
 SMALLEST_PEAK = np.float32(1e-30)  # rows below quantise to zeros
 PLANE_MULTIPLE = 64  # bytes in a vector: planes are padded to it with zeros
-WEIGHT_BIAS = 128  # packed int8 weights are stored as value + 128
 
 _SMALLEST_PEAK_BITS = int(SMALLEST_PEAK.view(np.int32))
 _VALUES_PER_US = 5000.0
@@ -37,7 +37,7 @@ def quantise_rows_numpy(
     planes = np.zeros((2 * rows, round_up(columns, PLANE_MULTIPLE)), np.int8)
     planes[:rows, :columns] = high
     planes[rows:, :columns] = value - 256 * high
-    plane_offset = -WEIGHT_BIAS * planes.sum(axis=1, dtype=np.int32)
+    plane_offset = -INT8_BIAS * planes.sum(axis=1, dtype=np.int32)
     return planes, peak / np.float32(LARGEST), plane_offset
 
 
@@ -50,6 +50,15 @@ def _quantised(x: Expr, factor: Expr) -> Expr:
     """Return nearbyint(x * factor) as int32x16; the clamp only gives NaN and Inf a defined value."""
     scaled = T.min(T.max(T.nearbyint(x * splat(factor)), splat(-float(LARGEST))), splat(float(LARGEST)))
     return T.cast(scaled, "int32x16")
+
+
+def _store_planes(planes: Expr, sums: Expr, rows: int, row: Expr, column: Expr, value: Expr) -> None:
+    """Split 16 quantised values into the two planes and add each plane to its sum."""
+    high = T.Bind(T.shift_right(value + splat(128), splat(8)))
+    low = T.Bind(value - T.shift_left(high, splat(8)))
+    for plane, part in enumerate((high, low)):
+        T.buffer_store(planes, T.cast(part, "int8x16"), [plane * rows + row, lanes(column)])
+        T.buffer_store(sums, sums[plane, lanes(0)] + part, [plane, lanes(0)])
 
 
 def quantise_rows(rows: int, columns: int) -> tirx.PrimFunc:
@@ -77,16 +86,6 @@ def quantise_rows(rows: int, columns: int) -> tirx.PrimFunc:
                 peak = T.alloc_local((LANES,), "int32")
                 sums = T.alloc_local((2, LANES), "int32")
 
-                @T.inline
-                def store_planes(column, values, factor):
-                    value: T.let = _quantised(values, factor)
-                    high: T.let = T.shift_right(value + splat(128), splat(8))
-                    low: T.let = value - T.shift_left(high, splat(8))
-                    planes[row, lanes(column)] = T.cast(high, "int8x16")
-                    planes[rows + row, lanes(column)] = T.cast(low, "int8x16")
-                    sums[0, lanes(0)] = sums[0, lanes(0)] + high
-                    sums[1, lanes(0)] = sums[1, lanes(0)] + low
-
                 peak[lanes(0)] = splat(_SMALLEST_PEAK_BITS)
                 for step in T.serial(whole):
                     peak[lanes(0)] = T.max(peak[lanes(0)], _magnitude_bits(x[row, lanes(step * LANES)]))
@@ -102,13 +101,16 @@ def quantise_rows(rows: int, columns: int) -> tirx.PrimFunc:
                 for plane in T.unroll(2):
                     sums[plane, lanes(0)] = splat(0)
                 for step in T.serial(whole):
-                    store_planes(step * LANES, x[row, lanes(step * LANES)], factor)
+                    _store_planes(
+                        planes, sums, rows, row, step * LANES, _quantised(x[row, lanes(step * LANES)], factor)
+                    )
                 if rest > 0:
-                    store_planes(whole * LANES, edge[lanes(0)], factor)
+                    edge_value: T.let = _quantised(edge[lanes(0)], factor)
+                    _store_planes(planes, sums, rows, row, whole * LANES, edge_value)
                 for step in T.unroll(empty):
                     for plane in T.unroll(2):
                         planes[plane * rows + row, lanes(padded - (step + 1) * LANES)] = T.broadcast(T.int8(0), LANES)
                 for plane in T.unroll(2):
-                    plane_offset[plane * rows + row] = lane_sum(sums[plane, lanes(0)]) * -WEIGHT_BIAS
+                    plane_offset[plane * rows + row] = lane_sum(sums[plane, lanes(0)]) * -INT8_BIAS
 
     return kernel

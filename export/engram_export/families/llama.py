@@ -123,7 +123,7 @@ class LlamaLayer(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Map ``x [1, T, D]`` and the caches to outputs and the caches with T more entries."""
+        """Map ``x [T, D]`` and the caches to outputs and the caches with T more entries."""
         attended, keys, values = group_query_attention(
             self._normalised(self.qkv(self.attention_norm(x))),
             keys,
@@ -142,7 +142,7 @@ class LlamaLayer(nn.Module):
         if self.query_norm is None or self.key_norm is None:
             return qkv
         sizes = [count * self.config.head_dim for count in (self.config.num_heads, self.config.num_kv_heads)]
-        query, key, value = qkv.split([*sizes, sizes[1]], dim=-1)
+        query, key, value = torch.split(qkv, [*sizes, sizes[1]], dim=-1)
         normed = [
             norm(part.unflatten(-1, (-1, self.config.head_dim))).flatten(-2)
             for norm, part in ((self.query_norm, query), (self.key_norm, key))
@@ -191,7 +191,7 @@ class LlamaModel(nn.Module):
         next_caches: list[Tensor] = []
         next_windows: list[Tensor] = []
         remaining = dict(zip(self.sites, rows, strict=True))
-        x = self.embedding(token_ids[None])
+        x = self.embedding(token_ids)
         for index, layer in enumerate(self.layers):
             if str(index) in remaining:
                 site = self.sites[str(index)]
@@ -199,6 +199,6 @@ class LlamaModel(nn.Module):
                 next_windows += [] if window is None else [window]
             x, keys, values = layer(x, caches[2 * index], caches[2 * index + 1], position, self.cos, self.sin)
             next_caches += [keys, values]
-        x = self.norm(x.index_select(1, logit_rows))
+        x = self.norm(x.index_select(0, logit_rows))
         logits = self.embedding.logits(x) if self.lm_head is None else self.lm_head(x)
-        return logits[0], *next_caches, *next_windows
+        return logits, *next_caches, *next_windows

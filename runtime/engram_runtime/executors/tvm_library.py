@@ -58,14 +58,15 @@ class TvmStep:
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`."""
         function = self._forward[len(inputs.token_ids), len(inputs.logit_rows)]
-        logits = function(
+        logits, *_ = function(
             self._copy("token_ids", inputs.token_ids),
             self._copy("position", np.array([inputs.position], dtype=np.int64)),
             self._copy("logit_rows", inputs.logit_rows),
             *(self._copy(site, rows) for site, rows in inputs.rows.items()),
             *self._fixed,
         )
-        return np.from_dlpack(logits)
+        values: NDArray[np.float32] = np.from_dlpack(logits)
+        return values
 
     def _copy(self, name: str, values: NDArray[Any]) -> Any:
         """Copy an input into the aligned buffer kept for it; compiled code needs the alignment."""

@@ -1,0 +1,99 @@
+"""Compile a bundle for a target: lower, build, and put library, weights and runtime into ``lib/<target>/``."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import CompileError
+from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
+from engram_targets import TargetProfile
+
+try:
+    import tvm
+    from tvm import relax
+except ModuleNotFoundError as error:
+    raise CompileError("compiling needs TVM: pip install 'engram-edge[compile]'") from error
+
+from engram_compilers.lowering import lower
+from engram_compilers.onnx_model import read_onnx_model
+from engram_compilers.packed_weights import PackedWeights
+
+logger = logging.getLogger(__name__)
+
+LIBRARY_FILE, WEIGHTS_FILE, RUNTIME_FILE = "model.so", "weights.bin", "libtvm_runtime.so"
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileResult:
+    """What a compilation made."""
+
+    folder: Path
+    target: str
+    seconds: float
+    library_bytes: int
+    weights_bytes: int
+
+
+def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lambda text: None) -> CompileResult:
+    """Compile the decoder for a target, replacing an earlier library for it.
+
+    Args:
+        report: told each step before it begins.
+
+    Raises:
+        CompileError: the graph has an operator or a use of one that has no lowering.
+    """
+    started = time.monotonic()
+    folder = bundle.file(LIBRARY_FOLDER) / profile.name
+    scratch = folder.with_name(f".{profile.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        info = _build(bundle, profile, scratch, report)
+        (scratch / LIBRARY_INFO_NAME).write_text(json.dumps(info.to_dict()), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return CompileResult(
+        folder=folder,
+        target=profile.name,
+        seconds=time.monotonic() - started,
+        library_bytes=(folder / LIBRARY_FILE).stat().st_size,
+        weights_bytes=info.weights_bytes,
+    )
+
+
+def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report) -> LibraryInfo:
+    decoder = bundle.manifest.decoder
+    model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
+    report("packing weights and lowering the graph")
+    with PackedWeights(folder / WEIGHTS_FILE) as packed:
+        module = lower(model, decoder, packed, family=profile.kernels, passes=profile.passes)
+        weights_bytes = packed.bytes
+    report(f"generating code for {profile.mcpu}")
+    target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
+    # Bytecode, not exec_mode="compiled": LLVM needs minutes for a function of 500 calls and saves 0.1 us a call.
+    executable = relax.build(module, target, relax_pipeline=relax.get_default_pipeline(target))
+    executable.export_library(str(folder / LIBRARY_FILE))
+    shutil.copyfile(Path(tvm.__file__).parent / "lib" / RUNTIME_FILE, folder / RUNTIME_FILE)
+    return LibraryInfo(
+        target=profile.name,
+        machine=profile.machine,
+        cpu_flags=profile.cpu_flags,
+        graph_sha256=graph_digest(bundle),
+        compiler=f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}",
+        library=LIBRARY_FILE,
+        runtime=RUNTIME_FILE,
+        weights=WEIGHTS_FILE,
+        weights_bytes=weights_bytes,
+        passes=profile.passes,
+        tensors=tuple(packed.tensors.values()),
+    )

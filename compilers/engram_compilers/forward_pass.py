@@ -1,0 +1,148 @@
+"""One forward pass of a fixed number of tokens, being lowered from ONNX to Relax."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import relax, tirx
+
+from engram_compilers.kernels import activation, normalise, quantise
+from engram_compilers.onnx_model import Node, OnnxModel, Weight
+from engram_compilers.packed_weights import Pack, WeightArguments
+from engram_compilers.values import Activation, Deferred, Half, HalfSigmoid, HalfSilu, Value
+from engram_runtime.errors import CompileError
+
+MakeKernel = Callable[[], tirx.PrimFunc]
+
+
+class KernelCache:
+    """The kernels of a library, each generated once for its name."""
+
+    def __init__(self, builder: relax.BlockBuilder, family: ModuleType) -> None:
+        self.builder = builder
+        self.family = family  # engram_compilers.kernels.<family>
+        self._known: dict[str, Any] = {}
+
+    def get(self, name: str, make: MakeKernel) -> Any:
+        """Return the global variable of a kernel, generating it the first time."""
+        if name not in self._known:
+            self._known[name] = self.builder.add_func(make(), name)
+        return self._known[name]
+
+
+class ForwardPass:
+    """Values by ONNX name, and the few ways to compute new ones."""
+
+    def __init__(self, kernels: KernelCache, arguments: WeightArguments, model: OnnxModel) -> None:
+        self.kernels = kernels
+        self.arguments = arguments
+        self.model = model
+        self.position: relax.Expr = None
+        self._values: dict[str, Value] = {**model.constants, **model.weights}
+        self._quantised: dict[int, list[relax.Expr]] = {}
+
+    def set(self, name: str, value: Value) -> None:
+        """Define an ONNX value."""
+        self._values[name] = value
+
+    def get(self, name: str) -> Value:
+        """Return an ONNX value; None for an input that is left out."""
+        return self._values[name] if name else None
+
+    def activation(self, node: Node, index: int) -> Activation:
+        """Return a node's input as an activation, computing what was put off."""
+        value = self.get(node.inputs[index])
+        if isinstance(value, Activation):
+            return value
+        if isinstance(value, Deferred):
+            return self.materialise(value)
+        if isinstance(value, np.ndarray):
+            return Activation(relax.const(value, value.dtype.name), value.shape, value.dtype.name)
+        if isinstance(value, Weight):
+            (variable,) = self.plain_weight(value)
+            return Activation(variable, value.shape, value.dtype)
+        raise CompileError(f"input {node.inputs[index]} of {node.operator} is {value!r}, which it can't take")
+
+    def materialise(self, value: Deferred) -> Activation:
+        """Compute a value that was put off in the hope of a fused kernel."""
+        if isinstance(value, Half):
+            width = value.whole.shape[-1] // 2
+            begin = value.index * width
+            sliced = relax.op.strided_slice(value.whole.expr, [-1], [begin], [begin + width])
+            return self.emit(sliced, (*value.whole.shape[:-1], width))
+        half = self.materialise(value.half)
+        operator = relax.op.sigmoid if isinstance(value, HalfSigmoid) else relax.op.nn.silu
+        assert isinstance(value, HalfSigmoid | HalfSilu)
+        return self.emit(operator(half.expr), half.shape)
+
+    def emit(self, expr: relax.Expr, shape: Sequence[int], dtype: str = "float32") -> Activation:
+        """Bind an expression of Relax's own operators."""
+        return Activation(self.kernels.builder.emit(expr), tuple(shape), dtype)
+
+    def call(self, kernel: Any, inputs: Sequence[relax.Expr], shape: Sequence[int]) -> Activation:
+        """Call a kernel with one float32 output."""
+        out = relax.TensorType(tuple(shape), "float32")
+        return self.emit(relax.call_tir(kernel, list(inputs), out_ty=out), shape)
+
+    def plain_weight(self, weight: Weight) -> list[relax.Var]:
+        """Return the argument for a weight that is used as it is stored."""
+        return self.arguments.of(weight.name, lambda: {"plain": self.model.read(weight)})
+
+    def packed_weight(self, weight: Weight, pack: Pack) -> list[relax.Var]:
+        """Return the arguments for a weight that the kernel family packs."""
+        return self.arguments.of(f"{weight.name}:packed", pack)
+
+    def quantised(self, x: Activation) -> list[relax.Expr]:
+        """Return planes, row scales and plane offsets of ``x [M, K]``, computed once however many layers read it."""
+        if id(x) not in self._quantised:
+            self._quantised[id(x)] = self._quantise(x)
+        return self._quantised[id(x)]
+
+    def _quantise(self, x: Activation) -> list[relax.Expr]:
+        rows, columns = x.shape
+        padded = -(-columns // quantise.PLANE_MULTIPLE) * quantise.PLANE_MULTIPLE
+        kernel = self.kernels.get(f"quantise_{rows}_{columns}", lambda: quantise.quantise_rows(rows, columns))
+        types = [
+            relax.TensorType((2 * rows, padded), "int8"),
+            relax.TensorType((rows,), "float32"),
+            relax.TensorType((2 * rows,), "int32"),
+        ]
+        builder = self.kernels.builder
+        results = builder.emit(relax.call_tir(kernel, [x.expr], out_ty=types))
+        return [builder.emit(results[index]) for index in range(3)]
+
+    def rms_norm(self, x: Activation, gain: Activation, eps: float) -> Activation:
+        """Normalise over the last axis."""
+        rows, columns = int(np.prod(x.shape[:-1])), x.shape[-1]
+        kernel = self.kernels.get(f"rms_norm_{rows}_{columns}_{eps}", lambda: normalise.rms_norm(rows, columns, eps))
+        flat = self.reshape(x, (rows, columns))
+        return self.reshape(self.call(kernel, [flat.expr, gain.expr], (rows, columns)), x.shape)
+
+    def silu_mul(self, gate_up: Activation) -> Activation:
+        """Return silu(first half) * second half."""
+        rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+        kernel = self.kernels.get(f"silu_mul_{rows}_{columns}", lambda: activation.silu_mul(rows, columns))
+        return self.call(kernel, [gate_up.expr], (rows, columns))
+
+    def add(self, a: Activation, b: Activation) -> Activation:
+        """Add two activations of the same shape."""
+        rows, columns = a.shape
+        kernel = self.kernels.get(f"add_{rows}_{columns}", lambda: activation.add(rows, columns))
+        return self.call(kernel, [a.expr, b.expr], a.shape)
+
+    def reshape(self, x: Activation, shape: Sequence[int]) -> Activation:
+        """Return ``x`` in another shape."""
+        if x.shape == tuple(shape):
+            return x
+        return self.emit(relax.op.reshape(x.expr, tuple(shape)), shape, x.dtype)
+
+
+def scalar(values: NDArray[Any]) -> Any:
+    """Return the one value of a constant."""
+    return values.reshape(-1)[0].item()
+
+
+Converter = Callable[[ForwardPass, Node], Sequence[Value]]
+Converters = Mapping[str, Converter]

@@ -1,0 +1,178 @@
+"""Operators that have kernels of our own: quantised linear layers, embedding, attention, float linear."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import relax
+
+from engram_compilers.forward_pass import Converters, ForwardPass
+from engram_compilers.kernels import attention, float_linear
+from engram_compilers.onnx_model import Node, Weight
+from engram_compilers.values import (
+    Activation,
+    Batched,
+    ChannelScales,
+    TransposedWeight,
+    TwoLevelScales,
+    Value,
+)
+from engram_runtime.errors import CompileError
+
+BLOCK = 32  # weights of a block of MatMulNBits
+
+
+def matmul_nbits(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a quantised linear layer; its scales say which format the weight has."""
+    x, codes = forward.activation(node, 0), forward.get(node.inputs[1])
+    if not isinstance(codes, Weight) or node.attributes["block_size"] != BLOCK:
+        raise CompileError(f"{node.operator} of {node.inputs[1]} is not a weight in blocks of {BLOCK}")
+    match forward.get(node.inputs[2]):
+        case ChannelScales(scale=scale):
+            return [_linear_int8(forward, x, codes, scale)]
+        case TwoLevelScales() as scales:
+            zeros = forward.get(node.inputs[3])
+            assert isinstance(zeros, Weight)
+            return [_linear_int4(forward, x, codes, scales, zeros)]
+        case Weight() as block_scale:
+            return [_linear_block(forward, x, codes, block_scale, node.attributes["bits"])]
+        case other:
+            raise CompileError(f"scales {node.inputs[2]} of {node.operator} are {other!r}, which is no known format")
+
+
+def _linear_int8(forward: ForwardPass, x: Activation, codes: Weight, scale: Weight) -> Activation:
+    (rows, columns), outputs = x.shape, codes.shape[0]
+    family = forward.kernels.family
+    kernel = forward.kernels.get(
+        f"linear_int8_{rows}_{outputs}_{columns}", lambda: family.linear_int8(rows, outputs, columns)
+    )
+    weight = forward.packed_weight(codes, lambda: _pack_int8(forward, codes))
+    channel_scale = _flat_scale(forward, scale)
+    return forward.call(kernel, [*forward.quantised(x), *weight, *channel_scale], (rows, outputs))
+
+
+def _linear_int4(
+    forward: ForwardPass, x: Activation, codes: Weight, scales: TwoLevelScales, zeros: Weight
+) -> Activation:
+    (rows, columns), outputs = x.shape, codes.shape[0]
+    family = forward.kernels.family
+    kernel = forward.kernels.get(
+        f"linear_int4_{rows}_{outputs}_{columns}", lambda: family.linear_int4(rows, outputs, columns)
+    )
+
+    def pack() -> Mapping[str, NDArray[Any]]:
+        zero = unpack_nibbles(forward.model.read(zeros))[:, : columns // BLOCK]
+        packed: Mapping[str, NDArray[Any]] = family.pack_int4(
+            unpack_nibbles(forward.model.read(codes)).reshape(outputs, columns),
+            forward.model.read(scales.multiplier),
+            zero,
+        )
+        return packed
+
+    weight = forward.packed_weight(codes, pack)
+    channel_scale = _flat_scale(forward, scales.scale)
+    return forward.call(kernel, [*forward.quantised(x), *weight, *channel_scale], (rows, outputs))
+
+
+def _linear_block(forward: ForwardPass, x: Activation, codes: Weight, block_scale: Weight, bits: int) -> Activation:
+    (rows, columns), outputs = x.shape, codes.shape[0]
+    family = forward.kernels.family
+    kernel = forward.kernels.get(
+        f"linear_block{bits}_{rows}_{outputs}_{columns}", lambda: family.linear_block(rows, outputs, columns, bits)
+    )
+
+    def pack() -> Mapping[str, NDArray[Any]]:
+        stored = forward.model.read(codes)
+        values = stored if bits == 8 else unpack_nibbles(stored)
+        packed: Mapping[str, NDArray[Any]] = family.pack_block(
+            values.reshape(outputs, columns), forward.model.read(block_scale), bits
+        )
+        return packed
+
+    planes, row_scale, _ = forward.quantised(x)
+    return forward.call(kernel, [planes, row_scale, *forward.packed_weight(codes, pack)], (rows, outputs))
+
+
+def gather_block_quantized(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower an int8 embedding; a tied head shares its packed weight."""
+    codes, ids, scales = (forward.get(name) for name in node.inputs)
+    if not (isinstance(codes, Weight) and isinstance(ids, Activation) and isinstance(scales, ChannelScales)):
+        raise CompileError(f"{node.operator} of {node.inputs[0]} is not an int8 table with a scale per row")
+    (tokens,), (vocabulary, blocks, block) = ids.shape, codes.shape
+    kernel = forward.kernels.get(
+        f"embed_int8_{tokens}_{vocabulary}_{blocks * block}",
+        lambda: forward.kernels.family.embed_int8(tokens, vocabulary, blocks * block),
+    )
+    weight = forward.packed_weight(codes, lambda: _pack_int8(forward, codes))
+    rows = forward.call(kernel, [ids.expr, *weight, *_flat_scale(forward, scales.scale)], (tokens, blocks * block))
+    return [forward.reshape(rows, (tokens, blocks, block))]
+
+
+def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower attention: rotate and append to the caches in place, then attend over them.
+
+    The exported graph states its lengths as ``position + T``; the kernels take the position itself.
+    """
+    batched = forward.get(node.inputs[0])
+    keys, values, cos, sin = (forward.activation(node, index) for index in (3, 4, 7, 8))
+    if not isinstance(batched, Batched) or not node.attributes["do_rotary"]:
+        raise CompileError(f"{node.operator} expects queries, keys and values in one input, not yet rotated")
+    qkv = batched.inner
+    _, kv_heads, capacity, head_dim = keys.shape
+    tokens, heads = qkv.shape[0], node.attributes["num_heads"]
+    sizes = (tokens, heads, kv_heads, head_dim, capacity)
+    name = "_".join(map(str, sizes))
+    append = forward.kernels.get(f"rope_append_{name}", lambda: attention.rope_append(*sizes))
+    q_shape = (tokens, heads * head_dim)
+    cache, q_type = relax.TensorType(keys.shape, "float32"), relax.TensorType(q_shape, "float32")
+    builder = forward.kernels.builder
+    arguments = [qkv.expr, cos.expr, sin.expr, forward.position, keys.expr, values.expr]
+    results = builder.emit(relax.op.call_tir_inplace(append, arguments, [4, 5, -1], [cache, cache, q_type]))
+    new_keys, new_values, query = (builder.emit(results[index]) for index in range(3))
+    scale = node.attributes["scale"]
+    attend = forward.kernels.get(f"attend_{name}_{scale}", lambda: attention.attend(*sizes, scale))
+    out = forward.call(attend, [query, new_keys, new_values, forward.position], q_shape)
+    return [
+        Batched(out),
+        Activation(new_keys, keys.shape, keys.dtype),
+        Activation(new_values, values.shape, values.dtype),
+    ]
+
+
+def matmul(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a float linear layer."""
+    x, weight = forward.activation(node, 0), forward.get(node.inputs[1])
+    if not isinstance(weight, TransposedWeight) or len(x.shape) != 2:
+        raise CompileError(f"{node.operator} by {node.inputs[1]} is not a linear layer")
+    (rows, columns), outputs = x.shape, weight.weight.shape[0]
+    kernel = forward.kernels.get(
+        f"linear_float_{rows}_{outputs}_{columns}", lambda: float_linear.linear_float(rows, outputs, columns)
+    )
+    packed = forward.packed_weight(
+        weight.weight, lambda: float_linear.pack_float(forward.model.read(weight.weight))
+    )
+    return [forward.call(kernel, [x.expr, *packed], (rows, outputs))]
+
+
+def _pack_int8(forward: ForwardPass, codes: Weight) -> Mapping[str, NDArray[Any]]:
+    weight = forward.model.read(codes).reshape(codes.shape[0], -1)
+    packed: Mapping[str, NDArray[Any]] = forward.kernels.family.pack_int8(weight)
+    return packed
+
+
+def _flat_scale(forward: ForwardPass, scale: Weight) -> list[relax.Var]:
+    return forward.arguments.of(scale.name, lambda: {"flat": forward.model.read(scale).reshape(-1)})
+
+
+def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Split bytes into 4-bit codes along the last axis, the low half first."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+KERNEL_CONVERTERS: Converters = {
+    "MatMul": matmul,
+    "com.microsoft.GatherBlockQuantized": gather_block_quantized,
+    "com.microsoft.GroupQueryAttention": group_query_attention,
+    "com.microsoft.MatMulNBits": matmul_nbits,
+}

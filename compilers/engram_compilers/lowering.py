@@ -1,0 +1,88 @@
+"""Lower a bundle's ONNX graph to a Relax module with one function per forward pass."""
+
+import importlib
+from collections.abc import Sequence
+
+import tvm
+from tvm import relax
+
+from engram_compilers.forward_pass import Converters, ForwardPass, KernelCache
+from engram_compilers.kernels.copying import copy
+from engram_compilers.kernel_converters import KERNEL_CONVERTERS
+from engram_compilers.onnx_model import Node, OnnxModel
+from engram_compilers.packed_weights import PackedWeights, WeightArguments
+from engram_compilers.standard_converters import STANDARD_CONVERTERS
+from engram_compilers.values import Activation
+from engram_runtime.errors import CompileError
+from engram_runtime.manifest import GraphSpec, StateSpec
+
+CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS}
+
+
+def lower(
+    model: OnnxModel, spec: GraphSpec, packed: PackedWeights, *, family: str, passes: Sequence[tuple[int, int]]
+) -> tvm.IRModule:
+    """Lower every (tokens, rows of logits) of ``passes`` to a function ``forward_<T>_<R>``.
+
+    The functions take the graph's inputs, its states, which they update in place, then ``packed``'s tensors in order.
+
+    Raises:
+        CompileError: an operator, or a use of one, that has no lowering.
+    """
+    builder = relax.BlockBuilder()
+    kernels = KernelCache(builder, importlib.import_module(f"engram_compilers.kernels.{family}"))
+    for tokens, rows in passes:
+        _lower_pass(model, spec, WeightArguments(packed), kernels, tokens, rows)
+    return builder.get()
+
+
+def _lower_pass(
+    model: OnnxModel, spec: GraphSpec, weights: WeightArguments, kernels: KernelCache, tokens: int, rows: int
+) -> None:
+    builder = kernels.builder
+    forward = ForwardPass(kernels, weights, model)
+    arguments = _define_inputs(forward, spec, tokens, rows)
+    with builder.function(f"forward_{tokens}_{rows}"):
+        with builder.dataflow():
+            for node in model.nodes:
+                _convert(forward, node)
+            written = [_write_back(forward, state) for state in spec.states if state.kind == "window"]
+            outputs = [builder.emit_output(value.expr) for value in (_activation(forward, "logits"), *written)]
+        builder.emit_func_output(relax.Tuple(outputs), [*arguments, *weights.variables.values()])
+
+
+def _define_inputs(forward: ForwardPass, spec: GraphSpec, tokens: int, rows: int) -> list[relax.Var]:
+    """Make the function's arguments in manifest order, with T and R fixed."""
+    axes = {"T": tokens, "R": rows}
+    variables = []
+    for tensor in (*spec.inputs, *spec.states):
+        shape = tuple(axes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.shape)
+        name = tensor.name.replace(".", "_")
+        variables.append(relax.Var(name, relax.TensorType(shape, tensor.dtype)))
+        forward.set(tensor.name, Activation(variables[-1], shape, tensor.dtype))
+    forward.position = _activation(forward, "position").expr
+    return variables
+
+
+def _convert(forward: ForwardPass, node: Node) -> None:
+    if node.operator not in CONVERTERS:
+        raise CompileError(f"operator {node.operator} has no lowering; there are {sorted(CONVERTERS)}")
+    values = CONVERTERS[node.operator](forward, node)
+    for name, value in zip(node.outputs, values, strict=True):
+        forward.set(name, value)
+
+
+def _write_back(forward: ForwardPass, state: StateSpec) -> Activation:
+    """Copy a window's next contents into the state; returned by the function, or it would count as unused."""
+    current, following = _activation(forward, state.name), _activation(forward, f"next.{state.name}")
+    kernel = forward.kernels.get(f"copy_{'_'.join(map(str, state.shape))}", lambda: copy(*state.shape))
+    types = [relax.TensorType(state.shape, state.dtype)]
+    return forward.emit(
+        relax.op.call_tir_inplace(kernel, [current.expr, following.expr], [0], types), state.shape, state.dtype
+    )
+
+
+def _activation(forward: ForwardPass, name: str) -> Activation:
+    value = forward.get(name)
+    assert isinstance(value, Activation)
+    return value

@@ -1,0 +1,87 @@
+"""An exported ONNX graph as nodes and lazily read initialisers; its weights stay in their file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from engram_runtime.errors import CompileError
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """An initialiser in the weights file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One operator; the domain is part of its name where it isn't ONNX's own."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnnxModel:
+    """A decoder graph: nodes in order, small constants, and weights mapped from their file."""
+
+    nodes: tuple[Node, ...]
+    constants: dict[str, NDArray[Any]]
+    weights: dict[str, Weight]
+    outputs: tuple[str, ...]
+    data: NDArray[np.uint8]
+
+    def read(self, weight: Weight) -> NDArray[Any]:
+        """Return a weight as a view of the mapped file."""
+        dtype = np.dtype(weight.dtype)
+        size = int(np.prod(weight.shape, dtype=np.int64)) * dtype.itemsize
+        return self.data[weight.offset : weight.offset + size].view(dtype).reshape(weight.shape)
+
+
+def read_onnx_model(graph: Path, weights_file: Path) -> OnnxModel:
+    """Read a graph whose external data all lies in ``weights_file``.
+
+    Raises:
+        CompileError: a weight lies in another file or outside this one.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    data = np.memmap(weights_file, dtype=np.uint8, mode="r")
+    constants: dict[str, NDArray[Any]] = {}
+    weights: dict[str, Weight] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            weights[tensor.name] = _weight(tensor, weights_file.name, len(data))
+        else:
+            constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
+    return OnnxModel(
+        nodes=tuple(_node(node) for node in model.graph.node),
+        constants=constants,
+        weights=weights,
+        outputs=tuple(output.name for output in model.graph.output),
+        data=data,
+    )
+
+
+def _weight(tensor: onnx.TensorProto, file_name: str, file_bytes: int) -> Weight:
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    offset, length = int(place["offset"]), int(place["length"])
+    if place["location"] != file_name or not 0 <= offset <= offset + length <= file_bytes:
+        raise CompileError(f"weight {tensor.name} lies at {place}, outside {file_name} of {file_bytes} bytes")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+    return Weight(tensor.name, dtype, tuple(tensor.dims), offset)
+
+
+def _node(node: onnx.NodeProto) -> Node:
+    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return Node(operator, tuple(node.input), tuple(node.output), attributes)

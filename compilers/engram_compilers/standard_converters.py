@@ -1,0 +1,273 @@
+"""ONNX's own operators in Relax; those on constants are computed at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from tvm import relax
+
+from engram_compilers.forward_pass import Converter, Converters, ForwardPass, scalar
+from engram_compilers.onnx_model import Node, Weight
+from engram_compilers.values import (
+    Activation,
+    Batched,
+    ChannelScales,
+    Half,
+    HalfSigmoid,
+    HalfSilu,
+    TransposedWeight,
+    TwoLevelScales,
+    Value,
+)
+from engram_runtime.errors import CompileError
+
+
+def elementwise(
+    operator: Callable[..., relax.Expr], compute: Callable[..., NDArray[Any]], *, same_dtype: bool = True
+) -> Converter:
+    """Make the converter of an operator that works element by element, with broadcasting."""
+
+    def convert(forward: ForwardPass, node: Node) -> Sequence[Value]:
+        values = [forward.get(name) for name in node.inputs]
+        if all(isinstance(value, np.ndarray) for value in values):
+            return [np.asarray(compute(*values))]
+        operands = [forward.activation(node, index) for index in range(len(values))]
+        shape = np.broadcast_shapes(*(operand.shape for operand in operands))
+        return [forward.emit(operator(*(operand.expr for operand in operands)), shape, operands[0].dtype)]
+
+    return convert
+
+
+def add(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Add; two activations of one shape, the residual stream, take the kernel."""
+    a, b = (forward.get(name) for name in node.inputs)
+    if isinstance(a, Activation) and isinstance(b, Activation) and a.shape == b.shape and len(a.shape) == 2:
+        return [forward.add(a, b)]
+    return elementwise(relax.op.add, np.add)(forward, node)
+
+
+def mul(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Multiply; half * sigmoid(half) * other half is one kernel, multiplier * scale a weight's scales."""
+    match [forward.get(name) for name in node.inputs]:
+        case [Half() as half, HalfSigmoid(half=gated)] if half == gated:
+            return [HalfSilu(half)]
+        case [HalfSilu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
+            return [forward.silu_mul(whole)]
+        case [Weight() as multiplier, Weight() as scale] if scale.shape == (multiplier.shape[0], 1):
+            return [TwoLevelScales(multiplier, scale)]
+        case _:
+            return elementwise(relax.op.multiply, np.multiply)(forward, node)
+
+
+def sigmoid(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Sigmoid, put off where it may become part of silu."""
+    value = forward.get(node.inputs[0])
+    if isinstance(value, Half):
+        return [HalfSigmoid(value)]
+    x = forward.activation(node, 0)
+    return [forward.emit(relax.op.sigmoid(x.expr), x.shape)]
+
+
+def split(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Split the last axis; two equal halves are put off."""
+    x = forward.activation(node, 0)
+    if node.attributes.get("axis", 0) not in (-1, len(x.shape) - 1):
+        raise CompileError(f"{node.operator} of axis {node.attributes.get('axis')} is not supported")
+    if len(node.inputs) == 1:
+        if len(node.outputs) != 2 or x.shape[-1] % 2:
+            raise CompileError(f"{node.operator} of {x.shape} into {len(node.outputs)} parts is not supported")
+        return [Half(x, 0), Half(x, 1)]
+    ends = np.cumsum(_constant(forward, node, 1)).tolist()
+    return [
+        forward.emit(relax.op.strided_slice(x.expr, [-1], [start], [end]), (*x.shape[:-1], end - start))
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def cast(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Cast; a weight's multiplier stays the integers it is."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(node.attributes["to"])
+    value = forward.get(node.inputs[0])
+    if isinstance(value, np.ndarray):
+        return [value.astype(dtype)]
+    if isinstance(value, Weight):
+        return [value]
+    x = forward.activation(node, 0)
+    return [forward.emit(relax.op.astype(x.expr, dtype.name), x.shape, dtype.name)]
+
+
+def expand(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Expand; only scales ``[N, 1]`` over the blocks of a weight."""
+    value = forward.get(node.inputs[0])
+    if not isinstance(value, Weight) or value.shape[1:] != (1,):
+        raise CompileError(f"{node.operator} of {value!r} is not supported")
+    return [ChannelScales(value)]
+
+
+def unsqueeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Add axes of one."""
+    value, axes = forward.get(node.inputs[0]), _constant(forward, node, 1).tolist()
+    if isinstance(value, np.ndarray):
+        return [np.expand_dims(value, tuple(axes))]
+    if isinstance(value, ChannelScales):
+        return [value]
+    x = forward.activation(node, 0)
+    if axes == [0] and len(x.shape) == 2:
+        return [Batched(x)]
+    shape = list(x.shape)
+    for axis in sorted(axis % (len(x.shape) + len(axes)) for axis in axes):
+        shape.insert(axis, 1)
+    return [forward.reshape(x, shape)]
+
+
+def squeeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Remove axes of one."""
+    value = forward.get(node.inputs[0])
+    axes = _constant(forward, node, 1).tolist() if len(node.inputs) > 1 else None
+    if isinstance(value, np.ndarray):
+        return [np.squeeze(value, None if axes is None else tuple(axes))]
+    if isinstance(value, Batched) and axes == [0]:
+        return [value.inner]
+    x = forward.activation(node, 0)
+    gone = [axis % len(x.shape) for axis in axes] if axes is not None else [i for i, n in enumerate(x.shape) if n == 1]
+    return [forward.reshape(x, [size for axis, size in enumerate(x.shape) if axis not in gone])]
+
+
+def reshape(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Reshape to a constant shape with at most one -1."""
+    shape = _constant(forward, node, 1).tolist()
+    value = forward.get(node.inputs[0])
+    if isinstance(value, np.ndarray):
+        return [value.reshape(shape)]
+    x = forward.activation(node, 0)
+    if -1 in shape:
+        known = -int(np.prod(shape))
+        shape[shape.index(-1)] = int(np.prod(x.shape)) // known
+    return [forward.reshape(x, shape)]
+
+
+def shape(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Return the shape, known since the number of tokens is."""
+    begin, end = node.attributes.get("start", 0), node.attributes.get("end")
+    return [np.array(forward.activation(node, 0).shape[begin:end], dtype=np.int64)]
+
+
+def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Take entries of an axis by index."""
+    axis = node.attributes.get("axis", 0)
+    value, indices = (forward.get(name) for name in node.inputs)
+    if isinstance(value, np.ndarray) and isinstance(indices, np.ndarray):
+        return [np.asarray(np.take(value, indices, axis=axis))]
+    x, wanted = forward.activation(node, 0), forward.activation(node, 1)
+    axis %= len(x.shape)
+    result = (*x.shape[:axis], *wanted.shape, *x.shape[axis + 1 :])
+    return [forward.emit(relax.op.take(x.expr, wanted.expr, axis=axis, mode="fast"), result, x.dtype)]
+
+
+def concat(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Join along an axis."""
+    values = [forward.get(name) for name in node.inputs]
+    axis = node.attributes["axis"]
+    if all(isinstance(value, np.ndarray) for value in values):
+        return [np.concatenate(values, axis=axis)]  # type: ignore[arg-type]
+    parts = [forward.activation(node, index) for index in range(len(values))]
+    joined = list(parts[0].shape)
+    joined[axis] = sum(part.shape[axis] for part in parts)
+    return [forward.emit(relax.op.concat([part.expr for part in parts], axis), joined)]
+
+
+def slice_(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Take a range of each given axis."""
+    value = forward.get(node.inputs[0])
+    starts, ends, axes, steps = (
+        _constant(forward, node, index).tolist() if len(node.inputs) > index else None for index in (1, 2, 3, 4)
+    )
+    whole = value.shape if isinstance(value, np.ndarray) else forward.activation(node, 0).shape
+    axes = list(range(len(starts or []))) if axes is None else axes
+    ranges = {
+        axis % len(whole): slice(start, end, step)
+        for axis, start, end, step in zip(axes, starts or [], ends or [], steps or [1] * len(axes), strict=True)
+    }
+    if isinstance(value, np.ndarray):
+        return [value[tuple(ranges.get(axis, slice(None)) for axis in range(len(whole)))]]
+    bounds = {axis: part.indices(whole[axis]) for axis, part in ranges.items()}
+    begin, end, stride = ([bound[part] for bound in bounds.values()] for part in range(3))
+    result = [len(range(*bounds[axis])) if axis in bounds else size for axis, size in enumerate(whole)]
+    x = forward.activation(node, 0)
+    return [forward.emit(relax.op.strided_slice(x.expr, list(bounds), begin, end, stride), result, x.dtype)]
+
+
+def transpose(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Swap axes; a weight only changes how it is seen."""
+    order = list(node.attributes["perm"])
+    value = forward.get(node.inputs[0])
+    if isinstance(value, Weight) and order == [1, 0]:
+        return [TransposedWeight(value)]
+    x = forward.activation(node, 0)
+    return [forward.emit(relax.op.permute_dims(x.expr, order), [x.shape[axis] for axis in order], x.dtype)]
+
+
+def reduce_sum(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Sum over axes."""
+    x = forward.activation(node, 0)
+    axes = [axis % len(x.shape) for axis in _constant(forward, node, 1).reshape(-1).tolist()]
+    keep = bool(node.attributes.get("keepdims", 1))
+    result = [1 if axis in axes else size for axis, size in enumerate(x.shape) if keep or axis not in axes]
+    return [forward.emit(relax.op.sum(x.expr, axis=axes, keepdims=keep), result)]
+
+
+def clip(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Clip to constant bounds."""
+    x = forward.activation(node, 0)
+    bounds = [float(scalar(_constant(forward, node, i))) if _given(node, i) else None for i in (1, 2)]
+    low, high = (relax.const(bound, "float32") if bound is not None else None for bound in bounds)
+    expr = x.expr
+    expr = expr if low is None else relax.op.maximum(expr, low)
+    expr = expr if high is None else relax.op.minimum(expr, high)
+    return [forward.emit(expr, x.shape)]
+
+
+def rms_normalization(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Normalise the last axis."""
+    x, gain = forward.activation(node, 0), forward.activation(node, 1)
+    if node.attributes.get("axis", -1) not in (-1, len(x.shape) - 1):
+        raise CompileError(f"{node.operator} of axis {node.attributes['axis']} is not supported")
+    return [forward.rms_norm(x, gain, node.attributes.get("epsilon", 1e-5))]
+
+
+def _constant(forward: ForwardPass, node: Node, index: int) -> NDArray[Any]:
+    value = forward.get(node.inputs[index])
+    if not isinstance(value, np.ndarray):
+        raise CompileError(f"input {node.inputs[index]} of {node.operator} is not known at compile time")
+    return value
+
+
+def _given(node: Node, index: int) -> bool:
+    return len(node.inputs) > index and bool(node.inputs[index])
+
+
+STANDARD_CONVERTERS: Converters = {
+    "Abs": elementwise(relax.op.abs, np.abs),
+    "Add": add,
+    "Cast": cast,
+    "Clip": clip,
+    "Concat": concat,
+    "Expand": expand,
+    "Gather": gather,
+    "Mul": mul,
+    "RMSNormalization": rms_normalization,
+    "ReduceSum": reduce_sum,
+    "Reshape": reshape,
+    "Shape": shape,
+    "Sigmoid": sigmoid,
+    "Sign": elementwise(relax.op.sign, np.sign),
+    "Slice": slice_,
+    "Split": split,
+    "Sqrt": elementwise(relax.op.sqrt, np.sqrt),
+    "Squeeze": squeeze,
+    "Sub": elementwise(relax.op.subtract, np.subtract),
+    "Transpose": transpose,
+    "Unsqueeze": unsqueeze,
+}

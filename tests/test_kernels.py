@@ -1,0 +1,490 @@
+"""Every kernel against numpy, and the promises made for all of them: same bits whatever the rows, family, threads."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from numpy.typing import NDArray
+
+from engram_compilers.kernels import activation, attention, avx512_vnni, loops, normalise, portable, quantise
+from engram_runtime.errors import CompileError
+
+Array = NDArray[Any]
+
+HAS_VNNI = "avx512_vnni" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+FAMILIES = [
+    pytest.param(portable, id="portable"),
+    pytest.param(
+        avx512_vnni,
+        id="avx512_vnni",
+        marks=pytest.mark.skipif(not HAS_VNNI, reason="this machine's /proc/cpuinfo lists no avx512_vnni"),
+    ),
+]
+ROWS = [1, 2, 3, 4, 8, 17, 64]
+OUTPUTS, INPUTS = 201, 160  # 12 whole tiles and one of 9 outputs; inputs are padded to 192
+LEGAL_GROUPS = np.array([(m, z) for m in range(1, 17) for z in range(16) if (15 - z) * m <= 127 and z * m <= 128])
+
+
+def compile_kernels(kernels: dict[Any, Any]) -> dict[Any, Callable[..., None]]:
+    """Compile PrimFuncs for this machine in one module; the keys come back with callables."""
+    names = {key: f"kernel_{i}" for i, key in enumerate(kernels)}
+    module = tvm.IRModule({names[key]: f.with_attr("global_symbol", names[key]) for key, f in kernels.items()})
+    cpu = tvm.target.codegen.llvm_get_system_cpu()
+    executable = tvm.compile(module, tvm.target.Target({"kind": "llvm", "mcpu": cpu}))
+    return {key: executable[name] for key, name in names.items()}
+
+
+def call(kernel: Callable[..., None], *arrays: Array) -> list[Array]:
+    """Call a kernel with copies of ``arrays`` and return them as it left them."""
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays]
+    kernel(*tensors)
+    return [t.numpy() for t in tensors]
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def floats(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def hard_rows(rows: int, columns: int) -> Array:
+    """Return ordinary rows, but the first four (as many as there are) are an outlier, zeros, denormals, constant."""
+    x = floats(rows, columns, seed=1)
+    x[0, columns // 3] = 1e4
+    x[1:2] = 0
+    x[2:3] *= 1e-39
+    x[3:4] = -0.37
+    return x
+
+
+def joined(planes: Array, weight: Array) -> Array:
+    """256 * f32(H) + f32(L) for integer weights ``[N, K]``."""
+    sums = planes[:, : weight.shape[1]].astype(np.int64) @ weight.astype(np.int64).T
+    high, low = np.split(sums.astype(np.int32).astype(np.float32), 2)
+    return high * np.float32(256) + low
+
+
+# Quantising activations
+
+
+@cache
+def quantisers() -> dict[Any, Callable[..., None]]:
+    shapes = [(1, 64), (4, 100), (17, 49), (64, 160), (2, 3)]
+    return compile_kernels({shape: quantise.quantise_rows(*shape) for shape in shapes})
+
+
+def quantised(kernel: Callable[..., None], x: Array) -> list[Array]:
+    rows, columns = x.shape
+    planes = np.full((2 * rows, loops.round_up(columns, 64)), 99, np.int8)
+    return call(kernel, x, planes, np.zeros(rows, np.float32), np.zeros(2 * rows, np.int32))[1:]
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (4, 100), (17, 49), (64, 160), (2, 3)])
+def test_quantise_rows_is_its_numpy_statement_bit_for_bit(shape: tuple[int, int]) -> None:
+    x = hard_rows(*shape)
+    expected: list[Array] = list(quantise.quantise_rows_numpy(x))
+    found = quantised(quantisers()[shape], x)
+    assert [same_bits(f, e) for f, e in zip(found, expected, strict=True)] == [True] * 3
+
+
+def test_two_planes_hold_16_bits_of_every_row() -> None:
+    x = hard_rows(17, 49)
+    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    restored = (256.0 * planes[:17, :49] + planes[17:, :49]) * row_scale[:, None]
+    # Half a step, and 32639 * 2^-23 of a step for the rounding of x * (32639 / peak).
+    assert np.all(np.abs(restored - x).max(axis=1) <= 0.504 * row_scale)
+
+
+def test_the_low_plane_reaches_both_ends_of_int8() -> None:
+    planes, _, _ = quantise.quantise_rows_numpy(floats(64, 160))
+    assert (planes[64:].min(), planes[64:].max()) == (-128, 127)
+
+
+def test_a_row_with_a_nan_or_inf_gets_a_scale_that_shows_it() -> None:
+    x = floats(4, 100)
+    x[0, 99], x[2, 3] = np.nan, -np.inf
+    row_scale = quantised(quantisers()[4, 100], x)[1]
+    assert list(np.isfinite(row_scale)) == [False, True, False, True]
+
+
+# Linear layers
+
+
+def linear_sizes(rows: int) -> tuple[int, int, int]:
+    return rows, OUTPUTS, INPUTS
+
+
+def cut_int8(rows: int) -> tuple[int, int, int]:
+    """A second shape for int8 layers: fewer outputs than a vector has lanes, inputs not of whole groups."""
+    return rows, 15, 70
+
+
+@cache
+def linears(family: ModuleType) -> dict[Any, Callable[..., None]]:
+    kernels: dict[Any, Any] = {}
+    for rows in ROWS:
+        size = linear_sizes(rows)
+        kernels["int8", rows] = family.linear_int8(*size)
+        kernels["int8 cut", rows] = family.linear_int8(*cut_int8(rows))
+        kernels["int4", rows] = family.linear_int4(*size)
+        kernels["q4_0", rows] = family.linear_block(*size, bits=4)
+        kernels["q8_0", rows] = family.linear_block(*size, bits=8)
+    kernels["embed"] = family.embed_int8(5, OUTPUTS, 70)
+    return compile_kernels(kernels)
+
+
+def int8_weight(outputs: int, inputs: int) -> Array:
+    weight = np.random.default_rng(2).integers(0, 256, (outputs, inputs)).astype(np.uint8)
+    weight[:2] = [[0], [255]]  # saturated: -128 and 127
+    return weight
+
+
+def int4_weight() -> tuple[Array, Array, Array]:
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 16, (OUTPUTS, INPUTS)).astype(np.uint8)
+    codes[:2] = [[0], [15]]
+    chosen = LEGAL_GROUPS[rng.integers(0, len(LEGAL_GROUPS), (OUTPUTS, INPUTS // 32))].astype(np.uint8)
+    return codes, chosen[..., 0], chosen[..., 1]
+
+
+def block_weight(bits: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(4)
+    codes = rng.integers(0, 2**bits, (OUTPUTS, INPUTS)).astype(np.uint8)
+    return codes, (rng.normal(size=(OUTPUTS, INPUTS // 32)) * 0.01).astype(np.float32)
+
+
+def channel_scale(outputs: int) -> Array:
+    return np.random.default_rng(5).uniform(0.001, 0.1, outputs).astype(np.float32)
+
+
+def run_linear(family: ModuleType, kind: str, x: Array) -> Array:
+    """Quantise ``x`` with numpy and run one linear layer of a family on it."""
+    rows, inputs = x.shape
+    outputs = cut_int8(rows)[1] if kind == "int8 cut" else OUTPUTS
+    planes, row_scale, plane_offset = quantise.quantise_rows_numpy(x)
+    weights: list[Array]
+    if kind.startswith("int8"):
+        packed = family.pack_int8(int8_weight(outputs, inputs))
+        weights = [plane_offset, *packed.values(), channel_scale(outputs)]
+    elif kind == "int4":
+        weights = [plane_offset, *family.pack_int4(*int4_weight()).values(), channel_scale(outputs)]
+    else:
+        bits = int(kind[1])
+        weights = list(family.pack_block(*block_weight(bits), bits).values())
+    y = np.full((rows, outputs), np.nan, np.float32)
+    return call(linears(family)[kind, rows], planes, row_scale, *weights, y)[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_int8_is_the_integer_sum_scaled_in_the_stated_order(family: ModuleType, rows: int) -> None:
+    x = hard_rows(rows, INPUTS)
+    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    weight = int8_weight(OUTPUTS, INPUTS).astype(np.int64) - 128
+    expected = joined(planes, weight) * channel_scale(OUTPUTS) * row_scale[:, None]
+    assert same_bits(run_linear(family, "int8", x), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_int8_takes_sizes_that_fill_no_vector(family: ModuleType, rows: int) -> None:
+    _, outputs, inputs = cut_int8(rows)
+    x = hard_rows(rows, inputs)
+    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    weight = int8_weight(outputs, inputs).astype(np.int64) - 128
+    expected = joined(planes, weight) * channel_scale(outputs) * row_scale[:, None]
+    assert same_bits(run_linear(family, "int8 cut", x), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_int4_is_code_minus_zero_times_multiplier(family: ModuleType, rows: int) -> None:
+    x = hard_rows(rows, INPUTS)
+    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    codes, multiplier, zero = (a.astype(np.int64) for a in int4_weight())
+    weight = (codes - zero.repeat(32, axis=1)) * multiplier.repeat(32, axis=1)
+    expected = joined(planes, weight) * channel_scale(OUTPUTS) * row_scale[:, None]
+    assert same_bits(run_linear(family, "int4", x), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear_block_adds_scaled_groups(family: ModuleType, rows: int, bits: int) -> None:
+    x = hard_rows(rows, INPUTS)
+    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    codes, scale = block_weight(bits)
+    weight = (codes.astype(np.float64) - 2 ** (bits - 1)) * scale.astype(np.float64).repeat(32, axis=1)
+    value = 256.0 * planes[:rows, :INPUTS] + planes[rows:, :INPUTS]
+    expected = value @ weight.T * row_scale[:, None]
+    bound = np.abs(value) @ np.abs(weight).T * row_scale[:, None]
+    error = np.abs(run_linear(family, f"q{bits}_0", x) - expected)
+    assert np.all(error <= 7 * 2.0**-24 * bound)  # one rounding each: 5 groups, the row scale, and one to spare
+
+
+@pytest.mark.skipif(not HAS_VNNI, reason="this machine's /proc/cpuinfo lists no avx512_vnni")
+@pytest.mark.parametrize("kind", ["int8", "int8 cut", "int4", "q4_0", "q8_0"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_both_families_give_the_same_bits(kind: str, rows: int) -> None:
+    x = hard_rows(rows, 70 if kind == "int8 cut" else INPUTS)
+    assert same_bits(run_linear(portable, kind, x), run_linear(avx512_vnni, kind, x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["int8", "int4", "q4_0", "q8_0"])
+@pytest.mark.parametrize("rows", ROWS[1:])
+def test_a_row_of_a_linear_layer_does_not_depend_on_its_neighbours(family: ModuleType, kind: str, rows: int) -> None:
+    x = hard_rows(rows, INPUTS)
+    alone = [run_linear(family, kind, x[row : row + 1]) for row in range(rows)]
+    assert same_bits(run_linear(family, kind, x), np.concatenate(alone))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["linear_int8", "linear_int4"])
+def test_threads_do_not_change_a_bit(family: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {}
+    for limit_us in (0.0, np.inf):
+        monkeypatch.setattr(loops, "PARALLEL_FROM_US", limit_us)
+        kernels[limit_us] = getattr(family, name)(8, OUTPUTS, INPUTS)
+    assert ["T.parallel" in kernels[limit_us].script() for limit_us in (0.0, np.inf)] == [True, False]
+    planes, row_scale, plane_offset = quantise.quantise_rows_numpy(hard_rows(8, INPUTS))
+    packed = (
+        family.pack_int8(int8_weight(OUTPUTS, INPUTS)) if name == "linear_int8" else family.pack_int4(*int4_weight())
+    )
+    arrays = [planes, row_scale, plane_offset, *packed.values(), channel_scale(OUTPUTS)]
+    compiled = compile_kernels(kernels)
+    parallel, serial = (
+        call(compiled[limit_us], *arrays, np.zeros((8, OUTPUTS), np.float32))[-1] for limit_us in (0.0, np.inf)
+    )
+    assert same_bits(parallel, serial)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_reads_the_packed_weight_of_the_output_layer(family: ModuleType) -> None:
+    weight, scale = int8_weight(OUTPUTS, 70), channel_scale(OUTPUTS)
+    token_ids = np.array([0, OUTPUTS - 1, 15, 16, 15])
+    found = call(
+        linears(family)["embed"],
+        token_ids,
+        family.pack_int8(weight)["weight"],
+        scale,
+        np.zeros((5, 70), np.float32),
+    )[-1]
+    assert same_bits(found, (weight[token_ids].astype(np.float32) - 128) * scale[token_ids, None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("multiplier", "zero"), [(0, 0), (17, 8), (16, 7), (9, 0), (16, 9), (1, 16)])
+def test_int4_groups_that_leave_int8_are_refused_by_name(family: ModuleType, multiplier: int, zero: int) -> None:
+    codes, multipliers, zeros = int4_weight()
+    multipliers[3, 1], zeros[3, 1] = multiplier, zero
+    with pytest.raises(CompileError, match=f"group 1 of output 3 has multiplier {multiplier} and zero {zero},"):
+        family.pack_int4(codes, multipliers, zeros)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grouped_weights_refuse_inputs_that_are_not_whole_groups(family: ModuleType) -> None:
+    with pytest.raises(CompileError, match="in_features is 70, grouped weights need a multiple of 32"):
+        family.linear_int4(1, 16, 70)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_beyond_32_bit_indices_are_refused(family: ModuleType) -> None:
+    with pytest.raises(CompileError, match="the weight has 2147483648 elements"):
+        family.linear_int8(1, 2**21, 1024)
+
+
+# Normalisation and activation
+
+
+@cache
+def row_kernels() -> dict[Any, Callable[..., None]]:
+    kernels: dict[Any, Any] = {}
+    for rows in (1, 17):
+        for columns in (9, 77, 576):
+            kernels["rms_norm", rows, columns] = normalise.rms_norm(rows, columns, 1e-5)
+            kernels["silu_mul", rows, columns] = activation.silu_mul(rows, columns)
+            kernels["add", rows, columns] = activation.add(rows, columns)
+    return compile_kernels(kernels)
+
+
+def rms_norm(x: Array) -> Array:
+    gain = floats(x.shape[1], seed=6)
+    return call(row_kernels()["rms_norm", *x.shape], x, gain, np.zeros_like(x))[-1]
+
+
+def silu_mul(gate_up: Array) -> Array:
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    return call(row_kernels()["silu_mul", rows, columns], gate_up, np.zeros((rows, columns), np.float32))[-1]
+
+
+@pytest.mark.parametrize("columns", [9, 77, 576])
+def test_rms_norm_divides_by_the_root_of_the_mean_square(columns: int) -> None:
+    x = hard_rows(17, columns)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * floats(columns, seed=6)
+    # Sums of squares of 36 terms per lane and a few roundings after: well under 20 of 2^-24, or of a denormal.
+    np.testing.assert_allclose(rms_norm(x), expected, rtol=20 * 2.0**-24, atol=2.0**-149)
+
+
+@pytest.mark.parametrize("columns", [9, 77, 576])
+def test_silu_mul_is_gate_times_sigmoid_times_up_for_any_gate(columns: int) -> None:
+    gate_up = floats(17, 2 * columns) * 30
+    gate_up[0, :9] = [0.0, -0.0, 88, -86, -104, -1e30, 1e30, np.float32(3e38), 1e-40]
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+    with np.errstate(over="ignore"):
+        expected = gate / (1 + np.exp(-gate)) * up
+    found = silu_mul(gate_up)
+    clipped = np.abs(expected) > np.finfo(np.float32).max
+    # exp is good to about 1 ulp; below exp(-87.33) it is 0, which drops results under 1e-35.
+    np.testing.assert_allclose(found[~clipped], expected[~clipped], rtol=8 * 2.0**-24, atol=1e-34)
+
+
+def test_silu_mul_shows_a_nan() -> None:
+    gate_up = floats(17, 2 * 77)
+    gate_up[3, 5] = np.nan
+    assert np.argwhere(np.isnan(silu_mul(gate_up))).tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize("columns", [9, 77, 576])
+def test_add_adds(columns: int) -> None:
+    a, b = floats(17, columns, seed=7), floats(17, columns, seed=8)
+    assert same_bits(call(row_kernels()["add", 17, columns], a, b, np.zeros_like(a))[-1], a + b)
+
+
+@pytest.mark.parametrize("columns", [9, 77, 576])
+@pytest.mark.parametrize("function", [rms_norm, silu_mul])
+def test_a_row_does_not_depend_on_its_neighbours(function: Callable[[Array], Array], columns: int) -> None:
+    x = floats(17, columns if function is rms_norm else 2 * columns)
+    alone = [function(x[row : row + 1]) for row in range(17)]
+    assert same_bits(function(x), np.concatenate(alone))
+
+
+# Attention
+
+LENGTH, CAPACITY, WINDOW = 150, 157, 70
+LAYERS = {"small": (6, 2, 64), "one kv head, wide": (2, 1, 96), "no groups, narrow": (2, 2, 16)}  # heads, kv, dim
+
+
+@cache
+def attention_kernels() -> dict[Any, Callable[..., None]]:
+    kernels: dict[Any, Any] = {}
+    for name, (heads, kv_heads, head_dim) in LAYERS.items():
+        for tokens in (1, 4, 17):
+            sizes = (tokens, heads, kv_heads, head_dim, CAPACITY)
+            kernels["rope_append", name, tokens] = attention.rope_append(*sizes)
+            for window in (None, WINDOW):
+                kernels["attend", name, tokens, window] = attention.attend(*sizes, head_dim**-0.5, window)
+    return compile_kernels(kernels)
+
+
+def rope_tables(head_dim: int) -> tuple[Array, Array]:
+    frequency = 10000.0 ** (-np.arange(head_dim // 2) / (head_dim // 2))
+    angle = np.arange(CAPACITY)[:, None] * frequency
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def attend_in_steps(name: str, tokens: int, window: int | None) -> tuple[Array, Array, Array, Array]:
+    """Run LENGTH tokens through rope_append and attend, ``tokens`` at a time; return out, q and the caches.
+
+    What is left of LENGTH goes one by one. The caches start as NaN: no row may count before it is written.
+    """
+    heads, kv_heads, head_dim = LAYERS[name]
+    qkv = floats(LENGTH, (heads + 2 * kv_heads) * head_dim, seed=9)
+    caches = [tvm.runtime.tensor(np.full((1, kv_heads, CAPACITY, head_dim), np.nan, np.float32)) for _ in "kv"]
+    tables = [tvm.runtime.tensor(table) for table in rope_tables(head_dim)]
+    outs, queries = [], []
+    position = 0
+    while position < LENGTH:
+        step = tokens if position + tokens <= LENGTH else 1
+        at = tvm.runtime.tensor(np.array([position]))
+        q, out = (tvm.runtime.tensor(np.zeros((step, heads * head_dim), np.float32)) for _ in range(2))
+        new = tvm.runtime.tensor(qkv[position : position + step])
+        attention_kernels()["rope_append", name, step](new, *tables, at, *caches, q)
+        attention_kernels()["attend", name, step, window](q, *caches, at, out)
+        outs.append(out.numpy())
+        queries.append(q.numpy())
+        position += step
+    return np.concatenate(outs), np.concatenate(queries), caches[0].numpy(), caches[1].numpy()
+
+
+def rotated(x: Array, head_dim: int) -> Array:
+    """Rotate ``x [T, heads * hd]`` to positions 0.. in float64, the halves of each head as real and imaginary part."""
+    cos, sin = (table[: len(x), None].astype(np.float64) for table in rope_tables(head_dim))
+    x1, x2 = np.split(x.reshape(len(x), -1, head_dim).astype(np.float64), 2, axis=2)
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_attention_is_softmax_over_the_live_rows(name: str, window: int | None) -> None:
+    heads, kv_heads, head_dim = LAYERS[name]
+    qkv = floats(LENGTH, (heads + 2 * kv_heads) * head_dim, seed=9)
+    q, k, v = np.split(qkv, [heads * head_dim, (heads + kv_heads) * head_dim], axis=1)
+    q, k = rotated(q, head_dim), rotated(k, head_dim).repeat(heads // kv_heads, axis=1)
+    v = v.reshape(LENGTH, kv_heads, head_dim).astype(np.float64).repeat(heads // kv_heads, axis=1)
+    scores = np.einsum("thd,shd->hts", q, k) * head_dim**-0.5
+    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    scores[:, (distance < 0) | (distance >= (window or LENGTH))] = -np.inf
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    expected = np.einsum("hts,shd->thd", weights / weights.sum(axis=2, keepdims=True), v)
+    found = attend_in_steps(name, 17, window)[0]
+    # Scores reach about 5 and carry some 2^-21 of error, which exp passes on; values are of order 1.
+    np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rope_append_rotates_queries_and_keys_and_copies_values(name: str) -> None:
+    heads, kv_heads, head_dim = LAYERS[name]
+    qkv = floats(LENGTH, (heads + 2 * kv_heads) * head_dim, seed=9)
+    q, k, v = np.split(qkv, [heads * head_dim, (heads + kv_heads) * head_dim], axis=1)
+    _, found_q, k_cache, v_cache = attend_in_steps(name, 17, None)
+    # Two products of numbers below 5, each rounded once.
+    np.testing.assert_allclose(found_q.reshape(LENGTH, heads, -1), rotated(q, head_dim), rtol=0, atol=1e-6)
+    found_k = k_cache[0, :, :LENGTH].transpose(1, 0, 2)
+    np.testing.assert_allclose(found_k, rotated(k, head_dim), rtol=0, atol=1e-6)
+    assert same_bits(np.ascontiguousarray(v_cache[0, :, :LENGTH].transpose(1, 0, 2)), v.reshape(found_k.shape))
+    assert np.isnan(k_cache[:, :, LENGTH:]).all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("tokens", [4, 17])
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_tokens_at_once_are_tokens_one_by_one(name: str, tokens: int, window: int | None) -> None:
+    one_by_one = attend_in_steps(name, 1, window)
+    at_once = attend_in_steps(name, tokens, window)
+    assert [same_bits(a, b) for a, b in zip(one_by_one, at_once, strict=True)] == [True] * 4
+
+
+def test_rope_append_works_in_place_through_relax() -> None:
+    from tvm import relax
+
+    def tensor(*shape: int, dtype: str = "float32") -> Any:
+        return relax.TensorType(shape, dtype)
+
+    cache_type, q_type = tensor(1, 2, 8, 32), tensor(2, 4 * 32)
+    types = [tensor(2, 8 * 32), tensor(8, 16), tensor(8, 16), tensor(1, dtype="int64"), cache_type, cache_type]
+    arguments = [relax.Var(f"argument_{i}", ty) for i, ty in enumerate(types)]
+    builder = relax.BlockBuilder()
+    with builder.function("main", arguments):
+        with builder.dataflow():
+            kernel = builder.add_func(attention.rope_append(2, 4, 2, 32, 8), "rope_append")
+            call_inplace = relax.op.call_tir_inplace(kernel, arguments, [4, 5, -1], [cache_type, cache_type, q_type])
+            result = builder.emit_output(builder.emit(call_inplace))
+        builder.emit_func_output(result)
+    executable = relax.build(builder.get(), tvm.target.Target("llvm"))
+    qkv, caches = floats(2, 8 * 32), [tvm.runtime.tensor(np.zeros((1, 2, 8, 32), np.float32)) for _ in "kv"]
+    no_turn = [np.ones((8, 16), np.float32), np.zeros((8, 16), np.float32), np.array([3])]
+    inputs = [tvm.runtime.tensor(a) for a in [qkv, *no_turn]]
+    k, v, q = relax.VirtualMachine(executable, tvm.cpu())["main"](*inputs, *caches)
+    assert same_bits(q.numpy(), qkv[:, :128])
+    assert same_bits(caches[1].numpy()[0, :, 3:5].transpose(1, 0, 2).copy(), qkv[:, 192:].reshape(2, 2, 32))
+    assert same_bits(k.numpy(), caches[0].numpy())
+    assert same_bits(v.numpy(), caches[1].numpy())
