@@ -149,9 +149,7 @@ def matmul(forward: ForwardPass, node: Node) -> Sequence[Value]:
     kernel = forward.kernels.get(
         f"linear_float_{rows}_{outputs}_{columns}", lambda: float_linear.linear_float(rows, outputs, columns)
     )
-    packed = forward.packed_weight(
-        weight.weight, lambda: float_linear.pack_float(forward.model.read(weight.weight))
-    )
+    packed = forward.packed_weight(weight.weight, lambda: float_linear.pack_float(forward.model.read(weight.weight)))
     return [forward.call(kernel, [x.expr, *packed], (rows, outputs))]
 
 

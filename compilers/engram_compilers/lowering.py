@@ -7,8 +7,8 @@ import tvm
 from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass, KernelCache
-from engram_compilers.kernels.copying import copy
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
+from engram_compilers.kernels.copying import copy
 from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
 from engram_compilers.standard_converters import STANDARD_CONVERTERS

@@ -36,7 +36,7 @@ class Step(Protocol):
     """A graph bound to one sequence's states, which it updates in place."""
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """Return ``[R, V]`` logits; valid until the next call."""
+        """Return ``[R, V]`` logits, a fresh array."""
         ...
 
 

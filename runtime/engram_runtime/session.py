@@ -62,6 +62,11 @@ class Session:
         """Ids of all tokens the states hold."""
         return tuple(self._token_ids)
 
+    @property
+    def room(self) -> int:
+        """How many more tokens the context holds."""
+        return self._model.context_length - len(self)
+
     def __len__(self) -> int:
         return len(self._token_ids)
 
@@ -71,8 +76,10 @@ class Session:
         Raises:
             RequestError: no token, an id outside the vocabulary, or more tokens than the context holds.
         """
-        *_, last = self._forward(token_ids, every_position=False)
-        return last[-1]
+        logits = np.empty(0, dtype=np.float32)
+        for chunk in self._forward(token_ids, every_position=False):
+            logits = chunk[-1]
+        return logits
 
     def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Add k tokens and return the logits ``[k, V]`` after each of them.

@@ -1,0 +1,184 @@
+"""How `avx512_vnni` cuts a linear layer into the parts it sums in registers, and the steps all its layers share.
+
+A tile group shares the activations it loads, a row block the weights. Row blocks run inside the tile group, so a
+call reads its weights from memory once; while the first block runs, the weights of the next group are prefetched.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+from tvm.script import tirx as T
+
+from engram_compilers.kernels.intrinsics import Expr, dot4_vnni, fma, lanes, prefetch, splat
+from engram_compilers.kernels.loops import LANES, loop_over, round_up
+from engram_compilers.kernels.packing import GROUP, require_indexable
+from engram_compilers.kernels.quantise import PLANE_MULTIPLE
+from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES
+
+_UNROLLED = 4  # weight vectors of a tile per turn of the int8 loop
+_WEIGHTS_PER_US = 25_000.0  # from memory
+_PRODUCTS_PER_US = 100_000.0  # of a weight and a 16-bit activation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The sizes of a linear layer and how many rows and tiles are summed at once."""
+
+    rows: int
+    out_features: int
+    in_features: int
+    block_rows: int
+    group_tiles: int
+
+    def __post_init__(self) -> None:
+        require_indexable("the weight", self.out_features, self.padded_inputs)
+
+    @property
+    def padded_inputs(self) -> int:
+        return round_up(self.in_features, PLANE_MULTIPLE)
+
+    @property
+    def steps(self) -> int:
+        return self.padded_inputs // STEP
+
+    @property
+    def groups(self) -> int:
+        return self.padded_inputs // GROUP
+
+    @property
+    def tiles(self) -> int:
+        return round_up(self.out_features, LANES) // LANES
+
+    @property
+    def edge_lanes(self) -> int:
+        """Outputs in the last tile, 0 if it is full."""
+        return self.out_features % LANES
+
+    @property
+    def work_us(self) -> float:
+        weights = self.out_features * self.in_features
+        return max(weights / _WEIGHTS_PER_US, self.rows * weights / _PRODUCTS_PER_US)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows times some tiles, whose sums stay in registers."""
+
+    plan: Plan
+    first_row: Expr
+    num_rows: int
+    first_tile: Expr
+    num_tiles: int
+    is_first: bool = True  # of the row blocks of its tiles: the one that waits for memory
+
+    def plane_row(self, plane: int, r: int) -> Expr:
+        """Return the row of the planes that holds a plane of the block's row ``r``."""
+        return plane * self.plan.rows + self.first_row + r
+
+    def add_products(self, sums: Expr, t: int, planes: Expr, step: Expr, weights: Expr) -> None:
+        """Add weights * activations of a step to ``sums[plane, r, t]``, for both planes of every row."""
+        weights = T.Bind(weights)
+        for plane, r in product(range(2), range(self.num_rows)):
+            four = T.reinterpret("int32", planes[self.plane_row(plane, r), lanes(step * STEP, STEP)])
+            activations = T.reinterpret("int8x64", T.broadcast(four, LANES))
+            index = [plane, r, t, lanes(0)]
+            T.buffer_store(sums, dot4_vnni(sums[index], weights, activations), index)
+
+
+def each_tile_group(plan: Plan, run: Callable[[Expr, int], None]) -> None:
+    """Emit the outer loop: run(first_tile, num_tiles) for all output tiles."""
+    whole, last_tiles = divmod(plan.tiles, plan.group_tiles)
+    with loop_over(whole + (last_tiles > 0), plan.work_us) as group:
+        if last_tiles == 0:
+            run(group * plan.group_tiles, plan.group_tiles)
+            return
+        with T.If(group < whole):
+            with T.Then():
+                run(group * plan.group_tiles, plan.group_tiles)
+            with T.Else():
+                run(group * plan.group_tiles, last_tiles)
+
+
+def each_row_block(plan: Plan, first_tile: Expr, num_tiles: int, run: Callable[[Block], None]) -> None:
+    """Emit the loop over the rows inside a tile group: run(block) for all row blocks."""
+    whole, last_rows = divmod(plan.rows, plan.block_rows)
+    run(Block(plan, 0, plan.block_rows, first_tile, num_tiles))
+    if whole > 1:
+        with T.serial(1, whole) as index:
+            run(Block(plan, index * plan.block_rows, plan.block_rows, first_tile, num_tiles, is_first=False))
+    if last_rows > 0:
+        run(Block(plan, plan.rows - last_rows, last_rows, first_tile, num_tiles, is_first=False))
+
+
+def start_sums(block: Block, plane_offset: Expr) -> Expr:
+    """Allocate int32 sums [2, rows, tiles, 16] that start at the offset of their plane."""
+    sums = T.alloc_local((2, block.num_rows, block.num_tiles, LANES), "int32")
+    for plane, r, t in product(range(2), range(block.num_rows), range(block.num_tiles)):
+        T.buffer_store(sums, splat(plane_offset[block.plane_row(plane, r)]), [plane, r, t, lanes(0)])
+    return sums
+
+
+def add_int8_products(block: Block, sums: Expr, planes: Expr, weight: Expr, first_weight_tile: Expr) -> None:
+    """Add the products of all steps with weights laid out [tiles, Kp/4, 64]."""
+    tiles = range(block.num_tiles)
+    with T.serial(block.plan.steps // _UNROLLED) as turn:
+        steps = [turn * _UNROLLED + u for u in range(_UNROLLED)]
+        for step, t in product(steps, tiles):
+            block.add_products(sums, t, planes, step, weight[first_weight_tile + t, step, lanes(0, VECTOR_BYTES)])
+        # Last, for between the products a prefetch would keep LLVM from sharing their loads.
+        if block.is_first:
+            prefetch_steps(weight, first_weight_tile + block.num_tiles, block.num_tiles, steps)
+
+
+def prefetch_steps(weight: Expr, first_tile: Expr, num_tiles: int, steps: list[Expr]) -> None:
+    """Ask for some vectors of some tiles; past the last tile this is harmless."""
+    for step, t in product(steps, range(num_tiles)):
+        prefetch(weight, first_tile + t, step, 0)
+
+
+def joined(sums: Expr, r: int, t: int) -> Expr:
+    """Return 256 * f32(H) + f32(L) of a row and tile; the product is exact, so there is one rounding."""
+    high, low = (T.cast(sums[plane, r, t, lanes(0)], "float32x16") for plane in range(2))
+    return fma(high, splat(256.0), low)
+
+
+def store_sums(block: Block, y: Expr, sums: Expr, channel_scale: Expr, row_scale: Expr) -> None:
+    """y = ((256 * f32(H) + f32(L)) * channel_scale) * row_scale"""
+    for t in range(block.num_tiles):
+        scale = _load_edge(block.plan, channel_scale, block.first_tile + t)
+        for r in range(block.num_rows):
+            row = block.first_row + r
+            value = joined(sums, r, t) * scale[lanes(0)] * splat(row_scale[row])
+            store_edge(block.plan, y, row, block.first_tile + t, value)
+
+
+def store_edge(plan: Plan, y: Expr, row: Expr, tile: Expr, value: Expr) -> None:
+    """y[row, 16*tile + i] = value[i], only as many as there are outputs."""
+    if plan.edge_lanes == 0:
+        T.buffer_store(y, value, [row, lanes(tile * LANES)])
+        return
+    with T.If(tile < plan.out_features // LANES):
+        with T.Then():
+            T.buffer_store(y, value, [row, lanes(tile * LANES)])
+        with T.Else():
+            edge = T.alloc_local((LANES,), "float32")
+            T.buffer_store(edge, value, [lanes(0)])
+            for i in range(plan.edge_lanes):
+                T.buffer_store(y, edge[i], [row, tile * LANES + i])
+
+
+def _load_edge(plan: Plan, channel_scale: Expr, tile: Expr) -> Expr:
+    """Return the channel scales of a tile in a local buffer, zeros where there are no outputs."""
+    scale = T.alloc_local((LANES,), "float32")
+    if plan.edge_lanes == 0:
+        T.buffer_store(scale, channel_scale[lanes(tile * LANES)], [lanes(0)])
+        return scale
+    with T.If(tile < plan.out_features // LANES):
+        with T.Then():
+            T.buffer_store(scale, channel_scale[lanes(tile * LANES)], [lanes(0)])
+        with T.Else():
+            T.buffer_store(scale, splat(0.0), [lanes(0)])
+            for i in range(plan.edge_lanes):
+                T.buffer_store(scale, channel_scale[tile * LANES + i], [i])
+    return scale

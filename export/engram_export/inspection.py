@@ -1,0 +1,41 @@
+"""What a checkpoint holds, from its headers alone."""
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from engram_export.checkpoint import TensorSource, open_checkpoint
+from engram_export.families import FAMILIES
+from engram_export.gguf_file import GgufTensors
+from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's facts as JSON values; raises CheckpointError."""
+    checkpoint = open_checkpoint(path)
+    tensors = checkpoint.tensors
+    types = Counter(_tensor_type(tensors, name) for name in tensors.names())
+    model_type = checkpoint.require("model_type", str)
+    return {
+        "kind": "checkpoint",
+        "model": checkpoint.source,
+        "family": model_type,
+        "supported": "yes" if model_type in FAMILIES else f"no, only {', '.join(FAMILIES)}",
+        "parameters": sum(prod(tensors.shape(name)) for name in tensors.names()),
+        "layers": checkpoint.require("num_hidden_layers", int),
+        "hidden size": checkpoint.require("hidden_size", int),
+        "vocabulary": checkpoint.require("vocab_size", int),
+        "context": checkpoint.require("max_position_embeddings", int),
+        "tokenizer": "yes" if checkpoint.tokenizer_json is not None else "no",
+        "engram": "yes" if "engram" in checkpoint.config else "no",
+        "tensors": [{"type": name, "count": count} for name, count in types.most_common()],
+    }
+
+
+def _tensor_type(tensors: TensorSource, name: str) -> str:
+    if isinstance(tensors, GgufTensors):
+        return tensors.tensor_type(name)
+    if isinstance(tensors, SafetensorsFile | SafetensorsShards):
+        return tensors.dtype(name)
+    raise AssertionError(f"no types for {type(tensors).__name__}")

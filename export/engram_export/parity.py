@@ -1,0 +1,46 @@
+"""Compare a bundle with its checkpoint as transformers runs it: a reference that shares no code with ours."""
+
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from engram_export.verify import VERIFY_TEXT, compare
+from engram_runtime.bundle import Bundle
+from engram_runtime.perplexity import negative_log_likelihood
+from engram_runtime.session import Session
+from engram_runtime.tokenizer import TextTokenizer
+
+WINDOW = 512  # tokens run at once by both
+
+
+def compare_with_transformers(
+    session: Session, bundle: Bundle, checkpoint: Path, text: Path | None, tokens: int
+) -> dict[str, Any]:
+    """Return logit differences and both perplexities on a text."""
+    if text is None:
+        content = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
+    else:
+        content = text.read_text(encoding="utf-8")
+    token_ids = np.array(TextTokenizer.load(bundle.path).encode(content)[:tokens], dtype=np.int64)
+    folder, file = (checkpoint.parent, checkpoint.name) if checkpoint.is_file() else (checkpoint, None)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
+    expected, found, losses = [], [], []
+    for start in range(0, len(token_ids), WINDOW):
+        ids = token_ids[start : start + WINDOW]
+        with torch.no_grad():
+            expected.append(model(torch.from_numpy(ids)[None]).logits[0].numpy())
+        session.trim(len(session))
+        found.append(np.concatenate(list(session.logits(ids.tolist()))))
+        losses.append([negative_log_likelihood(part[-1][:-1], ids[1:]) for part in (expected, found)])
+    ours, theirs = (float(np.exp(np.concatenate([pair[side] for pair in losses]).mean())) for side in (1, 0))
+    return {
+        **asdict(compare(np.concatenate(expected), np.concatenate(found))),
+        "perplexity": ours,
+        "checkpoint_perplexity": theirs,
+        "perplexity_ratio": ours / theirs,
+    }

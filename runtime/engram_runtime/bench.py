@@ -1,0 +1,89 @@
+"""Measure executors on one bundle, interleaved so that a busy machine slows them alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.executor import load_executor
+from engram_runtime.session import Session, open_sites
+
+
+@dataclass(slots=True)
+class BenchResult:
+    """Seconds of each round of one executor."""
+
+    executor: str
+    prompt_tokens: int
+    decode_tokens: int
+    load_s: float
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Median prompt tokens per second."""
+        return self.prompt_tokens / statistics.median(self.prefill_s)
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Median tokens per second, one at a time."""
+        return self.decode_tokens / statistics.median(self.decode_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        return {
+            "load_ms": round(self.load_s * 1e3, 1),
+            "prefill_tok_s": round(self.prefill_tok_s, 1),
+            "decode_tok_s": round(self.decode_tok_s, 1),
+            "prompt_tokens": self.prompt_tokens,
+            "decode_tokens": self.decode_tokens,
+            "rounds": len(self.decode_s),
+        }
+
+
+def measure(
+    bundle: Bundle,
+    executors: Sequence[str],
+    *,
+    threads: int,
+    prompt_tokens: int,
+    decode_tokens: int,
+    rounds: int,
+    tables_on: bool,
+    progress: Callable[[], None],
+) -> list[BenchResult]:
+    """Run every executor once a round after one round that isn't counted."""
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(0, bundle.manifest.model.vocab_size, size=prompt_tokens + decode_tokens).tolist()
+    results, sessions = [], []
+    for name in executors:
+        started = time.perf_counter()
+        executor = load_executor(name, bundle, threads=threads)
+        sessions.append(Session(bundle, executor, open_sites(bundle), tables_on=tables_on))
+        results.append(BenchResult(name, prompt_tokens, decode_tokens, time.perf_counter() - started))
+    for counted in [False, *[True] * rounds]:
+        for session, result in zip(sessions, results, strict=True):
+            _round(session, result, token_ids, counted=counted)
+            if counted:
+                progress()
+    for session in sessions:
+        session.close()
+    return results
+
+
+def _round(session: Session, result: BenchResult, token_ids: Sequence[int], *, counted: bool) -> None:
+    session.trim(len(session))
+    started = time.perf_counter()
+    session.prefill(token_ids[: result.prompt_tokens])
+    prefilled = time.perf_counter()
+    for token_id in token_ids[result.prompt_tokens :]:
+        session.decode([token_id])
+    finished = time.perf_counter()
+    if counted:
+        result.prefill_s.append(prefilled - started)
+        result.decode_s.append(finished - prefilled)

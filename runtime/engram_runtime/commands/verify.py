@@ -1,0 +1,80 @@
+"""``engram verify``: hold a bundle against its digests, its golden values and, if asked, its checkpoint."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
+from engram_runtime.cpu import available_cpus
+from engram_runtime.errors import TargetError
+from engram_runtime.executor import load_executor
+from engram_runtime.golden import Golden, check_logits, check_tables
+from engram_runtime.session import Session, open_sites
+
+CHECKPOINT_PARITY = "engram_export.parity"  # needs the export extra; only asked for with --against
+
+
+@click.command()
+@bundle_argument
+@executor_option
+@threads_option
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="Checkpoint to compare logits with, run by transformers."
+)
+@click.option("--text", type=click.Path(path_type=Path), help="Text to compare on.  [default: a built-in one]")
+@click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens to compare on.")
+@tables_option
+@json_option
+def verify(
+    bundle: Path,
+    executor: str,
+    threads: int | None,
+    against: Path | None,
+    text: Path | None,
+    tokens: int,
+    tables: str,
+    as_json: bool,
+) -> None:
+    """Check BUNDLE: every file's digest, the golden rows and logits, and a checkpoint with --against."""
+    opened = Bundle.open(bundle)
+    _check_digests(opened)
+    workers = threads or len(available_cpus())
+    loaded = load_executor(executor, opened, threads=workers)
+    golden = Golden.read(opened)
+    sites = open_sites(opened)
+    check_tables(golden, sites)
+    with Session(opened, loaded, sites) as session:
+        report: dict[str, Any] = {"digests": "ok", "tables": "ok", "executor": executor}
+        report["golden"] = check_logits(golden, session)
+    if against is not None:
+        with Session(opened, loaded, open_sites(opened), tables_on=tables == "on") as session:
+            report["checkpoint"] = _parity().compare_with_transformers(session, opened, against, text, tokens)
+    click.echo(json.dumps(report) if as_json else _table(report))
+
+
+def _check_digests(bundle: Bundle) -> None:
+    total = sum(entry.bytes for entry in bundle.manifest.files)
+    with click.progressbar(length=total, label="digests", file=sys.stderr) as bar:
+        bundle.verify_digests(bar.update)
+
+
+def _parity() -> Any:
+    try:
+        return importlib.import_module(CHECKPOINT_PARITY)
+    except ModuleNotFoundError as error:
+        raise TargetError(f"--against needs {error.name}: pip install 'engram-edge[export]' transformers") from error
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{key} {name.replace('_', ' ')}: {figure}" for name, figure in value.items()]
+        else:
+            lines.append(f"{key}: {value}")
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""Token by token generation over a session, and what it took."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.sampling import Sampler
+from engram_runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A finished generation.
+
+    Attributes:
+        finish_reason: ``stop`` for an end token, ``stop_string``, ``length`` for max_tokens, or ``context``.
+        prefilled_tokens: prompt tokens that were computed; the others were in the cache already.
+        ttft_s: seconds from the request to the first token.
+        decode_s: seconds from the first token to the last.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    prefilled_tokens: int
+    prefill_s: float
+    ttft_s: float
+    decode_s: float
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Prompt tokens computed per second."""
+        return self.prefilled_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second after the first one."""
+        return (len(self.token_ids) - 1) / self.decode_s if self.decode_s else 0.0
+
+
+def decode_tokens(
+    session: Session, logits: NDArray[np.float32], sample: Sampler, *, max_tokens: int, end_ids: Collection[int]
+) -> Iterator[int]:
+    """Yield up to ``max_tokens`` ids, the end token included if one comes.
+
+    Args:
+        logits: ``[V]`` after the session's last token.
+    """
+    for count in range(1, max_tokens + 1):
+        token_id = sample(logits, session.token_ids)
+        yield token_id
+        if token_id in end_ids or count == max_tokens or session.room == 0:
+            return
+        logits = session.decode([token_id])[-1]

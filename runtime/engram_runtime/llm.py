@@ -1,0 +1,170 @@
+"""A bundle ready to generate: the Python API most callers need."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.cpu import available_cpus
+from engram_runtime.errors import RequestError
+from engram_runtime.executor import load_executor
+from engram_runtime.generation import Generation, decode_tokens
+from engram_runtime.sampling import SamplingOptions, make_sampler
+from engram_runtime.session import Session, open_sites
+from engram_runtime.tokenizer import TextTokenizer
+
+DEFAULT_MAX_TOKENS = 256
+GREEDY = SamplingOptions()
+
+
+class LLM:
+    """A loaded bundle with one sequence; what a new prompt shares with the last one is not computed again.
+
+    Use it from one thread at a time and close it, best by ``with``.
+    """
+
+    def __init__(
+        self, bundle: str | Path, executor: str = "tvm", *, threads: int | None = None, tables_on: bool = True
+    ) -> None:
+        """Open and load a bundle.
+
+        Args:
+            executor: ``tvm`` or ``onnxruntime``.
+            threads: worker threads, or None for one per CPU of this process.
+            tables_on: False runs the model as if it had no tables.
+
+        Raises:
+            BundleError: the bundle is damaged.
+            TargetError: the executor can't run it on this machine.
+            RequestError: no such executor, or not a positive number of threads.
+        """
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads is {threads}, expected at least 1")
+        self.bundle = Bundle.open(Path(bundle))
+        self.executor = load_executor(executor, self.bundle, threads=threads or len(available_cpus()))
+        self.session = Session(self.bundle, self.executor, open_sites(self.bundle), tables_on=tables_on)
+        self._tokenizer: TextTokenizer | None = None
+        self.last: Generation | None = None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The bundle's tokenizer, loaded when first needed."""
+        if self._tokenizer is None:
+            self._tokenizer = TextTokenizer.load(self.bundle.path)
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: SamplingOptions = GREEDY,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continue a prompt, text or token ids, to its end.
+
+        Raises:
+            RequestError: an empty prompt, one beyond the context, or an id outside the vocabulary.
+        """
+        for _ in self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: SamplingOptions = GREEDY,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yield pieces of text as they become certain; `last` holds the whole generation afterwards.
+
+        Raises:
+            RequestError: as for `generate`.
+        """
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
+        started = time.perf_counter()
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        logits, computed = self._prefill(prompt_ids)
+        prefilled = time.perf_counter()
+        text = self.tokenizer.stream(stop)
+        end_ids = self.tokenizer.eos_token_ids
+        pieces: list[str] = []
+        token_ids: list[int] = []
+        first = last = prefilled
+        tokens = decode_tokens(self.session, logits, make_sampler(sampling), max_tokens=max_tokens, end_ids=end_ids)
+        for token_id in tokens:
+            last = time.perf_counter()
+            first = last if not token_ids else first
+            token_ids.append(token_id)
+            piece = "" if token_id in end_ids else text.push(token_id)
+            pieces.append(piece)
+            if piece:
+                yield piece
+            if text.stopped is not None:
+                break
+        rest = text.finish()
+        if rest:
+            yield rest
+        self.last = Generation(
+            text="".join(pieces) + rest,
+            token_ids=tuple(token_ids),
+            finish_reason=self._finish_reason(token_ids, text.stopped, max_tokens),
+            prompt_tokens=len(prompt_ids),
+            prefilled_tokens=computed,
+            prefill_s=prefilled - started,
+            ttft_s=first - started,
+            decode_s=last - first,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: SamplingOptions = GREEDY,
+    ) -> Iterator[str]:
+        """Yield pieces of the answer to a conversation, each message with ``role`` and ``content``."""
+        prompt_ids = self.tokenizer.encode_chat(messages)
+        return self.stream(prompt_ids, max_tokens=max_tokens, sampling=sampling)
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return ``[T, V]`` logits after each of ``token_ids``, run as a new sequence."""
+        self.session.trim(len(self.session))
+        return np.concatenate(list(self.session.logits(token_ids)))
+
+    def _prefill(self, prompt_ids: Sequence[int]) -> tuple[NDArray[np.float32], int]:
+        """Make the session hold the prompt; returns logits ``[V]`` and how many tokens were computed."""
+        shared = _common_length(self.session.token_ids, prompt_ids[:-1])
+        self.session.trim(len(self.session) - shared)
+        return self.session.prefill(prompt_ids[shared:]), len(prompt_ids) - shared
+
+    def _finish_reason(self, token_ids: Sequence[int], stopped: str | None, max_tokens: int) -> str:
+        if stopped is not None:
+            return "stop_string"
+        if token_ids[-1] in self.tokenizer.eos_token_ids:
+            return "stop"
+        return "length" if len(token_ids) == max_tokens else "context"
+
+    def close(self) -> None:
+        """Close the tables."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
