@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 from engram_compilers.kernels import activation, attention, normalise, quantise
 from engram_compilers.kernels.intrinsics import lanes, splat
 
-SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 2048)]  # outputs, inputs
+SHAPES = ["960x576", "576x576", "3072x576", "576x1536", "49152x576", "2048x2048"]  # outputs x inputs
 ROWS = [1, 4, 8, 64]
 COLD_BYTES = 272 << 20  # weights rotate over this much, far beyond any cache
 POSITION, CAPACITY = 500, 2048
@@ -74,7 +74,7 @@ def build_all(kernels: dict[str, Any]) -> dict[str, Callable[..., None]]:
 def stream_read() -> Any:
     """Build ``(x i32 [64, n]) -> y i32 [64, 16]``: read all of x, as fast as memory gives it."""
 
-    @T.prim_func(s_tir=True, private=True)
+    @T.prim_func(s_tir=True, private=True)  # type: ignore[untyped-decorator]
     def kernel(x: T.Buffer((STREAM_ROWS, STREAM_COLUMNS), "int32"), y: T.Buffer((STREAM_ROWS, 16), "int32")) -> None:  # type: ignore[valid-type]
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
@@ -110,10 +110,8 @@ def linear_prim_func(family: Any, kind: str, rows: int, outputs: int, inputs: in
     return getattr(family, f"linear_{kind}")(rows, outputs, inputs)
 
 
-def linear_cells(family: Any, kind: str, rows_list: list[int]) -> Iterator[Cell]:
-    for outputs, inputs in SHAPES:
-        if kind != "int8" and outputs == 49152:
-            continue
+def linear_cells(family: Any, kind: str, rows_list: list[int], shapes: list[str]) -> Iterator[Cell]:
+    for outputs, inputs in (tuple(map(int, shape.split("x"))) for shape in shapes):
         name = f"{kind} {outputs}x{inputs}"
         weight = packed_weight(family, kind, outputs, inputs)
         weight_bytes = sum(w.nbytes for w in weight)
@@ -186,11 +184,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["int8", "int4", "q4_0", "q8_0", "other"])
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs")
     options = parser.parse_args()
     family = import_module(f"engram_compilers.kernels.{options.family}")
     print(f"{'kernel, M rows':34} {'us median':>10} {'us best':>10} {'GB/s':>8}")
     for kind in options.only:
-        made = other_cells() if kind == "other" else linear_cells(family, kind, options.rows)
+        made = other_cells() if kind == "other" else linear_cells(family, kind, options.rows, options.shapes)
         run([stream_cell(), *made], options.rounds)
 
 

@@ -54,12 +54,13 @@ def _lower_pass(
 def _define_inputs(forward: ForwardPass, spec: GraphSpec, tokens: int, rows: int) -> list[relax.Var]:
     """Make the function's arguments in manifest order, with T and R fixed."""
     axes = {"T": tokens, "R": rows}
+    interface = [(tensor.name, tensor.shape, tensor.dtype) for tensor in spec.inputs]
+    interface += [(state.name, state.shape, state.dtype) for state in spec.states]
     variables = []
-    for tensor in (*spec.inputs, *spec.states):
-        shape = tuple(axes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.shape)
-        name = tensor.name.replace(".", "_")
-        variables.append(relax.Var(name, relax.TensorType(shape, tensor.dtype)))
-        forward.set(tensor.name, Activation(variables[-1], shape, tensor.dtype))
+    for name, symbolic, dtype in interface:
+        shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in symbolic)
+        variables.append(relax.Var(name.replace(".", "_"), relax.TensorType(shape, dtype)))
+        forward.set(name, Activation(variables[-1], shape, dtype))
     forward.position = _activation(forward, "position").expr
     return variables
 

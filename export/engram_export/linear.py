@@ -146,7 +146,7 @@ def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pack pairs of 4-bit codes along the last axis, the even one in the low half; an odd last one stands alone."""
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), dtype=np.uint8)], axis=-1)
-    return codes[..., ::2] | codes[..., 1::2] << 4
+    return codes[..., ::2] | codes[..., 1::2] << np.uint8(4)
 
 
 def _blocks(name: str, in_features: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
@@ -40,8 +41,9 @@ class TracedGraph:
         for value in self.model.graph.initializers.values():
             if value.const_value is None:
                 plan = _plan(value)
+                dtype, shape = ir.DataType.from_numpy(np.dtype(plan.dtype)), ir.Shape(plan.shape)
                 value.const_value = ir.ExternalTensor(
-                    weights_file, offsets[plan.name], plan.bytes, value.dtype, shape=value.shape, name=plan.name
+                    weights_file, offsets[plan.name], plan.bytes, dtype, shape=shape, name=plan.name
                 )
         ir.save(self.model, path)
         graph, folder = self.model.graph, path.parent.name
@@ -88,7 +90,13 @@ def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
         states = state_specs(model)
         tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")
         arguments = _example_inputs(model, states)
-        dynamic = ({0: tokens}, {}, {0: rows_wanted}, [{0: tokens} for _ in arguments[3]], [{} for _ in states])
+        dynamic: tuple[Any, ...] = (
+            {0: tokens},
+            {},
+            {0: rows_wanted},
+            [{0: tokens} for _ in arguments[3]],
+            [{} for _ in states],
+        )
         program = torch.export.export(model, arguments, dynamic_shapes=dynamic, strict=False)
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert exported is not None
@@ -132,11 +140,13 @@ def _sites(model: LlamaModel) -> list[EngramSite]:
 
 
 def _plan(value: ir.Value) -> TensorPlan:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    return TensorPlan(value.name, value.dtype.numpy().name, tuple(int(axis) for axis in value.shape))  # type: ignore[call-overload]
+    spec = _tensor_spec(value)
+    return TensorPlan(spec.name, spec.dtype, tuple(int(axis) for axis in spec.shape))
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     shape = tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape)
     return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)

@@ -25,11 +25,16 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None,
     out_features, blocks = scales.shape
     if torch.compiler.is_exporting():
         inputs = (x, codes, scales) if zeros is None else (x, codes, scales, zeros)
-        attributes = {"K": blocks * BLOCK, "N": out_features, "bits": bits, "block_size": BLOCK}
         node: Tensor = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             inputs,
-            attributes | {"accuracy_level": ACCURACY_LEVEL},
+            {
+                "K": blocks * BLOCK,
+                "N": out_features,
+                "bits": bits,
+                "block_size": BLOCK,
+                "accuracy_level": ACCURACY_LEVEL,
+            },
             dtype=x.dtype,
             shape=(*x.shape[:-1], out_features),
             version=1,
@@ -105,11 +110,10 @@ def _attention_node(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv_heads, head_dim = key_cache.shape[1], key_cache.shape[-1]
     total = (position + qkv.shape[0]).to(torch.int32)
-    attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": scale}
     out, keys, values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (qkv[None], None, None, key_cache, value_cache, total - 1, total.squeeze(0), cos, sin),
-        attributes,
+        {"num_heads": num_heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": scale},
         dtypes=(qkv.dtype, key_cache.dtype, value_cache.dtype),
         shapes=((1, qkv.shape[0], num_heads * head_dim), key_cache.shape, value_cache.shape),
         version=1,

@@ -6,6 +6,7 @@ int4:  w[n, k] = (code - zero[n, g]) * multiplier[n, g] * scale[n],  g = k // 32
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,14 +63,9 @@ def quantise_int4(weight: NDArray[np.float32]) -> Int4Weight:
     return Int4Weight(codes, multiplier, zero, scale)
 
 
-def allowed_levels() -> list[tuple[int, int]]:
-    """Return all (multiplier, zero) whose values (code - zero) * multiplier stay in -128..127."""
-    return [
-        (multiplier, zero)
-        for multiplier in range(1, MAX_MULTIPLIER + 1)
-        for zero in range(MAX_CODE + 1)
-        if (MAX_CODE - zero) * multiplier <= 127 and zero * multiplier <= 128
-    ]
+def zero_range(multiplier: int) -> tuple[int, int]:
+    """Return the smallest and largest zero for which (code - zero) * multiplier stays in -128..127."""
+    return max(0, MAX_CODE - 127 // multiplier), min(MAX_CODE, 128 // multiplier)
 
 
 def _search(
@@ -78,17 +74,20 @@ def _search(
     groups = weight.reshape(len(weight), -1, BLOCK)  # [N, G, 32]
     scale = _row_scale(groups)  # [N, 1]
     scaled = groups / _nonzero(scale)[:, :, None]
-    best = np.full(groups.shape[:2], np.inf, dtype=np.float32)
+    low = np.minimum(scaled.min(axis=2), 0)
+    best = np.full(low.shape, np.inf, dtype=np.float32)
     codes = np.zeros(groups.shape, dtype=np.uint8)
-    multiplier = np.ones(groups.shape[:2], dtype=np.uint8)
-    zero = np.zeros(groups.shape[:2], dtype=np.uint8)
-    for candidate, offset in allowed_levels():
+    multiplier = np.ones(low.shape, dtype=np.uint8)
+    zero = np.zeros(low.shape, dtype=np.uint8)
+    for candidate, rounding in product(range(1, MAX_MULTIPLIER + 1), (np.floor, np.ceil)):
+        # A good zero puts the smallest value of the group at code 0, one step more or less.
+        offset = np.clip(rounding(-low / candidate), *zero_range(candidate))[:, :, None]
         trial = np.clip(np.rint(scaled / candidate) + offset, 0, MAX_CODE)
         error = np.square((trial - offset) * candidate - scaled).sum(axis=2)
         better = error < best
-        best = np.where(better, error, best)
+        best[better] = error[better]
         codes[better] = trial[better].astype(np.uint8)
-        multiplier[better], zero[better] = candidate, offset
+        multiplier[better], zero[better] = candidate, offset[:, :, 0][better].astype(np.uint8)
     return codes.reshape(weight.shape), multiplier, zero, scale
 
 

@@ -59,7 +59,8 @@ def _llama3(frequencies: NDArray[np.float64], parameters: dict[str, Any]) -> NDA
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     wavelengths = 2 * math.pi / frequencies
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    return (1 - smooth) * frequencies / parameters["factor"] + smooth * frequencies
+    blended: NDArray[np.float64] = (1 - smooth) * frequencies / parameters["factor"] + smooth * frequencies
+    return blended
 
 
 def _yarn(

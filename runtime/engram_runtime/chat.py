@@ -93,7 +93,9 @@ def _limited_text(pieces: Iterable[str], meter: Meter) -> str:
         meter.spend(1 + len(piece))
         num_chars += len(piece)
         if num_chars > MAX_PROMPT_CHARS:
-            raise RequestError(f"the messages make a prompt of more than {MAX_PROMPT_CHARS} characters; shorten them")
+            raise RequestError(
+                f"the chat template makes a prompt of more than {MAX_PROMPT_CHARS} characters; shorten the messages"
+            )
         taken.append(piece)
     return "".join(taken)
 

@@ -46,5 +46,5 @@ def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=1, keepdims=True)
     normaliser = np.log(np.exp(wide).sum(axis=1))
-    chosen: NDArray[np.float64] = wide[np.arange(len(targets)), targets]
-    return normaliser - chosen
+    losses: NDArray[np.float64] = normaliser - wide[np.arange(len(targets)), targets]
+    return losses

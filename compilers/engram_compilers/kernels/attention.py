@@ -8,11 +8,13 @@ key/value head h // (H / Hkv). Positions must be valid (position + T <= S): the 
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from tvm import tirx
 from tvm.script import tirx as T
 
+from engram_compilers.kernels import loops
 from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 from engram_compilers.kernels.packing import require_indexable
@@ -20,8 +22,7 @@ from engram_compilers.kernels.packing import require_indexable
 KEY_BLOCK = 64  # keys between two updates of the running softmax
 _TOKEN_BLOCK = 8  # tokens that read a key block while it is in cache
 _MOST_ACCUMULATORS = 16  # vectors of output kept in registers
-_TYPICAL_LENGTH = 512  # keys, to judge whether to run in parallel
-_SCORES_PER_US = 350.0  # of 64 dimensions
+_SCORES_PER_US = 250.0  # of 64 dimensions
 _ROTATED_PER_US = 4000.0
 _MINUS_INFINITY = float("-inf")
 
@@ -125,8 +126,9 @@ class _Shape:
         return -(-self.tokens // _TOKEN_BLOCK)
 
     @property
-    def work_us(self) -> float:
-        return self.tokens * self.heads * _TYPICAL_LENGTH * (self.head_dim / 64) / _SCORES_PER_US
+    def us_per_key(self) -> float:
+        """Time one more key in the cache takes."""
+        return self.tokens * self.heads * (self.head_dim / 64) / _SCORES_PER_US
 
 
 def attend(
@@ -164,28 +166,44 @@ def attend(
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for task in loop_over(heads // shape.together * shape.token_blocks, shape.work_us):
-                head: T.let = task // shape.token_blocks * shape.together
-                first_token: T.let = task % shape.token_blocks * _TOKEN_BLOCK
-                count: T.let = T.min(_TOKEN_BLOCK, tokens - first_token)
-                first_position: T.let = T.cast(position[0], "int32") + first_token
-                running = T.meta_var(_start(shape, count))
-                for key_block in T.serial(
-                    T.max(first_position + 1 - shape.window, 0) // KEY_BLOCK,
-                    (first_position + count - 1) // KEY_BLOCK + 1,
-                ):
-                    for t in T.serial(count):
-                        start: T.let = key_block * KEY_BLOCK
-                        low: T.let = T.max(T.max(first_position + t + 1 - shape.window, 0), start)
-                        high: T.let = T.min(first_position + t, start + KEY_BLOCK - 1)
-                        if low <= high:
-                            _score_block(shape, running, q, first_token + t, head, k_cache, low, high)
-                            _softmax_step(shape, running, t * shape.together)
-                            _add_values(shape, running, t * shape.together, v_cache, head, low, high)
-                for t in T.serial(count):
-                    _finish(shape, running, t * shape.together, out, first_token + t, head)
+            _each_task(shape, position, partial(_attend_task, shape, q, k_cache, v_cache, position, out))
 
     return kernel
+
+
+def _each_task(shape: _Shape, position: Expr, run: Callable[[Expr], None]) -> None:
+    """Emit run(task) over all tasks, in parallel if the position makes enough work of them."""
+    tasks = shape.heads // shape.together * shape.token_blocks
+    keys = loops.PARALLEL_FROM_US / shape.us_per_key
+    if keys <= KEY_BLOCK or keys > shape.window:
+        with T.parallel(tasks) if keys <= KEY_BLOCK else T.serial(tasks) as task:
+            run(task)
+        return
+    with T.If(position[0] < int(keys)):
+        with T.Then(), T.serial(tasks) as task:
+            run(task)
+        with T.Else(), T.parallel(tasks) as task:
+            run(task)
+
+
+def _attend_task(shape: _Shape, q: Expr, k_cache: Expr, v_cache: Expr, position: Expr, out: Expr, task: Expr) -> None:
+    """Attend with up to 8 tokens and the heads of one task, key block by key block."""
+    head = T.Bind(task // shape.token_blocks * shape.together)
+    first_token = T.Bind(task % shape.token_blocks * _TOKEN_BLOCK)
+    count = T.Bind(T.min(_TOKEN_BLOCK, shape.tokens - first_token))
+    first_position = T.Bind(T.cast(position[0], "int32") + first_token)
+    running = _start(shape, count)
+    first_block = T.max(first_position + 1 - shape.window, 0) // KEY_BLOCK
+    with T.serial(first_block, (first_position + count - 1) // KEY_BLOCK + 1) as key_block, T.serial(count) as t:
+        start = key_block * KEY_BLOCK
+        low = T.Bind(T.max(T.max(first_position + t + 1 - shape.window, 0), start))
+        high = T.Bind(T.min(first_position + t, start + KEY_BLOCK - 1))
+        with T.If(low <= high), T.Then():
+            _score_block(shape, running, q, first_token + t, head, k_cache, low, high)
+            _softmax_step(shape, running, t * shape.together)
+            _add_values(shape, running, t * shape.together, v_cache, head, low, high)
+    with T.serial(count) as t:
+        _finish(shape, running, t * shape.together, out, first_token + t, head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +238,7 @@ def _score_block(
     shape: _Shape, running: _Running, q: Expr, token: Expr, head: Expr, k_cache: Expr, low: Expr, high: Expr
 ) -> None:
     """Fill the scores of a block: q . k for keys low..high, -inf for the rest of the 64."""
-    for g in range(shape.together):
+    with T.serial(shape.together) as g:
         for i in range(0, KEY_BLOCK, LANES):
             T.buffer_store(running.scores, splat(_MINUS_INFINITY), [g, lanes(i)])
         with T.serial(low // LANES, high // LANES + 1) as step:
@@ -246,7 +264,7 @@ def _dots(shape: _Shape, q: Expr, token: Expr, head: Expr, k_cache: Expr, key: E
 
 def _softmax_step(shape: _Shape, running: _Running, first_row: Expr) -> None:
     """Raise the peak to the block's, turn its scores into exponentials and add them to the total."""
-    for g in range(shape.together):
+    with T.serial(shape.together) as g:
         row = first_row + g
         best = T.Bind(T.max(running.peak[row], lane_max(_fold_block(running.scores, g, T.max))))
         scale = T.float32(shape.scale)
@@ -260,7 +278,7 @@ def _softmax_step(shape: _Shape, running: _Running, first_row: Expr) -> None:
         T.buffer_store(running.peak, best, [row])
 
 
-def _fold_block(scores: Expr, g: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+def _fold_block(scores: Expr, g: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """Combine 64 values to 16 lanes: (first 16 with second) with (third with fourth)."""
     a, b, c, d = (scores[g, lanes(i)] for i in range(0, KEY_BLOCK, LANES))
     return combine(combine(a, b), combine(c, d))

@@ -254,7 +254,7 @@ def linear_block(rows: int, out_features: int, in_features: int, bits: int) -> t
         out_features=out_features,
         in_features=in_features,
         block_rows=min(rows, _BLOCK_ROWS),
-        group_tiles=4 if rows == 1 else 2,
+        group_tiles=4 if rows == 1 else 1,
     )
 
     @T.prim_func(s_tir=True, private=True)

@@ -1,10 +1,25 @@
 """Model families by the checkpoint's ``model_type``."""
 
+from collections.abc import Mapping
+from typing import Protocol
+
 from engram_export.checkpoint import Checkpoint
 from engram_export.families import llama
 from engram_runtime.errors import CheckpointError
 
-FAMILIES = {"llama": llama, "qwen3": llama}
+
+class Family(Protocol):
+    """What a family's module says of its checkpoints."""
+
+    NAME_MAP: Mapping[str, tuple[str, ...]]
+    IGNORED: tuple[str, ...]
+
+    def read_config(self, checkpoint: Checkpoint) -> llama.LlamaConfig:
+        """Read the architecture from a checkpoint's config."""
+        ...
+
+
+FAMILIES: dict[str, Family] = {"llama": llama, "qwen3": llama}
 
 
 def read_family_config(checkpoint: Checkpoint) -> llama.LlamaConfig:

@@ -65,8 +65,7 @@ class TvmStep:
             *(self._copy(site, rows) for site, rows in inputs.rows.items()),
             *self._fixed,
         )
-        values: NDArray[np.float32] = np.from_dlpack(logits)
-        return values
+        return np.asarray(np.from_dlpack(logits), dtype=np.float32)
 
     def _copy(self, name: str, values: NDArray[Any]) -> Any:
         """Copy an input into the aligned buffer kept for it; compiled code needs the alignment."""
