@@ -127,8 +127,8 @@ def _resolve(checkpoint: Checkpoint, sites: list[EngramSource], wanted: list[str
     tables = [name for site in sites for name in [*site.table_parts(), site.config.token_map or ""]]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()
-    name_map = {**family.NAME_MAP, **site_name_map(sites)}
-    return WeightSource(tensors, wanted, name_map, ignored=(*family.IGNORED, *tables, *tied))
+    name_map = {**family.name_map, **site_name_map(sites)}
+    return WeightSource(tensors, wanted, name_map, ignored=(*family.ignored, *tables, *tied))
 
 
 def _check_layers(config: LlamaConfig, sites: list[EngramSource]) -> None:

@@ -14,7 +14,7 @@ _WEIGHTS_PER_US = 4000.0
 
 
 def pack_float(weight: NDArray[np.float32]) -> Arrays:
-    """Pack ``[N, K]`` for `linear_float`: ``[Np/16, K, 16]``, N rounded up to 16; lane i of tile t is output 16t + i."""
+    """Pack ``[N, K]`` for `linear_float`: ``[Np/16, K, 16]``, lane i of tile t is output 16t + i, padded with zeros."""
     padded = pad(weight, LANES, 1)
     return {"weight": padded.reshape(len(padded) // LANES, LANES, -1).transpose(0, 2, 1).copy()}
 

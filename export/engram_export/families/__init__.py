@@ -1,25 +1,28 @@
 """Model families by the checkpoint's ``model_type``."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from engram_export.checkpoint import Checkpoint
 from engram_export.families import llama
 from engram_runtime.errors import CheckpointError
 
 
-class Family(Protocol):
-    """What a family's module says of its checkpoints."""
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a family's module says of its checkpoints.
 
-    NAME_MAP: Mapping[str, tuple[str, ...]]
-    IGNORED: tuple[str, ...]
+    Attributes:
+        name_map: module weight -> tensors of the checkpoint. ``ignored``: tensors that may stay unused.
+    """
 
-    def read_config(self, checkpoint: Checkpoint) -> llama.LlamaConfig:
-        """Read the architecture from a checkpoint's config."""
-        ...
+    read_config: Callable[[Checkpoint], llama.LlamaConfig]
+    name_map: Mapping[str, tuple[str, ...]]
+    ignored: tuple[str, ...]
 
 
-FAMILIES: dict[str, Family] = {"llama": llama, "qwen3": llama}
+LLAMA = Family(llama.read_config, llama.NAME_MAP, llama.IGNORED)
+FAMILIES = {"llama": LLAMA, "qwen3": LLAMA}
 
 
 def read_family_config(checkpoint: Checkpoint) -> llama.LlamaConfig:
