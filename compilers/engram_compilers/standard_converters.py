@@ -163,7 +163,7 @@ def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
     x, wanted = forward.activation(node, 0), forward.activation(node, 1)
     axis %= len(x.shape)
     result = (*x.shape[:axis], *wanted.shape, *x.shape[axis + 1 :])
-    return [forward.emit(relax.op.take(x.expr, wanted.expr, axis=axis, mode="fast"), result, x.dtype)]
+    return [forward.emit(relax.op.take(x.expr, wanted.expr, axis=axis, mode="clip"), result, x.dtype)]
 
 
 def concat(forward: ForwardPass, node: Node) -> Sequence[Value]:

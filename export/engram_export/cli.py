@@ -13,7 +13,7 @@ import click
 from engram_export.pipeline import ExportOptions, Progress, export_bundle
 from engram_export.plan import ExportPlan
 from engram_export.verify import Parity
-from engram_runtime.errors import EngramError
+from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError
 
 MIB = 1 << 20
 
@@ -114,3 +114,6 @@ def main() -> None:
     except EngramError as error:
         click.echo(f"engram-export: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"engram-export: {error.strerror}: {error.filename}", err=True)
+        sys.exit(OS_ERROR_EXIT_CODE)

@@ -1,6 +1,7 @@
 """Trace a model without data and write it as ONNX, its weights referred to in a safetensors file beside it."""
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
 OPSET = 23  # the first with RMSNormalization
 TRACED_TOKENS, TRACED_LOGIT_ROWS = 5, 3  # unlike each other and 1, so that no axis is taken for a constant
 
-for noisy in ("onnxscript", "onnx_ir"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)  # they warn of each weight that has no data yet
+# They warn of every weight that has no data yet, and of torchvision, which nothing here uses.
+for noisy in ("onnxscript", "onnx_ir", "torch.onnx"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +87,8 @@ def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
     The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
     the states; its outputs are logits ``[R, V]`` and ``next.<state>``.
     """
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter calls its own deprecated names
         model = build()
         states = state_specs(model)
         tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from engram_runtime.errors import EngramError, TargetError
+from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError, TargetError
 
 # name -> module:attribute
 COMMANDS = {
@@ -53,3 +53,6 @@ def main() -> None:
     except EngramError as error:
         click.echo(f"engram: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"engram: {error.strerror}: {error.filename}", err=True)
+        sys.exit(OS_ERROR_EXIT_CODE)

@@ -14,6 +14,8 @@ Messages say what is wrong, with the value found and the value wanted, then what
 
 from typing import ClassVar
 
+OS_ERROR_EXIT_CODE = 3  # what the commands return where the operating system refuses, as for a full disk
+
 
 class EngramError(Exception):
     """Base of all errors a user can act on; ``exit_code`` is what the commands return."""
