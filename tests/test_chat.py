@@ -169,6 +169,7 @@ def test_a_refusal_of_the_template_is_the_request_s_fault() -> None:
     ("messages", "message"),
     [
         ([], "there are no messages, wanted at least one"),
+        (["hello"], "message 0 is hello, wanted an object with role and content"),
         ([{"role": "user"}], "content of message 0 is None, wanted a string"),
         ([*HELLO, {"content": "a"}], "role of message 1 is None, wanted a string"),
         ([{"role": "user", "content": [1]}], "content of message 0 is [1], wanted a string"),
@@ -178,7 +179,7 @@ def test_a_refusal_of_the_template_is_the_request_s_fault() -> None:
             "the messages have 4194308 characters, wanted at most 4194304; shorten them",
         ),
     ],
-    ids=["none", "no content", "no role", "list", "number", "too long"],
+    ids=["none", "text", "no content", "no role", "list", "number", "too long"],
 )
 def test_messages_of_another_form_are_refused(messages: list[Any], message: str) -> None:
     with pytest.raises(RequestError) as caught:
@@ -214,9 +215,13 @@ def test_a_prompt_that_grows_too_long_is_refused(source: str, content: str) -> N
             "{{ 'a' | center(9) }}",
             "the chat template can't be compiled: No filter named 'center'. (line 1); give a plain prompt",
         ),
+        (
+            "{% autoescape true %}{% endautoescape %}",
+            "the chat template can't be compiled: autoescape is not available (line 1); give a plain prompt",
+        ),
         ("x" * 262_145, "the chat template has 262145 bytes, at most 262144 are allowed"),
     ],
-    ids=["syntax", "filter", "size"],
+    ids=["syntax", "filter", "autoescape", "size"],
 )
 def test_a_template_that_does_not_compile_is_refused(source: str, message: str) -> None:
     with pytest.raises(BundleError) as caught:

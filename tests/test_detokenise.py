@@ -104,7 +104,7 @@ def cut_at_first_complete(text: str, stop: Sequence[str]) -> tuple[str, str | No
     return text, None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(any_tokenizer_and_ids)
 def test_pieces_add_up_to_the_decoded_whole(case: tuple[Tokenizer, list[int]]) -> None:
     tokenizer, token_ids = case
@@ -113,7 +113,7 @@ def test_pieces_add_up_to_the_decoded_whole(case: tuple[Tokenizer, list[int]]) -
     assert stopped is None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     any_tokenizer_and_ids,
     st.lists(st.text(alphabet="ab \ufffdé日\ny", min_size=1, max_size=4), min_size=1, max_size=4),
@@ -124,7 +124,7 @@ def test_text_ends_before_the_stop_string_complete_first(case: tuple[Tokenizer, 
     assert ("".join(pieces), stopped) == cut_at_first_complete(decode(tokenizer, token_ids), stop)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(token_ids_of(BYTE_LEVEL))
 def test_byte_level_holds_back_an_incomplete_character_only(token_ids: list[int]) -> None:
     stream = TextStream(BYTE_LEVEL)
@@ -134,7 +134,7 @@ def test_byte_level_holds_back_an_incomplete_character_only(token_ids: list[int]
         assert text == decode(BYTE_LEVEL, token_ids[:count]).removesuffix("\ufffd")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(token_ids_of(SENTENCEPIECE[0]))
 def test_byte_tokens_are_held_back_until_another_token_follows(token_ids: list[int]) -> None:
     tokenizer = SENTENCEPIECE[0]
@@ -165,7 +165,7 @@ def test_invalid_bytes_decode_as_pythons_decoder_does(data: bytes) -> None:
     assert "".join(pieces) == codecs.getincrementaldecoder("utf-8")("replace").decode(data, final=True)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="abc", max_size=30), st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=3))
 def test_only_the_start_of_a_stop_string_is_held_back(text: str, stop: list[str]) -> None:
     stream = TextStream(BYTE_LEVEL, stop)

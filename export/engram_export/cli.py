@@ -35,6 +35,10 @@ class TerminalReporter:
         click.echo(f"  peak memory  {plan.peak_memory_bytes / MIB:9.1f} MiB above the libraries", err=True)
         click.echo(f"  context      {plan.context_length:9,d} tokens", err=True)
 
+    def step(self, title: str) -> None:
+        """See `engram_export.pipeline.Reporter`."""
+        click.echo(f"{title} ...", err=True)
+
     @contextlib.contextmanager
     def stage(self, title: str, total_bytes: int) -> Iterator[Progress]:
         """See `engram_export.pipeline.Reporter`."""

@@ -54,6 +54,10 @@ class Reporter(Protocol):
         """Show what is about to happen, before anything is written."""
         ...
 
+    def step(self, title: str) -> None:
+        """Show that something without a measure begins."""
+        ...
+
     def stage(self, title: str, total_bytes: int) -> AbstractContextManager[Progress]:
         """Show a stage's progress; the callable is told the bytes of each step."""
         ...
@@ -70,8 +74,9 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Parity:
     source = open_source(options.checkpoint, engram=options.engram, context=options.context)
     chosen = weight_format(options.quant, source.kept_type)
     with staged_folder(options.out, replace=options.replace) as folder:
+        reporter.plan(plan_export(source, chosen, options.tables))
+        reporter.step("tracing the graph")
         graph = trace(lambda: source.build(chosen))
-        reporter.plan(plan_export(source, graph.weights(), options.tables))
         decoder = write_graph(source, graph, folder, reporter)
         tables = write_tables(source, options.tables, folder, reporter)
         write_tokenizer(source, folder)

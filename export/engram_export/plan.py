@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engram_export.formats import WeightFormat
 from engram_export.source import ModelSource
-from engram_export.weights_file import TensorPlan
 
 LARGEST_WEIGHT_COPIES = 4  # a float weight, its scaled copy, its rounded copy and its codes are alive at once
 
@@ -40,7 +40,7 @@ class ExportPlan:
         return asdict(self)
 
 
-def plan_export(source: ModelSource, weights: Sequence[TensorPlan], tables_mode: str) -> ExportPlan:
+def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> ExportPlan:
     """Work out sizes from shapes alone."""
     config = source.config
     float_sizes = [int(shape.numel()) for shape in source.float_shapes()]
@@ -58,7 +58,7 @@ def plan_export(source: ModelSource, weights: Sequence[TensorPlan], tables_mode:
         family=config.family,
         context_length=source.context_length,
         parameters=sum(float_sizes),
-        weights_bytes=sum(plan.bytes for plan in weights),
+        weights_bytes=source.stored_bytes(chosen),
         tables_bytes=sum(site.rows * site.record_bytes for site in sites),
         tables_mode=tables_mode,
         cache_bytes_per_token=config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4,

@@ -46,6 +46,11 @@ class ModelSource:
             named = self.build(FLOAT).named_parameters()
             return [parameter.shape for name, parameter in named if name not in self.computed]
 
+    def stored_bytes(self, weight_format: WeightFormat) -> int:
+        """Return the bytes of all parameters in a weight format."""
+        with FakeTensorMode():
+            return sum(parameter.nbytes for parameter in self.build(weight_format).parameters())
+
     def kept_type(self, name: str) -> str | None:
         """Return the GGUF type that all tensors of a linear layer share, or None."""
         tensors = self.checkpoint.tensors

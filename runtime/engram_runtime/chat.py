@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from engram_runtime.chat_sandbox import Meter, Sandbox, TemplateRefusal, metered_rendering
 from engram_runtime.errors import BundleError, RequestError
@@ -78,6 +78,8 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
     if not messages:
         raise RequestError("there are no messages, wanted at least one")
     for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):  # requests come as JSON
+            raise RequestError(f"message {index} is {str(message)[:60]}, wanted an object with role and content")
         for field in {"role": "", "content": "", **message}:
             if not isinstance(message.get(field), str):
                 raise RequestError(f"{field} of message {index} is {str(message.get(field))[:60]}, wanted a string")
@@ -101,5 +103,6 @@ def _limited_text(pieces: Iterable[str], meter: Meter) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    line = getattr(error, "lineno", None)
-    return (str(error) or type(error).__name__) + (f" (line {line})" if line else "")
+    if isinstance(error, TemplateSyntaxError):
+        return f"{error.message} (line {error.lineno})"
+    return str(error) or type(error).__name__

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Environment, Template, TemplateError, nodes, pass_context, pass_environment
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.filters import FILTERS, do_indent, make_attrgetter
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -189,6 +189,9 @@ class MeteredSyntax(NodeTransformer):
         return node if is_target else _filter_node(node, "(value)", node)
 
     visit_Dict = visit_Tuple = visit_List
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> NoReturn:
+        raise TemplateSyntaxError("autoescape is not available", node.lineno)
 
 
 def _filter_node(value: nodes.Expr, name: str, place: nodes.Node) -> nodes.Filter:

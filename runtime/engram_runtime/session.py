@@ -59,8 +59,8 @@ class Session:
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """Ids of all tokens the states hold."""
-        return tuple(self._token_ids)
+        """Ids of all tokens the states hold: a view that grows with the sequence, not to be changed."""
+        return self._token_ids
 
     @property
     def room(self) -> int:

@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 from engram_compilers.kernels.intrinsics import Expr, exp16, lanes, let, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 
-_SILU_VALUES_PER_US = 1500.0
+_SILU_VALUES_PER_US = 2500.0
 _ADDED_VALUES_PER_US = 8000.0
 
 

@@ -23,7 +23,7 @@ KEY_BLOCK = 64  # keys between two updates of the running softmax
 _TOKEN_BLOCK = 8  # tokens that read a key block while it is in cache
 _MOST_ACCUMULATORS = 16  # vectors of output kept in registers
 _SCORES_PER_US = 250.0  # of 64 dimensions
-_ROTATED_PER_US = 4000.0
+_ROTATED_PER_US = 9000.0
 _MINUS_INFINITY = float("-inf")
 
 

@@ -214,7 +214,7 @@ def _int4_unpacking_body(
     y: Expr,
 ) -> None:
     def tile_group(first_tile: Expr, num_tiles: int) -> None:
-        weight = T.alloc_local((num_tiles, plan.steps, VECTOR_BYTES), "uint8")
+        weight = T.alloc_buffer((num_tiles, plan.steps, VECTOR_BYTES), "uint8")  # too large for a stack
         with T.grid(num_tiles, plan.groups) as (t, group):
 
             def keep(step: Expr, weights: Expr) -> None:

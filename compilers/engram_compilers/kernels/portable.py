@@ -26,7 +26,7 @@ from engram_compilers.kernels.packing import (
 )
 from engram_compilers.kernels.quantise import PLANE_MULTIPLE
 
-_PRODUCTS_PER_US = 8_000.0  # of a weight and a 16-bit activation
+_PRODUCTS_PER_US = 5_000.0  # of a weight and a 16-bit activation
 _EMBEDDED_PER_US = 2000.0
 
 
