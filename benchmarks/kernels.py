@@ -1,6 +1,6 @@
 """Time the kernels one by one, with weights from memory, beside a plain read of memory in the same run.
 
-    TVM_NUM_THREADS=1 python benchmarks/kernels.py [--family avx512_vnni] [--only int8] [--rounds 9]
+    TVM_NUM_THREADS=1 python benchmarks/kernels.py [--family avx512_vnni] [--only int8] [--rounds 15]
 
 Cells are timed in interleaved rounds, so a slow moment of the machine hits all of them; the median counts.
 """
@@ -27,7 +27,9 @@ ROWS = [1, 4, 8, 64]
 COLD_BYTES = 272 << 20  # weights rotate over this much, far beyond any cache
 POSITION, CAPACITY = 500, 2048
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 9, 3, 64, 576, 1536
-STREAM_ROWS, STREAM_COLUMNS = 64, COLD_BYTES // 64 // 4
+STREAM_ROWS, STREAM_PARTS = 64, 8
+STREAM_COLUMNS = COLD_BYTES // STREAM_PARTS // STREAM_ROWS // 4
+SAMPLE_US = 2000.0
 
 
 @dataclass
@@ -38,8 +40,15 @@ class Cell:
     kernel: Callable[..., None]
     arguments: Iterator[list[Any]]
     bytes_read: int
-    calls: int
+    calls: int = 1
     us: list[float] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        """Set ``calls`` so that a sample is shorter than a time slice: on a busy machine some samples stay whole."""
+        for _ in range(3):
+            self.time_once()
+        self.calls = max(1, int(SAMPLE_US / min(self.us)))
+        self.us.clear()
 
     def time_once(self) -> None:
         start = time.perf_counter()
@@ -124,8 +133,7 @@ def linear_cells(family: Any, kind: str, rows_list: list[int], shapes: list[str]
             start = [planes, row_scale] if kind.startswith("q") else [planes, row_scale, offset]
             end = [*scale, zeros(rows, outputs)]
             arguments = itertools.cycle([[*start, *copy, *end] for copy in copies])
-            calls = max(3, min(len(copies), int(2e4 * 25 / (weight_bytes / 1e3 * (1 + rows / 8)))))
-            yield Cell(f"{name} M={rows}", kernels[f"m{rows}"], arguments, weight_bytes, calls)
+            yield Cell(f"{name} M={rows}", kernels[f"m{rows}"], arguments, weight_bytes)
 
 
 def other_cells() -> Iterator[Cell]:
@@ -157,20 +165,19 @@ def other_cells() -> Iterator[Cell]:
         read = sum(a.numpy().nbytes for a in arguments[:2]) if not name.startswith("attend") else 0
         read = read or 2 * KV_HEADS * (POSITION + m) * HEAD_DIM * 4
         kernel = compiled[name.replace(" ", "_").replace("=", "")]
-        yield Cell(name, kernel, itertools.repeat(arguments), read, 2000 // m)
+        yield Cell(name, kernel, itertools.repeat(arguments), read)
 
 
 def stream_cell() -> Cell:
     kernel = build_all({"stream": stream_read()})["stream"]
-    x = tensor(np.ones((STREAM_ROWS, STREAM_COLUMNS), np.int32))
     y = tensor(np.zeros((STREAM_ROWS, 16), np.int32))
-    return Cell("plain read of memory", kernel, itertools.repeat([x, y]), STREAM_ROWS * STREAM_COLUMNS * 4, 1)
+    parts = [[tensor(np.ones((STREAM_ROWS, STREAM_COLUMNS), np.int32)), y] for _ in range(STREAM_PARTS)]
+    return Cell("plain read of memory", kernel, itertools.cycle(parts), COLD_BYTES // STREAM_PARTS)
 
 
 def run(cells: list[Cell], rounds: int) -> None:
     for cell in cells:
-        cell.time_once()  # warm up
-        cell.us.clear()
+        cell.warm_up()
     for _ in range(rounds):
         for cell in cells:
             cell.time_once()
@@ -183,7 +190,7 @@ def main() -> None:
     parser.add_argument("--family", default="avx512_vnni", choices=["avx512_vnni", "portable"])
     parser.add_argument("--only", nargs="*", default=["int8", "int4", "q4_0", "q8_0", "other"])
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs")
     options = parser.parse_args()
     family = import_module(f"engram_compilers.kernels.{options.family}")

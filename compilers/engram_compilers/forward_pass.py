@@ -11,7 +11,7 @@ from tvm import relax, tirx
 from engram_compilers.kernels import activation, normalise, quantise
 from engram_compilers.onnx_model import Node, OnnxModel, Weight
 from engram_compilers.packed_weights import Pack, WeightArguments
-from engram_compilers.values import Activation, Deferred, Half, HalfSigmoid, HalfSilu, Value
+from engram_compilers.values import Activation, Batched, Deferred, Half, HalfSigmoid, HalfSilu, Value
 from engram_runtime.errors import CompileError
 
 MakeKernel = Callable[[], tirx.PrimFunc]
@@ -58,6 +58,8 @@ class ForwardPass:
             return value
         if isinstance(value, Deferred):
             return self.materialise(value)
+        if isinstance(value, Batched):
+            return self.reshape(value.inner, (1, *value.inner.shape))
         if isinstance(value, np.ndarray):
             return Activation(relax.const(value, value.dtype.name), value.shape, value.dtype.name)
         if isinstance(value, Weight):

@@ -141,16 +141,29 @@ def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 
 def matmul(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Lower a float linear layer."""
+    """Lower a float linear layer written as a product with a transposed weight."""
     x, weight = forward.activation(node, 0), forward.get(node.inputs[1])
     if not isinstance(weight, TransposedWeight) or len(x.shape) != 2:
         raise CompileError(f"{node.operator} by {node.inputs[1]} is not a linear layer")
-    (rows, columns), outputs = x.shape, weight.weight.shape[0]
+    return [_linear_float(forward, x, weight.weight)]
+
+
+def gemm(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a float linear layer written as ``x @ weight.T``, which is what torch makes of it."""
+    x, weight = forward.activation(node, 0), forward.get(node.inputs[1])
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+    if not isinstance(weight, Weight) or len(node.inputs) != 2 or node.attributes != plain:
+        raise CompileError(f"{node.operator} by {node.inputs[1]} is not a linear layer without bias")
+    return [_linear_float(forward, x, weight)]
+
+
+def _linear_float(forward: ForwardPass, x: Activation, weight: Weight) -> Activation:
+    (rows, columns), outputs = x.shape, weight.shape[0]
     kernel = forward.kernels.get(
         f"linear_float_{rows}_{outputs}_{columns}", lambda: float_linear.linear_float(rows, outputs, columns)
     )
-    packed = forward.packed_weight(weight.weight, lambda: float_linear.pack_float(forward.model.read(weight.weight)))
-    return [forward.call(kernel, [x.expr, *packed], (rows, outputs))]
+    packed = forward.packed_weight(weight, lambda: float_linear.pack_float(forward.model.read(weight)))
+    return forward.call(kernel, [x.expr, *packed], (rows, outputs))
 
 
 def _pack_int8(forward: ForwardPass, codes: Weight) -> Mapping[str, NDArray[Any]]:
@@ -169,6 +182,7 @@ def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 KERNEL_CONVERTERS: Converters = {
+    "Gemm": gemm,
     "MatMul": matmul,
     "com.microsoft.GatherBlockQuantized": gather_block_quantized,
     "com.microsoft.GroupQueryAttention": group_query_attention,

@@ -18,6 +18,7 @@ class BenchResult:
     """Seconds of each round of one executor."""
 
     executor: str
+    threads: int
     prompt_tokens: int
     decode_tokens: int
     load_s: float
@@ -37,6 +38,7 @@ class BenchResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
         return {
+            "threads": self.threads,
             "load_ms": round(self.load_s * 1e3, 1),
             "prefill_tok_s": round(self.prefill_tok_s, 1),
             "decode_tok_s": round(self.decode_tok_s, 1),
@@ -50,7 +52,7 @@ def measure(
     bundle: Bundle,
     executors: Sequence[str],
     *,
-    threads: int,
+    threads: int | None,
     prompt_tokens: int,
     decode_tokens: int,
     rounds: int,
@@ -65,7 +67,7 @@ def measure(
         started = time.perf_counter()
         executor = load_executor(name, bundle, threads=threads)
         sessions.append(Session(bundle, executor, open_sites(bundle), tables_on=tables_on))
-        results.append(BenchResult(name, prompt_tokens, decode_tokens, time.perf_counter() - started))
+        results.append(BenchResult(name, executor.threads, prompt_tokens, decode_tokens, time.perf_counter() - started))
     for counted in [False, *[True] * rounds]:
         for session, result in zip(sessions, results, strict=True):
             _round(session, result, token_ids, counted=counted)

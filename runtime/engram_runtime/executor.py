@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.manifest import StateSpec
+from engram_runtime.manifest import StateSpec, TableSpec
 
 ALIGNMENT_BYTES = 64  # TVM's vector loads need it
 
@@ -41,9 +41,10 @@ class Step(Protocol):
 
 
 class Executor(Protocol):
-    """A bundle's graph, loaded and ready."""
+    """A bundle's graph, loaded and ready; ``threads`` is how many it uses."""
 
     name: str
+    threads: int
 
     def chunks(self, count: int) -> Sequence[int]:
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
@@ -60,15 +61,20 @@ EXECUTORS = {
 }
 
 
-def load_executor(name: str, bundle: Bundle, *, threads: int) -> Executor:
+def load_executor(name: str, bundle: Bundle, *, threads: int | None) -> Executor:
     """Load a bundle into the executor of that name.
 
+    Args:
+        threads: worker threads, or None for the executor's own choice.
+
     Raises:
-        RequestError: no executor of that name.
+        RequestError: no executor of that name, or not a positive number of threads.
         TargetError: the executor can't run this bundle on this machine.
     """
     if name not in EXECUTORS:
         raise RequestError(f"executor {name!r} is unknown; there are {sorted(EXECUTORS)}")
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads is {threads}, expected at least 1")
     executor: Executor = importlib.import_module(EXECUTORS[name]).load(bundle, threads=threads)
     return executor
 
@@ -76,6 +82,11 @@ def load_executor(name: str, bundle: Bundle, *, threads: int) -> Executor:
 def allocate_states(specs: Sequence[StateSpec]) -> dict[str, NDArray[np.float32]]:
     """Return zeroed, aligned states by name; pages are touched only as positions are used."""
     return {spec.name: aligned_zeros(spec.shape) for spec in specs}
+
+
+def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:
+    """Return ``[T, C, d]`` zeros: with them a site adds nothing to the model."""
+    return np.zeros((count, len(table.keyer.primes), table.record.columns), dtype=np.float32)
 
 
 def aligned_zeros(shape: Sequence[int]) -> NDArray[np.float32]:

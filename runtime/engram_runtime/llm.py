@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
 from engram_runtime.generation import Generation, decode_tokens
@@ -35,7 +34,7 @@ class LLM:
 
         Args:
             executor: ``tvm`` or ``onnxruntime``.
-            threads: worker threads, or None for one per CPU of this process.
+            threads: worker threads, or None for the executor's own choice.
             tables_on: False runs the model as if it had no tables.
 
         Raises:
@@ -43,10 +42,8 @@ class LLM:
             TargetError: the executor can't run it on this machine.
             RequestError: no such executor, or not a positive number of threads.
         """
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads is {threads}, expected at least 1")
         self.bundle = Bundle.open(Path(bundle))
-        self.executor = load_executor(executor, self.bundle, threads=threads or len(available_cpus()))
+        self.executor = load_executor(executor, self.bundle, threads=threads)
         self.session = Session(self.bundle, self.executor, open_sites(self.bundle), tables_on=tables_on)
         self._tokenizer: TextTokenizer | None = None
         self.last: Generation | None = None

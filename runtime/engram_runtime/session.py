@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, StepInputs, allocate_states
+from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows
 from engram_runtime.hashing import NgramHash
 from engram_runtime.manifest import TableSpec
 from engram_runtime.tables import TableStore, open_table
@@ -20,18 +20,14 @@ class Site:
 
     def __init__(self, spec: TableSpec, ngram_hash: NgramHash, table: TableStore) -> None:
         self.name = spec.site
+        self.spec = spec
         self.ngram_hash = ngram_hash
         self.table = table
-        self._columns = spec.record.columns
 
     def rows(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return ``[T, C, d]`` float32 rows of the n-grams that end at each token."""
         row_ids = self.ngram_hash.row_ids(history, token_ids)
-        return self.table.gather(row_ids.ravel()).reshape(*row_ids.shape, self._columns)
-
-    def empty_rows(self, count: int) -> NDArray[np.float32]:
-        """Return ``[T, C, d]`` zeros: with them the site adds nothing to the model."""
-        return np.zeros((count, self.ngram_hash.num_columns, self._columns), dtype=np.float32)
+        return self.table.gather(row_ids.ravel()).reshape(*row_ids.shape, self.spec.record.columns)
 
 
 def open_sites(bundle: Bundle) -> list[Site]:
@@ -128,7 +124,7 @@ class Session:
     def _rows(self, token_ids: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:
         if self._tables_on:
             return {site.name: site.rows(self._token_ids, token_ids) for site in self._sites}
-        return {site.name: site.empty_rows(len(token_ids)) for site in self._sites}
+        return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
         ids = np.asarray(token_ids, dtype=np.int64)

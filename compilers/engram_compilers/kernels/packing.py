@@ -1,4 +1,4 @@
-"""What the packers of every kernel family share: bounds, padding and nibbles."""
+"""What the packers of every kernel family share: checks, padding and the int4 header."""
 
 from typing import Any, TypeVar
 

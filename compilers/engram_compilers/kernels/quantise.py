@@ -54,6 +54,7 @@ def _quantised(x: Expr, factor: Expr) -> Expr:
 
 def _store_planes(planes: Expr, sums: Expr, rows: int, row: Expr, column: Expr, value: Expr) -> None:
     """Split 16 quantised values into the two planes and add each plane to its sum."""
+    value = T.Bind(value)
     high = T.Bind(T.shift_right(value + splat(128), splat(8)))
     low = T.Bind(value - T.shift_left(high, splat(8)))
     for plane, part in enumerate((high, low)):
@@ -105,8 +106,7 @@ def quantise_rows(rows: int, columns: int) -> tirx.PrimFunc:
                         planes, sums, rows, row, step * LANES, _quantised(x[row, lanes(step * LANES)], factor)
                     )
                 if rest > 0:
-                    edge_value: T.let = _quantised(edge[lanes(0)], factor)
-                    _store_planes(planes, sums, rows, row, whole * LANES, edge_value)
+                    _store_planes(planes, sums, rows, row, whole * LANES, _quantised(edge[lanes(0)], factor))
                 for step in T.unroll(empty):
                     for plane in T.unroll(2):
                         planes[plane * rows + row, lanes(padded - (step + 1) * LANES)] = T.broadcast(T.int8(0), LANES)

@@ -10,7 +10,6 @@ import click
 from engram_runtime.bench import BenchResult, measure
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, json_option, tables_option, threads_option
-from engram_runtime.cpu import available_cpus
 from engram_runtime.executor import EXECUTORS
 
 
@@ -42,13 +41,12 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure BUNDLE; figures are medians over the rounds."""
-    workers = threads or len(available_cpus())
     before = os.getloadavg()[0]
     with click.progressbar(length=rounds * len(executors), label="rounds", file=sys.stderr) as bar:
         results = measure(
             Bundle.open(bundle),
             executors,
-            threads=workers,
+            threads=threads,
             prompt_tokens=prompt_tokens,
             decode_tokens=decode_tokens,
             rounds=rounds,
@@ -57,15 +55,16 @@ def bench(
         )
     if as_json:
         figures = {result.executor: result.to_dict() for result in results}
-        click.echo(json.dumps({"threads": workers, "load_average": before, "executors": figures}))
+        click.echo(json.dumps({"load_average": before, "executors": figures}))
     else:
-        click.echo(f"{workers} threads, load average {before:.2f} before, {os.getloadavg()[0]:.2f} after")
+        click.echo(f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after")
         for result in results:
             click.echo(_line(result, prompt_tokens, decode_tokens))
 
 
 def _line(result: BenchResult, prompt_tokens: int, decode_tokens: int) -> str:
     return (
-        f"{result.executor:12} load {result.load_s * 1e3:6.0f} ms   prefill {prompt_tokens} tokens "
-        f"{result.prefill_tok_s:7.1f} tok/s   decode {decode_tokens} tokens {result.decode_tok_s:7.1f} tok/s"
+        f"{result.executor:12} {result.threads} threads   load {result.load_s * 1e3:6.0f} ms   "
+        f"prefill {prompt_tokens} tokens {result.prefill_tok_s:7.1f} tok/s   "
+        f"decode {decode_tokens} tokens {result.decode_tok_s:7.1f} tok/s"
     )

@@ -47,7 +47,16 @@ def run(
                 click.echo(piece, nl=False)
         assert llm.last is not None
         if as_json:
-            click.echo(json.dumps({**generation_figures(llm.last), "executor": executor, "tables": tables}))
+            click.echo(
+                json.dumps(
+                    {
+                        **generation_figures(llm.last),
+                        "executor": executor,
+                        "threads": llm.executor.threads,
+                        "tables": tables,
+                    }
+                )
+            )
         else:
             click.echo()
             click.echo(summary(llm.last), err=True)

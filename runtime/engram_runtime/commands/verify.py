@@ -10,7 +10,6 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
-from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import TargetError
 from engram_runtime.executor import load_executor
 from engram_runtime.golden import Golden, check_logits, check_tables
@@ -43,8 +42,7 @@ def verify(
     """Check BUNDLE: every file's digest, the golden rows and logits, and a checkpoint with --against."""
     opened = Bundle.open(bundle)
     _check_digests(opened)
-    workers = threads or len(available_cpus())
-    loaded = load_executor(executor, opened, threads=workers)
+    loaded = load_executor(executor, opened, threads=threads)
     golden = Golden.read(opened)
     sites = open_sites(opened)
     check_tables(golden, sites)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
+from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import StepInputs
 
@@ -23,8 +24,9 @@ class OnnxRuntimeExecutor:
 
     name = "onnxruntime"
 
-    def __init__(self, session: "ort.InferenceSession") -> None:
+    def __init__(self, session: "ort.InferenceSession", threads: int) -> None:
         self._session = session
+        self.threads = threads
 
     def chunks(self, count: int) -> Sequence[int]:
         """See `Executor.chunks`; any size runs, so only the last one is smaller."""
@@ -61,14 +63,18 @@ class OnnxRuntimeStep:
         return logits
 
 
-def load(bundle: Bundle, *, threads: int) -> OnnxRuntimeExecutor:
-    """Open the decoder graph; raises BundleError where onnxruntime refuses it."""
+def load(bundle: Bundle, *, threads: int | None) -> OnnxRuntimeExecutor:
+    """Open the decoder graph, with one thread per CPU unless told otherwise.
+
+    Raises:
+        BundleError: onnxruntime refuses the graph.
+    """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or len(available_cpus())
     options.log_severity_level = 3
     path = bundle.file(bundle.manifest.decoder.file)
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except (ort_state.Fail, ort_state.InvalidArgument, ort_state.InvalidGraph, ort_state.NotImplemented) as error:
         raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
-    return OnnxRuntimeExecutor(session)
+    return OnnxRuntimeExecutor(session, options.intra_op_num_threads)

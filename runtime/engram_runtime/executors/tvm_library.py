@@ -1,6 +1,8 @@
 """Executor on a library compiled by TVM: numpy, apache-tvm-ffi and TVM's small runtime library, no compiler."""
 
 import ctypes
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import StepInputs
+from engram_runtime.executor import StepInputs, allocate_states, empty_rows
 from engram_runtime.library import LibraryInfo, PackedTensor, find_library
 
 try:
@@ -20,6 +22,7 @@ except ModuleNotFoundError as error:
     raise TargetError("the tvm executor needs apache-tvm-ffi: pip install engram-edge") from error
 
 CPU_DEVICE, POOLED_ALLOCATOR = 1, 2  # DLPack's kDLCPU; AllocatorType::kPooled of TVM's virtual machine
+TIMED_TOKENS = 5  # for each number of threads
 SHARE_ALL_CORES = -3  # ThreadGroup::kSpecifyThreadShareAllCore: workers are not pinned, so a busy core stalls nobody
 
 
@@ -29,6 +32,7 @@ class TvmExecutor:
     name = "tvm"
 
     def __init__(self, folder: Path, info: LibraryInfo, machine_code: Any) -> None:
+        self.threads = 0
         self._passes = info.passes
         self._machine_code = machine_code
         self._weights = map_weights(folder / info.weights, info)
@@ -40,6 +44,12 @@ class TvmExecutor:
             times, count = divmod(count, size)
             chunks += [size] * times
         return chunks
+
+    def use_threads(self, count: int) -> None:
+        """Run with ``count`` threads from now on; results don't depend on it."""
+        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        configure(SHARE_ALL_CORES, count, [str(cpu) for cpu in available_cpus()])
+        self.threads = count
 
     def bind(self, states: Mapping[str, NDArray[np.float32]]) -> "TvmStep":
         """See `Executor.bind`."""
@@ -78,23 +88,48 @@ class TvmStep:
         return tensor
 
 
-def load(bundle: Bundle, *, threads: int) -> TvmExecutor:
-    """Load the library that fits this machine.
+def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
+    """Load the library that fits this machine; without a number of threads, measure which is fastest now.
 
     Raises:
         TargetError: no library fits, or it can't be loaded.
     """
     folder, info = find_library(bundle)
     load_tvm_runtime(folder / info.runtime)
-    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-    configure(SHARE_ALL_CORES, threads, [str(cpu) for cpu in available_cpus()])
     try:
         module = tvm_ffi.load_module(str(folder / info.library))
     except (RuntimeError, OSError) as error:
         raise TargetError(f"library {folder / info.library} can't be loaded: {error}; compile it again") from error
     machine_code = module["vm_load_executable"]()
     machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
-    return TvmExecutor(folder, info, machine_code)
+    executor = TvmExecutor(folder, info, machine_code)
+    executor.use_threads(threads or fastest_threads(executor, bundle))
+    return executor
+
+
+def fastest_threads(executor: TvmExecutor, bundle: Bundle) -> int:
+    """Time single tokens with one thread and with one per CPU; where another process holds a CPU, one is faster."""
+    step = executor.bind(allocate_states(bundle.manifest.decoder.states))
+    executor.use_threads(1)
+    _time_token(step, bundle)  # faults the weights in
+    alone = statistics.median(_time_token(step, bundle) for _ in range(TIMED_TOKENS))
+    executor.use_threads(every_cpu := len(available_cpus()))
+    together = [_time_token(step, bundle)]
+    while len(together) < TIMED_TOKENS and together[-1] < 2 * alone:
+        together.append(_time_token(step, bundle))
+    return every_cpu if statistics.median(together) < alone else 1
+
+
+def _time_token(step: TvmStep, bundle: Bundle) -> float:
+    token = StepInputs(
+        token_ids=np.zeros(1, dtype=np.int64),
+        position=0,
+        logit_rows=np.zeros(1, dtype=np.int64),
+        rows={table.site: empty_rows(table, 1) for table in bundle.manifest.tables},
+    )
+    started = time.perf_counter()
+    step(token)
+    return time.perf_counter() - started
 
 
 def load_tvm_runtime(path: Path) -> None:
