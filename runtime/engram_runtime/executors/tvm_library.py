@@ -1,6 +1,7 @@
 """Executor on a library compiled by TVM: numpy, apache-tvm-ffi and TVM's small runtime library, no compiler."""
 
 import ctypes
+import mmap
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -143,7 +144,7 @@ def load_tvm_runtime(path: Path) -> None:
 
 
 def map_weights(path: Path, info: LibraryInfo) -> list[Any]:
-    """Map the packed weights, one tensor view each; nothing is read until it is used.
+    """Map the packed weights, one tensor view each, and let the kernel begin to read them.
 
     Raises:
         BundleError: the file has another size than stated, or a tensor lies outside it.
@@ -151,8 +152,11 @@ def map_weights(path: Path, info: LibraryInfo) -> list[Any]:
     size = path.stat().st_size if path.is_file() else 0
     if size != info.weights_bytes:
         raise BundleError(f"{path} holds {size} bytes, expected {info.weights_bytes}; compile the bundle again")
-    # Copy-on-write: DLPack refuses read-only arrays, and no kernel writes to weights.
-    data = np.memmap(path, dtype=np.uint8, mode="c")
+    with path.open("rb") as file:
+        # Copy-on-write: DLPack refuses read-only arrays, and no kernel writes to weights.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped.madvise(mmap.MADV_WILLNEED)
+    data = np.frombuffer(mapped, dtype=np.uint8)
     return [as_tensor(_view(data, tensor)) for tensor in info.tensors]
 
 
