@@ -65,7 +65,7 @@ class NgramHash:
         Returns:
             ``[T, C]`` row ids in ``[0, num_rows)``.
         """
-        recent = np.asarray(history[-self.context_tokens :], dtype=np.int64)
+        recent = np.asarray(history[max(0, len(history) - self.context_tokens) :], dtype=np.int64)
         known = self._compress(np.concatenate([recent, token_ids]))
         missing = self.context_tokens - len(recent)
         ids = np.concatenate([np.full(missing, self.pad_id, dtype=np.int64), known])
