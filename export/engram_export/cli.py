@@ -13,7 +13,7 @@ import click
 from engram_export.pipeline import ExportOptions, Progress, export_bundle
 from engram_export.plan import ExportPlan
 from engram_export.verify import Parity
-from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError
+from engram_runtime.command_line import run_command
 
 MIB = 1 << 20
 
@@ -112,12 +112,5 @@ def _print_parity(parity: Parity) -> None:
 
 
 def main() -> None:
-    """Run the command; errors a user can act on become one line and their exit code."""
-    try:
-        export()
-    except EngramError as error:
-        click.echo(f"engram-export: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        click.echo(f"engram-export: {error.strerror}: {error.filename}", err=True)
-        sys.exit(OS_ERROR_EXIT_CODE)
+    """Run the command."""
+    run_command(export, "engram-export")

@@ -16,7 +16,6 @@ from engram_export.source import ModelSource, load_parameters
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import VerificationError
 from engram_runtime.executor import load_executor
-from engram_runtime.hashing import NgramHash
 from engram_runtime.session import Session, open_sites
 
 VERIFY_TEXT = "verify_text.txt"
@@ -100,16 +99,7 @@ def check_float_parity(parity: Parity) -> None:
 
 
 def _checkpoint_rows(site: EngramSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    keyer = site.config.keyer
     token_map = site.token_map(source.config.vocab_size, source.checkpoint.tokenizer_json)
-    ngram_hash = NgramHash(
-        orders=keyer.orders,
-        num_heads=keyer.num_heads,
-        multipliers=np.array(keyer.multipliers, dtype=np.int64),
-        primes=np.array(keyer.primes, dtype=np.int64),
-        offsets=np.array(keyer.offsets, dtype=np.int64),
-        pad_id=keyer.pad_id,
-        token_map=None if token_map is None else token_map.astype(np.int64),
-    )
+    ngram_hash = site.config.keyer.ngram_hash(None if token_map is None else token_map.astype(np.int64))
     row_ids = ngram_hash.row_ids([], token_ids)
     return site.read_table_rows(row_ids.ravel()).reshape(*row_ids.shape, -1)

@@ -55,15 +55,7 @@ class Bundle:
         Raises:
             BundleError: a product of an id and a multiplier would overflow 64 bits.
         """
-        ngram_hash = NgramHash(
-            orders=keyer.orders,
-            num_heads=keyer.num_heads,
-            multipliers=np.array(keyer.multipliers, dtype=np.int64),
-            primes=np.array(keyer.primes, dtype=np.int64),
-            offsets=np.array(keyer.offsets, dtype=np.int64),
-            pad_id=keyer.pad_id,
-            token_map=None if keyer.token_map is None else self._token_map(keyer.token_map),
-        )
+        ngram_hash = keyer.ngram_hash(None if keyer.token_map is None else self._token_map(keyer.token_map))
         if (limit := ngram_hash.largest_id(self.manifest.model.vocab_size) * max(keyer.multipliers)) > INT64_MAX:
             raise BundleError(f"keyer multiplier {max(keyer.multipliers)} overflows 64 bits: products reach {limit}")
         return ngram_hash

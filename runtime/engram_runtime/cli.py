@@ -1,11 +1,11 @@
 """The ``engram`` command: each subcommand lives in the package it needs, imported when it is called."""
 
 import importlib
-import sys
 
 import click
 
-from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError, TargetError
+from engram_runtime.command_line import run_command
+from engram_runtime.errors import TargetError
 
 # name -> module:attribute
 COMMANDS = {
@@ -47,12 +47,5 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command; errors a user can act on become one line and their exit code."""
-    try:
-        cli()
-    except EngramError as error:
-        click.echo(f"engram: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        click.echo(f"engram: {error.strerror}: {error.filename}", err=True)
-        sys.exit(OS_ERROR_EXIT_CODE)
+    """Run the command."""
+    run_command(cli, "engram")

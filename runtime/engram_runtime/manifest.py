@@ -4,7 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engram_runtime.errors import BundleError
+from engram_runtime.hashing import NgramHash
 from engram_runtime.records import RecordFormat
 from engram_runtime.strict_json import Fields
 
@@ -151,6 +155,18 @@ class KeyerSpec:
         fields.finish()
         keyer.check()
         return keyer
+
+    def ngram_hash(self, token_map: NDArray[np.int64] | None) -> NgramHash:
+        """Return the hash with these constants; ``token_map`` is ``[V]``, or None where raw ids are hashed."""
+        return NgramHash(
+            orders=self.orders,
+            num_heads=self.num_heads,
+            multipliers=np.array(self.multipliers, dtype=np.int64),
+            primes=np.array(self.primes, dtype=np.int64),
+            offsets=np.array(self.offsets, dtype=np.int64),
+            pad_id=self.pad_id,
+            token_map=token_map,
+        )
 
     def check(self) -> None:
         """Refuse constants that contradict each other."""

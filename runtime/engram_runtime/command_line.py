@@ -1,0 +1,22 @@
+"""How every command of the project ends: its result, or one sentence and an exit code."""
+
+import sys
+
+import click
+
+from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError
+
+
+def run_command(command: click.Command, name: str) -> None:
+    """Run a click command; errors a user can act on become one line on stderr and their exit code."""
+    try:
+        command()
+    except EngramError as error:
+        _fail(f"{name}: {error}", error.exit_code)
+    except OSError as error:
+        _fail(f"{name}: {error.strerror}: {error.filename}", OS_ERROR_EXIT_CODE)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(exit_code)
