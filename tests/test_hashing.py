@@ -75,7 +75,7 @@ class HashedText:
         )
 
     def rows_by_definition(self) -> list[list[int]]:
-        """row(n, j) = (x_0 * m_0 xor ... xor x_{n-1} * m_{n-1}) mod p_{n,j} + offset_{n,j}, x_k the id k tokens back."""
+        """row = (x_0 m_0 xor ... xor x_{n-1} m_{n-1}) mod prime + offset, x_k the id k tokens back."""
         ids = self.token_ids if self.token_map is None else [self.token_map[token] for token in self.token_ids]
         rows = []
         for position in range(len(ids)):
@@ -229,9 +229,7 @@ def is_prime_by_trial_division(number: int) -> bool:
     rows_per_head=st.lists(st.integers(1, 5_000), min_size=1, max_size=3),
     num_heads=st.integers(1, 5),
 )
-def test_moduli_are_the_next_unused_primes_of_each_order(
-    layers: int, rows_per_head: list[int], num_heads: int
-) -> None:
+def test_moduli_are_the_next_unused_primes_of_each_order(layers: int, rows_per_head: list[int], num_heads: int) -> None:
     used: list[int] = []
     for _ in range(layers):
         for size in rows_per_head:

@@ -144,7 +144,7 @@ class LlamaLayer(nn.Module):
         sizes = [count * self.config.head_dim for count in (self.config.num_heads, self.config.num_kv_heads)]
         query, key, value = torch.split(qkv, [*sizes, sizes[1]], dim=-1)
         normed = [
-            norm(part.reshape(len(part), -1, self.config.head_dim)).flatten(-2)
+            norm(torch.unflatten(part, -1, (-1, self.config.head_dim))).flatten(-2)
             for norm, part in ((self.query_norm, query), (self.key_norm, key))
         ]
         return torch.cat([*normed, value], dim=-1)
