@@ -1,35 +1,29 @@
-"""Tiny random models in the files real ones come in: checkpoints saved by transformers, Engram sites, bundles."""
+"""Tiny random models in the files real ones come in: checkpoints of transformers, GGUF files, Engram sites."""
 
-import contextlib
-import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import gguf
 import safetensors.torch
 import torch
+import transformers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engram_export.pipeline import ExportOptions, Progress, export_bundle
-from engram_export.plan import ExportPlan
 from engram_export.token_compression import compress_vocabulary
-from engram_export.verify import Parity
-from engram_runtime.bundle import Bundle
-from engram_runtime.executor import load_executor
 from engram_runtime.hashing import column_offsets, derive_multipliers, derive_primes
-from engram_runtime.session import Session, open_sites
-from engram_targets import TargetProfile, load_profile
+
+transformers.utils.logging.disable_progress_bar()
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCAB, CONTEXT = 64, 128, 4, 2, 300, 192
-THREADS = 2
+NORM_EPS = 1e-5
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+END_ID = 0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -38,6 +32,9 @@ TRAINING_TEXT = (
     "The tide comes in twice a day and the tide goes out twice a day. Über den Wolken muss die Freiheit sein; 日本語. "
     "A table of rows is read by the hash of the last two and three tokens, and the rows are added to the stream."
 )
+ORDERS, HASH_HEADS, ROW_DIM, ROWS_PER_HEAD = (2, 3), 2, 16, (60, 90)
+SITE_WIDTH = len(ORDERS) * HASH_HEADS * ROW_DIM
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,42 +46,27 @@ class TinyModel:
     dtype: str = "float32"
     head_dim: int = 16
     layers: int = 2
-    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope: Mapping[str, Any] = field(default_factory=lambda: DEFAULT_ROPE)
     shard_size: str = "5GB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinySite:
-    """What an Engram site is made of; ``token_map`` is "tensor", "tokenizer" or None for raw ids."""
+    """What an Engram site is made of.
+
+    Attributes:
+        output_scale: None leaves it out of the config.
+        token_map: "tensor", "tokenizer" (derived at export) or None, which hashes raw ids.
+        payload: dtype of the rows; int8 rows have a float16 scale each.
+    """
 
     layer_id: int = 1
     convolution: bool = True
     gate_bias: bool = True
     gains: bool = True
-    output_scale: float = 1.5
+    output_scale: float | None = 1.5
     token_map: str | None = "tensor"
     payload: str = "int8"
-
-
-ROPES: dict[str, Mapping[str, Any]] = {
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-    "yarn": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 3.0,
-        "original_max_position_embeddings": 64,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-    },
-}
 
 
 def save_checkpoint(folder: Path, tiny: TinyModel) -> Path:
@@ -99,11 +81,11 @@ def save_checkpoint(folder: Path, tiny: TinyModel) -> Path:
         num_key_value_heads=KV_HEADS,
         head_dim=tiny.head_dim,
         max_position_embeddings=CONTEXT,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=NORM_EPS,
         tie_word_embeddings=tiny.tied,
         rope_parameters=dict(tiny.rope),
         bos_token_id=None,
-        eos_token_id=0,
+        eos_token_id=END_ID,
         pad_token_id=None,
     )
     model = AutoModelForCausalLM.from_config(config)
@@ -142,44 +124,49 @@ def save_tokenizer(folder: Path) -> None:
 
 def add_sites(checkpoint: Path, *sites: TinySite) -> Path:
     """Add Engram sites to a checkpoint's own config and weights."""
-    blocks, tensors = _sites(checkpoint, sites)
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "engram": blocks}))
+    blocks, tensors = site_files(checkpoint, *sites)
+    edit_config(checkpoint, engram=blocks)
     weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
     safetensors.torch.save_file({**weights, **tensors}, checkpoint / "model.safetensors", {"format": "pt"})
     return checkpoint
 
 
+def edit_config(checkpoint: Path, **values: Any) -> None:
+    """Change keys of a checkpoint's config.json."""
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def save_site_folder(folder: Path, checkpoint: Path, site: TinySite) -> Path:
     """Save a site by itself, for ``--engram``."""
     folder.mkdir()
-    block, tensors = _sites(checkpoint, [site])
+    block, tensors = site_files(checkpoint, site)
     (folder / "config.json").write_text(json.dumps({"engram": block}))
     safetensors.torch.save_file(tensors, folder / "engram.safetensors")
     return folder
 
 
-def _sites(checkpoint: Path, sites: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    parts = [_site(checkpoint, site, "engram" if len(sites) == 1 else f"engram.{site.layer_id}") for site in sites]
-    blocks = [block for block, _ in parts]
-    return blocks[0] if len(sites) == 1 else blocks, {k: v for _, tensors in parts for k, v in tensors.items()}
+def site_files(checkpoint: Path, *sites: TinySite) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the engram block, a list of them for several sites, and the sites' tensors."""
+    if len(sites) == 1:
+        return _site_files(checkpoint, sites[0], "engram")
+    parts = [_site_files(checkpoint, site, f"engram.{site.layer_id}") for site in sites]
+    return [block for block, _ in parts], {name: values for _, part in parts for name, values in part.items()}
 
 
-ORDERS, HASH_HEADS, ROW_DIM, ROWS_PER_HEAD = (2, 3), 2, 16, (60, 90)
-
-
-def _site(checkpoint: Path, site: TinySite, prefix: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _site_files(checkpoint: Path, site: TinySite, prefix: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     token_map = compress_vocabulary((checkpoint / "tokenizer.json").read_bytes())
     hashed_ids = VOCAB if site.token_map is None else int(token_map.max()) + 1
     (primes,) = derive_primes(layers=1, rows_per_head=ROWS_PER_HEAD, num_heads=HASH_HEADS)
-    multipliers = derive_multipliers(vocab_size=hashed_ids, max_order=max(ORDERS), layer_id=site.layer_id)
     hashing = {
         "kind": "xor_prime",
-        "multipliers": multipliers.tolist(),
+        "multipliers": derive_multipliers(
+            vocab_size=hashed_ids, max_order=max(ORDERS), layer_id=site.layer_id
+        ).tolist(),
         "primes": primes.tolist(),
         "offsets": column_offsets(primes).tolist(),
         "seed": 0,
-        "pad_id": 0,
+        "pad_id": 2,
         "compressed_vocab_size": hashed_ids,
     }
     if site.token_map is not None:
@@ -194,8 +181,8 @@ def _site(checkpoint: Path, site: TinySite, prefix: str) -> tuple[dict[str, Any]
         "num_rows": int(primes.sum()),
         "hash": hashing,
         "gate": gate | ({"bias": f"{prefix}.gate_bias"} if site.gate_bias else {}),
-        "output_scale": site.output_scale,
         "conv": {"kernel": 4, "dilation": 3, "norm_eps": 1e-5} if site.convolution else None,
+        **({} if site.output_scale is None else {"output_scale": site.output_scale}),
     }
     tensors = _site_tensors(site, int(primes.sum()))
     if site.token_map == "tensor":
@@ -204,15 +191,15 @@ def _site(checkpoint: Path, site: TinySite, prefix: str) -> tuple[dict[str, Any]
 
 
 def _site_tensors(site: TinySite, num_rows: int) -> dict[str, torch.Tensor]:
+    """Draw a site whose gates are half open and whose values are about as large as the residual stream."""
     rng = torch.Generator().manual_seed(31 + site.layer_id)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=rng)
 
-    width = len(ORDERS) * HASH_HEADS * ROW_DIM
     tensors = {
-        "key_proj.weight": normal(HIDDEN, width) / width**0.5,
-        "value_proj.weight": normal(HIDDEN, width) / width**0.5,
+        "key_proj.weight": normal(HIDDEN, SITE_WIDTH) / SITE_WIDTH**0.5,
+        "value_proj.weight": normal(HIDDEN, SITE_WIDTH) / SITE_WIDTH**0.5,
         **_rows(normal(num_rows, ROW_DIM), site.payload),
     }
     if site.gate_bias:
@@ -230,79 +217,81 @@ def _rows(values: torch.Tensor, payload: str) -> dict[str, torch.Tensor]:
     if payload != "int8":
         return {"table.rows": values.to(getattr(torch, payload))}
     scales = (values.abs().amax(dim=1) / 127).half()
-    return {"table.rows": (values / scales.float()[:, None]).round().to(torch.int8), "table.scales": scales}
+    codes = (values / scales.float()[:, None]).round().clamp(-127, 127)
+    return {"table.rows": codes.to(torch.int8), "table.scales": scales}
 
 
-class SilentReporter:
-    """Shows nothing, but keeps the plan."""
-
-    def __init__(self) -> None:
-        self.plans: list[ExportPlan] = []
-
-    def plan(self, plan: ExportPlan) -> None:
-        self.plans.append(plan)
-
-    def step(self, title: str) -> None:
-        pass
-
-    @contextlib.contextmanager
-    def stage(self, title: str, total_bytes: int) -> Iterator[Progress]:
-        yield lambda count: None
-
-
-def options(checkpoint: Path, out: Path, **changes: Any) -> ExportOptions:
-    """Return the options of an export, float unless told otherwise."""
-    defaults = ExportOptions(
-        checkpoint=checkpoint, out=out, quant="none", tables="copy", context=None, engram=None, replace=False
-    )
-    return dataclasses.replace(defaults, **changes)
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
-def export(checkpoint: Path, out: Path, **changes: Any) -> Bundle:
-    """Export and open a bundle."""
-    export_bundle(options(checkpoint, out, **changes), SilentReporter())
-    return Bundle.open(out)
+def save_gguf(path: Path, checkpoint: Path, linear_type: gguf.GGMLQuantizationType) -> Path:
+    """Write a llama checkpoint as llama.cpp does: linear layers in ``linear_type``, the rest F32."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(NORM_EPS)
+    writer.add_rope_freq_base(DEFAULT_ROPE["rope_theta"])
+    vocabulary = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in SPECIAL_TOKENS else normal for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_eos_token_id(END_ID)
+    for name, values in gguf_weights(checkpoint, linear_type).items():
+        kind = linear_type if is_linear(name) else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(_gguf_name(name), interleave(name, values), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
-def parity(checkpoint: Path, out: Path, **changes: Any) -> Parity:
-    """Export and return what the exporter measured."""
-    return export_bundle(options(checkpoint, out, **changes), SilentReporter())
+def gguf_weights(checkpoint: Path, linear_type: gguf.GGMLQuantizationType) -> dict[str, NDArray[Any]]:
+    """Return a checkpoint's tensors as they are stored in a GGUF file, under their names and in their row order."""
+    weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    return {
+        name: gguf.quants.quantize(values.float().numpy(), linear_type) if is_linear(name) else values.float().numpy()
+        for name, values in weights.items()
+    }
 
 
-@contextlib.contextmanager
-def open_session(bundle: Bundle, executor: str = "onnxruntime", *, tables_on: bool = True) -> Iterator[Session]:
-    """Open a session on a loaded bundle."""
-    loaded = load_executor(executor, bundle, threads=THREADS)
-    with Session(bundle, loaded, open_sites(bundle), tables_on=tables_on) as session:
-        yield session
+def is_linear(name: str) -> bool:
+    """Whether a tensor of a checkpoint is a linear layer's."""
+    return "_proj." in name or name.startswith("lm_head")
 
 
-def token_ids(count: int, seed: int = 0) -> list[int]:
-    """Return random ids of the tiny vocabulary."""
-    return np.random.default_rng(seed).integers(0, VOCAB, size=count).tolist()
+def interleave(name: str, rows: NDArray[Any]) -> NDArray[Any]:
+    """Order the rows of q and k as llama.cpp does: the halves of each head alternate."""
+    heads = HEADS if ".q_proj." in name else KV_HEADS if ".k_proj." in name else 0
+    if not heads:
+        return rows
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def logits(bundle: Bundle, ids: list[int], executor: str = "onnxruntime", *, tables_on: bool = True) -> Any:
-    """Run a text through a new session, ``[T, V]``."""
-    with open_session(bundle, executor, tables_on=tables_on) as session:
-        return np.concatenate(list(session.logits(ids)))
-
-
-def transformers_logits(checkpoint: Path, ids: list[int]) -> NDArray[np.float32]:
-    """Run a text through the model as transformers loads it, in float32, ``[T, V]``."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
-    with torch.no_grad():
-        values: NDArray[np.float32] = model(torch.tensor([ids])).logits[0].numpy()
-    return values
-
-
-def copy_folder(source: Path, target: Path) -> Path:
-    """Copy a checkpoint or bundle that a test is going to damage."""
-    shutil.copytree(source, target)
-    return target
-
-
-def tiny_profile(**changes: Any) -> TargetProfile:
-    """Return this machine's profile with few forward passes, which is quick to compile."""
-    profile = dataclasses.replace(load_profile("native"), decode_tokens=(1, 2, 4), prefill_tokens=(8,))
-    return dataclasses.replace(profile, **changes)
+def _gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("model.layers."):
+        return f"{GGUF_NAMES[stem]}.weight"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"

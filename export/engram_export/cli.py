@@ -24,7 +24,8 @@ class TerminalReporter:
     def plan(self, plan: ExportPlan) -> None:
         """See `engram_export.pipeline.Reporter`."""
         click.echo(f"{plan.model}: {plan.family}, {plan.parameters / 1e6:.1f}M parameters", err=True)
-        click.echo(f"  weights      {plan.weights_bytes / MIB:9.1f} MiB", err=True)
+        formats = ", ".join(f"{count} {name}" for name, count in plan.formats.items())
+        click.echo(f"  weights      {plan.weights_bytes / MIB:9.1f} MiB: {formats}", err=True)
         click.echo(f"  tables       {plan.tables_bytes / MIB:9.1f} MiB, {plan.tables_mode}", err=True)
         for site in plan.sites:
             click.echo(

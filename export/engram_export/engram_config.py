@@ -129,6 +129,10 @@ def _check_seed(config: EngramConfig, hashing: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_unknown(part: str, values: Mapping[str, Any] | None, known: set[str]) -> None:
-    if values is not None and (unknown := sorted(values.keys() - known)):
+def _refuse_unknown(part: str, values: object, known: set[str]) -> None:
+    if values is None:
+        return
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"the engram block has {values!r:.80} as {part or 'its top level'}, expected an object")
+    if unknown := sorted(values.keys() - known):
         raise CheckpointError(f"the engram block has unknown keys {unknown} in {part or 'its top level'}")

@@ -34,6 +34,8 @@ LinearFactory = Callable[[str, int, int], nn.Module]  # (name, in_features, out_
 class FloatLinear(nn.Module):
     """``x @ weight.T`` with a float32 weight ``[N, K]``."""
 
+    label = "float32"
+
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = _parameter(out_features, in_features)
@@ -48,6 +50,8 @@ class FloatLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """int8 per output channel: `engram_export.quantise.Int8Weight`."""
+
+    label = "int8"
 
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -66,6 +70,8 @@ class Int8Linear(nn.Module):
 
 class Int4Linear(nn.Module):
     """Two-level int4: `engram_export.quantise.Int4Weight`."""
+
+    label = "int4"
 
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -97,6 +103,7 @@ class BlockLinear(nn.Module):
         super().__init__()
         blocks = _blocks(name, in_features)
         self.bits = bits
+        self.label = f"Q{bits}_0"
         self.codes = _parameter(out_features, blocks, BLOCK * bits // 8, dtype=torch.uint8)
         self.block_scale = _parameter(out_features, blocks)
 
@@ -111,6 +118,8 @@ class BlockLinear(nn.Module):
 
 class FloatEmbedding(nn.Module):
     """Float32 table ``[V, D]``; `logits` is the tied head."""
+
+    label = "float32"
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int) -> None:
         super().__init__()

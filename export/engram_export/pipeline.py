@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from engram_export.formats import weight_format
+from engram_export.formats import KEPT_BITS, weight_format
 from engram_export.golden import write_golden
 from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.plan import ExportPlan, plan_export
@@ -26,6 +26,7 @@ from engram_export.verify import (
 )
 from engram_export.weights_file import SafetensorsWriter
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_sha256, manifest_bytes
+from engram_runtime.errors import CheckpointError
 from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo, TableSpec
 
 Progress = Callable[[int], None]
@@ -74,7 +75,9 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Parity:
     source = open_source(options.checkpoint, engram=options.engram, context=options.context)
     chosen = weight_format(options.quant, source.kept_type)
     with staged_folder(options.out, replace=options.replace) as folder:
-        reporter.plan(plan_export(source, chosen, options.tables))
+        plan = plan_export(source, chosen, options.tables)
+        check_kept(options.quant, plan)
+        reporter.plan(plan)
         reporter.step("tracing the graph")
         graph = trace(lambda: source.build(chosen))
         decoder = write_graph(source, graph, folder, reporter)
@@ -84,6 +87,12 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Parity:
         parity = verify_bundle(source, bundle, options.quant, reporter)
         finish_manifest(bundle, reporter)
     return parity
+
+
+def check_kept(quant: str, plan: ExportPlan) -> None:
+    """Refuse ``keep`` where there is nothing to keep, rather than make an int8 bundle under another name."""
+    if quant == "keep" and not set(KEPT_BITS) & set(plan.formats):
+        raise CheckpointError(f"{plan.model} has no linear layer in {' or '.join(KEPT_BITS)} to keep; use --quant int8")
 
 
 def write_graph(source: ModelSource, graph: TracedGraph, folder: Path, reporter: Reporter) -> GraphSpec:

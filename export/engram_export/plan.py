@@ -1,5 +1,6 @@
 """What an export will write and need, told before it starts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,13 +23,14 @@ class SitePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportPlan:
-    """Sizes in bytes."""
+    """Sizes in bytes; ``formats`` counts the weight matrices of each format."""
 
     model: str
     family: str
     context_length: int
     parameters: int
     weights_bytes: int
+    formats: dict[str, int]
     tables_bytes: int
     tables_mode: str
     cache_bytes_per_token: int
@@ -43,6 +45,7 @@ class ExportPlan:
 def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> ExportPlan:
     """Work out sizes from shapes alone."""
     config = source.config
+    skeleton = source.skeleton(chosen)
     float_sizes = [int(shape.numel()) for shape in source.float_shapes()]
     sites = tuple(
         SitePlan(
@@ -58,7 +61,8 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> 
         family=config.family,
         context_length=source.context_length,
         parameters=sum(float_sizes),
-        weights_bytes=source.stored_bytes(chosen),
+        weights_bytes=sum(parameter.nbytes for parameter in skeleton.parameters()),
+        formats=dict(Counter(str(module.label) for module in skeleton.modules() if hasattr(module, "label"))),
         tables_bytes=sum(site.rows * site.record_bytes for site in sites),
         tables_mode=tables_mode,
         cache_bytes_per_token=config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4,

@@ -36,10 +36,16 @@ def rotary_embedding(
     """Build from a config's ``rope_theta`` and ``rope_scaling``.
 
     Raises:
-        CheckpointError: a scaling that changes with the length of the text, or an unknown one.
+        CheckpointError: a scaling that changes with the length of the text, an unknown or an incomplete one.
     """
+    try:
+        return _from_parameters(dict(scaling or {}), head_dim=head_dim, theta=theta, max_positions=max_positions)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"rope scaling {scaling} with theta {theta} is malformed: {error!r}") from error
+
+
+def _from_parameters(parameters: dict[str, Any], *, head_dim: int, theta: float, max_positions: int) -> RotaryEmbedding:
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    parameters = dict(scaling or {})
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     match kind:
         case "default":

@@ -42,14 +42,13 @@ class ModelSource:
 
     def float_shapes(self) -> list[torch.Size]:
         """Return the shapes of the float model's weights, computed tables left out."""
-        with FakeTensorMode():
-            named = self.build(FLOAT).named_parameters()
-            return [parameter.shape for name, parameter in named if name not in self.computed]
+        named = self.skeleton(FLOAT).named_parameters()
+        return [parameter.shape for name, parameter in named if name not in self.computed]
 
-    def stored_bytes(self, weight_format: WeightFormat) -> int:
-        """Return the bytes of all parameters in a weight format."""
+    def skeleton(self, weight_format: WeightFormat) -> LlamaModel:
+        """Make the model's module with parameters that have shapes but no memory."""
         with FakeTensorMode():
-            return sum(parameter.nbytes for parameter in self.build(weight_format).parameters())
+            return self.build(weight_format)
 
     def kept_type(self, name: str) -> str | None:
         """Return the GGUF type that all tensors of a linear layer share, or None."""
@@ -99,8 +98,9 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
     cos, sin = config.rope.tables(context_length)
     computed = {"cos": cos, "sin": sin, **unit_gains(sites, config.hidden_size)}
     with FakeTensorMode():
-        wanted = set(dict(_build(config, sites, context_length, FLOAT).named_parameters())) - set(computed)
-    weights = _resolve(checkpoint, sites, sorted(wanted))
+        parameters = _build(config, sites, context_length, FLOAT).named_parameters()
+        wanted = {name: tuple(parameter.shape) for name, parameter in parameters if name not in computed}
+    weights = _resolve(checkpoint, sites, wanted)
     return ModelSource(checkpoint, config, sites, context_length, weights, computed)
 
 
@@ -126,7 +126,7 @@ def _build(
     )
 
 
-def _resolve(checkpoint: Checkpoint, sites: list[EngramSource], wanted: list[str]) -> WeightSource:
+def _resolve(checkpoint: Checkpoint, sites: list[EngramSource], wanted: Mapping[str, tuple[int, ...]]) -> WeightSource:
     family = FAMILIES[checkpoint.require("model_type", str)]
     tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
     tables = [name for site in sites for name in [*site.table_parts(), site.config.token_map or ""]]

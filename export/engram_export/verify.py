@@ -14,7 +14,8 @@ from engram_export.formats import FLOAT
 from engram_export.onnx_graph import state_specs
 from engram_export.source import ModelSource, load_parameters
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import VerificationError
+from engram_runtime.detokenise import native_errors
+from engram_runtime.errors import CheckpointError, VerificationError
 from engram_runtime.executor import load_executor
 from engram_runtime.session import Session, open_sites
 
@@ -34,13 +35,20 @@ class Parity:
 
 
 def verify_tokens(source: ModelSource) -> NDArray[np.int64]:
-    """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer."""
+    """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer.
+
+    Raises:
+        CheckpointError: a tokenizer that can't be read, or one of a model with more tokens.
+    """
     limit = min(VERIFY_TOKENS, source.context_length)
     if source.checkpoint.tokenizer_json is None:
         return np.random.default_rng(0).integers(0, source.config.vocab_size, size=limit)
     text = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_buffer(source.checkpoint.tokenizer_json)
-    return np.array(tokenizer.encode(text).ids[:limit], dtype=np.int64)
+    with native_errors(CheckpointError, f"the tokenizer of {source.checkpoint.source} can't be used"):
+        token_ids = Tokenizer.from_buffer(source.checkpoint.tokenizer_json).encode(text).ids[:limit]
+    if (largest := max(token_ids, default=-1)) >= source.config.vocab_size:
+        raise CheckpointError(f"the tokenizer gives id {largest}, the model has {source.config.vocab_size} tokens")
+    return np.array(token_ids, dtype=np.int64)
 
 
 def reference_logits(
@@ -78,8 +86,9 @@ def compare(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Parit
     Raises:
         VerificationError: a logit is not a finite number.
     """
-    if not np.isfinite(found).all():
-        raise VerificationError(f"{int((~np.isfinite(found)).sum())} logits of the bundle are not finite")
+    for logits, where in ((reference, "the checkpoint's own model"), (found, "the bundle")):
+        if not np.isfinite(logits).all():
+            raise VerificationError(f"{int((~np.isfinite(logits)).sum())} logits of {where} are not finite numbers")
     difference = np.abs(reference - found)
     return Parity(
         tokens=len(found),

@@ -1,7 +1,7 @@
 """Weights of a module by name: which tensors of the checkpoint each one is made of, and none left over."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ class WeightSource:
     def __init__(
         self,
         tensors: TensorSource,
-        wanted: Iterable[str],
+        wanted: Mapping[str, tuple[int, ...]],
         name_map: Mapping[str, tuple[str, ...]],
         *,
         ignored: Sequence[str] = (),
@@ -26,12 +26,12 @@ class WeightSource:
         """Resolve every wanted name.
 
         Args:
-            wanted: names of weights in the module, such as ``layers.3.qkv.weight``.
+            wanted: shapes of the module's weights by name, such as ``layers.3.qkv.weight``.
             name_map: patterns of wanted names to patterns of tensor names; ``{layer}`` stands for a number.
             ignored: patterns of tensors that may stay unused.
 
         Raises:
-            CheckpointError: tensors are missing or would be dropped, by name.
+            CheckpointError: tensors are missing, would be dropped or have another shape, by name.
         """
         self._tensors = tensors
         self._sources = {name: _sources_of(name, name_map) for name in wanted}
@@ -42,6 +42,8 @@ class WeightSource:
         unused = sorted(name for name in available - used if not _matches_any(name, ignored))
         if unused:
             raise CheckpointError(f"the checkpoint has {_listed(unused)} that this family doesn't know")
+        for name, shape in wanted.items():
+            self._check_shape(name, shape)
 
     def tensor_names(self, name: str) -> tuple[str, ...]:
         """Return the tensors a weight is made of."""
@@ -51,6 +53,15 @@ class WeightSource:
         """Read a weight: its tensors joined along the first axis."""
         parts = [self._tensors.read(source) for source in self._sources[name]]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        shapes = {source: self._tensors.shape(source) for source in self._sources[name]}
+        joinable = all(len(shape) == len(wanted) and shape[1:] == wanted[1:] for shape in shapes.values())
+        if not joinable or sum(shape[0] for shape in shapes.values()) != wanted[0]:
+            found = " and ".join(f"{source} {list(shape)}" for source, shape in shapes.items())
+            raise CheckpointError(
+                f"the checkpoint has {found}, its config wants {list(wanted)}; they don't belong together"
+            )
 
 
 def _sources_of(name: str, name_map: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class Bundle:
         """Build the hash of a table, reading its token map.
 
         Raises:
-            BundleError: a product of an id and a multiplier would overflow 64 bits.
+            BundleError: a token map that is not the vocabulary's, or a product of id and multiplier beyond 64 bits.
         """
         ngram_hash = keyer.ngram_hash(None if keyer.token_map is None else self._token_map(keyer.token_map))
         if (limit := ngram_hash.largest_id(self.manifest.model.vocab_size) * max(keyer.multipliers)) > INT64_MAX:
@@ -73,10 +73,18 @@ class Bundle:
 
     def _token_map(self, relative: str) -> NDArray[np.int64]:
         vocab_size = self.manifest.model.vocab_size
-        values = np.fromfile(self.file(relative), dtype="<i4")
-        if len(values) != vocab_size or values.min(initial=0) < 0:
-            raise BundleError(f"token map {relative} has {len(values)} entries, the vocabulary {vocab_size}")
-        return values.astype(np.int64)
+        data = np.fromfile(self.file(relative), dtype=np.uint8)
+        if len(data) != 4 * vocab_size:
+            raise BundleError(
+                f"token map {relative} holds {len(data)} bytes, a vocabulary of {vocab_size} needs {4 * vocab_size}; "
+                f"export again"
+            )
+        values = data.view("<i4").astype(np.int64)
+        if (smallest := values.min()) < 0:
+            raise BundleError(
+                f"token map {relative} maps token {values.argmin()} to {smallest}, expected ids from 0; export again"
+            )
+        return values
 
     def _check_file(self, entry: FileEntry) -> None:
         for parent in list(Path(entry.path).parents)[:-1]:

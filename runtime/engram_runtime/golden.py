@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import VerificationError
+from engram_runtime.errors import BundleError, VerificationError
+from engram_runtime.manifest import Manifest
 from engram_runtime.session import Session, Site
 from engram_runtime.strict_json import Fields, read_json_object
 
@@ -24,6 +25,16 @@ class TableGolden:
     row_ids: list[list[int]]
     rows_sha256: str
 
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Self:
+        table = cls(
+            site=fields.take("site", str),
+            row_ids=[list(row) for row in fields.integer_lists("row_ids")],
+            rows_sha256=fields.take("rows_sha256", str),
+        )
+        fields.finish()
+        return table
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Golden:
@@ -38,18 +49,48 @@ class Golden:
 
     @classmethod
     def read(cls, bundle: Bundle) -> Self:
-        """Read a bundle's golden values."""
+        """Read a bundle's golden values; raises BundleError where they can't be those of this bundle."""
         fields = Fields(read_json_object(bundle.file(GOLDEN_FILE)), GOLDEN_FILE)
         golden = cls(
             token_ids=list(fields.integers("token_ids")),
             argmax=list(fields.integers("argmax")),
             last_ids=list(fields.integers("last_ids")),
-            last_logits=[float(value) for value in fields.items("last_logits")],
-            tables=[TableGolden(**table) for table in fields.items("tables")],
+            last_logits=list(fields.numbers("last_logits")),
+            tables=[
+                TableGolden.from_fields(Fields(table, f"{GOLDEN_FILE}.tables[{i}]"))
+                for i, table in enumerate(fields.items("tables"))
+            ],
             parity=dict(fields.fields("parity").remaining()),
         )
         fields.finish()
+        golden.check(bundle.manifest)
         return golden
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse values that contradict each other or the model."""
+        tokens, context, vocab_size = len(self.token_ids), manifest.model.context_length, manifest.model.vocab_size
+        if not 0 < tokens == len(self.argmax) <= context:
+            raise BundleError(
+                f"{GOLDEN_FILE} has {tokens} token ids and {len(self.argmax)} argmax, "
+                f"expected as many of both, 1 to {context}"
+            )
+        if not 0 < len(self.last_ids) == len(self.last_logits):
+            raise BundleError(
+                f"{GOLDEN_FILE} has {len(self.last_ids)} last ids and {len(self.last_logits)} last logits, "
+                f"expected as many of both"
+            )
+        for token_id in (*self.token_ids, *self.argmax, *self.last_ids):
+            if not 0 <= token_id < vocab_size:
+                raise BundleError(f"{GOLDEN_FILE} has token id {token_id}, expected 0 to {vocab_size - 1}")
+        found, expected = [table.site for table in self.tables], [table.site for table in manifest.tables]
+        if found != expected:
+            raise BundleError(f"{GOLDEN_FILE} has values of sites {found}, the bundle has sites {expected}")
+        for table in self.tables:
+            if not 0 < len(table.row_ids) <= tokens:
+                raise BundleError(
+                    f"{GOLDEN_FILE} has row ids of {len(table.row_ids)} tokens for site {table.site}, "
+                    f"expected 1 to {tokens}"
+                )
 
 
 def record_digest(rows: NDArray[np.float32]) -> str:

@@ -1,5 +1,6 @@
 """A compiled library of a bundle, ``lib/<target>/``: what it was made from, what it needs, how it is called."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -7,11 +8,14 @@ from typing import Any, Self
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import cpu_flags, machine
 from engram_runtime.errors import BundleError, TargetError
+from engram_runtime.executor import ALIGNMENT_BYTES
+from engram_runtime.manifest import contained_path
 from engram_runtime.strict_json import Fields, read_json_object
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
 LIBRARY_INFO_VERSION = 1
+ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +36,17 @@ class PackedTensor:
             offset=fields.count("offset"),
         )
         fields.finish()
+        if tensor.dtype not in ITEM_BYTES or min(tensor.shape, default=1) < 1 or tensor.offset % ALIGNMENT_BYTES:
+            raise BundleError(
+                f"packed tensor {tensor.name} is {tensor.dtype} {list(tensor.shape)} at byte {tensor.offset}, "
+                f"which can't be mapped; compile again"
+            )
         return tensor
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after the tensor."""
+        return self.offset + math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,18 +80,34 @@ class LibraryInfo:
         info = cls(
             target=fields.take("target", str),
             machine=fields.take("machine", str),
-            cpu_flags=tuple(fields.items("cpu_flags")),
+            cpu_flags=fields.texts("cpu_flags"),
             graph_sha256=fields.take("graph_sha256", str),
             compiler=fields.take("compiler", str),
-            library=fields.take("library", str),
-            runtime=fields.take("runtime", str),
-            weights=fields.take("weights", str),
-            weights_bytes=fields.count("weights_bytes"),
-            passes=tuple((int(tokens), int(rows)) for tokens, rows in fields.items("passes")),
-            tensors=tuple(PackedTensor.from_fields(Fields(item, "tensor")) for item in fields.items("tensors")),
+            library=contained_path(fields.take("library", str)),
+            runtime=contained_path(fields.take("runtime", str)),
+            weights=contained_path(fields.take("weights", str)),
+            weights_bytes=fields.count("weights_bytes", least=1),
+            passes=tuple(_forward_pass(item) for item in fields.integer_lists("passes")),
+            tensors=tuple(
+                PackedTensor.from_fields(Fields(item, f"{LIBRARY_INFO_NAME}.tensors[{i}]"))
+                for i, item in enumerate(fields.items("tensors"))
+            ),
         )
         fields.finish()
+        info.check()
         return info
+
+    def check(self) -> None:
+        """Refuse a library that can't run every number of tokens, or whose tensors lie outside its weights."""
+        counts = {1, *(tokens for tokens, _ in self.passes)}
+        needed = {(tokens, rows) for tokens in counts for rows in (1, tokens)}
+        if lacking := sorted(needed - set(self.passes)):
+            raise BundleError(f"library lacks the forward passes {lacking}; compile again")
+        for tensor in self.tensors:
+            if tensor.end > self.weights_bytes:
+                raise BundleError(
+                    f"packed tensor {tensor.name} ends at byte {tensor.end} of {self.weights_bytes}; compile again"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that `from_dict` reads."""
@@ -90,6 +120,13 @@ class LibraryInfo:
         if lacking := sorted(set(self.cpu_flags) - cpu_flags()):
             return f"{self.target} needs CPU features {lacking} this machine lacks"
         return None
+
+
+def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:
+    if len(counts) != 2 or min(counts) < 1:
+        raise BundleError(f"{LIBRARY_INFO_NAME} has forward pass {list(counts)}, expected tokens and rows of logits")
+    tokens, rows = counts
+    return tokens, rows
 
 
 def graph_digest(bundle: Bundle) -> str:

@@ -1,5 +1,8 @@
 """The manifest ``engram.json``, format version 1: what a bundle says about itself. No floats, no unknown keys."""
 
+import math
+import reprlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Self
@@ -13,7 +16,9 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.strict_json import Fields
 
 FORMAT_VERSION = 1
+AXIS_NAMES = ("T", "R")
 STATE_KINDS = ("positional", "window")
+MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions is 4 GiB
 HASH_KINDS = ("xor_prime",)
 
 
@@ -48,6 +53,11 @@ class TensorSpec:
     def from_fields(cls, fields: Fields) -> Self:
         spec = cls(name=fields.take("name", str), dtype=fields.take("dtype", str), shape=tuple(fields.items("shape")))
         fields.finish()
+        for axis in spec.shape:
+            if axis not in AXIS_NAMES and (type(axis) is not int or not 0 < axis < 2**31):
+                raise BundleError(
+                    f"tensor {spec.name} has axis {reprlib.repr(axis)}, expected a size or one of {list(AXIS_NAMES)}"
+                )
         return spec
 
 
@@ -73,7 +83,8 @@ class StateSpec:
             kind=fields.take("kind", str),
         )
         fields.finish()
-        if spec.kind not in STATE_KINDS or spec.dtype != "float32" or any(not 0 < axis < 2**31 for axis in spec.shape):
+        sound = 2 <= len(spec.shape) <= 8 and min(spec.shape) > 0 and math.prod(spec.shape) <= MAX_STATE_VALUES
+        if spec.kind not in STATE_KINDS or spec.dtype != "float32" or not sound:
             raise BundleError(f"state {spec.name} is {spec.dtype} {list(spec.shape)} {spec.kind}, which can't be held")
         return spec
 
@@ -119,7 +130,7 @@ class Extent:
             file=fields.take("file", str),
             external=fields.take("external", bool),
             offset=fields.count("offset"),
-            row_bytes=fields.count("row_bytes"),
+            row_bytes=fields.count("row_bytes", least=1),
         )
         fields.finish()
         if extent.external != PurePosixPath(extent.file).is_absolute():
@@ -172,15 +183,18 @@ class KeyerSpec:
         """Refuse constants that contradict each other."""
         if self.kind not in HASH_KINDS:
             raise BundleError(f"keyer kind {self.kind!r} is unknown; known are {list(HASH_KINDS)}")
-        if not self.orders or list(self.orders) != sorted(set(self.orders)) or not 1 <= max(self.orders) <= 16:
+        ascending = list(self.orders) == sorted(set(self.orders))
+        if not self.orders or not ascending or self.orders[0] < 1 or self.orders[-1] > 16:
             raise BundleError(f"n-gram orders are {list(self.orders)}, expected ascending lengths from 1 to 16")
         if len(self.multipliers) != max(self.orders) or min(self.multipliers) < 1:
             raise BundleError(f"keyer has multipliers {list(self.multipliers)}, expected {max(self.orders)} positive")
         columns = len(self.orders) * self.num_heads
-        if len(self.primes) != columns or len(self.offsets) != columns or min(self.primes, default=0) < 2:
+        if not 0 < len(self.primes) == len(self.offsets) == columns:
             raise BundleError(
                 f"keyer has {len(self.primes)} primes and {len(self.offsets)} offsets, expected {columns} of each"
             )
+        if min(self.primes) < 2:
+            raise BundleError(f"keyer has primes {list(self.primes)}, expected numbers from 2")
         running = 0
         for prime, offset in zip(self.primes, self.offsets, strict=True):
             if offset != running:
@@ -243,10 +257,10 @@ class ModelInfo:
             name=fields.take("name", str),
             family=fields.take("family", str),
             quantisation=fields.take("quantisation", str),
-            vocab_size=fields.count("vocab_size"),
-            hidden_size=fields.count("hidden_size"),
-            num_layers=fields.count("num_layers"),
-            context_length=fields.count("context_length"),
+            vocab_size=fields.count("vocab_size", least=1),
+            hidden_size=fields.count("hidden_size", least=1),
+            num_layers=fields.count("num_layers", least=1),
+            context_length=fields.count("context_length", least=1),
         )
         fields.finish()
         return info
@@ -292,10 +306,11 @@ class Manifest:
     def check(self) -> None:
         """Refuse references to files that the manifest does not list, and names that stand twice."""
         listed = [entry.path for entry in self.files]
+        known = set(listed)
         token_maps = [table.keyer.token_map for table in self.tables if table.keyer.token_map is not None]
         extents = [extent.file for table in self.tables for extent in table.extents if not extent.external]
         for path in [self.decoder.file, self.decoder.weights, *token_maps, *extents]:
-            if path not in listed:
+            if path not in known:
                 raise BundleError(f"manifest refers to {path!r}, which is not among its files")
         _refuse_twice(listed, "file")
         _refuse_twice([table.site for table in self.tables], "table site")
@@ -315,6 +330,6 @@ def _each(fields: Fields, name: str, kind: Any, where: str) -> tuple[Any, ...]:
 
 
 def _refuse_twice(names: list[str], what: str) -> None:
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise BundleError(f"manifest names {what} {name!r} twice")

@@ -1,6 +1,10 @@
 """JSON read strictly: bounded size, no duplicate keys, every key accounted for, one error class."""
 
 import json
+import re
+import reprlib
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -8,6 +12,8 @@ from typing import Any, NoReturn, TypeVar
 from engram_runtime.errors import BundleError
 
 MAX_JSON_BYTES = 4 << 20  # a manifest with a thousand tables is about 1 MiB
+KIND_NAMES = {bool: "true or false", int: "an integer", str: "a string"}
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # JSON can spell them, but no file name can hold them
 
 Value = TypeVar("Value", bool, int, str)
 
@@ -35,8 +41,7 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"key {twice!r} stands twice")
     return result
 
@@ -50,7 +55,7 @@ class Fields:
 
     def __init__(self, values: object, where: str) -> None:
         if not isinstance(values, dict):
-            raise BundleError(f"{where} is a {type(values).__name__}, expected an object")
+            raise BundleError(f"{where} is {reprlib.repr(values)}, expected an object")
         self._left: dict[str, Any] = dict(values)
         self._where = where
 
@@ -58,22 +63,45 @@ class Fields:
         """Return key ``name``, which must be of exactly this type."""
         value = self._pop(name)
         if type(value) is not kind:
-            self._fail(name, f"a {kind.__name__}", value)
+            self._fail(name, KIND_NAMES[kind], value)
+        if type(value) is str:
+            self._check_text(name, value)
         return value
 
-    def count(self, name: str) -> int:
-        """Return key ``name``, an integer from 0 to 2**53 - 1."""
+    def count(self, name: str, *, least: int = 0) -> int:
+        """Return key ``name``, an integer from ``least`` to 2**53 - 1."""
         value = self.take(name, int)
-        if not 0 <= value < 2**53:
-            self._fail(name, "an integer from 0 to 2**53 - 1", value)
+        if not least <= value < 2**53:
+            self._fail(name, f"an integer from {least} to 2**53 - 1", value)
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Return key ``name``, a list of int64."""
+        return self._int64s(name, self.items(name))
+
+    def integer_lists(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """Return key ``name``, a list of lists of int64."""
+        lists = self.items(name)
+        for values in lists:
+            if not isinstance(values, list):
+                self._fail(name, "a list of lists", values)
+        return tuple(self._int64s(name, values) for values in lists)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Return key ``name``, a list of finite numbers."""
         values = self.items(name)
         for value in values:
-            if type(value) is not int or not -(2**63) <= value < 2**63:
-                self._fail(name, "a list of 64-bit integers", value)
+            if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+                self._fail(name, "a list of finite numbers", value)
+        return tuple(float(value) for value in values)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Return key ``name``, a list of strings."""
+        values = self.items(name)
+        for value in values:
+            if not isinstance(value, str):
+                self._fail(name, "a list of strings", value)
+            self._check_text(name, value)
         return tuple(values)
 
     def items(self, name: str) -> list[Any]:
@@ -90,8 +118,11 @@ class Fields:
     def optional_text(self, name: str) -> str | None:
         """Return key ``name``, a string or null."""
         value = self._pop(name)
-        if value is not None and not isinstance(value, str):
+        if value is None:
+            return None
+        if not isinstance(value, str):
             self._fail(name, "a string or null", value)
+        self._check_text(name, value)
         return value
 
     def remaining(self) -> Mapping[str, Any]:
@@ -109,5 +140,16 @@ class Fields:
             raise BundleError(f"{self._where} has no key {name!r}")
         return self._left.pop(name)
 
+    def _int64s(self, name: str, values: list[Any]) -> tuple[int, ...]:
+        for value in values:
+            if type(value) is not int or not -(2**63) <= value < 2**63:
+                self._fail(name, "a list of 64-bit integers", value)
+        return tuple(values)
+
+    def _check_text(self, name: str, value: str) -> None:
+        if NOT_TEXT.search(value):
+            self._fail(name, "text without NUL and lone surrogates", value)
+
     def _fail(self, name: str, expected: str, value: object) -> NoReturn:
-        raise BundleError(f"{self._where}.{name} is {str(value)[:60]!r}, expected {expected}")
+        # reprlib, as a value may be nested too deeply for repr.
+        raise BundleError(f"{self._where}.{name} is {reprlib.repr(value)}, expected {expected}")

@@ -14,6 +14,7 @@ from engram_runtime.errors import TableError
 from engram_runtime.manifest import Extent, TableSpec
 from engram_runtime.records import RecordFormat
 
+CLOSED = -1  # no file has this number
 RESIDENT_LIMIT_BYTES = 256 << 20  # a table below this is read into memory; larger ones are read row by row
 
 
@@ -55,7 +56,13 @@ class FileTable:
 
     def __init__(self, spec: TableSpec, extents: Sequence[tuple[Path, Extent]]) -> None:
         self._spec = spec
-        self._parts = [_OpenExtent(path, extent, spec.num_rows) for path, extent in extents]
+        self._parts: list[_OpenExtent] = []
+        try:
+            for path, extent in extents:
+                self._parts.append(_OpenExtent(path, extent, spec.num_rows))
+        except TableError:
+            self.close()
+            raise
 
     def gather(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `TableStore.gather`. Each distinct row is read once, in file order."""
@@ -73,7 +80,7 @@ class FileTable:
         return np.concatenate([part.read_all() for part in self._parts], axis=1)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; a second call does nothing."""
         for part in self._parts:
             part.close()
 
@@ -93,7 +100,8 @@ class _OpenExtent:
         self._offset = extent.offset
         self.row_bytes = extent.row_bytes
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise TableError(f"table file {path} can't be opened: {error.strerror}; export the bundle again") from error
         self._check_size(os.fstat(self._file).st_size)
@@ -133,7 +141,10 @@ class _OpenExtent:
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
-        os.close(self._file)
+        # Closing twice would close whatever file has been given the number since.
+        if self._file != CLOSED:
+            os.close(self._file)
+            self._file = CLOSED
 
 
 def open_table(bundle: Bundle, spec: TableSpec) -> TableStore:

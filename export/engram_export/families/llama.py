@@ -66,33 +66,42 @@ class LlamaConfig:
 
 def read_config(checkpoint: Checkpoint) -> LlamaConfig:
     """Read a config of ``model_type`` llama or qwen3."""
-    config = checkpoint.config
-    hidden_size = checkpoint.require("hidden_size", int)
-    num_heads = checkpoint.require("num_attention_heads", int)
-    head_dim = config.get("head_dim") or hidden_size // num_heads
-    max_positions = checkpoint.require("max_position_embeddings", int)
+    hidden_size = _count(checkpoint, "hidden_size")
+    num_heads = _count(checkpoint, "num_attention_heads")
+    head_dim = _count(checkpoint, "head_dim", default=hidden_size // num_heads)
+    max_positions = _count(checkpoint, "max_position_embeddings")
     _refuse_unsupported(checkpoint)
     return LlamaConfig(
         family=checkpoint.require("model_type", str),
-        vocab_size=checkpoint.require("vocab_size", int),
+        vocab_size=_count(checkpoint, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=checkpoint.require("intermediate_size", int),
-        num_layers=checkpoint.require("num_hidden_layers", int),
+        intermediate_size=_count(checkpoint, "intermediate_size"),
+        num_layers=_count(checkpoint, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        num_kv_heads=_count(checkpoint, "num_key_value_heads", default=num_heads),
         head_dim=head_dim,
         rms_norm_eps=checkpoint.require("rms_norm_eps", float),
         rope=_rope(checkpoint, head_dim, max_positions),
         max_positions=max_positions,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(checkpoint.config.get("tie_word_embeddings", False)),
         qk_norm=checkpoint.require("model_type", str) == "qwen3",
     )
 
 
+def _count(checkpoint: Checkpoint, key: str, *, default: int | None = None) -> int:
+    if default is not None and checkpoint.config.get(key) is None:
+        return default
+    if (value := checkpoint.require(key, int)) < 1:
+        raise CheckpointError(f"{key!r} in {checkpoint.config_name} is {value}, wanted at least 1; correct the config")
+    return value
+
+
 def _rope(checkpoint: Checkpoint, head_dim: int, max_positions: int) -> RotaryEmbedding:
     # transformers 5 keeps theta and the scaling in one block, earlier releases in two keys.
-    parameters = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling")
-    theta = (parameters or {}).get("rope_theta", checkpoint.config.get("rope_theta", 10000.0))
+    parameters = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"the rope scaling in {checkpoint.config_name} is {parameters!r:.80}, wanted an object")
+    theta = parameters.get("rope_theta", checkpoint.config.get("rope_theta", 10000.0))
     return rotary_embedding(head_dim=head_dim, theta=theta, scaling=parameters, max_positions=max_positions)
 
 

@@ -1,0 +1,405 @@
+"""Target profiles and compiled libraries: which one fits a machine, and what is said when none does."""
+
+import dataclasses
+import importlib.util
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engram_runtime import cpu, library
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import BundleError, TargetError
+from engram_runtime.library import LibraryInfo, PackedTensor, find_library, graph_digest
+from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo
+from engram_targets import TargetProfile, detect_native, load_profile, profile_names
+from engram_targets.profile import KERNEL_FAMILIES
+
+V3_FLAGS = ("avx2", "fma", "f16c", "bmi2")
+AVX512_FLAGS = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
+MACHINE = "x86_64"
+
+
+def raw_profile(**changes: Any) -> dict[str, Any]:
+    return {
+        "machine": MACHINE,
+        "cpu_flags": ["avx2"],
+        "kernels": "portable",
+        "decode_tokens": [1, 2],
+        "prefill_tokens": [4],
+        "llvm": {"mtriple": "x86_64-linux-gnu", "mcpu": "haswell"},
+    } | changes
+
+
+def raw_library(**changes: Any) -> dict[str, Any]:
+    """Return the JSON of a sound ``compile.json``."""
+    return {
+        "version": 1,
+        "target": "x86-64-v3",
+        "machine": MACHINE,
+        "cpu_flags": ["avx2"],
+        "graph_sha256": "1+2",
+        "compiler": "apache-tvm 0.27",
+        "library": "model.so",
+        "runtime": "libtvm_runtime.so",
+        "weights": "weights.bin",
+        "weights_bytes": 200,
+        "passes": [[1, 1], [2, 2], [2, 1]],
+        "tensors": [
+            {"name": "head:codes", "dtype": "uint8", "shape": [4, 16], "offset": 0},
+            {"name": "head:scale", "dtype": "float32", "shape": [18], "offset": 128},
+        ],
+    } | changes
+
+
+def raw_tensor(**changes: Any) -> list[dict[str, Any]]:
+    return [{"name": "head:codes", "dtype": "uint8", "shape": [4, 16], "offset": 0} | changes]
+
+
+def bundle_at(folder: Path) -> Bundle:
+    """Return a bundle of which only the folder and the digests of the graph matter."""
+    manifest = Manifest(
+        producer="test",
+        model=ModelInfo(
+            name="tiny",
+            family="llama",
+            quantisation="int8",
+            vocab_size=8,
+            hidden_size=8,
+            num_layers=1,
+            context_length=8,
+        ),
+        decoder=GraphSpec(file="graph.onnx", weights="weights", inputs=(), outputs=(), states=()),
+        tables=(),
+        files=(
+            FileEntry(path="weights", bytes=1, sha256="2"),
+            FileEntry(path="graph.onnx", bytes=1, sha256="1"),
+        ),
+    )
+    return Bundle(folder, manifest)
+
+
+def add_library(folder: Path, target: str, **changes: Any) -> None:
+    place = folder / "lib" / target
+    place.mkdir(parents=True)
+    (place / "compile.json").write_text(json.dumps(raw_library(target=target, **changes)))
+
+
+def this_machine(monkeypatch: pytest.MonkeyPatch, flags: Iterable[str], architecture: str = MACHINE) -> None:
+    """Pretend that this process runs on another machine."""
+    monkeypatch.setattr(library, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(library, "machine", lambda: architecture)
+
+
+def profile_message(**changes: Any) -> str:
+    with pytest.raises(TargetError) as caught:
+        TargetProfile.from_dict("mine", raw_profile(**changes))
+    return str(caught.value)
+
+
+def library_message(raw: dict[str, Any]) -> str:
+    with pytest.raises(BundleError) as caught:
+        LibraryInfo.from_dict(raw)
+    return str(caught.value)
+
+
+def find_message(bundle: Bundle) -> str:
+    with pytest.raises(TargetError) as caught:
+        find_library(bundle)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_loads_under_its_name(name: str) -> None:
+    assert load_profile(name).name == name
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_compiles_single_tokens_and_asks_for_kernels_that_exist(name: str) -> None:
+    profile = load_profile(name)
+    assert (1, 1) in profile.passes
+    assert importlib.util.find_spec(f"engram_compilers.kernels.{profile.kernels}") is not None
+
+
+def test_a_profile_is_what_its_file_says() -> None:
+    profile = TargetProfile.from_dict("mine", raw_profile())
+    assert dataclasses.asdict(profile) == {
+        "name": "mine",
+        "machine": MACHINE,
+        "cpu_flags": ("avx2",),
+        "kernels": "portable",
+        "decode_tokens": (1, 2),
+        "prefill_tokens": (4,),
+        "mtriple": "x86_64-linux-gnu",
+        "mcpu": "haswell",
+    }
+
+
+def test_every_count_is_compiled_for_all_rows_of_logits_and_for_the_last_one() -> None:
+    profile = TargetProfile.from_dict("mine", raw_profile())
+    assert profile.passes == ((1, 1), (2, 2), (4, 4), (2, 1), (4, 1))
+
+
+def test_an_unknown_target_is_named_with_those_there_are() -> None:
+    with pytest.raises(TargetError) as caught:
+        load_profile("riscv64")
+    assert str(caught.value) == f"target 'riscv64' is unknown; there are {['native', *profile_names()]}"
+
+
+@pytest.mark.parametrize("name", ["../profiles/x86-64-v3", "", "x86-64-v3.toml"])
+def test_a_target_is_a_name_and_no_path(name: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        load_profile(name)
+    assert str(caught.value) == f"target {name!r} is unknown; there are {['native', *profile_names()]}"
+
+
+def test_a_profile_with_other_keys_is_refused() -> None:
+    raw = raw_profile(speed="high")
+    del raw["llvm"]
+    with pytest.raises(TargetError) as caught:
+        TargetProfile.from_dict("mine", raw)
+    assert str(caught.value) == (
+        "profile mine has keys ['cpu_flags', 'decode_tokens', 'kernels', 'machine', 'prefill_tokens', 'speed'], "
+        "expected ['cpu_flags', 'decode_tokens', 'kernels', 'llvm', 'machine', 'prefill_tokens']"
+    )
+
+
+def test_a_profile_with_unknown_kernels_is_refused() -> None:
+    expected = f"profile mine asks for kernels 'cuda', there are {list(KERNEL_FAMILIES)}"
+    assert profile_message(kernels="cuda") == expected
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill"), [([], []), ([2], [4]), ([1, 2], [2]), ([2, 1], [4]), ([4], [1, 2]), ([1, 1], [])]
+)
+def test_token_counts_ascend_from_one(decode: list[int], prefill: list[int]) -> None:
+    expected = f"profile mine compiles token counts {decode + prefill}, expected ascending ones from 1"
+    assert profile_message(decode_tokens=decode, prefill_tokens=prefill) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (V3_FLAGS, "x86-64-v3"),
+        (AVX512_FLAGS, "x86-64-avx512-vnni"),
+        ((*V3_FLAGS, *AVX512_FLAGS), "x86-64-avx512-vnni"),
+        ((*V3_FLAGS, *AVX512_FLAGS[:-1]), "x86-64-v3"),
+    ],
+)
+def test_native_is_the_most_demanding_profile_a_machine_can_run(flags: tuple[str, ...], expected: str) -> None:
+    assert detect_native(MACHINE, flags).name == expected
+
+
+@given(
+    flags=st.sets(st.sampled_from((*V3_FLAGS, *AVX512_FLAGS, "sse2"))), architecture=st.sampled_from([MACHINE, "s390x"])
+)
+def test_native_is_found_if_and_only_if_a_profile_fits(flags: set[str], architecture: str) -> None:
+    profiles = [load_profile(name) for name in profile_names()]
+    fitting = [profile for profile in profiles if profile.machine == architecture and flags >= set(profile.cpu_flags)]
+    demands = None
+    try:
+        demands = len(detect_native(architecture, flags).cpu_flags)
+    except TargetError:
+        assert fitting == []
+    assert demands == max((len(profile.cpu_flags) for profile in fitting), default=None)
+
+
+@pytest.mark.parametrize(("architecture", "flags"), [("s390x", AVX512_FLAGS), (MACHINE, ("avx2", "fma"))])
+def test_a_machine_no_profile_fits_is_named(architecture: str, flags: tuple[str, ...]) -> None:
+    with pytest.raises(TargetError) as caught:
+        detect_native(architecture, flags)
+    assert str(caught.value) == f"no target profile fits a {architecture} machine; there are {profile_names()}"
+
+
+def test_native_is_the_profile_of_this_machine() -> None:
+    assert load_profile("native") == detect_native(platform.machine(), cpu.cpu_flags())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2  fma\n\nprocessor : 1\nflags : fpu\n", {"fpu", "avx2", "fma"}),
+        ("Features\t: fp asimd dotprod\n", {"fp", "asimd", "dotprod"}),
+        ("vmx flags : vnmi\nflags : sse\n", {"sse"}),
+        ("model name : none\n", set()),
+    ],
+)
+def test_cpu_flags_are_those_of_the_first_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: set[str]
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.cpu_flags() == expected
+
+
+def test_a_system_without_cpuinfo_has_no_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.cpu_flags() == frozenset()
+
+
+def test_a_library_equals_itself_after_a_round_trip() -> None:
+    info = LibraryInfo.from_dict(raw_library())
+    assert json.loads(json.dumps(info.to_dict())) == raw_library()
+    assert info.tensors[1] == PackedTensor(name="head:scale", dtype="float32", shape=(18,), offset=128)
+
+
+@pytest.mark.parametrize("key", sorted(raw_library()))
+def test_a_missing_key_of_a_library_is_named(key: str) -> None:
+    raw = raw_library()
+    del raw[key]
+    assert library_message(raw) == f"compile.json has no key {key!r}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"version": 2}, "library has version 2, this runtime reads 1; compile again"),
+        ({"version": "1"}, "compile.json.version is '1', expected an integer"),
+        ({"machine": None}, "compile.json.machine is None, expected a string"),
+        ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),
+        ({"cpu_flags": ["avx2", ["fma"]]}, "compile.json.cpu_flags is ['fma'], expected a list of strings"),
+        ({"cpu_flags": [1, "a"]}, "compile.json.cpu_flags is 1, expected a list of strings"),
+        ({"surprise": 1}, "compile.json has unknown keys ['surprise']; it may need a newer engram-edge"),
+        ({"library": "/lib/evil.so"}, "path '/lib/evil.so' leaves the bundle; only plain relative paths are allowed"),
+        ({"runtime": "../tvm.so"}, "path '../tvm.so' leaves the bundle; only plain relative paths are allowed"),
+        ({"weights": ""}, "path '' leaves the bundle; only plain relative paths are allowed"),
+        ({"weights": "a\0b"}, r"compile.json.weights is 'a\x00b', expected text without NUL and lone surrogates"),
+        ({"weights_bytes": 0}, "compile.json.weights_bytes is 0, expected an integer from 1 to 2**53 - 1"),
+        ({"passes": [1, 1]}, "compile.json.passes is 1, expected a list of lists"),
+        ({"passes": [["1", "1"]]}, "compile.json.passes is '1', expected a list of 64-bit integers"),
+        ({"passes": [[1, 1.5]]}, "compile.json.passes is 1.5, expected a list of 64-bit integers"),
+        ({"passes": [[1, 1], [2]]}, "compile.json has forward pass [2], expected tokens and rows of logits"),
+        ({"passes": [[1, 1], []]}, "compile.json has forward pass [], expected tokens and rows of logits"),
+        ({"passes": [[1, 1], [0, 0]]}, "compile.json has forward pass [0, 0], expected tokens and rows of logits"),
+        ({"passes": []}, "library lacks the forward passes [(1, 1)]; compile again"),
+        ({"passes": [[2, 2], [2, 1]]}, "library lacks the forward passes [(1, 1)]; compile again"),
+        ({"passes": [[1, 1], [4, 2]]}, "library lacks the forward passes [(4, 1), (4, 4)]; compile again"),
+        ({"tensors": [7]}, "compile.json.tensors[0] is 7, expected an object"),
+        (
+            {"tensors": raw_tensor(more=1)},
+            "compile.json.tensors[0] has unknown keys ['more']; it may need a newer engram-edge",
+        ),
+        (
+            {"tensors": raw_tensor(shape=[1.5])},
+            "compile.json.tensors[0].shape is 1.5, expected a list of 64-bit integers",
+        ),
+        (
+            {"tensors": raw_tensor(dtype="object")},
+            "packed tensor head:codes is object [4, 16] at byte 0, which can't be mapped; compile again",
+        ),
+        (
+            {"tensors": raw_tensor(shape=[-1, 16])},
+            "packed tensor head:codes is uint8 [-1, 16] at byte 0, which can't be mapped; compile again",
+        ),
+        (
+            {"tensors": raw_tensor(offset=32)},
+            "packed tensor head:codes is uint8 [4, 16] at byte 32, which can't be mapped; compile again",
+        ),
+        (
+            {"tensors": raw_tensor(dtype="float32")},
+            "packed tensor head:codes ends at byte 256 of 200; compile again",
+        ),
+        (
+            {"tensors": raw_tensor(shape=[2**32, 2**32])},
+            "packed tensor head:codes ends at byte 18446744073709551616 of 200; compile again",
+        ),
+    ],
+)
+def test_a_library_that_cannot_be_is_refused(changes: dict[str, Any], expected: str) -> None:
+    assert library_message(raw_library(**changes)) == expected
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(key=st.sampled_from(sorted(raw_library())), value=JSON_VALUES)
+def test_a_library_with_any_value_is_refused_or_read_as_it_stands(key: str, value: object) -> None:
+    raw = raw_library(**{key: value})
+    try:
+        found = json.loads(json.dumps(LibraryInfo.from_dict(raw).to_dict()))
+    except BundleError:
+        found = raw
+    assert found == raw
+
+
+def test_a_library_for_another_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2"], "aarch64")
+    info = LibraryInfo.from_dict(raw_library())
+    assert info.misfit() == "x86-64-v3 is for x86_64, this machine is aarch64"
+
+
+def test_a_library_that_needs_more_than_the_cpu_has_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    info = LibraryInfo.from_dict(raw_library(cpu_flags=["fma", "avx2", "bmi2"]))
+    assert info.misfit() == "x86-64-v3 needs CPU features ['bmi2', 'fma'] this machine lacks"
+
+
+def test_a_library_that_fits_has_no_misfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2", "sse"])
+    assert LibraryInfo.from_dict(raw_library()).misfit() is None
+
+
+def test_the_digest_of_a_graph_is_that_of_graph_and_weights(tmp_path: Path) -> None:
+    assert graph_digest(bundle_at(tmp_path)) == "1+2"
+
+
+@pytest.mark.parametrize("folders", [[], ["lib"], ["lib/empty"]])
+def test_a_bundle_without_library_says_how_to_make_one(tmp_path: Path, folders: list[str]) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    expected = f"bundle {tmp_path} has no compiled library; run: engram compile {tmp_path} --target native"
+    assert find_message(bundle_at(tmp_path)) == expected
+
+
+def test_the_library_that_asks_for_most_of_what_the_machine_has_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this_machine(monkeypatch, ["a", "b", "c"])
+    add_library(tmp_path, "one", cpu_flags=["a"])
+    add_library(tmp_path, "two", cpu_flags=["a", "b"])
+    add_library(tmp_path, "four", cpu_flags=["a", "b", "c", "d"])
+    path, info = find_library(bundle_at(tmp_path))
+    assert (path, info) == (
+        tmp_path / "lib" / "two",
+        LibraryInfo.from_dict(raw_library(target="two", cpu_flags=["a", "b"])),
+    )
+
+
+def test_libraries_that_do_not_fit_are_named_with_their_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    add_library(tmp_path, "arm", machine="aarch64")
+    add_library(tmp_path, "wide", cpu_flags=["avx512f"])
+    assert find_message(bundle_at(tmp_path)) == (
+        f"no library of bundle {tmp_path} runs here: arm is for aarch64, this machine is x86_64; "
+        f"wide needs CPU features ['avx512f'] this machine lacks; run: engram compile {tmp_path} --target native"
+    )
+
+
+def test_a_library_made_from_another_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    add_library(tmp_path, "x86-64-v3", graph_sha256="1+3")
+    assert find_message(bundle_at(tmp_path)) == (
+        f"library {tmp_path / 'lib' / 'x86-64-v3'} was compiled from another graph than this bundle holds; "
+        f"run: engram compile {tmp_path} --target native"
+    )
+
+
+def test_a_library_whose_description_is_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    add_library(tmp_path, "x86-64-v3")
+    place = tmp_path / "lib" / "x86-64-v3" / "compile.json"
+    place.write_text('{"version": 1, "version": 1}')
+    with pytest.raises(BundleError) as caught:
+        find_library(bundle_at(tmp_path))
+    assert str(caught.value) == f"{place} is not valid JSON: key 'version' stands twice"
