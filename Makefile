@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 setup: $(INSTALLED)
 
-# torch first and alone: any other way of asking for it may pull gigabytes of CUDA.
+# torch first and pinned: a range, or another package asking for it, may pull gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade "pip>=25.1"

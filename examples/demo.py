@@ -32,16 +32,16 @@ def command(name: str, *arguments: str | Path, capture: bool = False) -> str:
     line = [name, *map(str, arguments)]
     print(f"\n$ {shlex.join(line)}", flush=True)
     executable = Path(sys.executable).with_name(name)
-    done = subprocess.run([executable, *line[1:]], check=True, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run([executable, *line[1:]], check=False, text=True, stdout=subprocess.PIPE if capture else None)
+    if done.returncode != 0:
+        sys.exit(done.returncode)  # the command has said why
     return done.stdout or ""
 
 
 def main() -> None:
-    """Export and compile what is missing, then ask and measure."""
-    if not (BUNDLE / "engram.json").exists():
-        command("engram-export", checkpoint(), "-o", BUNDLE, "--engram", SITE)
-    if not (BUNDLE / "lib").exists():
-        command("engram", "compile", BUNDLE)
+    """Export, compile, ask and measure."""
+    command("engram-export", checkpoint(), "-o", BUNDLE, "--engram", SITE, "--force")
+    command("engram", "compile", BUNDLE)
     command("engram", "run", BUNDLE, "The capital of France is", "--max-tokens", "12")
     for tables in ("on", "off"):
         options = ("--tables", tables, "--max-tokens", "48", "--json")

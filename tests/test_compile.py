@@ -1,4 +1,4 @@
-"""Compiled bundles compute what onnxruntime does, and the same bits however the tokens, rows, threads and kernels fall."""
+"""Compiled bundles compute what onnxruntime does, and the same bits for any tokens at once, threads and kernels."""
 
 import json
 import os
@@ -41,11 +41,6 @@ needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this machine's processor h
 NATIVE = "avx512_vnni" if HAS_VNNI else "portable"
 
 
-def int8_bundle(workshop: Workshop) -> Bundle:
-    """With a tied head and a site with a window."""
-    return workshop.bundle(workshop.checkpoint(TinyModel(), WINDOW_SITE), quant="int8")
-
-
 def int4_bundle(workshop: Workshop) -> Bundle:
     return workshop.bundle(workshop.checkpoint(UNTIED, PLAIN_SITE), quant="int4")
 
@@ -54,9 +49,9 @@ def compiled_bundle(workshop: Workshop, name: str) -> Bundle:
     """Return one of the compiled bundles the tests run on; int8's portable kernels are all parallel."""
     match name:
         case "int8":
-            return workshop.compiled(int8_bundle(workshop), always_parallel=True)
+            return workshop.ready()
         case "int8-vnni":
-            return workshop.compiled(int8_bundle(workshop), "avx512_vnni")
+            return workshop.compiled(workshop.uncompiled(), "avx512_vnni")
         case "int4":
             return workshop.compiled(int4_bundle(workshop))
         case "int4-vnni":
@@ -220,11 +215,11 @@ def run_tokens(bundle: Bundle, states: dict[str, NDArray[np.float32]], count: in
 
 
 def test_an_operator_without_lowering_is_named(workshop: Workshop, tmp_path: Path) -> None:
-    bundle = with_operator(int8_bundle(workshop), tmp_path / "bundle", "Erf")
+    bundle = with_operator(workshop.uncompiled(), tmp_path / "bundle", "Erf")
     with pytest.raises(CompileError) as caught:
         compile_bundle(bundle, tiny_profile())
     assert str(caught.value) == f"operator Erf has no lowering; there are {sorted(CONVERTERS)}"
-    assert files_of(bundle.path).keys() == files_of(int8_bundle(workshop).path).keys()
+    assert files_of(bundle.path).keys() == files_of(workshop.uncompiled().path).keys()
 
 
 def with_operator(bundle: Bundle, folder: Path, operator: str) -> Bundle:
@@ -260,7 +255,7 @@ def library_file(bundle: Bundle, name: str) -> Path:
 
 
 def test_a_bundle_without_library_says_how_to_make_one(workshop: Workshop) -> None:
-    bundle = int8_bundle(workshop)
+    bundle = workshop.uncompiled()
     with pytest.raises(TargetError) as caught:
         load_executor("tvm", bundle, threads=1)
     assert str(caught.value) == (
@@ -269,12 +264,14 @@ def test_a_bundle_without_library_says_how_to_make_one(workshop: Workshop) -> No
 
 
 def test_a_library_for_another_machine_is_refused_with_the_reason(workshop: Workshop, tmp_path: Path) -> None:
-    bundle = changed_library(
-        compiled_bundle(workshop, "int8"), tmp_path / "bundle", cpu_flags=["avx512f", "warp_drive"]
-    )
+    bundle = changed_library(compiled_bundle(workshop, "int8"), tmp_path / "bundle", cpu_flags=["warp_drive"])
+    target = library_file(bundle, "compile.json").parent.name
     with pytest.raises(TargetError) as caught:
         load_executor("tvm", bundle, threads=1)
-    assert "needs CPU features ['warp_drive'] this machine lacks; run: engram compile" in str(caught.value)
+    assert str(caught.value) == (
+        f"no library of bundle {bundle.path} runs here: {target} needs CPU features ['warp_drive'] this machine lacks; "
+        f"run: engram compile {bundle.path} --target native"
+    )
 
 
 def test_a_library_of_another_graph_is_refused(workshop: Workshop, tmp_path: Path) -> None:

@@ -285,6 +285,12 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(workshop: Workshop, tmp_pa
     assert (outcome.code, left_in(tmp_path / "home")) == (2, ["letter.txt"])
 
 
+def test_keeping_what_is_not_quantised_is_refused(workshop: Workshop, tmp_path: Path, command: Command) -> None:
+    outcome = command("engram-export", workshop.checkpoint(PLAIN), "-o", tmp_path / "bundle", "--quant", "keep")
+    assert outcome.err == ("engram-export: checkpoint has no linear layer in Q4_0 or Q8_0 to keep; use --quant int8\n")
+    assert (outcome.code, left_in(tmp_path)) == (3, [])
+
+
 def test_a_context_beyond_the_models_is_refused(workshop: Workshop, tmp_path: Path, command: Command) -> None:
     outcome = command("engram-export", workshop.checkpoint(PLAIN), "-o", tmp_path / "bundle", "--context", CONTEXT + 1)
     assert outcome.err == f"engram-export: context is {CONTEXT + 1}, this model takes 1 to {CONTEXT} tokens\n"

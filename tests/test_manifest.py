@@ -36,7 +36,12 @@ def sound_manifest() -> dict[str, Any]:
             "decoder": {
                 "file": files[0],
                 "weights": files[1],
-                "inputs": [{"name": "rows.layer_1", "dtype": "float32", "shape": ["T", 4, 6]}],
+                "inputs": [
+                    {"name": "token_ids", "dtype": "int64", "shape": ["T"]},
+                    {"name": "position", "dtype": "int64", "shape": [1]},
+                    {"name": "logit_rows", "dtype": "int64", "shape": ["R"]},
+                    {"name": "rows.layer_1", "dtype": "float32", "shape": ["T", 4, 6]},
+                ],
                 "outputs": [{"name": "logits", "dtype": "float32", "shape": ["R", 50]}],
                 "states": [
                     {"name": "key.0", "dtype": "float32", "shape": [1, 2, 32, 4], "kind": "positional"},
@@ -49,7 +54,7 @@ def sound_manifest() -> dict[str, Any]:
                 "site": "layer_1",
                 "num_rows": 36,
                 "record": {"payload": "int8", "columns": 6, "scale": "float16"},
-                "extents": [{"file": files[2], "external": False, "offset": 64, "row_bytes": 8}],
+                "extents": [{"file": files[2], "external": False, "offset": 64, "row_bytes": 8, "identity": None}],
                 "keyer": {
                     "kind": "xor_prime",
                     "orders": [2, 3],
@@ -153,6 +158,7 @@ KEYS = [
     ("tables.0.extents.0.external", "table.extents[0]", "true or false"),
     ("tables.0.extents.0.offset", "table.extents[0]", NUMBER),
     ("tables.0.extents.0.row_bytes", "table.extents[0]", NUMBER),
+    ("tables.0.extents.0.identity", "table.extents[0]", "a string or null"),
     ("tables.0.keyer.kind", "manifest.tables[0].keyer", TEXT),
     ("tables.0.keyer.orders", "manifest.tables[0].keyer", LIST),
     ("tables.0.keyer.num_heads", "manifest.tables[0].keyer", NUMBER),
@@ -218,7 +224,9 @@ def test_extensions_may_hold_anything() -> None:
 
 
 def test_a_manifest_without_tables_is_sound() -> None:
-    assert Manifest.from_dict(changed("tables", [])).tables == ()
+    raw = changed("tables", [])
+    del raw["graphs"]["decoder"]["inputs"][3]
+    assert Manifest.from_dict(raw).tables == ()
 
 
 def test_raw_ids_may_be_hashed() -> None:
@@ -377,6 +385,42 @@ def test_a_value_that_contradicts_the_others_is_refused(path: str, value: object
     assert message(changed(path, value)) == expected
 
 
+INPUTS = "('token_ids', 'int64', ('T',)), ('position', 'int64', (1,)), ('logit_rows', 'int64', ('R',))"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "found"),
+    [
+        ("3.name", "rows.layer_2", "('rows.layer_2', 'float32', ('T', 4, 6))"),
+        ("3.dtype", "int64", "('rows.layer_1', 'int64', ('T', 4, 6))"),
+        ("3.shape", ["T", 6, 4], "('rows.layer_1', 'float32', ('T', 6, 4))"),
+    ],
+)
+def test_inputs_of_the_graph_that_are_not_those_of_the_tables_are_refused(path: str, value: object, found: str) -> None:
+    expected = "('rows.layer_1', 'float32', ('T', 4, 6))"
+    assert message(changed(f"graphs.decoder.inputs.{path}", value)) == (
+        f"the graph's inputs are [{INPUTS}, {found}], its tables call for [{INPUTS}, {expected}]"
+    )
+
+
+def test_rows_that_no_table_gives_are_refused() -> None:
+    assert message(changed("tables", [])) == (
+        f"the graph's inputs are [{INPUTS}, ('rows.layer_1', 'float32', ('T', 4, 6))], its tables call for [{INPUTS}]"
+    )
+
+
+def test_logits_of_another_vocabulary_are_refused() -> None:
+    assert message(changed("model.vocab_size", 51)) == (
+        "the graph's outputs are [('logits', 'float32', ('R', 50))], "
+        "its vocabulary calls for [('logits', 'float32', ('R', 51))]"
+    )
+
+
+def test_a_cache_of_another_length_than_the_context_is_refused() -> None:
+    expected = "state key.0 has shape [1, 2, 32, 4], expected 31 positions on its second-last axis"
+    assert message(changed("model.context_length", 31)) == expected
+
+
 @pytest.mark.parametrize("orders", [[], [3, 2], [2, 2], [0, 3], [-1, 3], [2, 17]])
 def test_ngram_orders_ascend_from_1_to_16(orders: list[int]) -> None:
     expected = f"n-gram orders are {orders}, expected ascending lengths from 1 to 16"
@@ -384,7 +428,7 @@ def test_ngram_orders_ascend_from_1_to_16(orders: list[int]) -> None:
 
 
 @pytest.mark.parametrize("axis", [1.5, None, True, "X", "t", 0, -1, 2**31, [], {}])
-@pytest.mark.parametrize(("path", "name"), [("inputs", "rows.layer_1"), ("outputs", "logits")])
+@pytest.mark.parametrize(("path", "name"), [("inputs", "token_ids"), ("outputs", "logits")])
 def test_the_axes_of_a_tensor_are_sizes_or_names(path: str, name: str, axis: object) -> None:
     expected = f"tensor {name} has axis {axis!r}, expected a size or one of ['T', 'R']"
     assert message(changed(f"graphs.decoder.{path}.0.shape", ["T", axis])) == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_runtime import cpu, library
@@ -195,6 +195,7 @@ def test_native_is_the_most_demanding_profile_a_machine_can_run(flags: tuple[str
     assert detect_native(MACHINE, flags).name == expected
 
 
+@settings(deadline=None)
 @given(
     flags=st.sets(st.sampled_from((*V3_FLAGS, *AVX512_FLAGS, "sse2"))), architecture=st.sampled_from([MACHINE, "s390x"])
 )
@@ -321,6 +322,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(key=st.sampled_from(sorted(raw_library())), value=JSON_VALUES)
 def test_a_library_with_any_value_is_refused_or_read_as_it_stands(key: str, value: object) -> None:
     raw = raw_library(**{key: value})

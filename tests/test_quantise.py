@@ -153,7 +153,7 @@ def test_groups_of_one_sign_are_within_a_tenth_of_the_best(name: str) -> None:
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_weight_is_within_a_hundredth_of_the_best_and_no_group_twice_as_far(name: str) -> None:
-    # Some groups are up to 56 % off, as the search doesn't try zeros that clip their low end.
+    # A few groups in a thousand are up to 76 % off, as the search doesn't try zeros that clip their low end.
     weight = drawn(name)
     quantised = quantise_int4(weight)
     found = squared_errors(weight, quantised.dequantise()) / quantised.scale**2
@@ -192,6 +192,7 @@ def test_the_even_code_is_in_the_low_half_and_an_odd_last_one_alone(codes: list[
     np.testing.assert_array_equal(found, np.array(packed, dtype=np.uint8), strict=True)
 
 
+@settings(deadline=None)
 @given(codes=arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9)), elements=st.integers(0, 15)))
 def test_packed_codes_come_back(codes: NDArray[np.uint8]) -> None:
     unpacked = unpack_nibbles(torch.from_numpy(pack_nibbles(codes))).numpy()[:, : codes.shape[1]]

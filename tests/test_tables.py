@@ -214,6 +214,7 @@ def test_nothing_is_read_if_a_row_id_is_outside(
     assert reads == []
 
 
+@settings(deadline=None)
 @given(row_ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=8), num_rows=st.integers(0, 2**53))
 def test_row_ids_pass_if_and_only_if_all_lie_inside(row_ids: list[int], num_rows: int) -> None:
     outside = [row for row in row_ids if not 0 <= row < num_rows]
@@ -353,6 +354,7 @@ def test_a_record_has_the_bytes_of_its_values_and_its_scale(
     assert (record.payload_bytes, record.record_bytes) == (payload_bytes, record_bytes)
 
 
+@settings(deadline=None)
 @given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20))
 def test_every_bfloat16_is_read_as_ml_dtypes_reads_it(bits: list[int]) -> None:
     record = RecordFormat(payload="bfloat16", columns=len(bits), scale="none")

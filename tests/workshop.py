@@ -17,7 +17,7 @@ from engram_compilers.build import compile_bundle
 from engram_compilers.kernels import loops
 from engram_export.pipeline import ExportOptions, Progress, export_bundle
 from engram_export.plan import ExportPlan
-from engram_export.verify import Parity
+from engram_export.verify import Verification
 from engram_runtime.bundle import Bundle
 from engram_runtime.executor import load_executor
 from engram_runtime.session import Session, open_sites
@@ -51,7 +51,7 @@ def export_options(checkpoint: Path, out: Path, **changes: Any) -> ExportOptions
     return dataclasses.replace(options, **changes)
 
 
-def export(checkpoint: Path, out: Path, **changes: Any) -> Parity:
+def export(checkpoint: Path, out: Path, **changes: Any) -> Verification:
     """Export a float bundle, or what ``changes`` of the options say."""
     return export_bundle(export_options(checkpoint, out, **changes), SilentReporter())
 
@@ -110,6 +110,14 @@ class Workshop:
 
         key = f"compiled {bundle.path} {kernels} {always_parallel}"
         return Bundle.open(self._once(key, "compiled", make))
+
+    def uncompiled(self) -> Bundle:
+        """Return an int8 bundle with a tied head and a site with a window."""
+        return self.bundle(self.checkpoint(TinyModel(), TinySite()), quant="int8")
+
+    def ready(self) -> Bundle:
+        """Return `uncompiled` with a library, all of whose kernels run in parallel."""
+        return self.compiled(self.uncompiled(), always_parallel=True)
 
     def _once(self, key: str, name: str, make: Callable[[Path], object]) -> Path:
         if key not in self._made:

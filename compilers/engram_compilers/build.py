@@ -1,7 +1,7 @@
 """Compile a bundle for a target: lower, build, and put library, weights and runtime into ``lib/<target>/``."""
 
 import json
-import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_targets import TargetProfile
@@ -20,11 +20,10 @@ try:
 except ModuleNotFoundError as error:
     raise CompileError("compiling needs TVM: pip install 'engram-edge[compile]'") from error
 
+from engram_compilers.linking import link
 from engram_compilers.lowering import lower
 from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
-
-logger = logging.getLogger(__name__)
 
 LIBRARY_FILE, WEIGHTS_FILE, RUNTIME_FILE = "model.so", "weights.bin", "libtvm_runtime.so"
 Report = Callable[[str], None]
@@ -52,7 +51,7 @@ def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lamb
     """
     started = time.monotonic()
     folder = bundle.file(LIBRARY_FOLDER) / profile.name
-    scratch = folder.with_name(f".{profile.name}.partial")
+    scratch = folder.with_name(f".{profile.name}.partial-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -82,7 +81,7 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
     target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
     # Bytecode, not exec_mode="compiled": LLVM needs minutes for a function of 500 calls and saves 0.1 us a call.
     executable = relax.build(module, target, relax_pipeline=relax.get_default_pipeline(target))
-    executable.export_library(str(folder / LIBRARY_FILE))
+    executable.export_library(str(folder / LIBRARY_FILE), fcompile=link)
     shutil.copyfile(Path(tvm.__file__).parent / "lib" / RUNTIME_FILE, folder / RUNTIME_FILE)
     return LibraryInfo(
         target=profile.name,
@@ -94,6 +93,11 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
         runtime=RUNTIME_FILE,
         weights=WEIGHTS_FILE,
         weights_bytes=weights_bytes,
+        sha256={
+            "library": file_sha256(folder / LIBRARY_FILE),
+            "runtime": file_sha256(folder / RUNTIME_FILE),
+            "weights": file_sha256(folder / WEIGHTS_FILE),
+        },
         passes=profile.passes,
         tensors=tuple(packed.tensors.values()),
     )

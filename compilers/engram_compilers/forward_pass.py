@@ -41,7 +41,7 @@ class ForwardPass:
         self.model = model
         self.position: relax.Expr = None
         self._values: dict[str, Value] = {**model.constants, **model.weights}
-        self._quantised: dict[int, list[relax.Expr]] = {}
+        self._quantised: dict[Activation, list[relax.Expr]] = {}
 
     def set(self, name: str, value: Value) -> None:
         """Define an ONNX value."""
@@ -98,9 +98,9 @@ class ForwardPass:
 
     def quantised(self, x: Activation) -> list[relax.Expr]:
         """Return planes, row scales and plane offsets of ``x [M, K]``, computed once however many layers read it."""
-        if id(x) not in self._quantised:
-            self._quantised[id(x)] = self._quantise(x)
-        return self._quantised[id(x)]
+        if x not in self._quantised:
+            self._quantised[x] = self._quantise(x)
+        return self._quantised[x]
 
     def _quantise(self, x: Activation) -> list[relax.Expr]:
         rows, columns = x.shape

@@ -9,6 +9,7 @@ from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass
 from engram_compilers.kernels import attention, float_linear
+from engram_compilers.kernels.loops import LANES
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import (
     Activation,
@@ -121,6 +122,11 @@ def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     qkv = batched.inner
     _, kv_heads, capacity, head_dim = keys.shape
     tokens, heads = qkv.shape[0], node.attributes["num_heads"]
+    if head_dim % LANES or heads % kv_heads:
+        raise CompileError(
+            f"attention has {heads} heads of {head_dim} dimensions over {kv_heads}, kernels need a multiple of {LANES} "
+            f"dimensions and of {kv_heads} heads; the onnxruntime executor has no such limit"
+        )
     sizes = (tokens, heads, kv_heads, head_dim, capacity)
     name = "_".join(map(str, sizes))
     append = forward.kernels.get(f"rope_append_{name}", lambda: attention.rope_append(*sizes))

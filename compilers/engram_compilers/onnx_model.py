@@ -1,14 +1,16 @@
 """An exported ONNX graph as nodes and lazily read initialisers; its weights stay in their file."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from engram_runtime.errors import CompileError
+from engram_runtime.errors import BundleError, CompileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,6 @@ class OnnxModel:
     nodes: tuple[Node, ...]
     constants: dict[str, NDArray[Any]]
     weights: dict[str, Weight]
-    outputs: tuple[str, ...]
     data: NDArray[np.uint8]
 
     def read(self, weight: Weight) -> NDArray[Any]:
@@ -54,7 +55,10 @@ def read_onnx_model(graph: Path, weights_file: Path) -> OnnxModel:
     Raises:
         CompileError: a weight lies in another file or outside this one.
     """
-    model = onnx.load(graph, load_external_data=False)
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{graph} is not an ONNX graph: {error}; export the bundle again") from error
     data = np.memmap(weights_file, dtype=np.uint8, mode="r")
     constants: dict[str, NDArray[Any]] = {}
     weights: dict[str, Weight] = {}
@@ -67,18 +71,21 @@ def read_onnx_model(graph: Path, weights_file: Path) -> OnnxModel:
         nodes=tuple(_node(node) for node in model.graph.node),
         constants=constants,
         weights=weights,
-        outputs=tuple(output.name for output in model.graph.output),
         data=data,
     )
 
 
 def _weight(tensor: onnx.TensorProto, file_name: str, file_bytes: int) -> Weight:
     place = {entry.key: entry.value for entry in tensor.external_data}
-    offset, length = int(place["offset"]), int(place["length"])
-    if place["location"] != file_name or not 0 <= offset <= offset + length <= file_bytes:
-        raise CompileError(f"weight {tensor.name} lies at {place}, outside {file_name} of {file_bytes} bytes")
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
-    return Weight(tensor.name, dtype, tuple(tensor.dims), offset)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    size = math.prod(tensor.dims) * dtype.itemsize
+    offset = place.get("offset", "")
+    inside = offset.isdigit() and place.get("length") == str(size) and int(offset) + size <= file_bytes
+    if place.get("location") != file_name or not inside:
+        raise CompileError(
+            f"weight {tensor.name} of {size} bytes is said to lie at {place}, outside {file_name} of {file_bytes} bytes"
+        )
+    return Weight(tensor.name, dtype.name, tuple(tensor.dims), int(offset))
 
 
 def _node(node: onnx.NodeProto) -> Node:

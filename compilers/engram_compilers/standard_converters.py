@@ -24,9 +24,7 @@ from engram_compilers.values import (
 from engram_runtime.errors import CompileError
 
 
-def elementwise(
-    operator: Callable[..., relax.Expr], compute: Callable[..., NDArray[Any]], *, same_dtype: bool = True
-) -> Converter:
+def elementwise(operator: Callable[..., relax.Expr], compute: Callable[..., NDArray[Any]]) -> Converter:
     """Make the converter of an operator that works element by element, with broadcasting."""
 
     def convert(forward: ForwardPass, node: Node) -> Sequence[Value]:

@@ -7,22 +7,30 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from engram_export.pipeline import ExportOptions, Progress, export_bundle
-from engram_export.plan import ExportPlan
-from engram_export.verify import Parity
 from engram_runtime.command_line import run_command
+from engram_runtime.errors import TargetError
+
+if TYPE_CHECKING:
+    from engram_export.pipeline import Progress
+    from engram_export.plan import ExportPlan
+    from engram_export.verify import Verification
 
 MIB = 1 << 20
 
 
 class TerminalReporter:
-    """Shows the plan and a bar with bytes and remaining time per stage on stderr."""
+    """Shows the plan and a bar with bytes and remaining time per stage on stderr; ``shown`` is the plan."""
 
-    def plan(self, plan: ExportPlan) -> None:
+    def __init__(self) -> None:
+        self.shown: dict[str, Any] = {}
+
+    def plan(self, plan: "ExportPlan") -> None:
         """See `engram_export.pipeline.Reporter`."""
+        self.shown = asdict(plan)
         click.echo(f"{plan.model}: {plan.family}, {plan.parameters / 1e6:.1f}M parameters", err=True)
         formats = ", ".join(f"{count} {name}" for name, count in plan.formats.items())
         click.echo(f"  weights      {plan.weights_bytes / MIB:9.1f} MiB: {formats}", err=True)
@@ -35,13 +43,15 @@ class TerminalReporter:
         click.echo(f"  cache        {plan.cache_bytes_per_token / 1024:9.1f} KiB a token", err=True)
         click.echo(f"  peak memory  {plan.peak_memory_bytes / MIB:9.1f} MiB above the libraries", err=True)
         click.echo(f"  context      {plan.context_length:9,d} tokens", err=True)
+        if not plan.tokenizer:
+            click.echo("  tokenizer         none: the bundle will take token ids only", err=True)
 
     def step(self, title: str) -> None:
         """See `engram_export.pipeline.Reporter`."""
         click.echo(f"{title} ...", err=True)
 
     @contextlib.contextmanager
-    def stage(self, title: str, total_bytes: int) -> Iterator[Progress]:
+    def stage(self, title: str, total_bytes: int) -> Iterator["Progress"]:
         """See `engram_export.pipeline.Reporter`."""
         done = 0
 
@@ -92,24 +102,40 @@ def export(
     as_json: bool,
 ) -> None:
     """Export CHECKPOINT, a Hugging Face folder or a GGUF file, to a bundle."""
+    try:
+        from engram_export.pipeline import ExportOptions, export_bundle
+    except ModuleNotFoundError as error:
+        raise TargetError(f"engram-export needs {error.name}: pip install 'engram-edge[export]'") from error
     options = ExportOptions(
         checkpoint=checkpoint, out=out, quant=quant, tables=tables, context=context, engram=engram, replace=force
     )
     started = time.monotonic()
-    parity = export_bundle(options, TerminalReporter())
+    reporter = TerminalReporter()
+    verification = export_bundle(options, reporter)
     seconds = time.monotonic() - started
     if as_json:
-        click.echo(json.dumps({"bundle": str(out), "seconds": round(seconds, 2), "parity": asdict(parity)}))
+        result = {
+            "bundle": str(out),
+            "seconds": round(seconds, 2),
+            "plan": reporter.shown,
+            "graph_parity": asdict(verification.graph),
+            "parity": asdict(verification.model),
+        }
+        click.echo(json.dumps(result))
     else:
-        _print_parity(parity)
+        _print_verification(verification)
         click.echo(f"{out} written in {seconds:.1f} s")
 
 
-def _print_parity(parity: Parity) -> None:
-    click.echo(f"logits against the checkpoint's float32 model, {parity.tokens} tokens:")
-    click.echo(f"  max |difference|   {parity.max_abs:.3e}")
-    click.echo(f"  mean |difference|  {parity.mean_abs:.3e}")
-    click.echo(f"  argmax agreement   {parity.argmax_agreement:.1%}")
+def _print_verification(verification: "Verification") -> None:
+    graph, model = verification.graph, verification.model
+    click.echo(f"logits over {model.tokens} tokens          max |difference|  mean |difference|  argmax agreement")
+    click.echo(_row("graph, torch, same weights", graph.max_abs, graph.mean_abs, graph.argmax_agreement))
+    click.echo(_row("bundle, float32 checkpoint", model.max_abs, model.mean_abs, model.argmax_agreement))
+
+
+def _row(title: str, largest: float, mean: float, agreement: float) -> str:
+    return f"  {title:30}  {largest:16.2e}  {mean:17.2e}  {agreement:16.1%}"
 
 
 def main() -> None:

@@ -6,26 +6,13 @@ Optional: ``conv`` (kernel, dilation, norm eps), the gate's ``bias``, ``output_s
 Norm gains are there when their tensors are.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-from engram_runtime.errors import CheckpointError
+from engram_runtime.errors import BundleError, CheckpointError
 from engram_runtime.hashing import derive_multipliers
 from engram_runtime.manifest import KeyerSpec
-
-KNOWN_KEYS = {
-    "": {
-        "layer_ids", "layer_index_base", "ngram_orders", "num_hash_heads", "row_dim", "hash", "num_rows", "gate",
-        "output_scale", "conv", "row_dtype",
-    },
-    "hash": {
-        "kind", "multipliers", "primes", "offsets", "seed_layer", "seed", "pad_id", "token_map",
-        "compressed_vocab_size",
-    },
-    "gate": {"query_norm_eps", "key_norm_eps", "signed_root_floor", "bias"},
-    "conv": {"kernel", "dilation", "norm_eps"},
-}  # fmt: skip
+from engram_runtime.strict_json import Fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +22,17 @@ class ConvConfig:
     kernel: int
     dilation: int
     norm_eps: float
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Self:
+        """Parse; a kernel of 1 would look at nothing earlier."""
+        conv = cls(
+            kernel=fields.count("kernel", least=2),
+            dilation=fields.count("dilation", least=1),
+            norm_eps=fields.number("norm_eps"),
+        )
+        fields.finish()
+        return conv
 
     @property
     def window(self) -> int:
@@ -66,73 +64,76 @@ class EngramConfig:
         return f"layer_{self.layer_id}"
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+    def from_dict(cls, raw: object) -> Self:
         """Parse the block; raises CheckpointError naming the key."""
-        for part, known in KNOWN_KEYS.items():
-            _refuse_unknown(part, raw.get(part) if part else raw, known)
         try:
-            return cls._from_known(raw)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the engram block of the config is incomplete or malformed: {error!r}") from error
+            return cls._from_fields(Fields(raw, "the engram block"))
+        except BundleError as error:
+            raise CheckpointError(f"{error}; correct the checkpoint's config") from error
 
     @classmethod
-    def _from_known(cls, raw: Mapping[str, Any]) -> Self:
-        gate, conv, hashing = raw["gate"], raw.get("conv"), raw["hash"]
-        (layer_id,) = raw["layer_ids"]
+    def _from_fields(cls, fields: Fields) -> Self:
+        gate, hashing = fields.fields("gate"), fields.fields("hash")
+        layers = fields.integers("layer_ids")
+        if len(layers) != 1:
+            raise CheckpointError(f"an engram block is for layers {list(layers)}, expected one; write a block for each")
+        base = fields.count("layer_index_base") if fields.given("layer_index_base") else 0
+        keyer = _keyer(fields, hashing)
+        if fields.given("row_dtype"):
+            fields.take("row_dtype", str)  # says in words what the table's tensors say themselves
         config = cls(
-            layer_id=layer_id - raw.get("layer_index_base", 0),
-            num_columns=len(raw["ngram_orders"]) * raw["num_hash_heads"],
-            row_dim=raw["row_dim"],
-            num_rows=raw["num_rows"],
-            query_norm_eps=float(gate["query_norm_eps"]),
-            key_norm_eps=float(gate["key_norm_eps"]),
-            signed_root_floor=float(gate["signed_root_floor"]),
-            gate_bias=gate.get("bias"),
-            output_scale=float(raw.get("output_scale", 1.0)),
-            conv=None if conv is None else ConvConfig(**conv),
-            token_map=hashing.get("token_map"),
-            compressed_vocab_size=hashing.get("compressed_vocab_size"),
-            keyer=_keyer(raw, hashing),
+            layer_id=layers[0] - base,
+            num_columns=len(keyer.primes),
+            row_dim=fields.count("row_dim", least=1),
+            num_rows=fields.count("num_rows", least=1),
+            query_norm_eps=gate.number("query_norm_eps"),
+            key_norm_eps=gate.number("key_norm_eps"),
+            signed_root_floor=gate.number("signed_root_floor"),
+            gate_bias=gate.take("bias", str) if gate.given("bias") else None,
+            output_scale=fields.number("output_scale") if fields.given("output_scale") else 1.0,
+            conv=ConvConfig.from_fields(fields.fields("conv")) if fields.given("conv") else None,
+            token_map=hashing.take("token_map", str) if hashing.given("token_map") else None,
+            compressed_vocab_size=_optional_count(hashing, "compressed_vocab_size"),
+            keyer=keyer,
         )
-        config.keyer.check()
+        keyer.check()
         _check_seed(config, hashing)
+        for part in (fields, gate, hashing):
+            part.finish()
         return config
 
 
-def _keyer(raw: Mapping[str, Any], hashing: Mapping[str, Any]) -> KeyerSpec:
+def _keyer(fields: Fields, hashing: Fields) -> KeyerSpec:
     return KeyerSpec(
-        kind=hashing["kind"],
-        orders=tuple(raw["ngram_orders"]),
-        num_heads=raw["num_hash_heads"],
-        multipliers=tuple(hashing["multipliers"]),
-        primes=tuple(hashing["primes"]),
-        offsets=tuple(hashing["offsets"]),
-        pad_id=hashing["pad_id"],
+        kind=hashing.take("kind", str),
+        orders=fields.integers("ngram_orders"),
+        num_heads=fields.count("num_hash_heads", least=1),
+        multipliers=hashing.integers("multipliers"),
+        primes=hashing.integers("primes"),
+        offsets=hashing.integers("offsets"),
+        pad_id=hashing.count("pad_id"),
         token_map=None,
     )
 
 
-def _check_seed(config: EngramConfig, hashing: Mapping[str, Any]) -> None:
+def _optional_count(fields: Fields, name: str) -> int | None:
+    return fields.count(name) if fields.given(name) else None
+
+
+def _check_seed(config: EngramConfig, hashing: Fields) -> None:
     """Hold frozen multipliers against the seed they are said to come from: a mismatch is another model."""
-    if "seed" not in hashing or "compressed_vocab_size" not in hashing:
+    seed, layer_id = _optional_count(hashing, "seed"), _optional_count(hashing, "seed_layer")
+    vocab_size = config.compressed_vocab_size
+    if seed is None or vocab_size is None:
         return
     derived = derive_multipliers(
-        vocab_size=hashing["compressed_vocab_size"],
+        vocab_size=vocab_size,
         max_order=max(config.keyer.orders),
-        layer_id=hashing.get("seed_layer", config.layer_id),
-        seed=hashing["seed"],
+        layer_id=config.layer_id if layer_id is None else layer_id,
+        seed=seed,
     )
     if tuple(derived.tolist()) != config.keyer.multipliers:
         raise CheckpointError(
-            f"engram multipliers are {list(config.keyer.multipliers)}, seed {hashing['seed']} and a vocabulary of "
-            f"{hashing['compressed_vocab_size']} give {derived.tolist()}; config and checkpoint don't belong together"
+            f"engram multipliers are {list(config.keyer.multipliers)}, seed {seed} and a vocabulary of {vocab_size} "
+            f"give {derived.tolist()}; config and checkpoint don't belong together"
         )
-
-
-def _refuse_unknown(part: str, values: object, known: set[str]) -> None:
-    if values is None:
-        return
-    if not isinstance(values, Mapping):
-        raise CheckpointError(f"the engram block has {values!r:.80} as {part or 'its top level'}, expected an object")
-    if unknown := sorted(values.keys() - known):
-        raise CheckpointError(f"the engram block has unknown keys {unknown} in {part or 'its top level'}")

@@ -92,12 +92,6 @@ class EngramSource:
             raise CheckpointError(f"{scales} is {dtype} {list(shape)}, expected one F16 or F32 for each row")
         return SCALES[dtype]
 
-    def read_table_rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return ``[N, row_dim]`` rows by id, straight from the checkpoint's tensors."""
-        parts = [self.tensors.read_raw(name) for name in self.table_parts()]
-        raw = [part[row_ids].reshape(len(row_ids), -1).view(np.uint8) for part in parts]
-        return self.record_format().decode(np.concatenate(raw, axis=1))
-
     def token_map(self, vocab_size: int, tokenizer_json: bytes | None) -> NDArray[np.int32] | None:
         """Return ``[V]`` raw id -> compressed id, or None where raw ids are hashed."""
         if self.config.token_map is None:

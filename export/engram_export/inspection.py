@@ -10,6 +10,13 @@ from engram_export.families import FAMILIES
 from engram_export.gguf_file import GgufTensors
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 
+SIZES = {
+    "layers": "num_hidden_layers",
+    "hidden size": "hidden_size",
+    "vocabulary": "vocab_size",
+    "context": "max_position_embeddings",
+}
+
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Return a checkpoint's facts as JSON values; raises CheckpointError."""
@@ -23,10 +30,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "family": model_type,
         "supported": "yes" if model_type in FAMILIES else f"no, only {', '.join(FAMILIES)}",
         "parameters": sum(prod(tensors.shape(name)) for name in tensors.names()),
-        "layers": checkpoint.require("num_hidden_layers", int),
-        "hidden size": checkpoint.require("hidden_size", int),
-        "vocabulary": checkpoint.require("vocab_size", int),
-        "context": checkpoint.require("max_position_embeddings", int),
+        **{label: checkpoint.config[key] for label, key in SIZES.items() if key in checkpoint.config},
         "tokenizer": "yes" if checkpoint.tokenizer_json is not None else "no",
         "engram": "yes" if "engram" in checkpoint.config else "no",
         "tensors": [{"type": name, "count": count} for name, count in types.most_common()],

@@ -1,8 +1,9 @@
 """Trace a model without data and write it as ONNX, its weights referred to in a safetensors file beside it."""
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,23 @@ OPSET = 23  # the first with RMSNormalization
 TRACED_TOKENS, TRACED_LOGIT_ROWS = 5, 3  # unlike each other and 1, so that no axis is taken for a constant
 
 # They warn of every weight that has no data yet, and of torchvision, which nothing here uses.
-for noisy in ("onnxscript", "onnx_ir", "torch.onnx"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+NOISY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter while it works, its FutureWarnings of its own deprecated names included."""
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,8 +103,7 @@ def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
     The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
     the states; its outputs are logits ``[R, V]`` and ``next.<state>``.
     """
-    with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter calls its own deprecated names
+    with _quiet(), FakeTensorMode(), torch.no_grad():
         model = build()
         states = state_specs(model)
         tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")
@@ -108,7 +123,8 @@ def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
     for name, value in graph.graph.initializers.items():
         if name in parameters:
             value.const_value = None
-    onnxscript.optimizer.optimize(graph)
+    with _quiet():
+        onnxscript.optimizer.optimize(graph)
     _name_interface(graph, model, states)
     return TracedGraph(graph, model, states)
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from engram_export.verify import VERIFY_TEXT, compare
+from engram_export.verify import VERIFY_TEXT, check_parity, compare
 from engram_runtime.bundle import Bundle
+from engram_runtime.commands.evaluate import read_text
+from engram_runtime.errors import CheckpointError, RequestError
 from engram_runtime.perplexity import negative_log_likelihood
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
@@ -25,21 +27,29 @@ def compare_with_transformers(
     if text is None:
         content = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
     else:
-        content = text.read_text(encoding="utf-8")
+        content = read_text(text)
+    if not checkpoint.exists():
+        raise CheckpointError(f"{checkpoint} does not exist; give the folder or GGUF file the bundle was made from")
     token_ids = np.array(TextTokenizer.load(bundle.path).encode(content)[:tokens], dtype=np.int64)
     folder, file = (checkpoint.parent, checkpoint.name) if checkpoint.is_file() else (checkpoint, None)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
     expected, found, losses = [], [], []
-    for start in range(0, len(token_ids), WINDOW):
-        ids = token_ids[start : start + WINDOW]
+    if len(token_ids) < 2:
+        raise RequestError(f"a text of {len(token_ids)} tokens has nothing to compare")
+    window = min(WINDOW, bundle.manifest.model.context_length)
+    for start in range(0, len(token_ids), window):
+        ids = token_ids[start : start + window]
         with torch.no_grad():
             expected.append(model(torch.from_numpy(ids)[None]).logits[0].numpy())
         session.trim(len(session))
         found.append(np.concatenate(list(session.logits(ids.tolist()))))
         losses.append([negative_log_likelihood(part[-1][:-1], ids[1:]) for part in (expected, found)])
+    parity = compare(np.concatenate(expected), np.concatenate(found))
+    if bundle.manifest.model.quantisation == "none":
+        check_parity(parity)
     ours, theirs = (float(np.exp(np.concatenate([pair[side] for pair in losses]).mean())) for side in (1, 0))
     return {
-        **asdict(compare(np.concatenate(expected), np.concatenate(found))),
+        **asdict(parity),
         "perplexity": ours,
         "checkpoint_perplexity": theirs,
         "perplexity_ratio": ours / theirs,

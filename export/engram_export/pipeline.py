@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from engram_export.formats import KEPT_BITS, weight_format
+from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
 from engram_export.golden import write_golden
 from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.plan import ExportPlan, plan_export
@@ -17,10 +17,11 @@ from engram_export.source import ModelSource, open_source
 from engram_export.staging import staged_folder
 from engram_export.table_writer import copy_table, reference_table, write_token_map
 from engram_export.verify import (
-    Parity,
+    Verification,
     bundle_logits,
-    check_float_parity,
+    check_parity,
     compare,
+    exact_graph_logits,
     reference_logits,
     verify_tokens,
 )
@@ -64,7 +65,7 @@ class Reporter(Protocol):
         ...
 
 
-def export_bundle(options: ExportOptions, reporter: Reporter) -> Parity:
+def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     """Export a checkpoint into a bundle and verify it; on any failure nothing is left at ``options.out``.
 
     Raises:
@@ -84,9 +85,9 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Parity:
         tables = write_tables(source, options.tables, folder, reporter)
         write_tokenizer(source, folder)
         bundle = Bundle(folder, draft_manifest(source, options.quant, decoder, tables))
-        parity = verify_bundle(source, bundle, options.quant, reporter)
+        verification = verify_bundle(source, bundle, chosen, reporter)
         finish_manifest(bundle, reporter)
-    return parity
+    return verification
 
 
 def check_kept(quant: str, plan: ExportPlan) -> None:
@@ -132,11 +133,14 @@ def write_tables(source: ModelSource, mode: str, folder: Path, reporter: Reporte
 def write_tokenizer(source: ModelSource, folder: Path) -> None:
     """Write the tokenizer and its settings as the checkpoint has them."""
     checkpoint = source.checkpoint
+    generation_config = dict(checkpoint.generation_config)
+    if "eos_token_id" in checkpoint.config:
+        generation_config.setdefault("eos_token_id", checkpoint.config["eos_token_id"])
     if checkpoint.tokenizer_json is not None:
         (folder / "tokenizer.json").write_bytes(checkpoint.tokenizer_json)
     for name, values in (
         ("tokenizer_config.json", checkpoint.tokenizer_config),
-        ("generation_config.json", checkpoint.generation_config),
+        ("generation_config.json", generation_config),
     ):
         if values:
             (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -161,18 +165,26 @@ def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: 
     )
 
 
-def verify_bundle(source: ModelSource, bundle: Bundle, quant: str, reporter: Reporter) -> Parity:
-    """Run the bundle and the checkpoint's float model over a fixed text; keep what the bundle said as golden."""
+def verify_bundle(source: ModelSource, bundle: Bundle, chosen: WeightFormat, reporter: Reporter) -> Verification:
+    """Hold the graph against torch with the same weights, and the bundle against the float32 model, on a fixed text.
+
+    What the bundle said is kept as golden.
+
+    Raises:
+        VerificationError: the graph is not the model.
+    """
     token_ids = verify_tokens(source)
     total = sum(shape.numel() * 4 for shape in source.float_shapes())
     with reporter.stage("verify", total) as progress:
-        reference = reference_logits(source, token_ids, progress)
+        reference = reference_logits(source, token_ids, FLOAT, progress)
+    reporter.step("running the graph")
+    same_weights = reference if chosen is FLOAT else reference_logits(source, token_ids, chosen)
+    graph = compare(same_weights, exact_graph_logits(bundle, token_ids.tolist(), threads=VERIFY_THREADS))
+    check_parity(graph)
     found = bundle_logits(bundle, token_ids.tolist(), executor="onnxruntime", threads=VERIFY_THREADS)
-    parity = compare(reference, found)
-    if quant == "none":
-        check_float_parity(parity)
-    write_golden(bundle, token_ids, found, parity)
-    return parity
+    model = compare(reference, found)
+    write_golden(bundle, token_ids, found, model)
+    return Verification(graph=graph, model=model)
 
 
 def finish_manifest(bundle: Bundle, reporter: Reporter) -> None:
@@ -190,3 +202,4 @@ def finish_manifest(bundle: Bundle, reporter: Reporter) -> None:
     manifest = dataclasses.replace(bundle.manifest, files=files)
     manifest.check()
     (bundle.path / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    Bundle.open(bundle.path)  # what was written must be what a runtime accepts

@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from engram_export.formats import WeightFormat
 from engram_export.source import ModelSource
@@ -35,11 +34,8 @@ class ExportPlan:
     tables_mode: str
     cache_bytes_per_token: int
     peak_memory_bytes: int
+    tokenizer: bool
     sites: tuple[SitePlan, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return asdict(self)
 
 
 def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> ExportPlan:
@@ -67,6 +63,7 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> 
         tables_mode=tables_mode,
         cache_bytes_per_token=config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4,
         peak_memory_bytes=_peak_memory(float_sizes),
+        tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,
     )
 

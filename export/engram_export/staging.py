@@ -43,7 +43,8 @@ def _remove_abandoned(out: Path) -> None:
     """Remove what exporters that are no longer running left behind."""
     for folder in out.parent.glob(f".{out.name}.partial-*"):
         pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
+        # Our own number on a folder we have not made yet is that of an exporter in another life of the container.
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -70,7 +71,12 @@ def _move_into_place(scratch: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     if out.exists():
         out.rename(old)
-    scratch.rename(out)
+    try:
+        scratch.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     parent = os.open(out.parent, os.O_RDONLY)
     try:

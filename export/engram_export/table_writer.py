@@ -9,6 +9,7 @@ import numpy as np
 from engram_export.engram_source import EngramSource
 from engram_export.source_files import read_exactly
 from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter, TensorPlan
+from engram_runtime.bundle import file_identity
 from engram_runtime.manifest import Extent, KeyerSpec, TableSpec
 from engram_runtime.records import RecordFormat
 
@@ -63,7 +64,15 @@ def _extents(source: EngramSource, record: RecordFormat) -> list[Extent]:
     extents = []
     for name, row_bytes in zip(source.table_parts(), sizes, strict=False):
         path, entry = source.tensors.locate(name)
-        extents.append(Extent(file=str(path.resolve()), external=True, offset=entry.start, row_bytes=row_bytes))
+        extents.append(
+            Extent(
+                file=str(path.resolve()),
+                external=True,
+                offset=entry.start,
+                row_bytes=row_bytes,
+                identity=file_identity(path),
+            )
+        )
     return extents
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.errors import BundleError
+from engram_runtime.errors import BundleError, TableError
 from engram_runtime.hashing import INT64_MAX, NgramHash
 from engram_runtime.manifest import Extent, FileEntry, KeyerSpec, Manifest
 from engram_runtime.strict_json import read_json_object
 
 MANIFEST_NAME = "engram.json"
 DIGEST_BLOCK_BYTES = 1 << 20
+IDENTITY_BYTES = 64 << 10  # holds a safetensors header, which names every tensor and its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,21 @@ class Bundle:
         return self.path / relative
 
     def table_path(self, extent: Extent) -> Path:
-        """Return the file that holds an extent, inside the bundle or referred to."""
-        return Path(extent.file) if extent.external else self.file(extent.file)
+        """Return the file that holds an extent, inside the bundle or referred to.
+
+        Raises:
+            TableError: a file that is referred to is gone or is another one by now.
+        """
+        if not extent.external:
+            return self.file(extent.file)
+        path = Path(extent.file)
+        try:
+            found = file_identity(path)
+        except OSError as error:
+            raise TableError(f"table file {path} can't be opened: {error.strerror}; export the bundle again") from error
+        if found != extent.identity:
+            raise TableError(f"table file {path} is not the one this bundle was exported from; export it again")
+        return path
 
     def ngram_hash(self, keyer: KeyerSpec) -> NgramHash:
         """Build the hash of a table, reading its token map.
@@ -110,6 +125,13 @@ def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None
             digest.update(block)
             progress(len(block))
     return digest.hexdigest()
+
+
+def file_identity(path: Path) -> str:
+    """Return the SHA-256 of a file's size and first 64 KiB: tells files apart without reading tables of gigabytes."""
+    with path.open("rb") as file:
+        head = file.read(IDENTITY_BYTES)
+        return hashlib.sha256(os.fstat(file.fileno()).st_size.to_bytes(8, "little") + head).hexdigest()
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -14,7 +14,8 @@ def run_command(command: click.Command, name: str) -> None:
     except EngramError as error:
         _fail(f"{name}: {error}", error.exit_code)
     except OSError as error:
-        _fail(f"{name}: {error.strerror}: {error.filename}", OS_ERROR_EXIT_CODE)
+        reason = f"{error.strerror}: {error.filename}" if error.strerror else str(error)
+        _fail(f"{name}: {reason}", OS_ERROR_EXIT_CODE)
 
 
 def _fail(message: str, exit_code: int) -> None:

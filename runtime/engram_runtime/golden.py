@@ -1,6 +1,7 @@
 """Golden values of a bundle: token ids and what the tables and the graph gave for them at export."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from engram_runtime.session import Session, Site
 from engram_runtime.strict_json import Fields, read_json_object
 
 GOLDEN_FILE = "golden/golden.json"
-MIN_ARGMAX_AGREEMENT = 0.95  # executors round activations differently, so near-ties may fall either way
+MAX_REGRET = 0.02  # of the distance from a position's mean logit to its largest; rounding of activations costs 0.004
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,14 +119,24 @@ def check_logits(golden: Golden, session: Session) -> dict[str, Any]:
     """Run the golden tokens through an empty session; returns agreement and difference.
 
     Raises:
-        VerificationError: too few positions have the golden argmax.
+        VerificationError: the tokens chosen at export are clearly not the best ones now.
     """
     logits = np.concatenate(list(session.logits(golden.token_ids)))
     agreement = float((logits.argmax(axis=1) == np.array(golden.argmax)).mean())
-    difference = float(np.abs(logits[-1][golden.last_ids] - np.array(golden.last_logits)).max())
-    if agreement < MIN_ARGMAX_AGREEMENT:
+    regret = mean_regret(logits, golden.argmax)
+    if not regret <= MAX_REGRET:  # NaN included, which logits that are NaN or all the same give
         raise VerificationError(
-            f"argmax agrees with export at {agreement:.1%} of positions, expected {MIN_ARGMAX_AGREEMENT:.0%}; "
-            f"compile again, then export again"
+            f"logits differ from those at export: the tokens chosen then are {regret:.1%} short of the best now, "
+            f"expected at most {MAX_REGRET:.0%}, and only {agreement:.1%} are the same; compile or export again"
         )
-    return {"tokens": len(golden.token_ids), "argmax_agreement": agreement, "last_logits_max_abs": difference}
+    return {"tokens": len(golden.token_ids), "argmax_agreement": agreement, "mean_regret": regret}
+
+
+def mean_regret(logits: NDArray[np.float32], chosen: Sequence[int]) -> float:
+    """Return how far ``chosen [T]`` falls short of the best token of ``[T, V]`` logits, as a share of the spread.
+
+    Executors round activations differently, so near-ties fall either way: those cost next to nothing here.
+    """
+    best = logits.max(axis=1)
+    spread = best - logits.mean(axis=1)
+    return float(((best - logits[np.arange(len(logits)), list(chosen)]) / spread).mean())

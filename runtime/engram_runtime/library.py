@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import cpu_flags, machine
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import ALIGNMENT_BYTES
@@ -15,6 +15,7 @@ from engram_runtime.strict_json import Fields, read_json_object
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
 LIBRARY_INFO_VERSION = 1
+LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
 
@@ -55,6 +56,7 @@ class LibraryInfo:
 
     The library's functions are ``forward_<T>_<R>`` for each (T, R) of ``passes``; their arguments are token_ids,
     position, logit_rows, the rows of each table, the states, then the packed weights, each in manifest order.
+    ``sha256`` holds the digests of the files named by ``library``, ``runtime`` and ``weights``.
     """
 
     target: str
@@ -66,6 +68,7 @@ class LibraryInfo:
     runtime: str
     weights: str
     weights_bytes: int
+    sha256: dict[str, str]
     passes: tuple[tuple[int, int], ...]
     tensors: tuple[PackedTensor, ...]
 
@@ -87,6 +90,7 @@ class LibraryInfo:
             runtime=contained_path(fields.take("runtime", str)),
             weights=contained_path(fields.take("weights", str)),
             weights_bytes=fields.count("weights_bytes", least=1),
+            sha256=_digests(fields.fields("sha256")),
             passes=tuple(_forward_pass(item) for item in fields.integer_lists("passes")),
             tensors=tuple(
                 PackedTensor.from_fields(Fields(item, f"{LIBRARY_INFO_NAME}.tensors[{i}]"))
@@ -129,6 +133,20 @@ def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:
     return tokens, rows
 
 
+def _digests(fields: Fields) -> dict[str, str]:
+    digests = {part: fields.take(part, str) for part in LIBRARY_PARTS}
+    fields.finish()
+    return digests
+
+
+def verify_library(folder: Path, info: LibraryInfo) -> None:
+    """Hash a library's files; raises TargetError naming the first one whose contents are not those compiled."""
+    for part in LIBRARY_PARTS:
+        path = folder / str(getattr(info, part))
+        if file_sha256(path) != info.sha256[part]:
+            raise TargetError(f"{path} is not what was compiled; compile the bundle again")
+
+
 def graph_digest(bundle: Bundle) -> str:
     """Return the SHA-256 of the decoder graph and its weights as the manifest states them."""
     digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
@@ -143,7 +161,7 @@ def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
         TargetError: none was compiled, or none fits, with each one's reason.
     """
     folder = bundle.file(LIBRARY_FOLDER)
-    found = sorted(folder.glob(f"*/{LIBRARY_INFO_NAME}"))
+    found = sorted(folder.glob(f"[!.]*/{LIBRARY_INFO_NAME}"))
     mend = f"run: engram compile {bundle.path} --target native"
     if not found:
         raise TargetError(f"bundle {bundle.path} has no compiled library; {mend}")

@@ -89,11 +89,11 @@ class LLM:
         if max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
         tokenizer = self.tokenizer
+        text = tokenizer.stream(stop)
         started = time.perf_counter()
         prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         logits, computed = self._prefill(prompt_ids)
         prefilled = time.perf_counter()
-        text = tokenizer.stream(stop)
         end_ids = tokenizer.eos_token_ids
         pieces: list[str] = []
         token_ids: list[int] = []

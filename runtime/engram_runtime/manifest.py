@@ -116,13 +116,15 @@ class GraphSpec:
 class Extent:
     """A part of every row of a table: row i is ``row_bytes`` bytes at ``offset + i * row_bytes`` of ``file``.
 
-    ``file`` is a path inside the bundle, or an absolute path where ``external`` (tables read in place).
+    ``file`` is a path inside the bundle, or an absolute path where ``external`` (tables read in place); ``identity``
+    then tells whether it is still the same file, see `engram_runtime.bundle.file_identity`.
     """
 
     file: str
     external: bool
     offset: int
     row_bytes: int
+    identity: str | None = None
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Self:
@@ -131,10 +133,13 @@ class Extent:
             external=fields.take("external", bool),
             offset=fields.count("offset"),
             row_bytes=fields.count("row_bytes", least=1),
+            identity=fields.optional_text("identity"),
         )
         fields.finish()
         if extent.external != PurePosixPath(extent.file).is_absolute():
             raise BundleError(f"extent {extent.file} must be absolute if external and relative if not")
+        if extent.external != (extent.identity is not None):
+            raise BundleError(f"extent {extent.file} must have an identity if external and none if not")
         return extent
 
 
@@ -315,6 +320,30 @@ class Manifest:
         _refuse_twice(listed, "file")
         _refuse_twice([table.site for table in self.tables], "table site")
         _refuse_twice([state.name for state in self.decoder.states], "state")
+        self._check_interface()
+
+    def _check_interface(self) -> None:
+        """Hold the graph against the model and the tables: compiled code takes its arguments by position, unchecked."""
+        inputs: list[tuple[str, str, tuple[int | str, ...]]] = [
+            ("token_ids", "int64", ("T",)),
+            ("position", "int64", (1,)),
+            ("logit_rows", "int64", ("R",)),
+        ]
+        for table in self.tables:
+            inputs.append((f"rows.{table.site}", "float32", ("T", len(table.keyer.primes), table.record.columns)))
+        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.decoder.inputs]
+        if found != inputs:
+            raise BundleError(f"the graph's inputs are {found}, its tables call for {inputs}")
+        outputs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.decoder.outputs]
+        expected = [("logits", "float32", ("R", self.model.vocab_size))]
+        if outputs != expected:
+            raise BundleError(f"the graph's outputs are {outputs}, its vocabulary calls for {expected}")
+        for state in self.decoder.states:
+            if state.kind == "positional" and (len(state.shape) < 2 or state.shape[-2] != self.model.context_length):
+                raise BundleError(
+                    f"state {state.name} has shape {list(state.shape)}, expected {self.model.context_length} positions "
+                    f"on its second-last axis"
+                )
 
 
 def contained_path(path: str) -> str:

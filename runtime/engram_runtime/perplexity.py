@@ -33,12 +33,21 @@ def perplexity(
     for start in range(0, len(token_ids) - 1, window):
         ids = np.asarray(token_ids[start : start + window])
         session.trim(len(session))
-        logits = np.concatenate(list(session.logits(ids.tolist())))
-        losses.append(negative_log_likelihood(logits[:-1], ids[1:]))
+        losses += _window_losses(session, ids)
         progress(len(ids))
     each = np.concatenate(losses)
     value = float(np.exp(each.mean()))
     return Perplexity(value=value, error=value * float(each.std() / np.sqrt(len(each))), tokens=len(each))
+
+
+def _window_losses(session: Session, ids: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+    """Return the losses of ``ids[1:]``, chunk by chunk: logits of a whole window may be gigabytes."""
+    losses, scored = [], 0
+    for logits in session.logits(ids.tolist()):
+        targets = ids[scored + 1 : scored + 1 + len(logits)]
+        losses.append(negative_log_likelihood(logits[: len(targets)], targets))
+        scored += len(logits)
+    return losses
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:

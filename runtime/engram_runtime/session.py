@@ -127,12 +127,12 @@ class Session:
         return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._model.vocab_size:
+                raise RequestError(f"token id {token_id} is outside the vocabulary of {self._model.vocab_size}")
         ids = np.asarray(token_ids, dtype=np.int64)
         if len(ids) == 0:
             raise RequestError("no tokens were given; the model needs at least one")
-        outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
-        if len(outside):
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self._model.vocab_size}")
         if (total := len(self) + len(ids)) > self._model.context_length:
             raise RequestError(f"{total} tokens exceed the context of {self._model.context_length}; shorten the prompt")
         return ids

@@ -95,6 +95,20 @@ class Fields:
                 self._fail(name, "a list of finite numbers", value)
         return tuple(float(value) for value in values)
 
+    def number(self, name: str) -> float:
+        """Return key ``name``, a finite number."""
+        value = self._pop(name)
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            self._fail(name, "a finite number", value)
+        return float(value)
+
+    def given(self, name: str) -> bool:
+        """Whether key ``name`` is there and not null; a null is taken."""
+        if self._left.get(name) is not None:
+            return True
+        self._left.pop(name, None)
+        return False
+
     def texts(self, name: str) -> tuple[str, ...]:
         """Return key ``name``, a list of strings."""
         values = self.items(name)

@@ -42,6 +42,18 @@ NAME_MAP: Mapping[str, tuple[str, ...]] = {
 # Tensors older checkpoints carry although they are computed from the config.
 IGNORED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
 
+# Far above any published model: what a config may claim before anything is allocated for it.
+LIMITS = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 24,
+}
+
 EmbeddingFactory = Callable[[str, int, int], FloatEmbedding | Int8Embedding]  # (name, vocab_size, hidden_size)
 
 
@@ -91,8 +103,11 @@ def read_config(checkpoint: Checkpoint) -> LlamaConfig:
 def _count(checkpoint: Checkpoint, key: str, *, default: int | None = None) -> int:
     if default is not None and checkpoint.config.get(key) is None:
         return default
-    if (value := checkpoint.require(key, int)) < 1:
-        raise CheckpointError(f"{key!r} in {checkpoint.config_name} is {value}, wanted at least 1; correct the config")
+    value, limit = checkpoint.require(key, int), LIMITS[key]
+    if not 1 <= value <= limit:
+        raise CheckpointError(
+            f"{key!r} in {checkpoint.config_name} is {value}, wanted 1 to {limit}; correct the config"
+        )
     return value
 
 
@@ -106,7 +121,13 @@ def _rope(checkpoint: Checkpoint, head_dim: int, max_positions: int) -> RotaryEm
 
 
 def _refuse_unsupported(checkpoint: Checkpoint) -> None:
-    wanted = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    wanted = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "partial_rotary_factor": 1.0,
+    }
     for key, value in wanted.items():
         if (found := checkpoint.config.get(key, value)) != value:
             raise CheckpointError(f"{key!r} in {checkpoint.config_name} is {found!r}, only {value!r} is supported")

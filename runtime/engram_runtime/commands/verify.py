@@ -10,9 +10,10 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
-from engram_runtime.errors import TargetError
+from engram_runtime.errors import RequestError, TargetError
 from engram_runtime.executor import load_executor
 from engram_runtime.golden import Golden, check_logits, check_tables
+from engram_runtime.library import find_library, verify_library
 from engram_runtime.session import Session, open_sites
 
 CHECKPOINT_PARITY = "engram_export.parity"  # needs the export extra; only asked for with --against
@@ -40,8 +41,12 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check BUNDLE: every file's digest, the golden rows and logits, and a checkpoint with --against."""
+    if against is None and text is not None:
+        raise RequestError("--text is compared on with --against CHECKPOINT only; give both or neither")
     opened = Bundle.open(bundle)
     _check_digests(opened)
+    if executor == "tvm":
+        verify_library(*find_library(opened))  # before any of its machine code is loaded
     loaded = load_executor(executor, opened, threads=threads)
     golden = Golden.read(opened)
     sites = open_sites(opened)

@@ -16,6 +16,16 @@ try:
 except ModuleNotFoundError as error:
     raise TargetError("the onnxruntime executor needs onnxruntime: pip install 'engram-edge[ort]'") from error
 
+REFUSALS = (
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NoSuchFile,
+    ort_state.NotImplemented,
+    ort_state.RuntimeException,
+    RuntimeError,
+)
 MAX_CHUNK_TOKENS = 256  # bounds the memory of activations during prefill
 
 
@@ -58,7 +68,10 @@ class OnnxRuntimeStep:
         for site, rows in inputs.rows.items():
             binding.bind_cpu_input(f"rows.{site}", rows)
         binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except REFUSALS as error:
+            raise BundleError(f"onnxruntime {ort.__version__} can't run the graph: {error}") from error
         logits: NDArray[np.float32] = binding.get_outputs()[len(self._states)].numpy()
         return logits
 
@@ -75,6 +88,6 @@ def load(bundle: Bundle, *, threads: int | None) -> OnnxRuntimeExecutor:
     path = bundle.file(bundle.manifest.decoder.file)
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (ort_state.Fail, ort_state.InvalidArgument, ort_state.InvalidGraph, ort_state.NotImplemented) as error:
+    except REFUSALS as error:
         raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
     return OnnxRuntimeExecutor(session, options.intra_op_num_threads)

@@ -34,6 +34,7 @@ class TvmExecutor:
 
     def __init__(self, folder: Path, info: LibraryInfo, machine_code: Any) -> None:
         self.threads = 0
+        self._cpus = available_cpus()  # before TVM's pool begins, which pins the calling thread until it is configured
         self._passes = info.passes
         self._machine_code = machine_code
         self._weights = map_weights(folder / info.weights, info)
@@ -48,26 +49,42 @@ class TvmExecutor:
 
     def use_threads(self, count: int) -> None:
         """Run with ``count`` threads from now on; results don't depend on it."""
-        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-        configure(SHARE_ALL_CORES, count, [str(cpu) for cpu in available_cpus()])
         self.threads = count
+        self._configure_pool()
+
+    def claim_threads(self) -> None:
+        """Make the process's one thread pool this executor's, in case another one has used it since."""
+        if tvm_ffi.get_global_func("runtime.NumThreads")() != self.threads:
+            self._configure_pool()
+
+    def _configure_pool(self) -> None:
+        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        configure(SHARE_ALL_CORES, self.threads, [str(cpu) for cpu in self._cpus])
 
     def bind(self, states: Mapping[str, NDArray[np.float32]]) -> "TvmStep":
         """See `Executor.bind`."""
         forward = {(tokens, rows): self._machine_code[f"forward_{tokens}_{rows}"] for tokens, rows in self._passes}
-        return TvmStep(forward, [as_tensor(array) for array in states.values()], self._weights)
+        return TvmStep(self, forward, [as_tensor(array) for array in states.values()], self._weights)
 
 
 class TvmStep:
     """The library's functions with one sequence's states as arguments."""
 
-    def __init__(self, forward: Mapping[tuple[int, int], Any], states: Sequence[Any], weights: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        executor: TvmExecutor,
+        forward: Mapping[tuple[int, int], Any],
+        states: Sequence[Any],
+        weights: Sequence[Any],
+    ) -> None:
+        self._executor = executor
         self._forward = forward
         self._fixed = [*states, *weights]
         self._copies: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`."""
+        self._executor.claim_threads()
         function = self._forward[len(inputs.token_ids), len(inputs.logit_rows)]
         logits, *_ = function(
             self._copy("token_ids", inputs.token_ids),

@@ -1,0 +1,476 @@
+"""The ``engram`` command: one JSON object each, the documented keys, one sentence and an exit code where it fails."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from tests.conftest import Command
+from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite
+from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
+
+from engram_runtime import LLM, Bundle, SamplingOptions
+from engram_runtime.cli import COMMANDS
+from engram_runtime.commands.chat import HELP
+from engram_targets import profile_names
+
+PLAIN, UNTIED = TinyModel(), TinyModel(tied=False)
+PROMPT = "The tide comes in"
+RUN_KEYS = {
+    "text", "token_ids", "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_ms", "executor",
+    "threads", "tables",
+}  # fmt: skip
+EXECUTORS = ["tvm", "onnxruntime"]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_run_prints_the_generation_as_json(workshop: Workshop, command: Command, executor: str) -> None:
+    bundle = workshop.ready().path
+    outcome = command("engram", "run", bundle, PROMPT, "--max-tokens", 12, "--executor", executor, "--json")
+    with LLM(bundle, executor, threads=THREADS) as llm:
+        made = llm.generate(PROMPT, max_tokens=12)
+    assert (outcome.code, outcome.json.keys()) == (0, RUN_KEYS)
+    assert outcome.json["token_ids"] == list(made.token_ids)
+    assert outcome.json["text"] == made.text
+    assert (outcome.json["executor"], outcome.json["tables"]) == (executor, "on")
+
+
+def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop, command: Command) -> None:
+    outcome = command("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12)
+    as_json = command("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12, "--json").json
+    assert outcome.out == as_json["text"] + "\n"
+    assert outcome.err.startswith("[12 tokens, ")
+    assert outcome.err.endswith(" ms; length]\n")
+
+
+def test_run_without_tables_makes_another_text(workshop: Workshop, command: Command) -> None:
+    line = ("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12, "--json", "--tables")
+    on, off = (command(*line, tables).json for tables in ("on", "off"))
+    assert (on["tables"], off["tables"]) == ("on", "off")
+    assert on["token_ids"] != off["token_ids"]
+
+
+SAMPLING = {
+    "temperature": (("--temperature", 1.5, "--seed", 3), SamplingOptions(temperature=1.5, seed=3)),
+    "top-k": (("--temperature", 1.5, "--top-k", 4, "--seed", 3), SamplingOptions(temperature=1.5, top_k=4, seed=3)),
+    "top-p": (("--temperature", 1.5, "--top-p", 0.3, "--seed", 3), SamplingOptions(temperature=1.5, top_p=0.3, seed=3)),
+    "min-p": (("--temperature", 1.5, "--min-p", 0.4, "--seed", 3), SamplingOptions(temperature=1.5, min_p=0.4, seed=3)),
+    "penalty": (("--repetition-penalty", 1.9), SamplingOptions(repetition_penalty=1.9)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sampling_options_reach_the_sampler(workshop: Workshop, command: Command, name: str) -> None:
+    arguments, sampling = SAMPLING[name]
+    outcome = command("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 24, "--json", *arguments)
+    with LLM(workshop.ready().path, threads=THREADS) as llm:
+        expected = llm.generate(PROMPT, max_tokens=24, sampling=sampling)
+        greedy = llm.generate(PROMPT, max_tokens=24)
+    assert outcome.json["token_ids"] == list(expected.token_ids)
+    assert expected.token_ids != greedy.token_ids
+
+
+def test_a_stop_string_ends_the_run(workshop: Workshop, command: Command) -> None:
+    line = ("engram", "run", workshop.ready().path, PROMPT, "--temperature", 1, "--seed", 5, "--json")
+    whole = command(*line, "--max-tokens", 24).json["text"]
+    stopped = command(*line, "--max-tokens", 24, "--stop", "never there", "--stop", whole[8:10]).json
+    assert (stopped["text"], stopped["finish_reason"]) == (whole[: whole.index(whole[8:10])], "stop_string")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_threads_are_the_ones_asked_for(workshop: Workshop, command: Command, executor: str) -> None:
+    line = ("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 2, "--executor", executor, "--json")
+    assert command(*line, "--threads", 1).json["threads"] == 1
+
+
+def test_inspect_shows_a_bundle(workshop: Workshop, command: Command) -> None:
+    facts = command("engram", "inspect", workshop.ready().path, "--json").json
+    manifest = workshop.ready().manifest
+    assert facts == {
+        "kind": "bundle",
+        "model": "checkpoint",
+        "family": "llama",
+        "quantisation": "int8",
+        "layers": 2,
+        "hidden size": HIDDEN,
+        "vocabulary": VOCAB,
+        "context": CONTEXT,
+        "producer": f"engram-edge {version('engram-edge')}",
+        "bytes": sum(entry.bytes for entry in manifest.files),
+        "tables": [
+            {
+                "site": "layer_1",
+                "rows": 326,
+                "record": "int8 x 16, scale float16",
+                "record bytes": 18,
+                "rows a token": 4,
+                "read": "from the bundle",
+            }
+        ],
+        "libraries": [{"target": tiny_profile().name, "fits here": True}],
+    }
+
+
+def test_inspect_shows_a_hugging_face_folder(workshop: Workshop, command: Command) -> None:
+    checkpoint = workshop.checkpoint(UNTIED)
+    assert command("engram", "inspect", checkpoint, "--json").json == {
+        "kind": "checkpoint",
+        "model": "checkpoint",
+        "family": "llama",
+        "supported": "yes",
+        "parameters": 112448,
+        "layers": 2,
+        "hidden size": HIDDEN,
+        "vocabulary": VOCAB,
+        "context": CONTEXT,
+        "tokenizer": "yes",
+        "engram": "no",
+        "tensors": [{"type": "F32", "count": 21}],
+    }
+
+
+def test_inspect_shows_a_gguf_file(workshop: Workshop, command: Command) -> None:
+    facts = command("engram", "inspect", workshop.gguf(Kind.Q4_0, UNTIED), "--json").json
+    assert (facts["model"], facts["parameters"], facts["context"]) == ("tiny.gguf", 112448, CONTEXT)
+    assert facts["tensors"] == [{"type": "Q4_0", "count": 15}, {"type": "F32", "count": 6}]
+
+
+def test_inspect_prints_the_same_facts_as_text(workshop: Workshop, command: Command) -> None:
+    outcome = command("engram", "inspect", workshop.ready().path)
+    assert outcome.out.splitlines()[:4] == [
+        "kind          bundle",
+        "model         checkpoint",
+        "family        llama",
+        "quantisation  int8",
+    ]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_verify_finds_a_bundle_as_it_was_exported(workshop: Workshop, command: Command, executor: str) -> None:
+    outcome = command("engram", "verify", workshop.ready().path, "--executor", executor, "--json")
+    report = outcome.json
+    assert (outcome.code, report["digests"], report["tables"], report["executor"]) == (0, "ok", "ok", executor)
+    assert report["golden"]["tokens"] == CONTEXT
+
+
+def test_verify_compares_with_the_checkpoint_in_transformers(workshop: Workshop, command: Command) -> None:
+    checkpoint = workshop.checkpoint(PLAIN)
+    line = ("engram", "verify", workshop.bundle(checkpoint).path, "--executor", "onnxruntime", "--json")
+    report = command(*line, "--against", checkpoint, "--tokens", 150).json["checkpoint"]
+    assert report["tokens"] == 150
+    assert report["max_abs"] < 1e-4  # of logits about 1 in size, as in test_export
+    assert report["argmax_agreement"] == 1.0
+    assert report["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_finds_one_flipped_bit_of_a_table(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    bundle = Bundle.open(copy_folder(workshop.ready().path, tmp_path / "bundle"))
+    (extent,) = bundle.manifest.tables[0].extents
+    flip(bundle.table_path(extent), extent.offset + 100)
+    outcome = command("engram", "verify", bundle.path)
+    digest = next(entry.sha256 for entry in bundle.manifest.files if entry.path == extent.file)
+    found = outcome.err.splitlines()[-1].split(" SHA-256 ")[1][:64]
+    assert outcome.code == 3
+    assert outcome.err.splitlines()[-1] == (
+        f"engram: {extent.file} has SHA-256 {found}, the manifest says {digest}; export again"
+    )
+    assert found != digest
+
+
+def test_bench_measures_executors_in_turn(workshop: Workshop, command: Command) -> None:
+    sizes = ("--prompt-tokens", 5, "--decode-tokens", 3, "--rounds", 2)
+    outcome = command(
+        "engram", "bench", workshop.ready().path, *sizes, "--executor", "tvm", "--executor", "onnxruntime", "--json"
+    )
+    assert outcome.json.keys() == {"load_average", "executors"}
+    assert list(outcome.json["executors"]) == EXECUTORS
+    for figures in outcome.json["executors"].values():
+        assert (figures["prompt_tokens"], figures["decode_tokens"], figures["rounds"]) == (5, 3, 2)
+        assert min(figures[key] for key in ("load_ms", "prefill_tok_s", "decode_tok_s", "threads")) > 0
+
+
+def test_eval_ppl_is_that_of_the_logits(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    text = "The hash of the last two tokens is read by the table. " * 2
+    (tmp_path / "text.txt").write_text(text)
+    line = ("engram", "eval", "ppl", workshop.ready().path, "--text", tmp_path / "text.txt", "--json")
+    report = command(*line, "--tokens", 20, "--window", 10).json
+    with LLM(workshop.ready().path, threads=THREADS) as llm:
+        token_ids = llm.tokenizer.encode(text)[:20]
+        losses = [loss for half in (token_ids[:10], token_ids[10:]) for loss in next_token_losses(llm, half)]
+    assert report["perplexity"]["tokens"] == 18
+    assert report["perplexity"]["value"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-6)
+    assert (report["executor"], report["tables"], report["window"]) == ("tvm", "on", 10)
+
+
+def next_token_losses(llm: LLM, token_ids: list[int]) -> list[float]:
+    logits = llm.logits(token_ids).astype(np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return [-float(np.log(probabilities[i, token])) for i, token in enumerate(token_ids[1:])]
+
+
+def test_compile_makes_a_library_that_runs(
+    workshop: Workshop, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_folder(workshop.uncompiled().path, tmp_path / "bundle")
+    profile = tiny_profile(decode_tokens=(1,), prefill_tokens=())
+    monkeypatch.setattr("engram_compilers.cli.load_profile", {"native": profile}.__getitem__)
+    result = command("engram", "compile", bundle, "--json").json
+    folder = bundle / "lib" / profile.name
+    assert result.keys() == {"target", "folder", "seconds", "library_bytes", "weights_bytes"}
+    assert (result["target"], result["folder"]) == (profile.name, str(folder))
+    assert result["library_bytes"] == (folder / "model.so").stat().st_size
+    assert result["weights_bytes"] == (folder / "weights.bin").stat().st_size
+    made, expected = (command("engram", "run", path, PROMPT, "--json") for path in (bundle, workshop.ready().path))
+    assert made.json["token_ids"] == expected.json["token_ids"]
+
+
+def chat(command: Command, bundle: Path, *lines: str, options: tuple[object, ...] = ()) -> list[str]:
+    """Chat for six tokens an answer; returns what was printed after each prompt."""
+    stdin = "".join(f"{line}\n" for line in lines)
+    outcome = command("engram", "chat", bundle, "--max-tokens", 6, *options, stdin=stdin)
+    assert (outcome.code, outcome.err) == (0, "")
+    return outcome.out.split("> ")[1:]
+
+
+def answer_to(bundle: Path, *contents: str) -> str:
+    """Return the answer of the Python API to a conversation of user and assistant in turn."""
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    with LLM(bundle, threads=THREADS) as llm:
+        return "".join(llm.chat(messages, max_tokens=6))
+
+
+def test_chat_remembers_the_conversation(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready().path
+    first = answer_to(bundle, "hello")
+    second = answer_to(bundle, "hello", first, "and now?")
+    assert chat(command, bundle, "hello", "and now?", "/exit") == [f"{first}\n", f"{second}\n", ""]
+
+
+def test_chat_forgets_with_reset(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready().path
+    first = answer_to(bundle, "hello")
+    assert chat(command, bundle, "hello", "/reset", "hello", "/exit") == [f"{first}\n", "", f"{first}\n", ""]
+
+
+def test_chat_begins_with_the_system_message_again_after_reset(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready().path
+    shown = chat(command, bundle, "hello", "/reset", "hello", options=("--system", "Be brief."))
+    assert shown[0] == shown[2]
+    assert shown[0] != f"{answer_to(bundle, 'hello')}\n"
+
+
+def test_chat_has_help_stats_and_a_word_for_what_it_doesnt_know(workshop: Workshop, command: Command) -> None:
+    shown = chat(command, workshop.ready().path, "/help", "/stats", "/sing", "", "hello", "/stats", "/exit", "unread")
+    assert shown[:4] == [f"{HELP}\n", "no answer yet\n", "/sing is no command; /help lists them\n", ""]
+    assert shown[5].startswith("[6 tokens, ")
+    assert shown[6:] == [""]
+
+
+def test_chat_ends_with_its_input(workshop: Workshop, command: Command) -> None:
+    assert chat(command, workshop.ready().path) == ["\n"]
+
+
+def test_chat_survives_a_conversation_beyond_the_context(workshop: Workshop, command: Command) -> None:
+    long = "x " * CONTEXT
+    outcome = command("engram", "chat", workshop.ready().path, "--max-tokens", 6, stdin=f"{long}\nhello\n")
+    with LLM(workshop.ready().path, threads=THREADS) as llm:
+        tokens = len(llm.tokenizer.encode_chat([{"role": "user", "content": long.strip()}]))
+    assert outcome.err == f"{tokens} tokens exceed the context of {CONTEXT}; shorten the prompt; /reset begins anew\n"
+    assert (outcome.code, outcome.out) == (0, f"> > {answer_to(workshop.ready().path, 'hello')}\n> \n")
+
+
+def error_of(command: Command, *arguments: object) -> tuple[int, str]:
+    """Return exit code and last line of a command that fails and prints nothing on stdout."""
+    outcome = command("engram", *arguments)
+    assert outcome.out == ""
+    return outcome.code, outcome.err.splitlines()[-1]
+
+
+BUNDLE_COMMANDS: dict[str, tuple[object, ...]] = {
+    "run": ("run", PROMPT),
+    "chat": ("chat",),
+    "verify": ("verify",),
+    "bench": ("bench",),
+    "compile": ("compile",),
+    "eval": ("eval", "ppl", "--text", "text.txt"),
+}
+
+
+def on_bundle(name: str, bundle: Path) -> tuple[object, ...]:
+    """Return a command line with the bundle put where it belongs."""
+    line = list(BUNDLE_COMMANDS[name])
+    line.insert(2 if name == "eval" else 1, bundle)
+    return tuple(line)
+
+
+@pytest.mark.parametrize("name", BUNDLE_COMMANDS)
+def test_what_is_no_bundle_is_said_to_be_none(command: Command, tmp_path: Path, name: str) -> None:
+    assert error_of(command, *on_bundle(name, tmp_path)) == (
+        3,
+        f"engram: {tmp_path} is not a bundle: it has no engram.json; make one with engram-export",
+    )
+
+
+@pytest.mark.parametrize("name", BUNDLE_COMMANDS)
+def test_a_weight_file_one_byte_short_is_named(workshop: Workshop, command: Command, tmp_path: Path, name: str) -> None:
+    bundle = copy_folder(workshop.ready().path, tmp_path / "bundle")
+    weights = bundle / "graph" / "weights.safetensors"
+    whole = weights.stat().st_size
+    os.truncate(weights, whole - 1)
+    assert error_of(command, *on_bundle(name, bundle)) == (
+        3,
+        f"engram: graph/weights.safetensors holds {whole - 1} bytes, the manifest says {whole}; export the bundle again",
+    )
+
+
+def edit_manifest(bundle: Path, change: Any) -> None:
+    path = bundle / "engram.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", [*BUNDLE_COMMANDS, "inspect"])
+def test_a_manifest_that_leaves_its_folder_is_refused(
+    workshop: Workshop, command: Command, tmp_path: Path, name: str
+) -> None:
+    bundle = copy_folder(workshop.ready().path, tmp_path / "bundle")
+    (tmp_path / "secret").write_text("x")
+    edit_manifest(bundle, lambda manifest: manifest["files"][0].update(path="../secret"))
+    line = ("inspect", bundle) if name == "inspect" else on_bundle(name, bundle)
+    assert error_of(command, *line) == (
+        3,
+        "engram: path '../secret' leaves the bundle; only plain relative paths are allowed",
+    )
+
+
+@pytest.mark.parametrize("name", ["run", "chat", "verify", "bench"])
+def test_a_bundle_without_library_says_how_to_make_one(workshop: Workshop, command: Command, name: str) -> None:
+    bundle = workshop.uncompiled().path
+    assert error_of(command, *on_bundle(name, bundle)) == (
+        4,
+        f"engram: bundle {bundle} has no compiled library; run: engram compile {bundle} --target native",
+    )
+
+
+def test_a_prompt_beyond_the_context_is_refused(workshop: Workshop, command: Command) -> None:
+    prompt = "\x00" * (CONTEXT + 1)  # a token a byte
+    assert error_of(command, "run", workshop.ready().path, prompt) == (
+        2,
+        f"engram: {CONTEXT + 1} tokens exceed the context of {CONTEXT}; shorten the prompt",
+    )
+
+
+def test_an_empty_prompt_is_refused(workshop: Workshop, command: Command) -> None:
+    assert error_of(command, "run", workshop.ready().path, "") == (
+        2,
+        "engram: no tokens were given; the model needs at least one",
+    )
+
+
+OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
+    "threads": (("--threads", 0), "Error: Invalid value for '--threads': 0 is not in the range x>=1."),
+    "max-tokens": (("--max-tokens", 0), "Error: Invalid value for '--max-tokens': 0 is not in the range x>=1."),
+    "executor": (
+        ("--executor", "cuda"),
+        "Error: Invalid value for '--executor': 'cuda' is not one of 'tvm', 'onnxruntime'.",
+    ),
+    "tables": (("--tables", "maybe"), "Error: Invalid value for '--tables': 'maybe' is not one of 'on', 'off'."),
+    "temperature": (("--temperature", -1), "engram: temperature is -1.0, wanted between 0 and 100"),
+    "temperature-nan": (("--temperature", "nan"), "engram: temperature is nan, wanted between 0 and 100"),
+    "top-p": (("--top-p", 0), "engram: top_p is 0.0, wanted above 0 and at most 1"),
+    "min-p": (("--min-p", 2), "engram: min_p is 2.0, wanted between 0 and 1"),
+    "top-k": (("--top-k", -1), "engram: top_k is -1, wanted 0 for no limit or a positive number of tokens"),
+    "penalty": (("--repetition-penalty", 0), "engram: repetition_penalty is 0.0, wanted between 0.01 and 100"),
+    "seed": (("--seed", -1), "engram: seed is -1, wanted 0 or a positive number"),
+    "stop": (("--stop", ""), "engram: stop string '' has 0 characters, wanted 1 to 256"),
+    "unknown": (("--beams", 4), "Error: No such option '--beams'."),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_that_cant_be_is_refused(workshop: Workshop, command: Command, name: str) -> None:
+    arguments, sentence = OPTIONS[name]
+    assert error_of(command, "run", workshop.ready().path, PROMPT, *arguments) == (2, sentence)
+
+
+def test_an_unknown_command_is_named(command: Command) -> None:
+    assert error_of(command, "sing") == (2, "Error: No such command 'sing'.")
+
+
+def test_an_unknown_target_is_named(workshop: Workshop, command: Command) -> None:
+    assert error_of(command, "compile", workshop.uncompiled().path, "--target", "warp") == (
+        4,
+        f"engram: target 'warp' is unknown; there are {['native', *profile_names()]}",
+    )
+
+
+def test_a_text_that_isnt_there_is_named(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    assert error_of(command, "eval", "ppl", workshop.ready().path, "--text", tmp_path / "none.txt") == (
+        2,
+        f"engram: text {tmp_path / 'none.txt'} can't be read: No such file or directory",
+    )
+
+
+def test_a_text_too_short_to_score_is_refused(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\x00")
+    assert error_of(command, "eval", "ppl", workshop.ready().path, "--text", tmp_path / "text.txt") == (
+        2,
+        f"engram: a text of 1 tokens in windows of {CONTEXT} has nothing to score",
+    )
+
+
+def test_a_bundle_without_chat_template_takes_no_chat(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    bundle = copy_folder(workshop.ready().path, tmp_path / "bundle")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (bundle / name).unlink()
+    edit_manifest(
+        bundle,
+        lambda manifest: manifest.update(
+            files=[file for file in manifest["files"] if (bundle / file["path"]).exists()]
+        ),
+    )
+    outcome = command("engram", "chat", bundle, stdin="hello\n")
+    assert outcome.err == (
+        "the bundle has no chat template, so it takes no messages; give a plain prompt; /reset begins anew\n"
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(command: Command, name: str) -> None:
+    outcome = command("engram", name, "--help")
+    assert (outcome.code, outcome.out.splitlines()[0].split(" [")[0]) == (0, f"Usage: engram {name}")
+
+
+def test_the_help_lists_every_command(command: Command) -> None:
+    listed = command("engram", "--help").out.partition("Commands:\n")[2]
+    assert [line.split()[0] for line in listed.splitlines()] == list(COMMANDS)
+
+
+def test_the_version_is_that_of_the_package(command: Command) -> None:
+    assert command("engram", "--version").out == f"engram, version {version('engram-edge')}\n"
+
+
+def test_no_command_writes_into_a_bundle(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready().path
+    before = files_of(bundle)
+    command("engram", "run", bundle, PROMPT, "--max-tokens", 2)
+    command("engram", "verify", bundle)
+    command("engram", "inspect", bundle)
+    assert files_of(bundle) == before
+
+
+def test_a_site_of_a_checkpoint_is_shown(workshop: Workshop, command: Command) -> None:
+    checkpoint = workshop.checkpoint(PLAIN, TinySite())
+    assert command("engram", "inspect", checkpoint, "--json").json["engram"] == "yes"
