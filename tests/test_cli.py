@@ -24,6 +24,7 @@ RUN_KEYS = {
     "text", "token_ids", "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_ms", "executor",
     "threads", "tables",
 }  # fmt: skip
+WEIGHTS = "graph/weights.safetensors"
 EXECUTORS = ["tvm", "onnxruntime"]
 
 
@@ -325,12 +326,12 @@ def test_what_is_no_bundle_is_said_to_be_none(command: Command, tmp_path: Path, 
 @pytest.mark.parametrize("name", BUNDLE_COMMANDS)
 def test_a_weight_file_one_byte_short_is_named(workshop: Workshop, command: Command, tmp_path: Path, name: str) -> None:
     bundle = copy_folder(workshop.ready().path, tmp_path / "bundle")
-    weights = bundle / "graph" / "weights.safetensors"
+    weights = bundle / WEIGHTS
     whole = weights.stat().st_size
     os.truncate(weights, whole - 1)
     assert error_of(command, *on_bundle(name, bundle)) == (
         3,
-        f"engram: graph/weights.safetensors holds {whole - 1} bytes, the manifest says {whole}; export the bundle again",
+        f"engram: {WEIGHTS} holds {whole - 1} bytes, the manifest says {whole}; export the bundle again",
     )
 
 
@@ -395,7 +396,7 @@ OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "penalty": (("--repetition-penalty", 0), "engram: repetition_penalty is 0.0, wanted between 0.01 and 100"),
     "seed": (("--seed", -1), "engram: seed is -1, wanted 0 or a positive number"),
     "stop": (("--stop", ""), "engram: stop string '' has 0 characters, wanted 1 to 256"),
-    "unknown": (("--beams", 4), "Error: No such option '--beams'."),
+    "unknown": (("--xyz", 4), "Error: No such option '--xyz'."),
 }
 
 
@@ -433,13 +434,11 @@ def test_a_text_too_short_to_score_is_refused(workshop: Workshop, command: Comma
 
 def test_a_bundle_without_chat_template_takes_no_chat(workshop: Workshop, command: Command, tmp_path: Path) -> None:
     bundle = copy_folder(workshop.ready().path, tmp_path / "bundle")
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
+    gone = ("chat_template.jinja", "tokenizer_config.json")
+    for name in gone:
         (bundle / name).unlink()
     edit_manifest(
-        bundle,
-        lambda manifest: manifest.update(
-            files=[file for file in manifest["files"] if (bundle / file["path"]).exists()]
-        ),
+        bundle, lambda manifest: manifest.update(files=[f for f in manifest["files"] if f["path"] not in gone])
     )
     outcome = command("engram", "chat", bundle, stdin="hello\n")
     assert outcome.err == (

@@ -49,6 +49,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
         "runtime": "libtvm_runtime.so",
         "weights": "weights.bin",
         "weights_bytes": 200,
+        "sha256": {"library": "a" * 64, "runtime": "b" * 64, "weights": "c" * 64},
         "passes": [[1, 1], [2, 2], [2, 1]],
         "tensors": [
             {"name": "head:codes", "dtype": "uint8", "shape": [4, 16], "offset": 0},
