@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -260,6 +261,24 @@ def test_an_external_file_that_is_gone_is_named(folder: Path, tmp_path: Path) ->
         Bundle.open(folder).table_path(extent)
 
 
+def test_a_pipe_in_place_of_an_external_file_is_refused_without_waiting_for_a_writer(
+    folder: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "rows")
+    extent = Extent(file=str(tmp_path / "rows"), external=True, offset=0, row_bytes=1, identity="")
+    wanted = f"table file {tmp_path / 'rows'} is not the one this bundle was exported from; export it again"
+    with pytest.raises(TableError, match=f"^{re.escape(wanted)}$"):
+        Bundle.open(folder).table_path(extent)
+
+
+@pytest.mark.parametrize("size", [0, 9, 64 << 10, (64 << 10) + 9])
+def test_the_identity_of_a_file_is_the_digest_of_its_size_and_first_64_kib(tmp_path: Path, size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "rows").write_bytes(data)
+    stated = hashlib.sha256(struct.pack("<Q", size) + data[: 64 << 10]).hexdigest()
+    assert file_identity(tmp_path / "rows") == stated
+
+
 def test_digests_of_a_whole_bundle_pass_and_every_byte_is_counted(folder: Path) -> None:
     hashed: list[int] = []
     Bundle.open(folder).verify_digests(hashed.append)
@@ -291,7 +310,8 @@ def test_a_folder_that_is_not_there_is_no_bundle(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(folder: Path) -> None:
     change_manifest(folder, "format_version", value=2)
-    assert message(folder) == "bundle has format version 2, this runtime reads 1"
+    expected = "bundle has format version 2, this runtime reads 1"
+    assert message(folder) == f"{folder / 'engram.json'}: {expected}"
 
 
 @pytest.mark.parametrize("name", sorted(contents()))
@@ -337,13 +357,14 @@ def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("path", ["../outside", "/etc/hostname", "graph\\decoder.onnx", "graph/../graph/decoder.onnx"])
 def test_a_listed_path_that_leaves_the_bundle_is_refused(folder: Path, path: str) -> None:
     change_manifest(folder, "files", 0, "path", value=path)
-    assert message(folder) == f"path {path!r} leaves the bundle; only plain relative paths are allowed"
+    expected = f"path {path!r} leaves the bundle; only plain relative paths are allowed"
+    assert message(folder) == f"{folder / 'engram.json'}: {expected}"
 
 
 def test_a_path_that_no_file_system_can_hold_is_refused(folder: Path) -> None:
     change_manifest(folder, "files", 0, "path", value="graph/\ud800")
     expected = "manifest.files[0].path is 'graph/\\ud800', expected text without NUL and lone surrogates"
-    assert message(folder) == expected
+    assert message(folder) == f"{folder / 'engram.json'}: {expected}"
 
 
 def test_a_path_longer_than_any_file_name_is_refused(folder: Path) -> None:
@@ -352,7 +373,13 @@ def test_a_path_longer_than_any_file_name_is_refused(folder: Path) -> None:
     assert message(folder) == f"bundle {folder} lacks {'x' * 300}: File name too long; export it again"
 
 
-def test_files_the_manifest_does_not_list_are_no_concern(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_a_file_the_runtime_would_read_must_be_listed(folder: Path, name: str) -> None:
+    (folder / name).symlink_to("nowhere")
+    assert message(folder) == f"bundle {folder} holds {name}, which its manifest doesn't list; export it again"
+
+
+def test_other_files_the_manifest_does_not_list_are_no_concern(folder: Path) -> None:
     bundle = Bundle.open(folder)
     (folder / "notes.txt").write_text("mine")
     assert Bundle.open(folder) == bundle

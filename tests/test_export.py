@@ -315,9 +315,9 @@ def test_the_plan_states_the_sizes_of_what_is_written(workshop: Workshop, tmp_pa
     assert plan.context_length == CONTEXT
 
 
-def test_the_printed_parity_is_that_of_the_float_graph(workshop: Workshop, tmp_path: Path, command: Command) -> None:
+def test_the_verification_is_printed_as_a_table(workshop: Workshop, tmp_path: Path, command: Command) -> None:
     outcome = command("engram-export", workshop.checkpoint(PLAIN), "-o", tmp_path / "bundle", "--quant", "none")
-    found = re.search(r"max \|difference\|\s+(\S+)\n.*\n.*agreement\s+(\S+)\n", outcome.out)
-    assert found is not None
-    assert float(found[1]) < FLOAT_TOLERANCE
-    assert found[2] == "100.0%"
+    rows = re.findall(r"^  (\w.*?)  +(\S+)  +(\S+)  +(\S+)$", outcome.out, re.MULTILINE)
+    assert [title for title, *_ in rows] == ["graph, torch, same weights", "bundle, float32 checkpoint"]
+    assert max(float(largest) for _, largest, _, _ in rows) < FLOAT_TOLERANCE
+    assert {agreement for *_, agreement in rows} == {"100.0%"}

@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
     "no-heads": (
         set_config(num_attention_heads=0),
         3,
-        "'num_attention_heads' in config.json of checkpoint is 0, wanted at least 1; correct the config",
+        "'num_attention_heads' in config.json of checkpoint is 0, wanted 1 to 4096; correct the config",
     ),
     "tokenizer-of-another-model": (shrink_vocabulary, 3, "the tokenizer gives id 294, the model has 250 tokens"),
     "damaged-tokenizer": (
@@ -129,16 +129,6 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
         3,
         "the tokenizer of checkpoint can't be used: Cannot instantiate Tokenizer from buffer: Model missing. "
         "at line 1 column 2",
-    ),
-    "malformed-engram-block": (
-        set_config(engram={"layer_ids": [1], "gate": 1}),
-        3,
-        "the engram block has 1 as gate, expected an object",
-    ),
-    "unknown-engram-key": (
-        set_config(engram={"layer_ids": [1], "hyper_connections": 4}),
-        3,
-        "the engram block has unknown keys ['hyper_connections'] in its top level",
     ),
 }
 
@@ -215,9 +205,18 @@ SITE_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda block: block.update(num_rows=327),
         "engram.table.rows has shape [326, 16], the config wants [327, 16]",
     ),
-    "empty-block": (
-        lambda block: block.clear(),
-        "the engram block of the config is incomplete or malformed: KeyError('gate')",
+    "no-gate": (
+        lambda block: block.pop("gate"),
+        "the engram block has no key 'gate'; correct the checkpoint's config",
+    ),
+    "gate-is-no-object": (
+        lambda block: block.update(gate=1),
+        "the engram block.gate is 1, expected an object; correct the checkpoint's config",
+    ),
+    "unknown-key": (
+        lambda block: block.update(hyper_connections=4),
+        "the engram block has unknown keys ['hyper_connections']; it may need a newer engram-edge; "
+        "correct the checkpoint's config",
     ),
 }
 

@@ -357,6 +357,16 @@ def test_a_value_nested_deeper_than_python_can_print_is_refused() -> None:
             0,
             "table.extents[0].row_bytes is 0, expected an integer from 1 to 2**53 - 1",
         ),
+        (
+            "tables.0.extents.0.identity",
+            DIGEST,
+            "extent tables/layer_1.bin must have an identity if external and none if not",
+        ),
+        (
+            "tables.0.extents.0",
+            {"file": "/rows", "external": True, "offset": 0, "row_bytes": 8, "identity": None},
+            "extent /rows must have an identity if external and none if not",
+        ),
         ("tables.0.extents", [], "table layer_1 has 0 bytes a row in its extents, its record 8"),
         ("tables.0.num_rows", 35, "table layer_1 has 35 rows, the primes of its hash sum to 36"),
         ("tables.0.record.columns", 5, "table layer_1 has 8 bytes a row in its extents, its record 7"),

@@ -19,6 +19,13 @@ from engram_runtime.strict_json import read_json_object
 
 MANIFEST_NAME = "engram.json"
 DIGEST_BLOCK_BYTES = 1 << 20
+OPTIONAL_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "golden/golden.json",
+)
 IDENTITY_BYTES = 64 << 10  # holds a safetensors header, which names every tensor and its place
 
 
@@ -38,9 +45,14 @@ class Bundle:
         """
         if not (path / MANIFEST_NAME).is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with engram-export")
-        bundle = cls(path, Manifest.from_dict(read_json_object(path / MANIFEST_NAME)))
+        raw = read_json_object(path / MANIFEST_NAME)
+        try:
+            bundle = cls(path, Manifest.from_dict(raw))
+        except BundleError as error:
+            raise BundleError(f"{path / MANIFEST_NAME}: {error}") from error
         for entry in bundle.manifest.files:
             bundle._check_file(entry)
+        bundle._refuse_unlisted()
         return bundle
 
     def file(self, relative: str) -> Path:
@@ -86,6 +98,13 @@ class Bundle:
             if found != entry.sha256:
                 raise BundleError(f"{entry.path} has SHA-256 {found}, the manifest says {entry.sha256}; export again")
 
+    def _refuse_unlisted(self) -> None:
+        """Refuse a file this runtime would read although the manifest does not vouch for it."""
+        listed = {entry.path for entry in self.manifest.files}
+        for name in OPTIONAL_FILES:
+            if name not in listed and os.path.lexists(self.file(name)):
+                raise BundleError(f"bundle {self.path} holds {name}, which its manifest doesn't list; export it again")
+
     def _token_map(self, relative: str) -> NDArray[np.int64]:
         vocab_size = self.manifest.model.vocab_size
         data = np.fromfile(self.file(relative), dtype=np.uint8)
@@ -129,7 +148,8 @@ def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None
 
 def file_identity(path: Path) -> str:
     """Return the SHA-256 of a file's size and first 64 KiB: tells files apart without reading tables of gigabytes."""
-    with path.open("rb") as file:
+    # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         head = file.read(IDENTITY_BYTES)
         return hashlib.sha256(os.fstat(file.fileno()).st_size.to_bytes(8, "little") + head).hexdigest()
 

