@@ -718,7 +718,7 @@ def checked(folder: Path, logits: NDArray[np.float32]) -> dict[str, Any]:
 
 def test_logits_with_the_golden_argmax_agree(folder: Path) -> None:
     report = checked(folder, scripted_logits([1, 2, 3, 4, 5]))
-    assert report == {"tokens": 5, "argmax_agreement": 1.0, "mean_regret": 0.0}
+    assert report == {"tokens": 5, "argmax_agreement": 1.0, "mean_regret": 0.0, "last_logits_max_abs": 0.5}
 
 
 def test_near_ties_may_fall_either_way(folder: Path) -> None:

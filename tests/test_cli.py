@@ -352,7 +352,7 @@ def test_a_manifest_that_leaves_its_folder_is_refused(
     line = ("inspect", bundle) if name == "inspect" else on_bundle(name, bundle)
     assert error_of(command, *line) == (
         3,
-        "engram: path '../secret' leaves the bundle; only plain relative paths are allowed",
+        f"engram: {bundle / 'engram.json'}: path '../secret' leaves the bundle; only plain relative paths are allowed",
     )
 
 

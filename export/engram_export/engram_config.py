@@ -93,7 +93,7 @@ class EngramConfig:
             output_scale=fields.number("output_scale") if fields.given("output_scale") else 1.0,
             conv=ConvConfig.from_fields(fields.fields("conv")) if fields.given("conv") else None,
             token_map=hashing.take("token_map", str) if hashing.given("token_map") else None,
-            compressed_vocab_size=_optional_count(hashing, "compressed_vocab_size"),
+            compressed_vocab_size=_optional_count(hashing, "compressed_vocab_size", least=1),
             keyer=keyer,
         )
         keyer.check()
@@ -116,8 +116,8 @@ def _keyer(fields: Fields, hashing: Fields) -> KeyerSpec:
     )
 
 
-def _optional_count(fields: Fields, name: str) -> int | None:
-    return fields.count(name) if fields.given(name) else None
+def _optional_count(fields: Fields, name: str, *, least: int = 0) -> int | None:
+    return fields.count(name, least=least) if fields.given(name) else None
 
 
 def _check_seed(config: EngramConfig, hashing: Fields) -> None:

@@ -79,9 +79,9 @@ def _search(
     codes = np.zeros(groups.shape, dtype=np.uint8)
     multiplier = np.ones(low.shape, dtype=np.uint8)
     zero = np.zeros(low.shape, dtype=np.uint8)
-    for candidate, rounding in product(range(1, MAX_MULTIPLIER + 1), (np.floor, np.ceil)):
-        # A good zero puts the smallest value of the group at code 0, one step more or less.
-        offset = np.clip(rounding(-low / candidate), *zero_range(candidate))[:, :, None]
+    for candidate, step in product(range(1, MAX_MULTIPLIER + 1), (-1, 0, 1)):
+        # A good zero puts the smallest value of the group at code 0, a step more, or a step less and clips it.
+        offset = np.clip(np.floor(-low / candidate) + step, *zero_range(candidate))[:, :, None]
         trial = np.clip(np.rint(scaled / candidate) + offset, 0, MAX_CODE)
         error = np.square((trial - offset) * candidate - scaled).sum(axis=2)
         better = error < best

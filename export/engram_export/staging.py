@@ -17,6 +17,7 @@ def staged_folder(out: Path, *, replace: bool) -> Iterator[Path]:
     Raises:
         RequestError: ``out`` exists and is not a bundle, or is one and ``replace`` is False.
     """
+    _restore_replaced(out)
     _check_place(out, replace=replace)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)
@@ -46,6 +47,15 @@ def _remove_abandoned(out: Path) -> None:
         # Our own number on a folder we have not made yet is that of an exporter in another life of the container.
         if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _restore_replaced(out: Path) -> None:
+    """Put back a bundle that an exporter had moved aside when it was killed, or remove it if the new one is there."""
+    for folder in out.parent.glob(f".{out.name}.replaced-*"):
+        if out.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.rename(out)
 
 
 def _is_running(pid: int) -> bool:

@@ -129,7 +129,13 @@ def check_logits(golden: Golden, session: Session) -> dict[str, Any]:
             f"logits differ from those at export: the tokens chosen then are {regret:.1%} short of the best now, "
             f"expected at most {MAX_REGRET:.0%}, and only {agreement:.1%} are the same; compile or export again"
         )
-    return {"tokens": len(golden.token_ids), "argmax_agreement": agreement, "mean_regret": regret}
+    difference = float(np.abs(logits[-1][golden.last_ids] - np.array(golden.last_logits)).max())
+    return {
+        "tokens": len(golden.token_ids),
+        "argmax_agreement": agreement,
+        "mean_regret": regret,
+        "last_logits_max_abs": difference,
+    }
 
 
 def mean_regret(logits: NDArray[np.float32], chosen: Sequence[int]) -> float:

@@ -40,12 +40,19 @@ class TargetProfile:
     @classmethod
     def from_dict(cls, name: str, raw: dict[str, Any]) -> Self:
         """Check and build; raises TargetError naming the key."""
+        try:
+            return cls._from_known(name, raw)
+        except (KeyError, TypeError) as error:
+            raise TargetError(f"profile {name} is malformed: {error!r}") from error
+
+    @classmethod
+    def _from_known(cls, name: str, raw: dict[str, Any]) -> Self:
         if raw.keys() != KEYS:
             raise TargetError(f"profile {name} has keys {sorted(raw)}, expected {sorted(KEYS)}")
         if raw["kernels"] not in KERNEL_FAMILIES:
             raise TargetError(f"profile {name} asks for kernels {raw['kernels']!r}, there are {list(KERNEL_FAMILIES)}")
         counts = [*raw["decode_tokens"], *raw["prefill_tokens"]]
-        if 1 not in counts or counts != sorted(set(counts)):
+        if counts[:1] != [1] or any(type(count) is not int for count in counts) or counts != sorted(set(counts)):
             raise TargetError(f"profile {name} compiles token counts {counts}, expected ascending ones from 1")
         return cls(
             name=name,
