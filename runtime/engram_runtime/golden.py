@@ -15,7 +15,7 @@ from engram_runtime.session import Session, Site
 from engram_runtime.strict_json import Fields, read_json_object
 
 GOLDEN_FILE = "golden/golden.json"
-MAX_REGRET = 0.02  # of the distance from a position's mean logit to its largest; rounding of activations costs 0.004
+MAX_REGRET = 0.02  # of the distance from a position's mean logit to its largest; rounding of activations costs 0.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
