@@ -14,7 +14,6 @@ from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
 
 from engram_runtime import LLM, Bundle, SamplingOptions
-from engram_runtime.cli import COMMANDS
 from engram_runtime.commands.chat import HELP
 from engram_targets import profile_names
 
@@ -195,9 +194,11 @@ def test_bench_measures_executors_in_turn(workshop: Workshop, command: Command) 
     )
     assert outcome.json.keys() == {"load_average", "executors"}
     assert list(outcome.json["executors"]) == EXECUTORS
-    for figures in outcome.json["executors"].values():
-        assert (figures["prompt_tokens"], figures["decode_tokens"], figures["rounds"]) == (5, 3, 2)
-        assert min(figures[key] for key in ("load_ms", "prefill_tok_s", "decode_tok_s", "threads")) > 0
+    figures = list(outcome.json["executors"].values())
+    sizes_used = [(each["prompt_tokens"], each["decode_tokens"], each["rounds"]) for each in figures]
+    assert sizes_used == [(5, 3, 2)] * 2
+    measured = ("load_ms", "prefill_tok_s", "decode_tok_s", "threads")
+    assert min(each[key] for each in figures for key in measured) > 0
 
 
 def test_eval_ppl_is_that_of_the_logits(workshop: Workshop, command: Command, tmp_path: Path) -> None:
@@ -444,17 +445,6 @@ def test_a_bundle_without_chat_template_takes_no_chat(workshop: Workshop, comman
     assert outcome.err == (
         "the bundle has no chat template, so it takes no messages; give a plain prompt; /reset begins anew\n"
     )
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(command: Command, name: str) -> None:
-    outcome = command("engram", name, "--help")
-    assert (outcome.code, outcome.out.splitlines()[0].split(" [")[0]) == (0, f"Usage: engram {name}")
-
-
-def test_the_help_lists_every_command(command: Command) -> None:
-    listed = command("engram", "--help").out.partition("Commands:\n")[2]
-    assert [line.split()[0] for line in listed.splitlines()] == list(COMMANDS)
 
 
 def test_the_version_is_that_of_the_package(command: Command) -> None:

@@ -29,7 +29,6 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import cpu_flags
 from engram_runtime.errors import BundleError, CompileError, TargetError
 from engram_runtime.executor import StepInputs, allocate_states, load_executor
-from engram_runtime.manifest import StateSpec
 
 UNTIED = TinyModel(tied=False)
 QWEN = TinyModel(family="qwen3", head_dim=32)
@@ -186,32 +185,34 @@ def test_without_tables_the_table_changes_nothing(workshop: Workshop) -> None:
     assert_same_bits(off, bundle_logits(plain, token_ids, "tvm"))
 
 
-def test_a_step_writes_into_the_callers_own_caches(workshop: Workshop) -> None:
-    bundle = compiled_bundle(workshop, "int8")
-    states = allocate_states(bundle.manifest.decoder.states)
-    run_tokens(bundle, states, 4)
-    filled = {spec.name: np.flatnonzero(np.abs(states[spec.name]).sum(axis=(0, 1, 3))) for spec in positional(bundle)}
-    assert {name: places.tolist() for name, places in filled.items()} == {name: [0, 1, 2, 3] for name in filled}
+@pytest.mark.parametrize("executor", ["tvm", "onnxruntime"])
+def test_a_step_writes_into_the_callers_own_caches(workshop: Workshop, executor: str) -> None:
+    states = states_after(workshop.ready(), executor, tokens=4)
+    caches = {name: state for name, state in states.items() if not name.startswith("window")}
+    filled = {name: np.flatnonzero(np.abs(cache).sum(axis=(0, 1, 3))).tolist() for name, cache in caches.items()}
+    assert filled == {f"{part}.{layer}": [0, 1, 2, 3] for layer in (0, 1) for part in ("key", "value")}
 
 
-def test_a_step_writes_into_the_callers_own_window(workshop: Workshop) -> None:
-    bundle = compiled_bundle(workshop, "int8")
-    states = allocate_states(bundle.manifest.decoder.states)
-    run_tokens(bundle, states, 4)
+@pytest.mark.parametrize("executor", ["tvm", "onnxruntime"])
+def test_a_step_writes_into_the_callers_own_window(workshop: Workshop, executor: str) -> None:
+    states = states_after(workshop.ready(), executor, tokens=4)
     steps = np.abs(states["window.layer_1"]).sum(axis=1)  # [9]: the last (4 - 1) * 3 steps, the newest at the end
     assert (steps > 0).tolist() == [False] * 5 + [True] * 4
 
 
-def positional(bundle: Bundle) -> list[StateSpec]:
-    return [spec for spec in bundle.manifest.decoder.states if spec.kind == "positional"]
-
-
-def run_tokens(bundle: Bundle, states: dict[str, NDArray[np.float32]], count: int) -> None:
-    """Run one step of ``count`` tokens on states of the caller."""
-    rows = np.ones((count, 4, 16), dtype=np.float32)
-    step = load_executor("tvm", bundle, threads=THREADS).bind(states)
-    every = np.arange(count)
+def states_after(bundle: Bundle, executor: str, *, tokens: int) -> dict[str, NDArray[np.float32]]:
+    """Return a caller's own states after one step."""
+    states = allocate_states(bundle.manifest.decoder.states)
+    rows = np.ones((tokens, 4, 16), dtype=np.float32)
+    every = np.arange(tokens)
+    step = load_executor(executor, bundle, threads=THREADS).bind(states)
     step(StepInputs(token_ids=every, position=0, logit_rows=every, rows={"layer_1": rows}))
+    return states
+
+
+def test_a_text_is_run_in_the_largest_compiled_sizes_that_fit(workshop: Workshop) -> None:
+    executor = load_executor("tvm", workshop.ready(), threads=1)
+    assert executor.chunks(TOKENS) == [8, 8, 4, 2, 1]
 
 
 def test_an_operator_without_lowering_is_named(workshop: Workshop, tmp_path: Path) -> None:
