@@ -160,7 +160,7 @@ def test_verify_finds_a_bundle_as_it_was_exported(workshop: Workshop, command: C
 def test_verify_compares_with_the_checkpoint_in_transformers(workshop: Workshop, command: Command) -> None:
     checkpoint = workshop.checkpoint(PLAIN)
     line = ("engram", "verify", workshop.bundle(checkpoint).path, "--executor", "onnxruntime", "--json")
-    report = command(*line, "--against", checkpoint, "--tokens", 150).json["checkpoint"]
+    report = command(*line, "--against", checkpoint, "--tokens", 150).json["against"]
     assert report["tokens"] == 150
     assert report["max_abs"] < 1e-4  # of logits about 1 in size, as in test_export
     assert report["argmax_agreement"] == 1.0

@@ -72,6 +72,7 @@ def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lamb
 
 def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report) -> LibraryInfo:
     decoder = bundle.manifest.decoder
+    bundle.verify_digests(only={decoder.file, decoder.weights})
     model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:

@@ -9,15 +9,21 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from engram_export.checkpoint import open_checkpoint
 from engram_export.verify import VERIFY_TEXT, check_parity, compare
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.evaluate import read_text
-from engram_runtime.errors import CheckpointError, RequestError
+from engram_runtime.errors import RequestError
 from engram_runtime.perplexity import negative_log_likelihood
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 
 WINDOW = 512  # tokens run at once by both
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse what is no checkpoint, before the minutes a comparison takes; raises CheckpointError."""
+    open_checkpoint(path)
 
 
 def compare_with_transformers(
@@ -28,8 +34,6 @@ def compare_with_transformers(
         content = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
     else:
         content = read_text(text)
-    if not checkpoint.exists():
-        raise CheckpointError(f"{checkpoint} does not exist; give the folder or GGUF file the bundle was made from")
     token_ids = np.array(TextTokenizer.load(bundle.path).encode(content)[:tokens], dtype=np.int64)
     folder, file = (checkpoint.parent, checkpoint.name) if checkpoint.is_file() else (checkpoint, None)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
@@ -51,6 +55,6 @@ def compare_with_transformers(
     return {
         **asdict(parity),
         "perplexity": ours,
-        "checkpoint_perplexity": theirs,
+        "float32_perplexity": theirs,
         "perplexity_ratio": ours / theirs,
     }

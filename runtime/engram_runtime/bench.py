@@ -66,6 +66,7 @@ def measure(
     for name in executors:
         started = time.perf_counter()
         executor = load_executor(name, bundle, threads=threads)
+        threads = executor.threads  # what the first one chose holds for all, or they could not be compared
         sessions.append(Session(bundle, executor, open_sites(bundle), tables_on=tables_on))
         results.append(BenchResult(name, executor.threads, prompt_tokens, decode_tokens, time.perf_counter() - started))
     for counted in [False, *[True] * rounds]:

@@ -44,6 +44,8 @@ def verify(
     if against is None and text is not None:
         raise RequestError("--text is compared on with --against CHECKPOINT only; give both or neither")
     opened = Bundle.open(bundle)
+    if against is not None:
+        _parity().check_checkpoint(against)
     _check_digests(opened)
     if executor == "tvm":
         verify_library(*find_library(opened))  # before any of its machine code is loaded
@@ -56,7 +58,8 @@ def verify(
         report["golden"] = check_logits(golden, session)
     if against is not None:
         with Session(opened, loaded, open_sites(opened), tables_on=tables == "on") as session:
-            report["checkpoint"] = _parity().compare_with_transformers(session, opened, against, text, tokens)
+            report["against tables"] = tables
+            report["against"] = _parity().compare_with_transformers(session, opened, against, text, tokens)
     click.echo(json.dumps(report) if as_json else _table(report))
 
 
