@@ -63,7 +63,18 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
     """Export at int8 in a process of its own, which says at its end how much memory it had at most."""
     folder = tmp_path_factory.mktemp("smollm2")
     bundle, status = folder / "bundle", folder / "status"
-    command = [sys.executable, "-c", EXPORT_AND_TELL, status, checkpoint, "-o", bundle, "--engram", PILOT, "--json"]
+    command: list[str | Path] = [
+        sys.executable,
+        "-c",
+        EXPORT_AND_TELL,
+        status,
+        checkpoint,
+        "-o",
+        bundle,
+        "--engram",
+        PILOT,
+        "--json",
+    ]
     started = time.monotonic()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     seconds = time.monotonic() - started
