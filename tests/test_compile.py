@@ -1,5 +1,6 @@
 """Compiled bundles compute what onnxruntime does, and the same bits for any tokens at once, threads and kernels."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.workshop import (
 
 from engram_compilers.build import compile_bundle
 from engram_compilers.lowering import CONVERTERS
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import cpu_flags
 from engram_runtime.errors import BundleError, CompileError, TargetError
 from engram_runtime.executor import StepInputs, allocate_states, load_executor
@@ -230,7 +231,17 @@ def with_operator(bundle: Bundle, folder: Path, operator: str) -> Bundle:
     model.graph.node[-1].output[0] = "before"
     model.graph.node.append(onnx.helper.make_node(operator, ["before"], ["logits"]))
     onnx.save(model, graph)
-    return Bundle(folder, bundle.manifest)
+    files = tuple(
+        dataclasses.replace(entry, sha256=file_sha256(folder / entry.path)) for entry in bundle.manifest.files
+    )
+    return Bundle(folder, dataclasses.replace(bundle.manifest, files=files))
+
+
+def test_a_graph_that_was_changed_is_not_compiled(workshop: Workshop, tmp_path: Path) -> None:
+    bundle = compiled_bundle(workshop, "int8")
+    changed = Bundle(with_operator(bundle, tmp_path / "bundle", "Erf").path, bundle.manifest)
+    with pytest.raises(BundleError, match=r"^graph/decoder\.onnx has SHA-256 [0-9a-f]{64}, the manifest says "):
+        compile_bundle(changed, tiny_profile())
 
 
 def test_a_library_is_code_weights_runtime_and_their_description(workshop: Workshop) -> None:
