@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -321,3 +323,15 @@ def test_a_failed_compilation_keeps_the_library_there_was(workshop: Workshop, tm
     with pytest.raises(CompileError):
         compile_bundle(bundle, tiny_profile(name=name))
     assert files_of(bundle.file("lib")) == files_of(compiled.file("lib"))
+
+
+def test_tvm_can_be_imported_after_a_library_was_loaded(workshop: Workshop) -> None:
+    """Other packages import tvm behind our back; a second copy of its runtime would abort the process."""
+    script = (
+        "import pathlib, sys; from engram_runtime.bundle import Bundle; "
+        "from engram_runtime.executor import load_executor; "
+        "load_executor('tvm', Bundle.open(pathlib.Path(sys.argv[1])), threads=1); import tvm; print('both')"
+    )
+    command = [sys.executable, "-c", script, str(compiled_bundle(workshop, "int8").path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "both\n")

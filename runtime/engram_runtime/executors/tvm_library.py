@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import mmap
 import statistics
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import StepInputs, allocate_states, empty_rows
@@ -130,7 +131,7 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
         TargetError: no library fits, or it can't be loaded.
     """
     folder, info = find_library(bundle)
-    load_tvm_runtime(folder / info.runtime)
+    load_tvm_runtime(installed_twin(folder / info.runtime, info.sha256["runtime"]))
     try:
         module = tvm_ffi.load_module(str(folder / info.library))
     except (RuntimeError, OSError) as error:
@@ -165,6 +166,18 @@ def _time_token(step: TvmStep, bundle: Bundle) -> float:
     started = time.perf_counter()
     step(token)
     return time.perf_counter() - started
+
+
+def installed_twin(path: Path, sha256: str) -> Path:
+    """Return the same runtime library inside an installed tvm package, or ``path`` where there is none.
+
+    A process that imports tvm later loads that file: the same one twice is once, a copy beside it aborts the process.
+    """
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or spec.origin is None:
+        return path
+    twin = Path(spec.origin).parent / "lib" / path.name
+    return twin if twin.is_file() and file_sha256(twin) == sha256 else path
 
 
 def load_tvm_runtime(path: Path) -> None:
