@@ -179,7 +179,8 @@ def _split_fused(layer: str, weight: Array) -> dict[str, Array]:
         return {"model.embed_tokens.weight": weight}
     if kind == "lm_head":
         return {"lm_head.weight": weight}
-    index, part = rest.split(".")
+    index, _, part = rest.rpartition(".")
+    index = index.partition(".")[0]
     if kind == "sites":
         return {f"engram.{part}.weight": weight, f"engram.{index}.{part}.weight": weight}
     sizes = {

@@ -213,8 +213,8 @@ def test_kept_weights_have_the_very_codes_and_scales_of_the_file(workshop: Works
     blocks = gguf_weights(workshop.checkpoint(TinyModel(tied=False)), kind)
     names = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
     codes, scales = read_blocks(np.concatenate([blocks[name] for name in names]), kind)
-    np.testing.assert_array_equal(stored["layers.1.qkv.block_scale"].numpy(), scales)
-    np.testing.assert_array_equal(stored["layers.1.qkv.codes"].numpy(), packed_in_pairs(codes, zero))
+    np.testing.assert_array_equal(stored["layers.1.mixer.qkv.block_scale"].numpy(), scales)
+    np.testing.assert_array_equal(stored["layers.1.mixer.qkv.codes"].numpy(), packed_in_pairs(codes, zero))
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0])

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engram_export.decoder import Step, TableInput, TableSite
 from engram_export.engram_config import ConvConfig, EngramConfig
 from engram_export.linear import LinearFactory
 from engram_export.norms import RmsNorm
+from engram_runtime.manifest import StateSpec
 
 
 class CausalConv(nn.Module):
@@ -41,13 +43,15 @@ class CausalConv(nn.Module):
         return torch.stack(taps).sum(dim=0), steps[tokens:]
 
 
-class EngramSite(nn.Module):
+class EngramSite(TableSite):
     """Gate rows of the table into the residual stream."""
 
     def __init__(self, config: EngramConfig, hidden_size: int, make_linear: LinearFactory) -> None:
         super().__init__()
         width = config.num_columns * config.row_dim
         self.config = config
+        self.table_input = TableInput(config.site, config.num_columns, config.row_dim)
+        self.state_specs = _window_specs(config, hidden_size)
         self.key_proj = make_linear(f"sites.{config.layer_id}.key_proj", width, hidden_size)
         self.value_proj = make_linear(f"sites.{config.layer_id}.value_proj", width, hidden_size)
         self.query_norm = RmsNorm(hidden_size, config.query_norm_eps)
@@ -55,18 +59,25 @@ class EngramSite(nn.Module):
         self.gate_bias = nn.Parameter(torch.empty(1), requires_grad=False) if config.gate_bias else None
         self.conv = CausalConv(hidden_size, config.conv) if config.conv else None
 
-    def forward(self, hidden: Tensor, rows: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Add to ``hidden [T, D]`` what ``rows [T, C, d]`` say; ``window`` is the convolution's state."""
-        embedding = rows.flatten(1)  # [T, C * d]
-        update = self._gate(hidden, self.key_proj(embedding)) * self.value_proj(embedding)
+    def forward(self, hidden: Tensor, step: Step) -> Tensor:
+        """Add to ``hidden [T, D]`` what the site's rows ``[T, C, d]`` say."""
+        embedding = step.rows[self.config.site].flatten(1)  # [T, C * d]
+        update: Tensor = self._gate(hidden, self.key_proj(embedding)) * self.value_proj(embedding)
         if self.conv is not None:
-            assert window is not None
-            convolved, window = self.conv(update, window)
+            (window,) = (spec.name for spec in self.state_specs)
+            convolved, step.states[window] = self.conv(update, step.states[window])
             update = update + functional.silu(convolved)
-        return hidden + self.config.output_scale * update, window
+        return hidden + self.config.output_scale * update
 
     def _gate(self, hidden: Tensor, key: Tensor) -> Tensor:
         products = self.query_norm(hidden) * self.key_norm(key)
         score = products.sum(dim=-1, keepdim=True) * (1 / math.sqrt(hidden.shape[-1]))
         root = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=self.config.signed_root_floor))
         return torch.sigmoid(root if self.gate_bias is None else root + self.gate_bias)
+
+
+def _window_specs(config: EngramConfig, hidden_size: int) -> tuple[StateSpec, ...]:
+    if config.conv is None:
+        return ()
+    shape = (config.conv.window, hidden_size)
+    return (StateSpec(name=f"window.{config.site}", dtype="float32", shape=shape, kind="window"),)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from engram_export.families.llama import EmbeddingFactory
 from engram_export.linear import (
     BlockLinear,
     FloatEmbedding,
@@ -15,6 +14,8 @@ from engram_export.linear import (
     Int8Linear,
     LinearFactory,
 )
+
+EmbeddingFactory = Callable[[str, int, int], FloatEmbedding | Int8Embedding]  # (name, vocab_size, hidden_size)
 
 KEPT_BITS = {"Q4_0": 4, "Q8_0": 8}  # GGUF types whose integers and scales can be taken over exactly
 ALWAYS_INT8 = ("lm_head", "sites.")  # few bytes, and the most sensitive weights: never below int8

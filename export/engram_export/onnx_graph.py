@@ -14,8 +14,7 @@ import onnxscript.optimizer
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engram_export.engram_site import EngramSite
-from engram_export.families.llama import LlamaModel
+from engram_export.decoder import Decoder
 from engram_export.weights_file import TensorPlan
 from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
 
@@ -47,7 +46,7 @@ class TracedGraph:
     """A graph whose weights have names, shapes and dtypes but no data yet; ``skeleton`` is the module it came from."""
 
     model: ir.Model
-    skeleton: LlamaModel
+    skeleton: Decoder
     states: tuple[StateSpec, ...]
 
     def weights(self) -> list[TensorPlan]:
@@ -75,29 +74,7 @@ class TracedGraph:
         )
 
 
-def state_specs(model: LlamaModel) -> tuple[StateSpec, ...]:
-    """Return the states in the order the model takes them."""
-    config = model.config
-    cache = (1, config.num_kv_heads, model.context_length, config.head_dim)
-    caches = [
-        StateSpec(name=f"{part}.{layer}", dtype="float32", shape=cache, kind="positional")
-        for layer in range(config.num_layers)
-        for part in ("key", "value")
-    ]
-    windows = [
-        StateSpec(
-            name=f"window.{site.config.site}",
-            dtype="float32",
-            shape=(site.config.conv.window, config.hidden_size),
-            kind="window",
-        )
-        for site in _sites(model)
-        if site.config.conv
-    ]
-    return (*caches, *windows)
-
-
-def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
+def trace(build: Callable[[], Decoder]) -> TracedGraph:
     """Trace the model ``build()`` makes; no parameter gets memory.
 
     The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
@@ -105,7 +82,7 @@ def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
     """
     with _quiet(), FakeTensorMode(), torch.no_grad():
         model = build()
-        states = state_specs(model)
+        states = model.state_specs()
         tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")
         arguments = _example_inputs(model, states)
         dynamic: tuple[Any, ...] = (
@@ -129,8 +106,8 @@ def trace(build: Callable[[], LlamaModel]) -> TracedGraph:
     return TracedGraph(graph, model, states)
 
 
-def _example_inputs(model: LlamaModel, states: Sequence[StateSpec]) -> tuple[Any, ...]:
-    rows = [torch.empty(TRACED_TOKENS, site.config.num_columns, site.config.row_dim) for site in _sites(model)]
+def _example_inputs(model: Decoder, states: Sequence[StateSpec]) -> tuple[Any, ...]:
+    rows = [torch.empty(TRACED_TOKENS, table.columns, table.row_dim) for table in model.table_inputs()]
     return (
         torch.empty(TRACED_TOKENS, dtype=torch.int64),
         torch.empty(1, dtype=torch.int64),
@@ -140,8 +117,8 @@ def _example_inputs(model: LlamaModel, states: Sequence[StateSpec]) -> tuple[Any
     )
 
 
-def _name_interface(graph: ir.Model, model: LlamaModel, states: Sequence[StateSpec]) -> None:
-    sites = [f"rows.{site.config.site}" for site in _sites(model)]
+def _name_interface(graph: ir.Model, model: Decoder, states: Sequence[StateSpec]) -> None:
+    sites = [f"rows.{table.site}" for table in model.table_inputs()]
     inputs = ["token_ids", "position", "logit_rows", *sites, *(state.name for state in states)]
     outputs = ["logits", *(f"next.{state.name}" for state in states)]
     for value, name in zip(graph.graph.inputs, inputs, strict=True):
@@ -152,10 +129,6 @@ def _name_interface(graph: ir.Model, model: LlamaModel, states: Sequence[StateSp
     for value in (*graph.graph.inputs, *graph.graph.outputs, *(out for node in graph.graph for out in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([axes.get(str(axis), axis) for axis in value.shape])
-
-
-def _sites(model: LlamaModel) -> list[EngramSite]:
-    return [site for site in model.sites.values() if isinstance(site, EngramSite)]
 
 
 def _plan(value: ir.Value) -> TensorPlan:

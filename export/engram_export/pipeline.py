@@ -15,6 +15,7 @@ from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.plan import ExportPlan, plan_export
 from engram_export.source import ModelSource, open_source
 from engram_export.staging import staged_folder
+from engram_export.streamed import BundleRows, ReportedRows
 from engram_export.table_writer import copy_table, reference_table, write_token_map
 from engram_export.verify import (
     Verification,
@@ -106,9 +107,9 @@ def write_graph(source: ModelSource, graph: TracedGraph, folder: Path, reporter:
         reporter.stage("weights", sum(plan.bytes for plan in plans)) as progress,
     ):
         for name, module in graph.skeleton.named_modules():
-            for key, values in source.parameters(name, module).items():
+            for key, start, values in source.parameters(name, module):
                 if key in names:
-                    writer.write(key, values)
+                    writer.write_rows(key, start, values)
                     progress(values.nbytes)
     return graph.save(folder / GRAPH_FOLDER / GRAPH_FILE, WEIGHTS_FILE, writer.offsets)
 
@@ -120,7 +121,9 @@ def write_tables(source: ModelSource, mode: str, folder: Path, reporter: Reporte
     (folder / TABLE_FOLDER).mkdir()
     specs = []
     for site in source.sites:
-        keyer = write_token_map(site, source.config.vocab_size, source.checkpoint.tokenizer_json, folder / TABLE_FOLDER)
+        keyer = write_token_map(
+            site, source.architecture.text.vocab_size, source.checkpoint.tokenizer_json, folder / TABLE_FOLDER
+        )
         if mode == "reference":
             specs.append(reference_table(site, keyer))
             continue
@@ -150,7 +153,7 @@ def write_tokenizer(source: ModelSource, folder: Path) -> None:
 
 def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: tuple[TableSpec, ...]) -> Manifest:
     """Describe the bundle; its files are listed once they are all there."""
-    config = source.config
+    config = source.architecture.text
     model = ModelInfo(
         name=source.checkpoint.source,
         family=config.family,
@@ -174,11 +177,11 @@ def verify_bundle(source: ModelSource, bundle: Bundle, chosen: WeightFormat, rep
         VerificationError: the graph is not the model.
     """
     token_ids = verify_tokens(source)
-    total = sum(shape.numel() * 4 for shape in source.float_shapes())
-    with reporter.stage("verify", total) as progress:
-        reference = reference_logits(source, token_ids, FLOAT, progress)
+    with reporter.stage("verify", source.weights.count() * 4) as progress:
+        reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress))
     reporter.step("running the graph")
-    same_weights = reference if chosen is FLOAT else reference_logits(source, token_ids, chosen)
+    stored = BundleRows.open(source, bundle.file(bundle.manifest.decoder.weights))
+    same_weights = reference if chosen is FLOAT else reference_logits(source, token_ids, chosen, stored)
     graph = compare(same_weights, exact_graph_logits(bundle, token_ids.tolist(), threads=VERIFY_THREADS))
     check_parity(graph)
     found = bundle_logits(bundle, token_ids.tolist(), executor="onnxruntime", threads=VERIFY_THREADS)

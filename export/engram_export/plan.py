@@ -1,13 +1,12 @@
 """What an export will write and need, told before it starts."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from engram_export.formats import WeightFormat
 from engram_export.source import ModelSource
-
-LARGEST_WEIGHT_COPIES = 4  # a float weight, its scaled copy, its rounded copy and its codes are alive at once
+from engram_runtime.manifest import StateSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +32,7 @@ class ExportPlan:
     tables_bytes: int
     tables_mode: str
     cache_bytes_per_token: int
+    state_bytes: int
     peak_memory_bytes: int
     tokenizer: bool
     sites: tuple[SitePlan, ...]
@@ -40,9 +40,8 @@ class ExportPlan:
 
 def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> ExportPlan:
     """Work out sizes from shapes alone."""
-    config = source.config
     skeleton = source.skeleton(chosen)
-    float_sizes = [int(shape.numel()) for shape in source.float_shapes()]
+    states = skeleton.state_specs()
     sites = tuple(
         SitePlan(
             site=site.config.site,
@@ -54,20 +53,22 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> 
     )
     return ExportPlan(
         model=source.checkpoint.source,
-        family=config.family,
+        family=source.architecture.text.family,
         context_length=source.context_length,
-        parameters=sum(float_sizes),
+        parameters=source.weights.count(),
         weights_bytes=sum(parameter.nbytes for parameter in skeleton.parameters()),
         formats=dict(Counter(str(module.label) for module in skeleton.modules() if hasattr(module, "label"))),
         tables_bytes=sum(site.rows * site.record_bytes for site in sites),
         tables_mode=tables_mode,
-        cache_bytes_per_token=config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4,
-        peak_memory_bytes=_peak_memory(float_sizes),
+        cache_bytes_per_token=sum(
+            _bytes(state) // source.context_length for state in states if state.kind == "positional"
+        ),
+        state_bytes=sum(_bytes(state) for state in states if state.kind != "positional"),
+        peak_memory_bytes=0,
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,
     )
 
 
-def _peak_memory(float_sizes: Sequence[int]) -> int:
-    """Return the larger of the two moments that hold most: quantising the largest weight, verifying the model."""
-    return max(max(float_sizes) * 4 * LARGEST_WEIGHT_COPIES, sum(float_sizes) * 4)
+def _bytes(state: StateSpec) -> int:
+    return prod(state.shape) * 4

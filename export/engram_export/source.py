@@ -1,28 +1,32 @@
 """A checkpoint understood: its family, its sites, and every weight resolved, before anything is written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engram_export.checkpoint import Checkpoint, open_checkpoint
+from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
 from engram_export.engram_source import EngramSource, engram_sources, site_name_map, unit_gains
-from engram_export.families import FAMILIES, read_family_config
-from engram_export.families.llama import LlamaConfig, LlamaModel
+from engram_export.families import Architecture, read_architecture
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
 from engram_export.linear import BlockLinear, WeightModule
 from engram_export.tensor_union import TensorUnion
-from engram_export.weight_map import WeightSource
+from engram_export.weight_map import Joined, WeightSource
 from engram_runtime.errors import CheckpointError, RequestError
 
-Progress = Callable[[int], None]
+SLICE_BYTES = 64 << 20  # of a float32 weight in memory at a time; quantising it needs about four times as much
+
+Slice = tuple[str, int, NDArray[Any]]  # a parameter's name, the first of its rows that these are, their values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,22 +34,17 @@ class ModelSource:
     """What an export reads from."""
 
     checkpoint: Checkpoint
-    config: LlamaConfig
+    architecture: Architecture
     sites: list[EngramSource]
     context_length: int
     weights: WeightSource
     computed: Mapping[str, NDArray[np.float32]]
 
-    def build(self, weight_format: WeightFormat) -> LlamaModel:
+    def build(self, weight_format: WeightFormat) -> Decoder:
         """Make the model's module with uninitialised parameters in a weight format."""
-        return _build(self.config, self.sites, self.context_length, weight_format)
+        return _build(self.architecture, self.sites, self.context_length, weight_format)
 
-    def float_shapes(self) -> list[torch.Size]:
-        """Return the shapes of the float model's weights, computed tables left out."""
-        named = self.skeleton(FLOAT).named_parameters()
-        return [parameter.shape for name, parameter in named if name not in self.computed]
-
-    def skeleton(self, weight_format: WeightFormat) -> LlamaModel:
+    def skeleton(self, weight_format: WeightFormat) -> Decoder:
         """Make the model's module with parameters that have shapes but no memory."""
         with FakeTensorMode():
             return self.build(weight_format)
@@ -58,17 +57,30 @@ class ModelSource:
         types = {tensors.tensor_type(tensor) for tensor in self.weights.tensor_names(f"{name}.weight")}
         return types.pop() if len(types) == 1 else None
 
-    def parameters(self, name: str, module: torch.nn.Module) -> dict[str, NDArray[Any]]:
-        """Return the parameters a module of the model owns, by full name, read and encoded now."""
-        if isinstance(module, BlockLinear):
-            arrays: Mapping[str, NDArray[Any]] = module.encode_blocks(*self._blocks(f"{name}.weight"))
-        elif hasattr(module, "encode"):
+    def parameters(self, name: str, module: nn.Module) -> Iterator[Slice]:
+        """Yield the parameters a module of the model owns, by full name, read and encoded slice by slice."""
+        if hasattr(module, "label"):  # a weight format of `engram_export.linear`
             encoder: WeightModule = module  # type: ignore[assignment]
-            arrays = encoder.encode(self.weights.read(f"{name}.weight"))
-        else:
-            own = [f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
-            return {key: self.computed[key] if key in self.computed else self.weights.read(key) for key in own}
-        return {f"{name}.{key}": values for key, values in arrays.items()}
+            for start, stop in self.row_slices(name):
+                arrays = self.encode(name, encoder, start, stop)
+                yield from ((f"{name}.{key}", start, values) for key, values in arrays.items())
+            return
+        for key, _ in module.named_parameters(recurse=False):
+            full = f"{name}.{key}".lstrip(".")
+            yield full, 0, self.computed[full] if full in self.computed else self.weights.read(full)
+
+    def row_slices(self, name: str) -> list[tuple[int, int]]:
+        """Return row ranges of the weight of module ``name``, each of about `SLICE_BYTES` as float32."""
+        rows, *inner = self.weights.shape(f"{name}.weight")
+        step = max(1, SLICE_BYTES // (prod(inner) * 4))
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def encode(self, name: str, module: WeightModule, start: int, stop: int) -> Mapping[str, NDArray[Any]]:
+        """Return a module's parameters for rows of its weight, read and encoded now."""
+        if isinstance(module, BlockLinear):
+            codes, scales = self._blocks(f"{name}.weight")
+            return module.encode_blocks(codes[start:stop], scales[start:stop])
+        return module.encode(self.weights.read_rows(f"{name}.weight", start, stop))
 
     def _blocks(self, weight: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         tensors = self.checkpoint.tensors
@@ -89,56 +101,56 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
         RequestError: a context the model can't have.
     """
     checkpoint = open_checkpoint(path)
-    config = read_family_config(checkpoint)
+    architecture = read_architecture(checkpoint)
     sites = engram_sources(checkpoint, engram)
-    _check_layers(config, sites)
-    context_length = config.max_positions if context is None else context
-    if not 1 <= context_length <= config.max_positions:
-        raise RequestError(f"context is {context_length}, this model takes 1 to {config.max_positions} tokens")
-    cos, sin = config.rope.tables(context_length)
-    computed = {"cos": cos, "sin": sin, **unit_gains(sites, config.hidden_size)}
+    _check_layers(architecture, sites)
+    max_positions = architecture.text.max_positions
+    context_length = max_positions if context is None else context
+    if not 1 <= context_length <= max_positions:
+        raise RequestError(f"context is {context_length}, this model takes 1 to {max_positions} tokens")
     with FakeTensorMode():
-        parameters = _build(config, sites, context_length, FLOAT).named_parameters()
-        wanted = {name: tuple(parameter.shape) for name, parameter in parameters if name not in computed}
-    weights = _resolve(checkpoint, sites, wanted)
-    return ModelSource(checkpoint, config, sites, context_length, weights, computed)
+        skeleton = _build(architecture, sites, context_length, FLOAT)
+    computed = {**skeleton.computed(), **unit_gains(sites, architecture.text.hidden_size)}
+    wanted = {name: tuple(values.shape) for name, values in skeleton.named_parameters() if name not in computed}
+    weights = _resolve(checkpoint, architecture, sites, wanted)
+    return ModelSource(checkpoint, architecture, sites, context_length, weights, computed)
 
 
-def load_parameters(model: LlamaModel, source: ModelSource, progress: Progress) -> None:
-    """Fill a float model from the checkpoint, one weight in memory at a time."""
+def load_own_parameters(model: Decoder, source: ModelSource) -> None:
+    """Fill the parameters of a model from the checkpoint."""
     parameters = dict(model.named_parameters())
     for name, module in model.named_modules():
-        for key, values in source.parameters(name, module).items():
-            with torch.no_grad():
-                parameters[key].copy_(torch.from_numpy(values).reshape(parameters[key].shape))
-            progress(values.nbytes)
+        for key, _, values in source.parameters(name, module):
+            parameters[key].data = torch.from_numpy(values).reshape(parameters[key].shape)
 
 
 def _build(
-    config: LlamaConfig, sites: list[EngramSource], context_length: int, weight_format: WeightFormat
-) -> LlamaModel:
-    return LlamaModel(
-        config,
-        context_length=context_length,
-        make_linear=weight_format.make_linear,
-        make_embedding=weight_format.make_embedding,
-        sites=[EngramSite(site.config, config.hidden_size, weight_format.make_linear) for site in sites],
-    )
+    architecture: Architecture, sites: list[EngramSource], context_length: int, weight_format: WeightFormat
+) -> Decoder:
+    hidden_size = architecture.text.hidden_size
+    modules = [EngramSite(site.config, hidden_size, weight_format.make_linear) for site in sites]
+    return architecture.build(context_length, weight_format, modules)
 
 
-def _resolve(checkpoint: Checkpoint, sites: list[EngramSource], wanted: Mapping[str, tuple[int, ...]]) -> WeightSource:
-    family = FAMILIES[checkpoint.require("model_type", str)]
+def _resolve(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    sites: list[EngramSource],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> WeightSource:
     tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
     tables = [name for site in sites for name in [*site.table_parts(), site.config.token_map or ""]]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()
-    name_map = {**family.name_map, **site_name_map(sites)}
-    return WeightSource(tensors, wanted, name_map, ignored=(*family.ignored, *tables, *tied))
+    site_names = {name: Joined(*names) for name, names in site_name_map(sites).items()}
+    ignored = (*architecture.ignored, *(name.replace(".", r"\.") for name in (*tables, *tied)))
+    return WeightSource(tensors, wanted, {**architecture.name_map(), **site_names}, ignored=ignored)
 
 
-def _check_layers(config: LlamaConfig, sites: list[EngramSource]) -> None:
+def _check_layers(architecture: Architecture, sites: list[EngramSource]) -> None:
+    layers = architecture.text.num_layers
     for site in sites:
-        if not 0 <= site.config.layer_id < config.num_layers:
+        if not 0 <= site.config.layer_id < layers:
             raise CheckpointError(
-                f"engram site is at layer {site.config.layer_id}, the model has layers 0 to {config.num_layers - 1}"
+                f"engram site is at layer {site.config.layer_id}, the model has layers 0 to {layers - 1}"
             )

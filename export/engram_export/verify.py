@@ -1,7 +1,7 @@
 """Hold an exported bundle against the checkpoint's own float32 model."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from engram_export.engram_source import EngramSource
 from engram_export.formats import FLOAT, WeightFormat
-from engram_export.onnx_graph import state_specs
-from engram_export.source import ModelSource, load_parameters
+from engram_export.source import ModelSource, load_own_parameters
+from engram_export.streamed import EncodedRows, streamed_format
 from engram_export.table_writer import reference_table
 from engram_runtime.bundle import Bundle
 from engram_runtime.detokenise import native_errors
@@ -55,12 +55,14 @@ def verify_tokens(source: ModelSource) -> NDArray[np.int64]:
     """
     limit = min(VERIFY_TOKENS, source.context_length)
     if source.checkpoint.tokenizer_json is None:
-        return np.random.default_rng(0).integers(0, source.config.vocab_size, size=limit)
+        return np.random.default_rng(0).integers(0, source.architecture.text.vocab_size, size=limit)
     text = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
     with native_errors(CheckpointError, f"the tokenizer of {source.checkpoint.source} can't be used"):
         token_ids = Tokenizer.from_buffer(source.checkpoint.tokenizer_json).encode(text).ids[:limit]
-    if (largest := max(token_ids, default=-1)) >= source.config.vocab_size:
-        raise CheckpointError(f"the tokenizer gives id {largest}, the model has {source.config.vocab_size} tokens")
+    if (largest := max(token_ids, default=-1)) >= source.architecture.text.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer gives id {largest}, the model has {source.architecture.text.vocab_size} tokens"
+        )
     return np.array(token_ids, dtype=np.int64)
 
 
@@ -68,14 +70,24 @@ def reference_logits(
     source: ModelSource,
     token_ids: NDArray[np.int64],
     weights: WeightFormat = FLOAT,
-    progress: Callable[[int], None] = lambda count: None,
+    encoded: EncodedRows | None = None,
 ) -> NDArray[np.float32]:
-    """Run the torch model with weights in a format, its rows taken straight from the checkpoint; returns ``[T, V]``."""
-    model = source.build(weights)
-    load_parameters(model, source, progress)
-    rows = [torch.from_numpy(_checkpoint_rows(site, source, token_ids)) for site in source.sites]
+    """Run the torch model, its table rows taken straight from the checkpoint.
+
+    Weights are read as they are needed, so memory does not grow with the model.
+
+    Args:
+        weights: their format. ``encoded``: where they are read in it; by default they are encoded anew.
+
+    Returns:
+        ``[T, V]``.
+    """
+    model = source.build(streamed_format(weights, encoded or source))
+    load_own_parameters(model, source)
+    sites = {site.config.site: site for site in source.sites}
+    rows = [torch.from_numpy(_checkpoint_rows(sites[table.site], source, token_ids)) for table in model.table_inputs()]
     states = []
-    for state in state_specs(model):
+    for state in model.state_specs():
         *outer, length, width = state.shape
         states.append(torch.zeros(*outer, len(token_ids) if state.kind == "positional" else length, width))
     with torch.no_grad():
@@ -145,7 +157,7 @@ def check_parity(parity: Parity) -> None:
 
 
 def _checkpoint_rows(site: EngramSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    token_map = site.token_map(source.config.vocab_size, source.checkpoint.tokenizer_json)
+    token_map = site.token_map(source.architecture.text.vocab_size, source.checkpoint.tokenizer_json)
     ngram_hash = site.config.keyer.ngram_hash(None if token_map is None else token_map.astype(np.int64))
     row_ids = ngram_hash.row_ids([], token_ids)
     spec = reference_table(site, site.config.keyer)

@@ -1,33 +1,45 @@
 """Model families by the checkpoint's ``model_type``."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from engram_export.checkpoint import Checkpoint
+from engram_export.decoder import Decoder
+from engram_export.engram_site import EngramSite
 from engram_export.families import llama
+from engram_export.formats import WeightFormat
+from engram_export.text_decoder import TextConfig
+from engram_export.weight_map import NameMap
 from engram_runtime.errors import CheckpointError
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a family's module says of its checkpoints.
+class Architecture(Protocol):
+    """What a family knows of one checkpoint.
 
     Attributes:
-        name_map: module weight -> tensors of the checkpoint. ``ignored``: tensors that may stay unused.
+        ignored: regular expressions of tensors that may stay unused.
     """
 
-    read_config: Callable[[Checkpoint], llama.LlamaConfig]
-    name_map: Mapping[str, tuple[str, ...]]
-    ignored: tuple[str, ...]
+    @property
+    def text(self) -> TextConfig: ...
+    @property
+    def ignored(self) -> Sequence[str]: ...
+
+    def name_map(self) -> NameMap:
+        """Return what every weight of the module is made of."""
+        ...
+
+    def build(self, context_length: int, weights: WeightFormat, sites: Sequence[EngramSite]) -> Decoder:
+        """Make the module with uninitialised parameters; ``sites`` are those of the paper's Engram memory."""
+        ...
 
 
-LLAMA = Family(llama.read_config, llama.NAME_MAP, llama.IGNORED)
-FAMILIES = {"llama": LLAMA, "qwen3": LLAMA}
+FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {"llama": llama.read, "qwen3": llama.read}
 
 
-def read_family_config(checkpoint: Checkpoint) -> llama.LlamaConfig:
+def read_architecture(checkpoint: Checkpoint) -> Architecture:
     """Read the architecture of a checkpoint; raises CheckpointError where no family knows it."""
     model_type = checkpoint.require("model_type", str)
     if model_type not in FAMILIES:
         raise CheckpointError(f"architecture {model_type!r} is not supported; supported are {sorted(FAMILIES)}")
-    return FAMILIES[model_type].read_config(checkpoint)
+    return FAMILIES[model_type](checkpoint)

@@ -1,0 +1,129 @@
+"""What every family's model is to the export: one forward pass over T tokens, with named states and table rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from engram_export.rope import RotaryEmbedding
+from engram_runtime.manifest import StateSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TableInput:
+    """The rows ``[T, columns, row_dim]`` a site reads from its host table."""
+
+    site: str
+    columns: int
+    row_dim: int
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One forward pass: what every layer may read, and the states, which layers replace by their successors.
+
+    Attributes:
+        token_ids: ``[T]`` int64.
+        position: ``[1]`` int64, tokens the states already hold.
+        rows: ``[T, C, d]`` float32 by site.
+        states: by name, in the shapes of their `StateSpec`.
+        rotations: cosine and sine ``[S, rotary_dim / 2]`` by kind of attention.
+    """
+
+    token_ids: Tensor
+    position: Tensor
+    rows: Mapping[str, Tensor]
+    states: dict[str, Tensor]
+    rotations: Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Stateful(nn.Module):
+    """A module that keeps states between passes."""
+
+    state_specs: tuple[StateSpec, ...] = ()
+
+
+class TableSite(Stateful):
+    """A module that reads rows of a host table."""
+
+    table_input: TableInput
+
+
+class Rotation(nn.Module):
+    """The cosines and sines of a rotary embedding, computed at export."""
+
+    def __init__(self, embedding: RotaryEmbedding, positions: int) -> None:
+        super().__init__()
+        shape = (positions, len(embedding.inverse_frequencies))
+        self.embedding = embedding
+        self.cos = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.sin = nn.Parameter(torch.empty(shape), requires_grad=False)
+
+    def tables(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return cosine and sine."""
+        return self.embedding.tables(len(self.cos))
+
+
+class Decoder(nn.Module):
+    """A causal language model; families implement `hidden` and `logits`."""
+
+    def __init__(self, context_length: int, rotations: Mapping[str, RotaryEmbedding]) -> None:
+        super().__init__()
+        self.rotations = nn.ModuleDict({kind: Rotation(rope, context_length) for kind, rope in rotations.items()})
+
+    def hidden(self, step: Step) -> Tensor:
+        """Return the last residual stream ``[T, D]`` before the final norm."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return ``[R, V]`` for ``hidden [R, D]``."""
+        raise NotImplementedError
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """Return the states in the order `forward` takes them."""
+        return tuple(spec for module in self.modules() if isinstance(module, Stateful) for spec in module.state_specs)
+
+    def table_inputs(self) -> tuple[TableInput, ...]:
+        """Return the table rows in the order `forward` takes them."""
+        return tuple(module.table_input for module in self.modules() if isinstance(module, TableSite))
+
+    def computed(self) -> dict[str, NDArray[np.float32]]:
+        """Return the parameters that no checkpoint holds, by name."""
+        arrays: dict[str, NDArray[np.float32]] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Rotation):
+                arrays[f"{name}.cos"], arrays[f"{name}.sin"] = module.tables()
+        return arrays
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        position: Tensor,
+        logit_rows: Tensor,
+        rows: Sequence[Tensor],
+        states: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Run T tokens after ``position [1]`` earlier ones.
+
+        Args:
+            token_ids: ``[T]`` int64.
+            logit_rows: ``[R]`` int64, which of the T tokens get logits.
+            rows: of each site, ``[T, C, d]`` float32, in the order of `table_inputs`.
+            states: in the order of `state_specs`.
+
+        Returns:
+            ``[R, V]`` logits and the next states.
+        """
+        specs = self.state_specs()
+        step = Step(
+            token_ids=token_ids,
+            position=position,
+            rows={table.site: values for table, values in zip(self.table_inputs(), rows, strict=True)},
+            states={spec.name: state for spec, state in zip(specs, states, strict=True)},
+            rotations={kind: (rotation.cos, rotation.sin) for kind, rotation in self.rotations.items()},  # type: ignore[misc]
+        )
+        logits = self.logits(self.hidden(step).index_select(0, logit_rows))
+        return logits, *(step.states[spec.name] for spec in specs)

@@ -1,0 +1,92 @@
+"""Read the values of a config that families share, bounded before anything is allocated for them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from engram_export.checkpoint import Checkpoint
+from engram_export.rope import RotaryEmbedding, rotary_embedding
+from engram_runtime.errors import CheckpointError
+
+# Far above any published model: what a config may claim.
+LIMITS = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 24,
+}
+OTHER_LIMIT = 1 << 24
+
+
+def count(checkpoint: Checkpoint, key: str, *, default: int | None = None, least: int = 1) -> int:
+    """Return a whole number of the config; ``default`` stands for a key that is absent or null."""
+    if default is not None and checkpoint.config.get(key) is None:
+        return default
+    value, limit = checkpoint.require(key, int), LIMITS.get(key, OTHER_LIMIT)
+    if not least <= value <= limit:
+        raise CheckpointError(
+            f"{key!r} in {checkpoint.config_name} is {value}, wanted {least} to {limit}; correct the config"
+        )
+    return value
+
+
+def names(checkpoint: Checkpoint, key: str, *, length: int, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a list of the config with one of ``known`` for each layer."""
+    values = checkpoint.require(key, list)
+    if len(values) != length:
+        raise CheckpointError(f"{key!r} in {checkpoint.config_name} has {len(values)} entries for {length} layers")
+    for layer, value in enumerate(values):
+        if value not in known:
+            raise CheckpointError(
+                f"{key!r} in {checkpoint.config_name} has {value!r} at layer {layer}, supported are {list(known)}"
+            )
+    return tuple(values)
+
+
+def rope(
+    checkpoint: Checkpoint, *, head_dim: int, max_positions: int, parameters: Mapping[str, Any] | None = None
+) -> RotaryEmbedding:
+    """Return the rotary embedding of a config; ``parameters`` where a config has several kinds of them."""
+    # transformers 5 keeps theta and the scaling in one block, earlier releases in two keys.
+    config = checkpoint.config
+    given = parameters or config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"the rope scaling in {checkpoint.config_name} is {given!r:.80}, wanted an object")
+    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    return rotary_embedding(head_dim=head_dim, theta=theta, scaling=dict(given), max_positions=max_positions)
+
+
+def rotary_dim(checkpoint: Checkpoint, head_dim: int, *, default: float) -> int:
+    """Return how many dimensions of a head are rotated."""
+    parameters = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    factor = parameters.get("partial_rotary_factor", checkpoint.config.get("partial_rotary_factor", default))
+    if not isinstance(factor, int | float) or not 0 < factor <= 1 or int(head_dim * factor) % 2:
+        raise CheckpointError(
+            f"'partial_rotary_factor' in {checkpoint.config_name} is {factor!r}, wanted a share of {head_dim} "
+            f"dimensions that is even"
+        )
+    return int(head_dim * factor)
+
+
+def require_values(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
+    """Refuse a config that says otherwise than ``wanted``; a key that is absent agrees."""
+    for key, value in wanted.items():
+        if (found := checkpoint.config.get(key, value)) != value:
+            raise CheckpointError(f"{key!r} in {checkpoint.config_name} is {found!r}, only {value!r} is supported")
+
+
+def text_part(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint of a multimodal model with its text model's config; others as they are."""
+    if not isinstance(text := checkpoint.config.get("text_config"), dict):
+        return checkpoint
+    return dataclasses.replace(checkpoint, config={**text, "model_type": checkpoint.require("model_type", str)})
+
+
+def text_prefix(checkpoint: Checkpoint) -> str:
+    """Return what the names of the text model's tensors begin with."""
+    nested = any(name.startswith("model.language_model.") for name in checkpoint.tensors.names())
+    return "model.language_model." if nested else "model."
