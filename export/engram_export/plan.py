@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engram_export.formats import WeightFormat
 from engram_export.source import ModelSource
+from engram_export.table_writer import written_format
 
 LARGEST_WEIGHT_COPIES = 4  # a float weight, its scaled copy, its rounded copy and its codes are alive at once
 
@@ -38,7 +39,7 @@ class ExportPlan:
     sites: tuple[SitePlan, ...]
 
 
-def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> ExportPlan:
+def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, table_dtype: str | None) -> ExportPlan:
     """Work out sizes from shapes alone."""
     config = source.config
     skeleton = source.skeleton(chosen)
@@ -47,7 +48,7 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> 
         SitePlan(
             site=site.config.site,
             rows=site.config.num_rows,
-            record_bytes=site.record_format().record_bytes,
+            record_bytes=written_format(site.table().record, table_dtype).record_bytes,
             rows_per_token=site.config.num_columns,
         )
         for site in source.sites

@@ -129,7 +129,7 @@ def _build(
 def _resolve(checkpoint: Checkpoint, sites: list[EngramSource], wanted: Mapping[str, tuple[int, ...]]) -> WeightSource:
     family = FAMILIES[checkpoint.require("model_type", str)]
     tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
-    tables = [name for site in sites for name in [*site.table_parts(), site.config.token_map or ""]]
+    tables = [name for site in sites for name in [*site.table().tensors, site.config.token_map or ""]]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()
     name_map = {**family.name_map, **site_name_map(sites)}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import BundleError, TableError
-from engram_runtime.keyer_spec import KeyerSpec, TokenKeyerSpec
+from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.keyers import Keyer
 from engram_runtime.manifest import FileEntry, Manifest
 from engram_runtime.strict_json import read_json_object
@@ -84,9 +84,9 @@ class Bundle:
         Raises:
             BundleError: a token map that is not the vocabulary's, or a product of id and multiplier beyond 64 bits.
         """
-        if isinstance(spec, TokenKeyerSpec):
-            return spec.keyer()
-        token_map = None if spec.token_map is None else self._token_map(spec.token_map)
+        token_map = None
+        if isinstance(spec, NgramKeyerSpec) and spec.token_map is not None:
+            token_map = self._token_map(spec.token_map)
         return spec.keyer(self.manifest.model.vocab_size, token_map)
 
     def verify_digests(

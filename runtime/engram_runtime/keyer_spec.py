@@ -46,8 +46,8 @@ class TokenKeyerSpec:
         """Files of the bundle that the keyer needs."""
         return ()
 
-    def keyer(self) -> TokenKeyer:
-        """Return the keyer with these constants."""
+    def keyer(self, vocab_size: int, token_map: NDArray[np.int64] | None) -> TokenKeyer:
+        """Return the keyer with these constants; the model's vocabulary and a token map don't matter to it."""
         return TokenKeyer(vocab_size=self.vocab_size, pad_id=self.pad_id)
 
     def check(self) -> None:

@@ -67,6 +67,8 @@ class FileTable:
                 if rows.file not in self._files:
                     self._files[rows.file] = _OpenFile(locate(rows))
             self._parts = [_OpenPart(part, self._files) for part in spec.parts]
+            for file in self._files.values():
+                file.expect_random_reads()
         except TableError:
             self.close()
             raise
@@ -154,7 +156,6 @@ class _OpenFile:
         except OSError as error:
             raise TableError(f"table file {path} can't be opened: {error.strerror}; export the bundle again") from error
         self._size = os.fstat(self._file).st_size
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def check_size(self, needed: int) -> None:
         """Refuse a file shorter than its rows."""
@@ -162,6 +163,10 @@ class _OpenFile:
             raise TableError(
                 f"table file {self._path} holds {self._size} bytes, its rows need {needed}; export it again"
             )
+
+    def expect_random_reads(self) -> None:
+        """Tell the kernel not to read ahead; only files large enough for rows are ones it takes advice on."""
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def announce(self, offset: int, num_bytes: int) -> None:
         """Tell the kernel that bytes are about to be read."""
