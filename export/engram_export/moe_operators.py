@@ -4,8 +4,9 @@ Both route as Mixtral and Qwen3-MoE do: the softmax of all router logits, of whi
 largest. Of equal logits the lower expert comes first; onnxruntime alone takes the higher one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
@@ -18,7 +19,12 @@ from engram_export.quantise import BLOCK
 QMOE_SCALES = (3, 6)  # the inputs that are scales of gate_up and down
 
 # onnxruntime's CPU kernels know one gated activation: silu(gate) * up, gate and up in alternate rows.
-SILU_GATE = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+SILU_GATE: dict[str, Any] = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +54,7 @@ class QuantisedExperts:
 
     def of(self, expert: int) -> Tensor:
         """Return ``[N, K]`` float32 of one expert."""
-        codes = self.codes[expert].unflatten(-1, (-1, BLOCK * self.bits // 8))
+        codes = self.codes[expert].reshape(*self.scales.shape[1:], BLOCK * self.bits // 8)
         zeros = None if self.zeros is None else self.zeros[expert]
         return dequantise_blocks(codes, self.scales[expert], zeros, bits=self.bits)
 
@@ -91,9 +97,7 @@ def _qmoe_inputs(
     return [*first, *[None] * 4, gate_up.zeros, down.zeros, None, router_weights]
 
 
-def _node(
-    operator: str, x: Tensor, inputs: Sequence[Tensor | None], attributes: Mapping[str, int | float | str]
-) -> Tensor:
+def _node(operator: str, x: Tensor, inputs: Sequence[Tensor | None], attributes: dict[str, Any]) -> Tensor:
     node: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=x.dtype, shape=x.shape, version=1)
     return node
 
@@ -106,7 +110,7 @@ def _mix(
     if normalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     out = torch.zeros_like(x)
-    for expert in chosen.unique().tolist():
+    for expert in sorted(set(chosen.flatten().tolist())):
         token, slot = torch.where(chosen == expert)
         hidden = functional.linear(x[token], gate_up.of(expert))
         y = functional.linear(functional.silu(hidden[:, ::2]) * hidden[:, 1::2], down.of(expert))

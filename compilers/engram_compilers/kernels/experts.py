@@ -9,15 +9,11 @@ expert's weight is read from memory once for all its tokens, and nothing of an e
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.float_linear import pack_float
 from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_fold, lane_max, lane_sum, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
-from engram_compilers.kernels.packing import Arrays
 from engram_runtime.errors import CompileError
 
 _LOWEST_KEY = -(2**31)  # below the key of any value, for experts already chosen and lanes past the last one
@@ -38,6 +34,11 @@ class Routing:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
             raise CompileError(f"every token takes {self.top_k} experts of {self.experts}, which can't be")
+
+    @property
+    def name(self) -> str:
+        """The sizes as a part of kernels' names."""
+        return f"{self.tokens}_{self.experts}_{self.top_k}"
 
     @property
     def pairs(self) -> int:
@@ -239,13 +240,8 @@ def combine(routing: Routing, columns: int) -> tirx.PrimFunc:
     return kernel
 
 
-def pack_expert_float(weight: NDArray[np.float32]) -> Arrays:
-    """Pack one expert's ``[N, K]`` for `expert_linear_float`, as `pack_float` does; experts follow one another."""
-    return pack_float(weight)
-
-
 def expert_linear_float(routing: Routing, rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
-    """Build the linear layer of the chosen experts on float32 weights.
+    """Build the linear layer of the chosen experts on float32 weights, each packed by `float_linear.pack_float`.
 
     ``(x f32 [M, K], order, expert, start, count, weight f32 [E * Np/16, K, 16]) -> y f32 [P, N]``: row p of y is row
     p / (P / M) of x times the weight of p's expert; sums run over k ascending by fma.
