@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engram_export.attention_operators import group_query_attention
 from engram_export.checkpoint import Checkpoint
 from engram_export.engram_site import EngramSite
 from engram_export.linear import FloatEmbedding, Int8Embedding, LinearFactory
 from engram_export.norms import RmsNorm
-from engram_export.operators import group_query_attention
 from engram_export.rope import RotaryEmbedding, rotary_embedding
 from engram_runtime.errors import CheckpointError
 
