@@ -8,12 +8,16 @@ Rotation tables are ``[S, rotary_dim / 2]``: the first ``rotary_dim`` dimensions
 them as real and imaginary part. onnxruntime wants ``hd`` and ``rotary_dim`` to be multiples of 16.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from engram_export import eager_attention as eager
 from engram_export.onnx_functions import DOMAIN
+
+Attributes = dict[str, Any]  # of an ONNX node: whole numbers and floats
 
 
 def group_query_attention(
@@ -140,7 +144,7 @@ def indexed_attention(
     """
     caches = (key_cache, value_cache, index_cache)
     if torch.compiler.is_exporting():
-        attributes = {
+        attributes: Attributes = {
             **_attributes(key_cache, num_heads, scale, None, None),
             "index_heads": index_qk.shape[1] // index_cache.shape[-1] - 1,
             "rotary_dim": 2 * cos.shape[1],
@@ -167,10 +171,8 @@ def indexed_attention(
     return eager.attend(query, keys, values, seen, scale, None), keys, values, index
 
 
-def _attributes(
-    keys: Tensor, num_heads: int, scale: float, window: int | None, softcap: float | None
-) -> dict[str, int | float]:
-    attributes: dict[str, int | float] = {"num_heads": num_heads, "kv_num_heads": keys.shape[1], "scale": scale}
+def _attributes(keys: Tensor, num_heads: int, scale: float, window: int | None, softcap: float | None) -> Attributes:
+    attributes: Attributes = {"num_heads": num_heads, "kv_num_heads": keys.shape[1], "scale": scale}
     if window is not None:
         attributes["local_window_size"] = window
     if softcap is not None:

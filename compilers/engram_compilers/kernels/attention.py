@@ -49,11 +49,10 @@ def rope_append(
             for token in loop_over(tokens, tokens * width / ROTATED_PER_US):
                 row: T.let = T.cast(position[0], "int32") + token
                 for head in T.serial(heads):
-                    column: T.let = head * head_dim
-                    rotate(q, [token], column, qkv, [token], column, cos, sin, row, head_dim)
+                    rotate(q, [token], head * head_dim, qkv, [token], head * head_dim, cos, sin, row, head_dim)
                 for head in T.serial(kv_heads):
-                    column: T.let = (heads + head) * head_dim
-                    rotate(k_cache, [0, head, row], 0, qkv, [token], column, cos, sin, row, head_dim)
+                    key: T.let = (heads + head) * head_dim
+                    rotate(k_cache, [0, head, row], 0, qkv, [token], key, cos, sin, row, head_dim)
                     for d in T.serial(head_dim // LANES):
                         v_cache[0, head, row, lanes(d * LANES)] = qkv[
                             token, lanes((heads + kv_heads + head) * head_dim + d * LANES)
