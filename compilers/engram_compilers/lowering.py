@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
+from engram_compilers.attention_converters import ATTENTION_CONVERTERS
 from engram_compilers.expert_converters import EXPERT_CONVERTERS
 from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass, KernelCache
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
@@ -18,7 +19,7 @@ from engram_compilers.values import Activation
 from engram_runtime.errors import CompileError
 from engram_runtime.manifest import GraphSpec, StateSpec
 
-CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS, **EXPERT_CONVERTERS}
+CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS, **ATTENTION_CONVERTERS, **EXPERT_CONVERTERS}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
