@@ -14,11 +14,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from engram_export.engram_config import ConvConfig, EngramConfig
 from engram_export.linear import LinearFactory
 from engram_export.norms import RmsNorm
+from engram_export.recurrent_operators import causal_conv
 
 
 class CausalConv(nn.Module):
@@ -28,17 +28,11 @@ class CausalConv(nn.Module):
         super().__init__()
         self.norm = RmsNorm(hidden_size, config.norm_eps)
         self.weight = nn.Parameter(torch.empty(hidden_size, 1, config.kernel), requires_grad=False)
-        self.config = config
+        self.dilation = config.dilation
 
     def forward(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``x [T, D]`` and the earlier steps ``window [W, D]`` to outputs and the next window."""
-        steps = torch.cat([window, self.norm(x)])
-        tokens, dilation = x.shape[0], self.config.dilation
-        taps = [
-            steps[tap * dilation : tap * dilation + tokens] * self.weight[:, 0, tap]
-            for tap in range(self.config.kernel)
-        ]
-        return torch.stack(taps).sum(dim=0), steps[tokens:]
+        """Map ``x [T, D]`` and the earlier steps ``window [W, D]`` to silu(conv(norm(x))) and the next window."""
+        return causal_conv(self.norm(x), self.weight, window, dilation=self.dilation, activation="silu")
 
 
 class EngramSite(nn.Module):
@@ -62,7 +56,7 @@ class EngramSite(nn.Module):
         if self.conv is not None:
             assert window is not None
             convolved, window = self.conv(update, window)
-            update = update + functional.silu(convolved)
+            update = update + convolved
         return hidden + self.config.output_scale * update, window
 
     def _gate(self, hidden: Tensor, key: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from engram_runtime.strict_json import Fields
 
 FORMAT_VERSION = 1
 AXIS_NAMES = ("T", "R")
-STATE_KINDS = ("positional", "window")
+STATE_KINDS = ("positional", "window", "recurrent")
 MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions is 4 GiB
 HASH_KINDS = ("xor_prime",)
 
@@ -66,13 +66,19 @@ class StateSpec:
     """A cache the caller owns: input ``name``, output ``next.<name>``, written in place.
 
     ``positional`` states hold one entry per position on their second-last axis and roll back by forgetting positions;
-    ``window`` states hold the last few steps, so going back means computing the kept tokens again.
+    ``window`` states hold the last few steps and ``recurrent`` ones a summary of all, so going back means computing the
+    kept tokens again.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     kind: str
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the last tokens are forgotten by moving the position, with no change of the contents."""
+        return self.kind == "positional"
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Self:
@@ -339,7 +345,7 @@ class Manifest:
         if outputs != expected:
             raise BundleError(f"the graph's outputs are {outputs}, its vocabulary calls for {expected}")
         for state in self.decoder.states:
-            if state.kind == "positional" and (len(state.shape) < 2 or state.shape[-2] != self.model.context_length):
+            if state.rolls_back and (len(state.shape) < 2 or state.shape[-2] != self.model.context_length):
                 raise BundleError(
                     f"state {state.name} has shape {list(state.shape)}, expected {self.model.context_length} positions "
                     f"on its second-last axis"
