@@ -80,7 +80,10 @@ def mix_experts(
     match gate_up, down:
         case FloatExperts(), FloatExperts():
             inputs = [x, router_logits, gate_up.weight, None, down.weight, None]
-            return _node("com.microsoft::MoE", x, inputs, attributes)
+            mixed = _node("com.microsoft::MoE", x, inputs, attributes)
+            # onnxruntime 1.31 may give the result the memory of x, which its kernel without normalising clears before
+            # it reads it; that x is wanted once more prevents this.
+            return mixed if normalise else mixed + 0 * x
         case QuantisedExperts(bits=bits), QuantisedExperts() if down.bits == bits:
             inputs = _qmoe_inputs(x, router_logits, gate_up, down)
             blocks = {"expert_weight_bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}

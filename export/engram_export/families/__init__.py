@@ -6,7 +6,7 @@ from typing import Protocol
 from engram_export.checkpoint import Checkpoint
 from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
-from engram_export.families import llama
+from engram_export.families import llama, mixture, qwen4_exp
 from engram_export.formats import WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.text_decoder import TextConfig
@@ -39,7 +39,16 @@ class Architecture(Protocol):
         ...
 
 
-FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {"llama": llama.read, "qwen3": llama.read}
+FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {
+    "llama": llama.read,
+    "qwen3": llama.read,
+    "mixtral": mixture.read_mixtral,
+    "qwen3_moe": mixture.read_qwen3_moe,
+    "qwen3_5_moe": mixture.read_qwen3_5_moe,
+    "qwen3_5_moe_text": mixture.read_qwen3_5_moe,
+    "qwen4_exp": qwen4_exp.read,
+    "qwen4_exp_text": qwen4_exp.read,
+}
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
