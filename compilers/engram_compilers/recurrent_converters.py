@@ -61,9 +61,7 @@ def causal_conv_with_state(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def _unbatched(forward: ForwardPass, node: Node, index: int) -> Activation:
     value = forward.get(node.inputs[index])
     if not isinstance(value, Batched):
-        raise CompileError(
-            f"input {node.inputs[index]} of {node.operator} is {value!r}, expected a leading axis of one"
-        )
+        raise CompileError(f"input {node.inputs[index]} of {node.operator} has no leading axis of one; unsqueeze it")
     return value.inner
 
 

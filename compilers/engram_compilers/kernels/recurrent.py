@@ -15,6 +15,8 @@ from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 from engram_compilers.kernels.packing import require_indexable
 
+Activate = Callable[[Expr], Expr]  # of 16 lanes
+
 _COLUMN_BLOCK = 64  # value columns one task takes: four sums run side by side, one alone would wait for each fma
 _STATE_VALUES_PER_US = 10000.0
 _TAPS_PER_US = 8000.0
@@ -172,9 +174,7 @@ class _Conv:
         return (self.taps - 1) * self.dilation
 
 
-def causal_conv(
-    tokens: int, channels: int, taps: int, dilation: int, activate: Callable[[Expr], Expr]
-) -> tirx.PrimFunc:
+def causal_conv(tokens: int, channels: int, taps: int, dilation: int, activate: Activate) -> tirx.PrimFunc:
     """Build ``(x f32 [T, C], weight f32 [taps, C], window f32 [W, C]) -> out f32 [T, C]``, W = (taps - 1) * dilation.
 
     With steps = window followed by x, out[t] = activate(sum over taps i of weight[i] * steps[t + i * dilation]), the
@@ -195,34 +195,40 @@ def causal_conv(
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for block in loop_over(blocks, tokens * channels * taps / _TAPS_PER_US):
-                first: T.let = block * _CHANNEL_BLOCK
-                count: T.let = T.min(_CHANNEL_BLOCK, vectors - first)
-                for t in T.serial(tokens):
-                    for vector in T.serial(count):
-                        out[t, lanes((first + vector) * LANES)] = activate(
-                            _tap_sum(shape, x, weight, window, t, lanes((first + vector) * LANES))
-                        )
-                for i in T.serial(shape.window):
-                    for vector in T.serial(count):
-                        window[i, lanes((first + vector) * LANES)] = _at_step(
-                            shape, x, window, i + tokens, lanes((first + vector) * LANES)
-                        )
+                _convolve_block(shape, x, weight, window, out, activate, block)
             if rest > 0:
-                edge = T.alloc_local((LANES,), "float32")
-                edge[lanes(0)] = splat(0.0)
-                for t in T.serial(tokens):
-                    for i in T.serial(rest):
-                        edge[i] = _tap_sum(shape, x, weight, window, t, vectors * LANES + i)
-                    edge[lanes(0)] = activate(edge[lanes(0)])
-                    for i in T.serial(rest):
-                        out[t, vectors * LANES + i] = edge[i]
-                for step in T.serial(shape.window):
-                    for i in T.serial(rest):
-                        window[step, vectors * LANES + i] = _at_step(
-                            shape, x, window, step + tokens, vectors * LANES + i
-                        )
+                _convolve_edge(shape, x, weight, window, out, activate)
 
     return kernel
+
+
+def _convolve_block(
+    shape: _Conv, x: Expr, weight: Expr, window: Expr, out: Expr, activate: Activate, block: Expr
+) -> None:
+    """Take up to 16 vectors of channels through all tokens, then move their window on."""
+    first = T.Bind(block * _CHANNEL_BLOCK)
+    end = T.min(first + _CHANNEL_BLOCK, shape.channels // LANES)
+    with T.serial(shape.tokens) as t, T.serial(first, end) as vector:
+        channels = lanes(vector * LANES)
+        T.buffer_store(out, activate(_tap_sum(shape, x, weight, window, t, channels)), [t, channels])
+    with T.serial(shape.window) as step, T.serial(first, end) as vector:
+        channels = lanes(vector * LANES)
+        T.buffer_store(window, _at_step(shape, x, window, step + shape.tokens, channels), [step, channels])
+
+
+def _convolve_edge(shape: _Conv, x: Expr, weight: Expr, window: Expr, out: Expr, activate: Activate) -> None:
+    """Take the channels after the last whole vector through all tokens, then move their window on."""
+    first = shape.channels // LANES * LANES
+    edge = T.alloc_local((LANES,), "float32")
+    T.buffer_store(edge, splat(0.0), [lanes(0)])
+    with T.serial(shape.tokens) as t:
+        with T.serial(shape.channels - first) as i:
+            T.buffer_store(edge, _tap_sum(shape, x, weight, window, t, first + i), [i])
+        T.buffer_store(edge, activate(edge[lanes(0)]), [lanes(0)])
+        with T.serial(shape.channels - first) as i:
+            T.buffer_store(out, edge[i], [t, first + i])
+    with T.serial(shape.window) as step, T.serial(first, shape.channels) as channel:
+        T.buffer_store(window, _at_step(shape, x, window, step + shape.tokens, channel), [step, channel])
 
 
 def _tap_sum(shape: _Conv, x: Expr, weight: Expr, window: Expr, t: Expr, channel: Expr) -> Expr:
