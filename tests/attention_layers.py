@@ -76,7 +76,8 @@ def _indexed(
     return indexed_attention(
         qkv,
         index_qk,
-        *layer.gains,
+        layer.gains[0],
+        layer.gains[1],
         keys,
         values,
         index,
