@@ -354,6 +354,17 @@ def test_attention_to_all_keys_selected_has_the_bits_of_plain_attention(
     assert same_bits(selected, plain)
 
 
+def test_wide_heads_of_one_token_have_the_bits_of_nine() -> None:
+    """Of nine tokens four heads share a load, of one only two: each sum has the same order."""
+    kernels = compile_kernels({tokens: attention.attend(tokens, 8, 1, 256, 160, SCALE / 16) for tokens in (1, 9)})
+    q, keys, values = floats(9, 8 * 256), floats(1, 1, 160, 256, seed=1), floats(1, 1, 160, 256, seed=2)
+    together = call(kernels[9], q, keys, values, np.array([100]), np.zeros_like(q))[-1]
+    alone = [
+        call(kernels[1], q[t : t + 1], keys, values, np.array([100 + t]), np.zeros_like(q[:1]))[-1] for t in range(9)
+    ]
+    assert same_bits(together, np.concatenate(alone))
+
+
 # Graphs and errors
 
 
