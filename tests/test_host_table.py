@@ -1,5 +1,6 @@
 """Host tables from a checkpoint's tensors: whatever the format, rows copied or read in place are torch's values."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from tests.conftest import Command
 from tests.tiny import ROW_DIM, TinyModel, TinySite
-from tests.workshop import Workshop
+from tests.workshop import Workshop, copy_folder, export
 
 from engram_export import table_writer
 from engram_export.host_table import TableSource, numbered_tensors, table_source
@@ -37,6 +38,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CheckpointError, TableError
 from engram_runtime.hashing import column_offsets
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec, TokenKeyerSpec
+from engram_runtime.session import open_sites
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables import FileTable
 
@@ -560,6 +562,20 @@ def test_a_row_that_cant_be_repacked_is_named(
     assert str(caught.value) == (
         f"row 41 of the table has a value of magnitude {abs(value)}, at most 65504 can be repacked; use --tables copy"
     )
+
+
+def test_barriers_and_silent_tokens_of_a_block_reach_the_bundle(workshop: Workshop, tmp_path: Path) -> None:
+    site = copy_folder(workshop.site_folder(TinyModel(), TinySite()), tmp_path / "site")
+    config = json.loads((site / "config.json").read_text())
+    config["engram"]["hash"] |= {"barrier_ids": [0, 2], "silent_ids": [2]}
+    (site / "config.json").write_text(json.dumps(config))
+    export(workshop.checkpoint(TinyModel()), tmp_path / "bundle", engram=site)
+    bundle = Bundle.open(tmp_path / "bundle")
+    (opened,) = open_sites(bundle)
+    text, after_barrier = opened.rows([], np.array([9, 2, 0, 5, 6])), opened.rows([], np.array([5, 6]))
+    opened.table.close()
+    assert np.flatnonzero(np.abs(text).max(axis=(1, 2)) == 0).tolist() == [1]
+    np.testing.assert_array_equal(text[3:], after_barrier, strict=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
