@@ -1,4 +1,4 @@
-"""Qwen4-Exp (Qwen3.8-Flash-Next), the text model: n-gram memory, hyper-connections, delta nets, indexed attention, experts.
+"""The text model of Qwen4-Exp (Qwen3.8-Flash-Next): n-gram memory, hyper-connections, delta nets, sparse attention, experts.
 
 Reference: transformers ``modeling_qwen4_exp.py``.
 """
@@ -6,7 +6,6 @@ Reference: transformers ``modeling_qwen4_exp.py``.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 
 from engram_export.attention import AttentionConfig
