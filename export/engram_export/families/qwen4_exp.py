@@ -1,4 +1,4 @@
-"""The text model of Qwen4-Exp (Qwen3.8-Flash-Next): n-gram memory, hyper-connections, delta nets, sparse attention, experts.
+"""The text model of Qwen4-Exp (Qwen3.8-Flash-Next): n-gram memory, streams, delta nets, sparse attention, experts.
 
 Reference: transformers ``modeling_qwen4_exp.py``.
 """
