@@ -106,6 +106,7 @@ def export(
     """Export CHECKPOINT, a Hugging Face folder or a GGUF file, to a bundle."""
     try:
         from engram_export.pipeline import ExportOptions, export_bundle
+        from engram_export.staging import workplace
     except ModuleNotFoundError as error:
         raise TargetError(f"engram-export needs {error.name}: pip install 'engram-edge[export]'") from error
     options = ExportOptions(
@@ -120,7 +121,12 @@ def export(
     )
     started = time.monotonic()
     reporter = TerminalReporter()
-    verification = export_bundle(options, reporter)
+    try:
+        verification = export_bundle(options, reporter)
+    except (KeyboardInterrupt, OSError):
+        if (kept := workplace(out)).exists():
+            click.echo(f"\nfinished files are kept in {kept}; run the same command again to resume", err=True)
+        raise
     seconds = time.monotonic() - started
     if as_json:
         result = {
@@ -129,6 +135,7 @@ def export(
             "plan": reporter.shown,
             "graph_parity": asdict(verification.graph),
             "parity": asdict(verification.model),
+            "row_errors": {site: asdict(errors) for site, errors in verification.rows.items()},
         }
         click.echo(json.dumps(result))
     else:
@@ -141,6 +148,8 @@ def _print_verification(verification: "Verification") -> None:
     click.echo(f"logits over {model.tokens} tokens          max |difference|  mean |difference|  argmax agreement")
     click.echo(_row("graph, torch, same weights", graph.max_abs, graph.mean_abs, graph.argmax_agreement))
     click.echo(_row("bundle, float32 checkpoint", model.max_abs, model.mean_abs, model.argmax_agreement))
+    for site, errors in verification.rows.items():
+        click.echo(f"{errors.num_rows} repacked rows of {site} are off by {errors.mean:.3%}, at most {errors.max:.3%}")
 
 
 def _row(title: str, largest: float, mean: float, agreement: float) -> str:
