@@ -12,7 +12,7 @@ from engram_export.table_writer import written_format
 from engram_runtime.manifest import StateSpec
 
 # Of the peak, as measured by benchmarks/export_memory.py.
-TRACING_BYTES, LAYER_BYTES = 100 << 20, 5 << 19  # what tracing takes, and the graph of a layer
+TRACING_BYTES, LAYER_BYTES = 120 << 20, 5 << 19  # what tracing takes, and the graph of a layer
 SLICE_COPIES = 4  # of a float32 slice while it is quantised
 LOGITS_COPIES = 6  # while they are compared
 TOKENIZER_COPIES = 10  # of tokenizer.json, once it is parsed
@@ -88,12 +88,9 @@ def peak_memory(source: ModelSource, skeleton: Decoder) -> int:
     states = sum(_bytes(state) * share for state, share in zip(skeleton.state_specs(), used, strict=True))
     scales = max(prod(shape) for shape in shapes) // 32 * 4  # onnxruntime decodes them a layer at a time
     verifying = LOGITS_COPIES * logits + 2 * int(states) + 3 * scales
-    always = TRACING_BYTES + LAYER_BYTES * source.architecture.text.num_layers
-    return (
-        always
-        + TOKENIZER_COPIES * len(source.checkpoint.tokenizer_json or b"")
-        + max(SLICE_COPIES * max(slices), verifying)
-    )
+    tokenizer = TOKENIZER_COPIES * len(source.checkpoint.tokenizer_json or b"")
+    always = TRACING_BYTES + LAYER_BYTES * source.architecture.text.num_layers + tokenizer
+    return always + max(SLICE_COPIES * max(slices), verifying)
 
 
 def _bytes(state: StateSpec) -> int:

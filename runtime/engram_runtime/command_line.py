@@ -14,7 +14,7 @@ def run_command(command: click.Command, name: str) -> None:
     except EngramError as error:
         _fail(f"{name}: {error}", error.exit_code)
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename}" if error.strerror else str(error)
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
         _fail(f"{name}: {reason}", OS_ERROR_EXIT_CODE)
 
 
