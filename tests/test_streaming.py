@@ -330,7 +330,7 @@ def fill_rows(checkpoint: Path, row_ids: NDArray[np.int64]) -> None:
 
 def measured(checkpoint: Path) -> dict[str, float]:
     """Export by reference to ``bundle`` beside a checkpoint in a process of its own; returns its memory."""
-    line = [sys.executable, BENCHMARK, "--one", checkpoint]
+    line = [sys.executable, str(BENCHMARK), "--one", str(checkpoint)]
     done = subprocess.run(line, cwd=BENCHMARK.parents[1], capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout)
     return result
@@ -358,7 +358,7 @@ def test_a_table_of_four_gib_is_exported_by_reference_in_no_more_memory_than_a_s
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint_and_is_what_the_plan_says() -> None:
-    line = [sys.executable, BENCHMARK, "--size-mib", "64", "--size-mib", "1024"]
+    line = [sys.executable, str(BENCHMARK), "--size-mib", "64", "--size-mib", "1024"]
     done = subprocess.run(line, cwd=BENCHMARK.parents[1], capture_output=True, text=True, check=True)
     (_, small, *_), (_, large, predicted, _) = (
         [float(figure.replace(",", "")) for figure in row.split()] for row in done.stdout.splitlines()[2:]
