@@ -75,7 +75,7 @@ def bundle_at(folder: Path) -> Bundle:
             num_layers=1,
             context_length=8,
         ),
-        decoder=GraphSpec(file="graph.onnx", weights="weights", inputs=(), outputs=(), states=()),
+        graphs={"decoder": GraphSpec(file="graph.onnx", weights="weights", inputs=(), outputs=(), states=())},
         tables=(),
         files=(
             FileEntry(path="weights", bytes=1, sha256="2"),

@@ -139,7 +139,7 @@ def _resolve(
     wanted: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
     tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
-    tables = [name for site in sites for name in [*site.table_parts(), site.config.token_map or ""]]
+    tables = [name for site in sites for name in [*site.table().tensors, site.config.token_map or ""]]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()
     site_names = {name: Joined(*names) for name, names in site_name_map(sites).items()}

@@ -1,10 +1,9 @@
 """Hold an exported bundle against the checkpoint's own float32 model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,13 +15,13 @@ from engram_export.engram_source import EngramSource
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.source import ModelSource, load_own_parameters
 from engram_export.streamed import EncodedRows, streamed_format
-from engram_export.table_writer import reference_table
+from engram_export.table_writer import checkpoint_site, open_rows
 from engram_runtime.bundle import Bundle
 from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError, VerificationError
 from engram_runtime.executor import load_executor
+from engram_runtime.manifest import DECODER
 from engram_runtime.session import Session, open_sites
-from engram_runtime.tables import FileTable
 
 VERIFY_TEXT = "verify_text.txt"
 VERIFY_TOKENS = 256
@@ -71,21 +70,22 @@ def reference_logits(
     token_ids: NDArray[np.int64],
     weights: WeightFormat = FLOAT,
     encoded: EncodedRows | None = None,
+    rows: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> NDArray[np.float32]:
-    """Run the torch model, its table rows taken straight from the checkpoint.
-
-    Weights are read as they are needed, so memory does not grow with the model.
+    """Run the torch model; weights are read as they are needed, so memory does not grow with the model.
 
     Args:
         weights: their format. ``encoded``: where they are read in it; by default they are encoded anew.
+        rows: ``[T, C, d]`` by site, or None to take them straight from the checkpoint.
 
     Returns:
         ``[T, V]``.
     """
     model = source.build(streamed_format(weights, encoded or source))
     load_own_parameters(model, source)
-    sites = {site.config.site: site for site in source.sites}
-    rows = [torch.from_numpy(_checkpoint_rows(sites[table.site], source, token_ids)) for table in model.table_inputs()]
+    if rows is None:
+        rows = {site.config.site: _checkpoint_rows(site, source, token_ids) for site in source.sites}
+    inputs = [torch.from_numpy(rows[table.site]) for table in model.table_inputs()]
     states = []
     for state in model.state_specs():
         *outer, length, width = state.shape
@@ -95,7 +95,7 @@ def reference_logits(
             torch.from_numpy(token_ids),
             torch.zeros(1, dtype=torch.int64),
             torch.arange(len(token_ids)),
-            rows,
+            inputs,
             states,
         )
     values: NDArray[np.float32] = logits.numpy()
@@ -106,6 +106,15 @@ def bundle_logits(bundle: Bundle, token_ids: Sequence[int], *, executor: str, th
     """Run a bundle over a text; returns ``[T, V]``."""
     with Session(bundle, load_executor(executor, bundle, threads=threads), open_sites(bundle)) as session:
         return np.concatenate(list(session.logits(token_ids)))
+
+
+def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """Return the ``[T, C, d]`` rows a bundle gives for a text, by site."""
+    sites = open_sites(bundle)
+    rows = {site.name: site.rows([], token_ids) for site in sites}
+    for site in sites:
+        site.table.close()
+    return rows
 
 
 def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int) -> NDArray[np.float32]:
@@ -123,7 +132,9 @@ def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int
     path = bundle.file(exact.file)
     path.write_bytes(graph.SerializeToString())
     try:
-        with_graph = Bundle(bundle.path, dataclasses.replace(bundle.manifest, decoder=exact))
+        with_graph = Bundle(
+            bundle.path, dataclasses.replace(bundle.manifest, graphs={**bundle.manifest.graphs, DECODER: exact})
+        )
         return bundle_logits(with_graph, token_ids, executor="onnxruntime", threads=threads)
     finally:
         path.unlink()
@@ -157,9 +168,6 @@ def check_parity(parity: Parity) -> None:
 
 
 def _checkpoint_rows(site: EngramSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    token_map = site.token_map(source.architecture.text.vocab_size, source.checkpoint.tokenizer_json)
-    ngram_hash = site.config.keyer.ngram_hash(None if token_map is None else token_map.astype(np.int64))
-    row_ids = ngram_hash.row_ids([], token_ids)
-    spec = reference_table(site, site.config.keyer)
-    with FileTable(spec, [(Path(extent.file), extent) for extent in spec.extents]) as table:
-        return table.gather(row_ids.ravel()).reshape(*row_ids.shape, -1)
+    table = site.table_with_map(source.architecture.text.vocab_size, source.checkpoint.tokenizer_json)
+    with open_rows(table) as rows:
+        return checkpoint_site(table, source.architecture.text.vocab_size, rows).rows([], token_ids)
