@@ -4,7 +4,7 @@ Scales stand beside a weight ``X.weight`` as ``X.weight_scale_inv`` or ``X.weigh
 Face) or as ``X.scale`` (DeepSeek). All of them are multiplied, the inverse ones too: they are inverse to quantising.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from engram_runtime.records import E8M0_VALUES, FLOAT8_E4M3_VALUES
 FLOAT8 = "F8_E4M3"
 E8M0 = ("F8_E8M0", "U8")  # exponents stand in checkpoints under their own name and as plain bytes
 WEIGHT = ".weight"
-DEFAULT_BLOCK = (128, 128)  # of Hugging Face's fp8 checkpoints whose config does not say
+HUGGING_FACE_BLOCK = (128, 128)  # of fp8 checkpoints whose config does not say
 
 
 class StoredTensors(TensorSource, Protocol):
@@ -105,9 +105,9 @@ class ScaledTensors:
         return self._tensors.read_rows(name, start, stop)
 
 
-def weight_block(config: dict[str, Any]) -> tuple[int, int]:
+def weight_block(config: Mapping[str, Any], default: tuple[int, int] = HUGGING_FACE_BLOCK) -> tuple[int, int]:
     """Return the tile that shares a scale, from a config's ``quantization_config``; raises CheckpointError."""
-    found = (config.get("quantization_config") or {}).get("weight_block_size") or DEFAULT_BLOCK
+    found = (config.get("quantization_config") or {}).get("weight_block_size") or default
     if len(found) != 2 or not all(type(size) is int and size > 0 for size in found):
         raise CheckpointError(f"'weight_block_size' is {found!r}, wanted two sizes; correct the config")
     return found[0], found[1]
