@@ -15,7 +15,7 @@ INT4_GROUPS = (32, 16)  # columns that share a scale, the first that divides the
 INT8_LARGEST, INT4_LARGEST, FLOAT8_LARGEST = 127, 7, 448
 # Where the value of largest magnitude falls on the scale of int4, -8 to 7: beyond the ends a few large values are
 # clipped for finer steps of all the others.
-INT4_PEAKS = (7.0, -8.0, 7.7, -8.8, 8.4, -9.6)
+INT4_PEAKS = (7.0, -8.0, 7.5, -8.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
