@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from engram_export.decoder import TableInput
 from engram_export.linear import LinearFactory
@@ -53,10 +54,11 @@ class MultiStreamSite(nn.Module):
 
     def _gate(self, hidden: Tensor, keys: Tensor) -> Tensor:
         """Return ``[T, G, 1]``."""
-        products = (hidden * self.gain * keys).sum(dim=-1, keepdim=True)
-        score = products * self._inverse_rms(hidden) * self._inverse_rms(keys) / math.sqrt(self.config.hidden_size)
+        score = (self._normed(hidden) * self.gain * self._normed(keys)).sum(dim=-1, keepdim=True)
+        score = score / math.sqrt(self.config.hidden_size)
         root = torch.sqrt(torch.clamp(torch.abs(score), min=SIGNED_ROOT_FLOOR))
         return torch.sigmoid(torch.where(score < 0, -root, root))
 
-    def _inverse_rms(self, x: Tensor) -> Tensor:
-        return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.config.eps)
+    def _normed(self, x: Tensor) -> Tensor:
+        # One operator: written out, the ONNX optimiser drops the sum with an eps of 1e-20, and zero rows give NaN.
+        return functional.rms_norm(x, x.shape[-1:], torch.ones(x.shape[-1]), self.config.eps)

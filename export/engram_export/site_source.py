@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import nn
 
 from engram_export.checkpoint import Checkpoint
 from engram_export.host_table import TableSource
@@ -22,6 +23,11 @@ class SiteSource:
     config: MultiStreamConfig
     weights: WeightSource
 
+    @property
+    def name(self) -> str:
+        """The site's name in the bundle."""
+        return self.table.site
+
     def build(self, make_linear: LinearFactory) -> MultiStreamSite:
         """Make the site's module with uninitialised parameters."""
         return MultiStreamSite(self.config, make_linear)
@@ -35,11 +41,12 @@ class SiteSource:
         arrays: Mapping[str, NDArray[Any]] = module.encode(self.weights.read_rows(f"{name}.weight", start, stop))
         return arrays
 
-    def parameters(self, site: MultiStreamSite) -> Iterator[Slice]:
-        """Yield the parameters of the site's module, read and encoded slice by slice."""
+    def parameters(self, module: nn.Module) -> Iterator[Slice]:
+        """Yield the parameters of a module of `build`, read and encoded slice by slice."""
         yield "gain", 0, self.weights.read("gain")
+        linear = module.get_submodule("key_value")
         for start, stop in self.row_slices("key_value"):
-            arrays = self.encode("key_value", site.key_value, start, stop)
+            arrays = self.encode("key_value", linear, start, stop)
             yield from ((f"key_value.{key}", start, values) for key, values in arrays.items())
 
 

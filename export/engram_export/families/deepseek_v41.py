@@ -20,7 +20,6 @@ from engram_export.multi_stream_site import MultiStreamConfig
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 from engram_export.scaled_tensors import ScaledTensors, weight_block
 from engram_export.site_source import SiteSource, TablesSource
-from engram_export.text_decoder import TextConfig
 from engram_export.token_compression import compress_vocabulary
 from engram_export.weight_map import Floats, Joined, WeightSource
 from engram_runtime.errors import CheckpointError
