@@ -291,6 +291,11 @@ def test_the_commands_take_a_bundle_without_a_decoder(tiny: TinyDeepseek, tmp_pa
     assert command("engram", "verify", out, "--json").json == {"digests": "ok", "tables": "ok", "decoder": "none"}
 
 
+def test_inspect_says_what_of_a_checkpoint_is_supported(tiny: TinyDeepseek, command: Command) -> None:
+    facts = command("engram", "inspect", tiny.folder, "--json").json
+    assert (facts["supported"], facts["layers"]) == ("tables and sites, with --tables-only", 4)
+
+
 NO_DECODER = "engram: this bundle holds tables and sites only, no decoder; export without --tables-only to run it\n"
 
 

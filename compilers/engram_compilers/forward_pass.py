@@ -1,6 +1,7 @@
 """One forward pass of a fixed number of tokens, being lowered from ONNX to Relax."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -11,18 +12,27 @@ from tvm import relax, tirx
 from engram_compilers.kernels import activation, normalise, quantise
 from engram_compilers.onnx_model import Node, OnnxModel, Weight
 from engram_compilers.packed_weights import Pack, WeightArguments
-from engram_compilers.values import Activation, Batched, Deferred, Half, HalfSigmoid, HalfSilu, Value
+from engram_compilers.values import Activation, Batched, Deferred, Half, HalfSigmoid, HalfSilu, Softmax, Value
 from engram_runtime.errors import CompileError
 
 MakeKernel = Callable[[], tirx.PrimFunc]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRead:
+    """What a mixture of experts reads in a forward pass: ``count i32 [1]`` experts of ``expert_bytes`` each."""
+
+    count: relax.Expr
+    expert_bytes: int
+
+
 class KernelCache:
     """The kernels of a library, each generated once for its name."""
 
-    def __init__(self, builder: relax.BlockBuilder, family: ModuleType) -> None:
+    def __init__(self, builder: relax.BlockBuilder, family: ModuleType, expert_family: ModuleType) -> None:
         self.builder = builder
         self.family = family  # engram_compilers.kernels.<family>
+        self.expert_family = expert_family  # engram_compilers.kernels.<family>_experts
         self._known: dict[str, Any] = {}
 
     def get(self, name: str, make: MakeKernel) -> Any:
@@ -40,8 +50,10 @@ class ForwardPass:
         self.arguments = arguments
         self.model = model
         self.position: relax.Expr = None
+        self.expert_reads: list[ExpertRead] = []
         self._values: dict[str, Value] = {**model.constants, **model.weights}
         self._quantised: dict[Activation, list[relax.Expr]] = {}
+        self._held: dict[Activation, Activation] = {}
 
     def set(self, name: str, value: Value) -> None:
         """Define an ONNX value."""
@@ -74,6 +86,8 @@ class ForwardPass:
             begin = value.index * width
             sliced = relax.op.strided_slice(value.whole.expr, [-1], [begin], [begin + width])
             return self.emit(sliced, (*value.whole.shape[:-1], width))
+        if isinstance(value, Softmax):
+            return self.emit(relax.op.nn.softmax(value.whole.expr, axis=-1), value.whole.shape)
         half = self.materialise(value.half)
         operator = relax.op.sigmoid if isinstance(value, HalfSigmoid) else relax.op.nn.silu
         assert isinstance(value, HalfSigmoid | HalfSilu)
@@ -87,6 +101,24 @@ class ForwardPass:
         """Call a kernel with one float32 output."""
         out = relax.TensorType(tuple(shape), "float32")
         return self.emit(relax.call_tir(kernel, list(inputs), out_ty=out), shape)
+
+    def call_in_place(
+        self, kernel: Any, inputs: Sequence[relax.Expr], state: Activation, shape: Sequence[int]
+    ) -> tuple[Activation, Activation]:
+        """Call a kernel that changes ``state``, its last argument, and has one float32 output; return output and state.
+
+        The returned state is the same memory with its next contents; nothing may read ``state`` itself any more.
+        """
+        types = [relax.TensorType(state.shape, state.dtype), relax.TensorType(tuple(shape), "float32")]
+        arguments = [*inputs, state.expr]
+        results = self.kernels.builder.emit(relax.op.call_tir_inplace(kernel, arguments, [len(inputs), -1], types))
+        following = self.emit(results[0], state.shape, state.dtype)
+        self._held[following] = state
+        return self.emit(results[1], shape), following
+
+    def is_held_in(self, value: Activation, state: Activation) -> bool:
+        """Return whether ``value`` is what a kernel has made of ``state``, in its memory."""
+        return self._held.get(value) is state
 
     def plain_weight(self, weight: Weight) -> list[relax.Var]:
         """Return the argument for a weight that is used as it is stored."""
@@ -117,10 +149,18 @@ class ForwardPass:
 
     def rms_norm(self, x: Activation, gain: Activation, eps: float) -> Activation:
         """Normalise over the last axis."""
-        rows, columns = int(np.prod(x.shape[:-1])), x.shape[-1]
-        kernel = self.kernels.get(f"rms_norm_{rows}_{columns}_{eps}", lambda: normalise.rms_norm(rows, columns, eps))
+        flat = self.reshape(x, (int(np.prod(x.shape[:-1])), x.shape[-1]))
+        return self.reshape(self.branch_norm(flat, gain, eps, 1), x.shape)
+
+    def branch_norm(self, x: Activation, gain: Activation | None, eps: float, branches: int) -> Activation:
+        """Normalise each of the equal parts of ``x [M, G * D]``; ``gain [G * D]``, or None for ones."""
+        rows, columns = x.shape[0] * branches, x.shape[1] // branches
+        gains = 1 if gain is None else branches
+        name = f"rms_norm_{rows}_{columns}_{eps}_{gains}"
+        kernel = self.kernels.get(name, lambda: normalise.rms_norm(rows, columns, eps, gains))
+        factor = relax.const(np.ones(columns, dtype=np.float32)) if gain is None else gain.expr
         flat = self.reshape(x, (rows, columns))
-        return self.reshape(self.call(kernel, [flat.expr, gain.expr], (rows, columns)), x.shape)
+        return self.reshape(self.call(kernel, [flat.expr, factor], (rows, columns)), x.shape)
 
     def silu_mul(self, gate_up: Activation) -> Activation:
         """Return silu(first half) * second half."""

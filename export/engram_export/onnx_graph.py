@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engram_export.decoder import Decoder
 from engram_export.multi_stream_site import MultiStreamSite
+from engram_export.onnx_functions import add_functions
 from engram_export.weights_file import TensorPlan
 from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
 
@@ -131,6 +132,7 @@ def _optimise(graph: ir.Model, module: nn.Module) -> None:
             value.const_value = None
     with _quiet():
         onnxscript.optimizer.optimize(graph)
+    add_functions(graph)  # the optimizer would inline them
 
 
 def _example_inputs(model: Decoder, states: Sequence[StateSpec]) -> tuple[Any, ...]:

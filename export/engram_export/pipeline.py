@@ -90,7 +90,7 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     check_table_options(options.tables, options.table_dtype)
     source = open_source(options.checkpoint, engram=options.engram, context=options.context)
     chosen = weight_format(options.quant, source.kept_type)
-    tables = read_tables(source, reporter)
+    check_scales(source.tables, reporter)
     with staged_folder(options.out, replace=options.replace) as folder:
         plan = plan_export(source, chosen, options.tables, options.table_dtype)
         check_kept(options.quant, plan)
@@ -98,7 +98,7 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         reporter.step("tracing the graph")
         graph = trace(lambda: source.build(chosen))
         decoder = write_graph(source, graph, folder, reporter)
-        written = write_tables(tables, options.tables, options.table_dtype, folder, reporter)
+        written = write_tables(source.tables, options.tables, options.table_dtype, folder, reporter)
         write_tokenizer(source.checkpoint, folder)
         bundle = Bundle(folder, draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written)))
         verification = verify_bundle(source, bundle, chosen, reporter, repacked=options.table_dtype is not None)
@@ -129,16 +129,8 @@ def write_graph(source: ModelSource, graph: TracedGraph, folder: Path, reporter:
     return graph.save(folder / GRAPH_FOLDER / GRAPH_FILE, WEIGHTS_FILE, writer.offsets)
 
 
-def read_tables(source: ModelSource, reporter: Reporter) -> list[TableSource]:
-    """Describe the tables of all sites and check every scale, before anything is written."""
-    vocab_size, tokenizer_json = source.architecture.text.vocab_size, source.checkpoint.tokenizer_json
-    tables = [site.table_with_map(vocab_size, tokenizer_json) for site in source.sites]
-    check_scales(tables, reporter)
-    return tables
-
-
 def check_scales(tables: Sequence[TableSource], reporter: Reporter) -> None:
-    """Read all scales of tables; raises CheckpointError for one that is not finite."""
+    """Read every scale of the tables: one that is no number must be found before anything is written."""
     for table in tables:
         if table.scales_bytes:
             with reporter.stage(f"scales {table.site}", table.scales_bytes) as progress:
@@ -222,11 +214,11 @@ def verify_bundle(
     with reporter.stage("verify", source.weights.count() * 4) as progress:
         reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress))
     reporter.step("running the graph")
-    stored = BundleRows.open(source, bundle.file(bundle.manifest.decoder.weights))
     same_weights = reference
     if repacked or chosen is not FLOAT:
+        stored = BundleRows.open(source, bundle.file(bundle.manifest.decoder.weights))
         rows = bundle_rows(bundle, token_ids) if repacked else None
-        same_weights = reference_logits(source, token_ids, chosen, stored, rows)
+        same_weights = reference_logits(source, token_ids, chosen, encoded=stored, rows=rows)
     graph = compare(same_weights, exact_graph_logits(bundle, token_ids.tolist(), threads=VERIFY_THREADS))
     check_parity(graph)
     found = bundle_logits(bundle, token_ids.tolist(), executor="onnxruntime", threads=VERIFY_THREADS)

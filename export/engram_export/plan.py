@@ -45,12 +45,12 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, tab
     states = skeleton.state_specs()
     sites = tuple(
         SitePlan(
-            site=site.config.site,
-            rows=site.config.num_rows,
-            record_bytes=written_format(site.table().record, table_dtype).record_bytes,
-            rows_per_token=site.config.num_columns,
+            site=table.site,
+            rows=table.num_rows,
+            record_bytes=written_format(table.record, table_dtype).record_bytes,
+            rows_per_token=table.keyer.columns,
         )
-        for site in source.sites
+        for table in source.tables
     )
     return ExportPlan(
         model=source.checkpoint.source,
@@ -61,10 +61,8 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, tab
         formats=dict(Counter(str(module.label) for module in skeleton.modules() if hasattr(module, "label"))),
         tables_bytes=sum(site.rows * site.record_bytes for site in sites),
         tables_mode=tables_mode,
-        cache_bytes_per_token=sum(
-            _bytes(state) // source.context_length for state in states if state.kind == "positional"
-        ),
-        state_bytes=sum(_bytes(state) for state in states if state.kind != "positional"),
+        cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),
+        state_bytes=sum(_bytes(state) for state in states if not state.rolls_back),
         peak_memory_bytes=0,
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,

@@ -194,13 +194,13 @@ def verify_sites(
     token_ids = verify_tokens(source.checkpoint, source.text.vocab_size, source.text.max_positions)
     rows = bundle_rows(bundle, token_ids)
     verifications = []
-    for site, table in zip(source.sites, written, strict=True):
+    for site, table, site_rows in zip(source.sites, written, rows, strict=True):
         reporter.step(f"running {SITE_GRAPH}{site.name}")
         with open_rows(site.table) as store:
             own_rows = checkpoint_site(site.table, source.text.vocab_size, store).rows([], token_ids)
-        if table.errors is None and not np.array_equal(rows[site.name], own_rows, equal_nan=True):
+        if table.errors is None and not np.array_equal(site_rows, own_rows, equal_nan=True):
             raise VerificationError(f"rows of table {site.name} are not those of the checkpoint; export again")
-        graph, model = compare_site(site, bundle, chosen, rows[site.name], own_rows)
+        graph, model = compare_site(site, bundle, chosen, site_rows, own_rows)
         verifications.append(
             SiteVerification(site=site.name, tokens=len(token_ids), graph=graph, model=model, row_errors=table.errors)
         )

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from engram_export.checkpoint import Checkpoint
-from engram_export.engram_source import EngramSource
 from engram_export.formats import FLOAT, WeightFormat
+from engram_export.host_table import TableSource
+from engram_export.moe_operators import keep_float_activations
 from engram_export.source import ModelSource, load_own_parameters
 from engram_export.streamed import EncodedRows, streamed_format
 from engram_export.table_writer import checkpoint_site, open_rows
@@ -70,33 +71,32 @@ def reference_logits(
     source: ModelSource,
     token_ids: NDArray[np.int64],
     weights: WeightFormat = FLOAT,
+    *,
     encoded: EncodedRows | None = None,
-    rows: Mapping[str, NDArray[np.float32]] | None = None,
+    rows: Sequence[NDArray[np.float32]] | None = None,
 ) -> NDArray[np.float32]:
-    """Run the torch model; weights are read as they are needed, so memory does not grow with the model.
+    """Run the torch model; returns ``[T, V]``.
+
+    Weights are read as they are needed, so memory does not grow with the model.
 
     Args:
         weights: their format. ``encoded``: where they are read in it; by default they are encoded anew.
-        rows: ``[T, C, d]`` by site, or None to take them straight from the checkpoint.
-
-    Returns:
-        ``[T, V]``.
+        rows: ``[T, C, d]`` for each table, or None to take them straight from the checkpoint.
     """
     model = source.build(streamed_format(weights, encoded or source))
     load_own_parameters(model, source)
     if rows is None:
-        rows = {site.config.site: _checkpoint_rows(site, source, token_ids) for site in source.sites}
-    inputs = [torch.from_numpy(rows[table.site]) for table in model.table_inputs()]
+        rows = [_checkpoint_rows(table, source, token_ids) for table in source.tables]
     states = []
     for state in model.state_specs():
         *outer, length, width = state.shape
-        states.append(torch.zeros(*outer, len(token_ids) if state.kind == "positional" else length, width))
+        states.append(torch.zeros(*outer, len(token_ids) if state.rolls_back else length, width))
     with torch.no_grad():
         logits, *_ = model(
             torch.from_numpy(token_ids),
             torch.zeros(1, dtype=torch.int64),
             torch.arange(len(token_ids)),
-            inputs,
+            [torch.from_numpy(values) for values in rows],
             states,
         )
     values: NDArray[np.float32] = logits.numpy()
@@ -109,10 +109,10 @@ def bundle_logits(bundle: Bundle, token_ids: Sequence[int], *, executor: str, th
         return np.concatenate(list(session.logits(token_ids)))
 
 
-def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-    """Return the ``[T, C, d]`` rows a bundle gives for a text, by site."""
+def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+    """Return the ``[T, C, d]`` rows a bundle gives for a text, site by site."""
     sites = open_sites(bundle)
-    rows = {site.name: site.rows([], token_ids) for site in sites}
+    rows = [site.rows([], token_ids) for site in sites]
     for site in sites:
         site.table.close()
     return rows
@@ -135,6 +135,7 @@ def exact_graph(path: Path) -> Iterator[Path]:
     Executors round activations to integers, which hides small faults of a graph; without that it must equal torch.
     """
     graph = onnx.load(path, load_external_data=False)
+    keep_float_activations(graph.graph)
     for node in graph.graph.node:
         kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
         del node.attribute[:]
@@ -174,7 +175,6 @@ def check_parity(parity: Parity) -> None:
         )
 
 
-def _checkpoint_rows(site: EngramSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    table = site.table_with_map(source.architecture.text.vocab_size, source.checkpoint.tokenizer_json)
+def _checkpoint_rows(table: TableSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
     with open_rows(table) as rows:
         return checkpoint_site(table, source.architecture.text.vocab_size, rows).rows([], token_ids)

@@ -6,8 +6,9 @@ from typing import Protocol
 from engram_export.checkpoint import Checkpoint
 from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
-from engram_export.families import deepseek_v41, llama
+from engram_export.families import deepseek_v41, llama, mixture, qwen4_exp
 from engram_export.formats import WeightFormat
+from engram_export.host_table import TableSource
 from engram_export.site_source import TablesSource
 from engram_export.text_decoder import TextConfig
 from engram_export.weight_map import NameMap
@@ -30,12 +31,25 @@ class Architecture(Protocol):
         """Return what every weight of the module is made of."""
         ...
 
+    def tables(self, checkpoint: Checkpoint) -> Sequence[TableSource]:
+        """Describe the family's own host tables."""
+        ...
+
     def build(self, context_length: int, weights: WeightFormat, sites: Sequence[EngramSite]) -> Decoder:
         """Make the module with uninitialised parameters; ``sites`` are those of the paper's Engram memory."""
         ...
 
 
-FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {"llama": llama.read, "qwen3": llama.read}
+FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {
+    "llama": llama.read,
+    "qwen3": llama.read,
+    "mixtral": mixture.read_mixtral,
+    "qwen3_moe": mixture.read_qwen3_moe,
+    "qwen3_5_moe": mixture.read_qwen3_5_moe,
+    "qwen3_5_moe_text": mixture.read_qwen3_5_moe,
+    "qwen4_exp": qwen4_exp.read,
+    "qwen4_exp_text": qwen4_exp.read,
+}
 # Families of which only tables and sites can be exported.
 TABLE_FAMILIES: dict[str, Callable[[Checkpoint], TablesSource]] = {"deepseek_v41": deepseek_v41.read}
 
