@@ -17,7 +17,7 @@ from engram_runtime.errors import TargetError
 if TYPE_CHECKING:
     from engram_export.pipeline import Progress
     from engram_export.plan import ExportPlan
-    from engram_export.tables_only import SiteVerification
+    from engram_export.site_verify import SiteVerification
     from engram_export.verify import Verification
 
 MIB = 1 << 20

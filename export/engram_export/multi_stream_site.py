@@ -20,7 +20,7 @@ from torch.nn import functional
 from engram_export.decoder import TableInput
 from engram_export.linear import LinearFactory
 
-SIGNED_ROOT_FLOOR = 1e-6  # a score of zero counts as +1e-3
+SIGNED_ROOT_FLOOR = 1e-6  # a score of zero, -0 included, counts as +1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

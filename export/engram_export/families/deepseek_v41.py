@@ -15,7 +15,7 @@ from engram_export.checkpoint import Checkpoint, TensorSource
 from engram_export.decoder import TableInput
 from engram_export.families.llama import text_config
 from engram_export.families.reading import count, text_part
-from engram_export.host_table import table_source
+from engram_export.host_table import RawTensors, TableSource, table_source
 from engram_export.multi_stream_site import MultiStreamConfig
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 from engram_export.scaled_tensors import ScaledTensors, weight_block
@@ -84,21 +84,13 @@ def read(checkpoint: Checkpoint) -> TablesSource:
     sites = []
     for layer, keyer in derive_keyers(sizes, token_map, part.config_name).items():
         prefix = _prefix(tensors, layer)
-        table = table_source(
-            site=f"layer_{layer}",
-            keyer=keyer,
-            token_map=token_map,
-            columns=sizes.row_dim,
-            tensors=tensors,
-            payload=[f"{prefix}embed.weight"],
-            scales=[f"{prefix}embed.scale"],
-        )
         config = MultiStreamConfig(
-            table=TableInput(table.site, keyer.columns, sizes.row_dim),
+            table=TableInput(f"layer_{layer}", keyer.columns, sizes.row_dim),
             num_streams=sizes.num_streams,
             hidden_size=text.hidden_size,
             eps=text.rms_norm_eps,
         )
+        table = _table(tensors, prefix, config.table, keyer, token_map)
         sites.append(SiteSource(table=table, config=config, weights=_weights(scaled, prefix, config)))
     return TablesSource(checkpoint=checkpoint, text=text, sites=tuple(sites))
 
@@ -159,25 +151,29 @@ def derive_keyers(sizes: EngramSizes, token_map: NDArray[np.int32], config_name:
     )
     keyers = {}
     for (layer, num_rows), moduli in zip(sizes.layers.items(), primes, strict=True):
-        multipliers = derive_multipliers(
-            vocab_size=sizes.compressed_vocab_size, max_order=sizes.max_order, layer_id=layer
-        )
-        keyers[layer] = NgramKeyerSpec(
-            orders=orders,
-            num_heads=sizes.num_heads,
-            multipliers=tuple(multipliers.tolist()),
-            primes=tuple(moduli.tolist()),
-            offsets=tuple(column_offsets(moduli).tolist()),
-            pad_id=int(token_map[sizes.pad_id]),
-            barrier_ids=sizes.dead_ids,
-            silent_ids=sizes.dead_ids,
-        )
+        keyers[layer] = _keyer(sizes, orders, layer, moduli, int(token_map[sizes.pad_id]))
         if (total := keyers[layer].min_rows) != num_rows:
             raise CheckpointError(
                 f"'engram_num_embeddings' in {config_name} is {num_rows} for layer {layer}, the primes of its hash "
                 f"sum to {total}; correct the config"
             )
     return keyers
+
+
+def _keyer(
+    sizes: EngramSizes, orders: tuple[int, ...], layer: int, primes: NDArray[np.int64], pad_id: int
+) -> NgramKeyerSpec:
+    multipliers = derive_multipliers(vocab_size=sizes.compressed_vocab_size, max_order=sizes.max_order, layer_id=layer)
+    return NgramKeyerSpec(
+        orders=orders,
+        num_heads=sizes.num_heads,
+        multipliers=tuple(multipliers.tolist()),
+        primes=tuple(primes.tolist()),
+        offsets=tuple(column_offsets(primes).tolist()),
+        pad_id=pad_id,
+        barrier_ids=sizes.dead_ids,
+        silent_ids=sizes.dead_ids,
+    )
 
 
 def _layers(part: Checkpoint) -> dict[int, int]:
@@ -196,6 +192,20 @@ def _layers(part: Checkpoint) -> dict[int, int]:
             f"{num_layers - 1}"
         )
     return dict(zip(layer_ids, num_rows, strict=True))
+
+
+def _table(
+    tensors: RawTensors, prefix: str, rows: TableInput, keyer: NgramKeyerSpec, token_map: NDArray[np.int32]
+) -> TableSource:
+    return table_source(
+        site=rows.site,
+        keyer=keyer,
+        token_map=token_map,
+        columns=rows.row_dim,
+        tensors=tensors,
+        payload=[f"{prefix}embed.weight"],
+        scales=[f"{prefix}embed.scale"],
+    )
 
 
 def _weights(tensors: ScaledTensors, prefix: str, config: MultiStreamConfig) -> WeightSource:
