@@ -18,6 +18,9 @@ LIMITS = {
     "head_dim": 1 << 12,
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 24,
+    "engram_max_ngram_size": 16,
+    "engram_n_heads": 1 << 8,
+    "engram_head_dim": 1 << 16,
 }
 OTHER_LIMIT = 1 << 24
 ROTARY_MULTIPLE = 16  # of head sizes and rotated dimensions, in onnxruntime's attention
