@@ -18,6 +18,7 @@ from tests.conftest import Command
 from tests.tiny import CONTEXT, TinyModel, TinySite, edit_config
 from tests.workshop import SilentReporter, Workshop, copy_folder, export, export_options, files_of
 
+from engram_export.families import FAMILIES
 from engram_export.pipeline import Progress, export_bundle
 from engram_runtime.bundle import Bundle
 
@@ -105,7 +106,7 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
     "unknown-architecture": (
         set_config(model_type="mamba2"),
         3,
-        "architecture 'mamba2' is not supported; supported are ['llama', 'qwen3']",
+        f"architecture 'mamba2' is not supported; supported are {sorted(FAMILIES)}",
     ),
     "unknown-rope": (
         set_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
