@@ -144,7 +144,8 @@ def _resolve(
     tables: list[TableSource],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
-    added = [site.tensors for site in sites if site.tensors is not checkpoint.tensors]
+    own: object = checkpoint.tensors
+    added = [site.tensors for site in sites if site.tensors is not own]
     tensors = TensorUnion([scaled_tensors(checkpoint), *added])  # type: ignore[list-item]
     rows = [*(name for table in tables for name in table.tensors), *(site.config.token_map or "" for site in sites)]
     # A tied head may be stored all the same.
