@@ -1,4 +1,4 @@
-"""Operators that have kernels of our own: quantised linear layers, embedding, attention, float linear."""
+"""Operators that have kernels of our own: quantised linear layers, embedding, float linear."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,10 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass
-from engram_compilers.kernels import attention, float_linear
-from engram_compilers.kernels.loops import LANES
+from engram_compilers.kernels import float_linear
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import (
     Activation,
-    Batched,
     ChannelScales,
     TransposedWeight,
     TwoLevelScales,
@@ -110,42 +108,6 @@ def gather_block_quantized(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [forward.reshape(rows, (tokens, blocks, block))]
 
 
-def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Lower attention: rotate and append to the caches in place, then attend over them.
-
-    The exported graph states its lengths as ``position + T``; the kernels take the position itself.
-    """
-    batched = forward.get(node.inputs[0])
-    keys, values, cos, sin = (forward.activation(node, index) for index in (3, 4, 7, 8))
-    if not isinstance(batched, Batched) or not node.attributes["do_rotary"]:
-        raise CompileError(f"{node.operator} expects queries, keys and values in one input, not yet rotated")
-    qkv = batched.inner
-    _, kv_heads, capacity, head_dim = keys.shape
-    tokens, heads = qkv.shape[0], node.attributes["num_heads"]
-    if head_dim % LANES or heads % kv_heads:
-        raise CompileError(
-            f"attention has {heads} heads of {head_dim} dimensions over {kv_heads}, kernels need a multiple of {LANES} "
-            f"dimensions and of {kv_heads} heads; the onnxruntime executor has no such limit"
-        )
-    sizes = (tokens, heads, kv_heads, head_dim, capacity)
-    name = "_".join(map(str, sizes))
-    append = forward.kernels.get(f"rope_append_{name}", lambda: attention.rope_append(*sizes))
-    q_shape = (tokens, heads * head_dim)
-    cache, q_type = relax.TensorType(keys.shape, "float32"), relax.TensorType(q_shape, "float32")
-    builder = forward.kernels.builder
-    arguments = [qkv.expr, cos.expr, sin.expr, forward.position, keys.expr, values.expr]
-    results = builder.emit(relax.op.call_tir_inplace(append, arguments, [4, 5, -1], [cache, cache, q_type]))
-    new_keys, new_values, query = (builder.emit(results[index]) for index in range(3))
-    scale = node.attributes["scale"]
-    attend = forward.kernels.get(f"attend_{name}_{scale}", lambda: attention.attend(*sizes, scale))
-    out = forward.call(attend, [query, new_keys, new_values, forward.position], q_shape)
-    return [
-        Batched(out),
-        Activation(new_keys, keys.shape, keys.dtype),
-        Activation(new_values, values.shape, values.dtype),
-    ]
-
-
 def matmul(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a float linear layer written as a product with a transposed weight."""
     x, weight = forward.activation(node, 0), forward.get(node.inputs[1])
@@ -191,6 +153,5 @@ KERNEL_CONVERTERS: Converters = {
     "Gemm": gemm,
     "MatMul": matmul,
     "com.microsoft.GatherBlockQuantized": gather_block_quantized,
-    "com.microsoft.GroupQueryAttention": group_query_attention,
     "com.microsoft.MatMulNBits": matmul_nbits,
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import tvm
 from tvm import relax
 
+from engram_compilers.attention_converters import ATTENTION_CONVERTERS
 from engram_compilers.forward_pass import Converters, ForwardPass, KernelCache
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
 from engram_compilers.kernels.copying import copy
@@ -16,7 +17,7 @@ from engram_compilers.values import Activation
 from engram_runtime.errors import CompileError
 from engram_runtime.manifest import GraphSpec, StateSpec
 
-CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS}
+CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS, **ATTENTION_CONVERTERS}
 
 
 def lower(

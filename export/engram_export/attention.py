@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engram_export.attention_operators import group_query_attention
 from engram_export.decoder import Stateful, Step
 from engram_export.formats import WeightFormat
 from engram_export.norms import RmsNorm
-from engram_export.operators import group_query_attention
 from engram_runtime.manifest import StateSpec
 
 

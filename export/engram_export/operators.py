@@ -58,69 +58,6 @@ def gather_int8(codes: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
     return dequantise_blocks(codes[ids], scales[ids], None, bits=8)
 
 
-def group_query_attention(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    num_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate, append to the cache and attend causally.
-
-    Args:
-        qkv: ``[T, (H + 2 * Hkv) * hd]`` queries, keys, values before rotation.
-        key_cache: ``[1, Hkv, S, hd]``; the first ``position`` entries are filled. ``value_cache`` alike.
-        position: ``[1]`` int64.
-        cos: ``[S, hd / 2]``, of the half-split rotation. ``sin`` alike.
-
-    Returns:
-        ``[T, H * hd]`` and the caches with T more entries.
-    """
-    if torch.compiler.is_exporting():
-        return _attention_node(qkv, key_cache, value_cache, position, cos, sin, num_heads=num_heads, scale=scale)
-    tokens, head_dim = qkv.shape[0], key_cache.shape[-1]
-    kv_heads = key_cache.shape[1]
-    heads = qkv.view(tokens, num_heads + 2 * kv_heads, head_dim).transpose(0, 1)  # [H + 2 Hkv, T, hd]
-    query, key, value = torch.split(heads, [num_heads, kv_heads, kv_heads])
-    positions = torch.arange(tokens) + position
-    query, key = (_rotate(part, cos[positions], sin[positions]) for part in (query, key))
-    keys = key_cache.index_copy(2, positions, key[None])
-    values = value_cache.index_copy(2, positions, value[None])
-    visible = torch.arange(keys.shape[2]) <= positions[:, None]  # [T, S]
-    out = functional.scaled_dot_product_attention(
-        query[None], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1).flatten(1), keys, values
-
-
-def _attention_node(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    num_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kv_heads, head_dim = key_cache.shape[1], key_cache.shape[-1]
-    total = (position + qkv.shape[0]).to(torch.int32)
-    out, keys, values = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        (qkv[None], None, None, key_cache, value_cache, total - 1, total.squeeze(0), cos, sin),
-        {"num_heads": num_heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": scale},
-        dtypes=(qkv.dtype, key_cache.dtype, value_cache.dtype),
-        shapes=((1, qkv.shape[0], num_heads * head_dim), key_cache.shape, value_cache.shape),
-        version=1,
-    )
-    return out.squeeze(0), keys, values
-
-
 def dequantise_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
     """Return ``[N, K]`` float32 of codes laid out as for `matmul_nbits`."""
     values = codes if bits == 8 else unpack_nibbles(codes)
@@ -131,9 +68,3 @@ def dequantise_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bi
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Split bytes into 4-bit codes along the last axis, the low half first."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``[H, T, hd]`` by ``[T, hd / 2]`` angles, the half-split way of Llama."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

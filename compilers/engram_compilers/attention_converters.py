@@ -1,0 +1,204 @@
+"""Attention over caches: rotation, appending and attending become kernels that change the states in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import relax
+
+from engram_compilers.forward_pass import Converters, ForwardPass
+from engram_compilers.kernels import attention, block_selection, rotary
+from engram_compilers.kernels.loops import LANES
+from engram_compilers.kernels.online_softmax import live_words
+from engram_compilers.onnx_model import Node
+from engram_compilers.values import Activation, Batched, Value
+from engram_runtime.errors import CompileError
+
+_GROUP_QUERY_ATTRIBUTES = {"num_heads", "kv_num_heads", "do_rotary", "scale", "local_window_size", "softcap"}
+_SHARED_ATTRIBUTES = _GROUP_QUERY_ATTRIBUTES - {"do_rotary"}
+_INDEXED_ATTRIBUTES = {
+    *("num_heads", "kv_num_heads", "scale"),
+    *("index_heads", "rotary_dim", "budget", "block", "epsilon"),
+}
+_GROUP_QUERY_INPUTS = 9  # up to sin; what onnxruntime takes after it has no kernel
+
+
+def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower attention: rotate and append to the caches in place, then attend over them.
+
+    The exported graph states its lengths as ``position + T``; the kernels take the position itself.
+    """
+    _refuse_unknown(node, _GROUP_QUERY_ATTRIBUTES)
+    batched = forward.get(node.inputs[0])
+    if not isinstance(batched, Batched) or not node.attributes["do_rotary"] or any(node.inputs[_GROUP_QUERY_INPUTS:]):
+        raise CompileError(f"{node.operator} expects queries, keys and values in one input, not yet rotated, no masks")
+    keys, values, cos, sin = (forward.activation(node, index) for index in (3, 4, 7, 8))
+    layer = _layer(node, batched.inner, keys)
+    query, new_keys, new_values = _append(forward, layer, batched.inner, keys, values, cos, sin)
+    out = _attend(forward, layer, node, query, new_keys, new_values)
+    return [Batched(out), new_keys, new_values]
+
+
+def shared_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower attention over caches another layer has extended: rotate the queries, then attend."""
+    _refuse_unknown(node, _SHARED_ATTRIBUTES)
+    query, keys, values, cos, sin = (forward.activation(node, index) for index in (0, 1, 2, 4, 5))
+    layer = _layer(node, query, keys)
+    sizes = (layer.tokens, layer.heads, layer.head_dim, 2 * cos.shape[1], layer.capacity)
+    kernel = forward.kernels.get(f"rotate_queries_{_joined(sizes)}", lambda: rotary.rotate_queries(*sizes))
+    rotated = forward.call(kernel, [query.expr, cos.expr, sin.expr, forward.position], query.shape)
+    return [_attend(forward, layer, node, rotated, keys, values)]
+
+
+def indexed_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower attention to the blocks an indexer selects; the indexer's cache is changed in place like the others."""
+    _refuse_unknown(node, _INDEXED_ATTRIBUTES)
+    names = ("qkv", "index_qk", "query_gain", "key_gain", "keys", "values", "index", "position", "cos", "sin")
+    of = {name: forward.activation(node, index) for index, name in enumerate(names)}
+    layer = _layer(node, of["qkv"], of["keys"])
+    index_query, index = _extend_index(forward, node, layer.tokens, of)
+    live = _select(forward, node, layer.tokens, index_query, index)
+    query, keys, values = _append(forward, layer, of["qkv"], of["keys"], of["values"], of["cos"], of["sin"])
+    sizes, scale = layer.sizes, node.attributes["scale"]
+    kernel = forward.kernels.get(
+        f"attend_selected_{_joined(sizes)}_{scale}", lambda: attention.attend_selected(*sizes, scale)
+    )
+    inputs = [query.expr, keys.expr, values.expr, forward.position, live]
+    return [forward.call(kernel, inputs, query.shape), keys, values, index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes kernels are made for, in their order."""
+        return (self.tokens, self.heads, self.kv_heads, self.head_dim, self.capacity)
+
+
+def _layer(node: Node, queries: Activation, keys: Activation) -> _Layer:
+    _, kv_heads, capacity, head_dim = keys.shape
+    heads = node.attributes["num_heads"]
+    if head_dim % LANES or heads % kv_heads:
+        raise CompileError(
+            f"attention has {heads} heads of {head_dim} dimensions over {kv_heads}, kernels need a multiple of {LANES} "
+            f"dimensions and of {kv_heads} heads, and so does onnxruntime; export a model that has them"
+        )
+    return _Layer(tokens=queries.shape[0], heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity)
+
+
+def _refuse_unknown(node: Node, known: set[str]) -> None:
+    if unknown := sorted(node.attributes.keys() - known):
+        raise CompileError(f"{node.operator} has attributes {unknown} without lowering; there are {sorted(known)}")
+
+
+def _append(
+    forward: ForwardPass,
+    layer: _Layer,
+    qkv: Activation,
+    keys: Activation,
+    values: Activation,
+    cos: Activation,
+    sin: Activation,
+) -> tuple[Activation, Activation, Activation]:
+    """Return rotated queries ``[T, H * hd]`` and both caches, changed in place."""
+    rotary_dim = 2 * cos.shape[1]
+    kernel = forward.kernels.get(
+        f"rope_append_{_joined(layer.sizes)}_{rotary_dim}", lambda: attention.rope_append(*layer.sizes, rotary_dim)
+    )
+    new_keys, new_values, query = _in_place(
+        forward,
+        kernel,
+        [qkv.expr, cos.expr, sin.expr, forward.position],
+        [keys, values],
+        [(layer.tokens, layer.heads * layer.head_dim)],
+    )
+    return query, new_keys, new_values
+
+
+def _in_place(
+    forward: ForwardPass,
+    kernel: Any,
+    inputs: Sequence[relax.Expr],
+    states: Sequence[Activation],
+    shapes: Sequence[tuple[int, ...]],
+) -> list[Activation]:
+    """Call a kernel that changes ``states``, its last inputs, and has new outputs of ``shapes``; return all of them."""
+    results = [state.shape for state in states] + list(shapes)
+    places = [len(inputs) + i for i in range(len(states))] + [-1] * len(shapes)
+    types = [relax.TensorType(shape, "float32") for shape in results]
+    arguments = [*inputs, *(state.expr for state in states)]
+    builder = forward.kernels.builder
+    made = builder.emit(relax.op.call_tir_inplace(kernel, arguments, places, types))
+    exprs = [made] if len(results) == 1 else [builder.emit(made[i]) for i in range(len(results))]
+    return [Activation(expr, shape, "float32") for expr, shape in zip(exprs, results, strict=True)]
+
+
+def _attend(
+    forward: ForwardPass, layer: _Layer, node: Node, query: Activation, keys: Activation, values: Activation
+) -> Activation:
+    scale = node.attributes["scale"]
+    window = node.attributes.get("local_window_size", -1)
+    softcap = node.attributes.get("softcap", 0.0)
+    options = (scale, None if window < 0 else window, softcap or None)
+    kernel = forward.kernels.get(
+        f"attend_{_joined(layer.sizes)}_{_joined(options)}", lambda: attention.attend(*layer.sizes, *options)
+    )
+    return forward.call(kernel, [query.expr, keys.expr, values.expr, forward.position], query.shape)
+
+
+def _extend_index(
+    forward: ForwardPass, node: Node, tokens: int, of: dict[str, Activation]
+) -> tuple[Activation, Activation]:
+    """Return index queries ``[T, Hi * hi]`` and the index cache, changed in place."""
+    heads, eps, block = (node.attributes[name] for name in ("index_heads", "epsilon", "block"))
+    _, _, capacity, head_dim = of["index"].shape
+    rotary_dim, turn = 2 * of["cos"].shape[1], [of["cos"].expr, of["sin"].expr, forward.position]
+    append = forward.kernels.get(
+        f"index_append_{_joined((tokens, heads, head_dim, rotary_dim, capacity, eps))}",
+        lambda: block_selection.index_append(tokens, heads, head_dim, rotary_dim, capacity, eps),
+    )
+    inputs = [of["index_qk"].expr, of["query_gain"].expr, *turn]
+    appended, index_query = _in_place(forward, append, inputs, [of["index"]], [(tokens, heads * head_dim)])
+    pool = forward.kernels.get(
+        f"pool_blocks_{_joined((tokens, head_dim, rotary_dim, capacity, block, eps))}",
+        lambda: block_selection.pool_blocks(tokens, head_dim, rotary_dim, capacity, block, eps),
+    )
+    (pooled,) = _in_place(forward, pool, [of["key_gain"].expr, *turn], [appended], [])
+    return index_query, pooled
+
+
+def _select(forward: ForwardPass, node: Node, tokens: int, index_query: Activation, index: Activation) -> relax.Expr:
+    """Return ``live i32 [T, words]``, the keys of the blocks each token attends to."""
+    heads, budget, block = (node.attributes[name] for name in ("index_heads", "budget", "block"))
+    count = budget // block
+    _, _, capacity, head_dim = index.shape
+    score = forward.kernels.get(
+        f"score_blocks_{_joined((tokens, heads, head_dim, capacity, block))}",
+        lambda: block_selection.score_blocks(tokens, heads, head_dim, capacity, block),
+    )
+    select = forward.kernels.get(
+        f"select_blocks_{_joined((tokens, capacity, block, count))}",
+        lambda: block_selection.select_blocks(tokens, capacity, block, count),
+    )
+    builder = forward.kernels.builder
+    ranks = relax.TensorType((tokens, block_selection.ranks_width(capacity, block)), "int32")
+    scored = builder.emit(relax.call_tir(score, [index_query.expr, index.expr, forward.position], out_ty=ranks))
+    live = relax.TensorType((tokens, live_words(capacity)), "int32")
+    return builder.emit(relax.call_tir(select, [scored, forward.position], out_ty=live))
+
+
+def _joined(parts: Sequence[object]) -> str:
+    return "_".join(map(str, parts))
+
+
+ATTENTION_CONVERTERS: Converters = {
+    "com.microsoft.GroupQueryAttention": group_query_attention,
+    "engram.IndexedAttention": indexed_attention,
+    "engram.SharedAttention": shared_attention,
+}
