@@ -105,12 +105,13 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
     "unknown-architecture": (
         set_config(model_type="mamba2"),
         3,
-        "architecture 'mamba2' is not supported; supported are ['llama', 'qwen3']",
+        "architecture 'mamba2' is not supported; supported are ['gemma3n', 'gemma3n_text', 'gemma4', 'gemma4_text', "
+        "'llama', 'qwen3']",
     ),
     "unknown-rope": (
         set_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
         3,
-        "rope scaling 'dynamic' is not supported; supported are ['default', 'linear', 'llama3', 'yarn']",
+        "rope scaling 'dynamic' is not supported; supported are ['default', 'linear', 'llama3', 'yarn', 'proportional']",
     ),
     "incomplete-rope": (
         set_config(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0}),

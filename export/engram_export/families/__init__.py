@@ -6,7 +6,7 @@ from typing import Protocol
 from engram_export.checkpoint import Checkpoint
 from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
-from engram_export.families import llama
+from engram_export.families import gemma3n, gemma4, llama
 from engram_export.formats import WeightFormat
 from engram_export.text_decoder import TextConfig
 from engram_export.weight_map import NameMap
@@ -34,7 +34,11 @@ class Architecture(Protocol):
         ...
 
 
-FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {"llama": llama.read, "qwen3": llama.read}
+FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {
+    **{"llama": llama.read, "qwen3": llama.read},
+    **{"gemma3n": gemma3n.read, "gemma3n_text": gemma3n.read},
+    **{"gemma4": gemma4.read, "gemma4_text": gemma4.read},
+}
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
