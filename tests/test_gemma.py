@@ -1,6 +1,5 @@
 """Gemma 3n and Gemma 4 compute what transformers does, as a module, as a graph and compiled."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from engram_export.checkpoint import Checkpoint, open_checkpoint
 from engram_export.decoder import Decoder
-from engram_export.families import FAMILIES, read_architecture
+from engram_export.families import read_architecture
 from engram_export.families.gemma import GemmaArchitecture
 from engram_export.formats import FLOAT
 from engram_export.weight_map import WeightSource
