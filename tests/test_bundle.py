@@ -22,9 +22,11 @@ from engram_runtime.errors import BundleError, TableError, VerificationError
 from engram_runtime.executor import Step, StepInputs
 from engram_runtime.golden import Golden, check_logits, check_tables, record_digest
 from engram_runtime.hashing import INT64_MAX
-from engram_runtime.manifest import Extent, Manifest
+from engram_runtime.manifest import Manifest
+from engram_runtime.records import NO_FACTOR
 from engram_runtime.session import Session, Site, open_sites
 from engram_runtime.strict_json import MAX_JSON_BYTES, read_json_object
+from engram_runtime.table_spec import RowRange
 from engram_runtime.tables import FileTable, InMemoryTable, open_table
 
 VOCAB, CONTEXT, ROWS, COLUMNS, HEADER = 50, 32, 36, 6, 64
@@ -99,7 +101,7 @@ def golden_values() -> dict[str, Any]:
 
 def manifest_json(files: Mapping[str, bytes]) -> dict[str, Any]:
     return {
-        "format_version": 1,
+        "format_version": 2,
         "producer": "engram-edge 0.1.0",
         "model": {
             "name": "tiny",
@@ -128,10 +130,14 @@ def manifest_json(files: Mapping[str, bytes]) -> dict[str, Any]:
             {
                 "site": "layer_1",
                 "num_rows": ROWS,
-                "record": {"payload": "int8", "columns": COLUMNS, "scale": "float16"},
-                "extents": [
-                    {"file": TABLE, "external": False, "offset": HEADER, "row_bytes": COLUMNS + 2, "identity": None}
-                ],
+                "record": {
+                    "payload": "int8",
+                    "columns": COLUMNS,
+                    "scale": "float16",
+                    "scale_columns": COLUMNS,
+                    "factor": NO_FACTOR,
+                },
+                "parts": [{"row_bytes": COLUMNS + 2, "ranges": [row_range()]}],
                 "keyer": {
                     "kind": "xor_prime",
                     "orders": [2, 3],
@@ -140,6 +146,8 @@ def manifest_json(files: Mapping[str, bytes]) -> dict[str, Any]:
                     "primes": PRIMES,
                     "offsets": OFFSETS,
                     "pad_id": PAD,
+                    "barrier_ids": [],
+                    "silent_ids": [],
                     "token_map": MAP,
                 },
             }
@@ -150,6 +158,12 @@ def manifest_json(files: Mapping[str, bytes]) -> dict[str, Any]:
         ],
         "extensions": {},
     }
+
+
+def row_range(**changes: object) -> dict[str, Any]:
+    """Return all rows of the table's file, or what the changes make of them."""
+    whole = {"first_row": 0, "num_rows": ROWS, "file": TABLE, "external": False, "offset": HEADER, "identity": None}
+    return whole | changes
 
 
 def write_bundle(folder: Path, **replaced: bytes) -> Path:
@@ -211,6 +225,37 @@ def test_rows_of_a_site_equal_numpy(folder: Path) -> None:
     np.testing.assert_array_equal(site_rows(Bundle.open(folder)), true_rows(TOKENS), strict=True)
 
 
+def test_silent_tokens_get_zero_rows(folder: Path) -> None:
+    change_manifest(folder, "tables", 0, "keyer", "silent_ids", value=[0, 49])
+    expected = true_rows(TOKENS)
+    expected[[1, 2]] = 0
+    np.testing.assert_array_equal(site_rows(Bundle.open(folder)), expected, strict=True)
+
+
+def test_a_text_of_silent_tokens_reads_nothing(folder: Path) -> None:
+    change_manifest(folder, "tables", 0, "keyer", "silent_ids", value=[7])
+    np.testing.assert_array_equal(
+        site_rows(Bundle.open(folder), [7, 7]), np.zeros((2, 4, COLUMNS), np.float32), strict=True
+    )
+
+
+def test_tokens_behind_a_barrier_are_pads_to_those_after_it(folder: Path) -> None:
+    change_manifest(folder, "tables", 0, "keyer", "barrier_ids", value=[49])
+    rows = site_rows(Bundle.open(folder), [7, 0, 49, 8, 5])
+    np.testing.assert_array_equal(rows[:3], true_rows([7, 0, 49]), strict=True)
+    np.testing.assert_array_equal(rows[3:], true_rows([8, 5]), strict=True)
+
+
+def test_rows_keyed_by_the_token_are_those_at_its_id(folder: Path) -> None:
+    change_manifest(folder, "tables", 0, "keyer", value={"kind": "token", "vocab_size": ROWS, "pad_id": 3})
+    change_manifest(folder, "graphs", "decoder", "inputs", 3, "shape", value=["T", 1, COLUMNS])
+    payload, scales = table_values()
+    values = payload.astype(np.float32) * scales.astype(np.float32)[:, None]
+    np.testing.assert_array_equal(
+        site_rows(Bundle.open(folder), [0, 35, 36, 49]), values[[0, 35, 3, 3], None], strict=True
+    )
+
+
 def test_a_table_above_the_limit_is_read_from_its_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(folder)
     (spec,) = bundle.manifest.tables
@@ -227,48 +272,55 @@ def test_rows_outside_the_bundle_are_read_in_place(folder: Path, tmp_path: Path)
     payload, scales = table_values()
     (tmp_path / "payload").write_bytes(payload.tobytes())
     (tmp_path / "scales").write_bytes(b"12" + scales.tobytes())
-    extents = [
-        {"file": str(path), "external": True, "offset": offset, "row_bytes": size, "identity": file_identity(path)}
+    parts = [
+        {
+            "row_bytes": size,
+            "ranges": [row_range(file=str(path), external=True, offset=offset, identity=file_identity(path))],
+        }
         for path, offset, size in ((tmp_path / "payload", 0, COLUMNS), (tmp_path / "scales", 2, 2))
     ]
-    change_manifest(folder, "tables", 0, "extents", value=extents)
+    change_manifest(folder, "tables", 0, "parts", value=parts)
     np.testing.assert_array_equal(site_rows(Bundle.open(folder)), true_rows(TOKENS), strict=True)
+
+
+def external_rows(path: Path, identity: str) -> RowRange:
+    return RowRange(first_row=0, num_rows=1, file=str(path), external=True, offset=0, identity=identity)
 
 
 def test_paths_are_resolved_inside_the_bundle_unless_external(folder: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(folder)
-    (inside,) = bundle.manifest.tables[0].extents
+    (inside,) = bundle.manifest.tables[0].ranges
     path = tmp_path / "rows"
     path.write_bytes(b"12345678")
-    outside = Extent(file=str(path), external=True, offset=0, row_bytes=1, identity=file_identity(path))
+    outside = external_rows(path, file_identity(path))
     assert [bundle.table_path(inside), bundle.table_path(outside)] == [folder / TABLE, path]
 
 
 def test_an_external_file_that_was_replaced_is_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_bytes(b"12345678")
-    extent = Extent(file=str(path), external=True, offset=0, row_bytes=1, identity=file_identity(path))
+    rows = external_rows(path, file_identity(path))
     path.write_bytes(b"12345679")
     wanted = f"table file {path} is not the one this bundle was exported from; export it again"
     with pytest.raises(TableError, match=f"^{re.escape(wanted)}$"):
-        Bundle.open(folder).table_path(extent)
+        Bundle.open(folder).table_path(rows)
 
 
 def test_an_external_file_that_is_gone_is_named(folder: Path, tmp_path: Path) -> None:
-    extent = Extent(file=str(tmp_path / "gone"), external=True, offset=0, row_bytes=1, identity="")
+    rows = external_rows(tmp_path / "gone", "")
     wanted = f"table file {tmp_path / 'gone'} can't be opened: No such file or directory; export the bundle again"
     with pytest.raises(TableError, match=f"^{re.escape(wanted)}$"):
-        Bundle.open(folder).table_path(extent)
+        Bundle.open(folder).table_path(rows)
 
 
 def test_a_pipe_in_place_of_an_external_file_is_refused_without_waiting_for_a_writer(
     folder: Path, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "rows")
-    extent = Extent(file=str(tmp_path / "rows"), external=True, offset=0, row_bytes=1, identity="")
+    rows = external_rows(tmp_path / "rows", "")
     wanted = f"table file {tmp_path / 'rows'} is not the one this bundle was exported from; export it again"
     with pytest.raises(TableError, match=f"^{re.escape(wanted)}$"):
-        Bundle.open(folder).table_path(extent)
+        Bundle.open(folder).table_path(rows)
 
 
 @pytest.mark.parametrize("size", [0, 9, 64 << 10, (64 << 10) + 9])
@@ -309,8 +361,8 @@ def test_a_folder_that_is_not_there_is_no_bundle(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_refused(folder: Path) -> None:
-    change_manifest(folder, "format_version", value=2)
-    expected = "bundle has format version 2, this runtime reads 1"
+    change_manifest(folder, "format_version", value=1)
+    expected = "bundle has format version 1, this runtime reads 2; export it again"
     assert message(folder) == f"{folder / 'engram.json'}: {expected}"
 
 
@@ -436,14 +488,9 @@ def test_values_as_deep_as_json_may_nest_are_refused_with_our_error(folder: Path
         message(folder)
 
 
-@pytest.mark.parametrize(
-    ("extent", "needed"), [({"offset": HEADER + 1}, 353), ({"offset": 0, "row_bytes": 8}, None), ({"offset": 400}, 688)]
-)
-def test_an_extent_that_reaches_beyond_its_file_is_refused(
-    folder: Path, extent: dict[str, int], needed: int | None
-) -> None:
-    stated = {"file": TABLE, "external": False, "offset": HEADER, "row_bytes": COLUMNS + 2, "identity": None, **extent}
-    change_manifest(folder, "tables", 0, "extents", value=[stated])
+@pytest.mark.parametrize(("offset", "needed"), [(HEADER + 1, 353), (0, None), (400, 688)])
+def test_rows_that_reach_beyond_their_file_are_refused(folder: Path, offset: int, needed: int | None) -> None:
+    change_manifest(folder, "tables", 0, "parts", 0, "ranges", value=[row_range(offset=offset)])
     bundle = Bundle.open(folder)
     error = None
     try:
@@ -476,7 +523,7 @@ def test_the_largest_multiplier_that_fits_64_bits_is_hashed(folder: Path) -> Non
     change_manifest(folder, "tables", 0, "keyer", "multipliers", value=[largest, 5, 7])
     (site,) = open_sites(Bundle.open(folder))
     expected = [(8 * largest ^ PAD * 5) % 5, (8 * largest ^ PAD * 5) % 7 + 5]
-    assert site.ngram_hash.row_ids([], np.array([8], dtype=np.int64))[0, :2].tolist() == expected
+    assert site.keyer.row_ids([], np.array([8], dtype=np.int64))[0, :2].tolist() == expected
 
 
 def test_a_multiplier_whose_products_overflow_is_refused(folder: Path) -> None:
@@ -504,7 +551,24 @@ JSON_SCALARS = (
     | st.integers(-3, 60)
     | st.sampled_from([2**31, 2**53 - 1, 2**53, 2**63, -(2**63)])
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.sampled_from(["T", "window", "float32", "int8", "none", GRAPH, TABLE, MAP, "/", "/dev/null", "..", "\ud800"])
+    | st.sampled_from(
+        [
+            "T",
+            "window",
+            "float32",
+            "int8",
+            "none",
+            "token",
+            NO_FACTOR,
+            GRAPH,
+            TABLE,
+            MAP,
+            "/",
+            "/dev/null",
+            "..",
+            "\ud800",
+        ]
+    )
     | st.text(st.characters(), max_size=4)
 )
 JSON_VALUES = st.recursive(
@@ -533,7 +597,7 @@ def refused_or_sound(folder: Path) -> bool:
     shapes = [site.rows([], token_ids).shape for site in sites]
     for site in sites:
         site.table.close()
-    return shapes == [(2, len(spec.keyer.primes), spec.record.columns) for spec in bundle.manifest.tables]
+    return shapes == [(2, spec.keyer.columns, spec.record.columns) for spec in bundle.manifest.tables]
 
 
 @settings(max_examples=300, deadline=None)

@@ -175,14 +175,14 @@ def flip(path: Path, offset: int) -> None:
 
 def test_verify_finds_one_flipped_bit_of_a_table(workshop: Workshop, command: Command, tmp_path: Path) -> None:
     bundle = Bundle.open(copy_folder(workshop.ready().path, tmp_path / "bundle"))
-    (extent,) = bundle.manifest.tables[0].extents
+    (rows,) = bundle.manifest.tables[0].ranges
     flip(bundle.table_path(extent), extent.offset + 100)
     outcome = command("engram", "verify", bundle.path)
-    digest = next(entry.sha256 for entry in bundle.manifest.files if entry.path == extent.file)
+    digest = next(entry.sha256 for entry in bundle.manifest.files if entry.path == rows.file)
     found = outcome.err.splitlines()[-1].split(" SHA-256 ")[1][:64]
     assert outcome.code == 3
     assert outcome.err.splitlines()[-1] == (
-        f"engram: {extent.file} has SHA-256 {found}, the manifest says {digest}; export again"
+        f"engram: {rows.file} has SHA-256 {found}, the manifest says {digest}; export again"
     )
     assert found != digest
 

@@ -1,5 +1,6 @@
 """Row ids equal the published equations in plain integers, and the published constants come out of the rules."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextConfig, Qwen4ExpTextNGramEmbedding
 
-from engram_runtime.hashing import INT64_MAX, NgramHash, column_offsets, derive_multipliers, derive_primes
+from engram_runtime.hashing import (
+    INT64_MAX,
+    column_offsets,
+    derive_multipliers,
+    derive_primes,
+    derive_splitmix_multipliers,
+)
+from engram_runtime.keyers import NO_ROW, NgramKeyer, TokenKeyer
 
 PILOT = Path(__file__).parents[1] / "assets" / "smollm2-engram-pilot"
 
@@ -57,32 +67,43 @@ class HashedText:
     multipliers: list[int]
     primes: list[int]
     pad_id: int
+    barrier_ids: list[int]
+    silent_ids: list[int]
     token_map: list[int] | None
     token_ids: list[int]
 
     def offsets(self) -> list[int]:
         return [sum(self.primes[:column]) for column in range(len(self.primes))]
 
-    def hash(self) -> NgramHash:
-        return NgramHash(
+    def keyer(self) -> NgramKeyer:
+        return NgramKeyer(
             orders=tuple(self.orders),
             num_heads=self.num_heads,
             multipliers=np.array(self.multipliers, dtype=np.int64),
             primes=np.array(self.primes, dtype=np.int64),
             offsets=np.array(self.offsets(), dtype=np.int64),
             pad_id=self.pad_id,
+            barrier_ids=as_ids(self.barrier_ids),
+            silent_ids=as_ids(self.silent_ids),
             token_map=None if self.token_map is None else np.array(self.token_map, dtype=np.int64),
         )
 
     def rows_by_definition(self) -> list[list[int]]:
-        """row = (x_0 m_0 xor ... xor x_{n-1} m_{n-1}) mod prime + offset, x_k the id k tokens back."""
+        """row = (x_0 m_0 xor ... xor x_{n-1} m_{n-1}) mod prime + offset, x_k the id k tokens back.
+
+        x_k is the pad where there is no such token, and where it or one between it and the current token is a barrier.
+        """
         ids = self.token_ids if self.token_map is None else [self.token_map[token] for token in self.token_ids]
         rows = []
-        for position in range(len(ids)):
+        for position, token in enumerate(self.token_ids):
+            if token in self.silent_ids:
+                rows.append([NO_ROW] * len(self.primes))
+                continue
             mixed = [0]
             for back, multiplier in enumerate(self.multipliers):
-                earlier = ids[position - back] if position >= back else self.pad_id
-                mixed.append(mixed[-1] ^ earlier * multiplier)
+                between = self.token_ids[max(0, position - back) : position]
+                hidden = position < back or set(between) & set(self.barrier_ids)
+                mixed.append(mixed[-1] ^ (self.pad_id if hidden else ids[position - back]) * multiplier)
             sums = [mixed[order] for order in self.orders for _ in range(self.num_heads)]
             rows.append([h % p + o for h, p, o in zip(sums, self.primes, self.offsets(), strict=True)])
         return rows
@@ -101,14 +122,17 @@ def hashed_texts(draw: st.DrawFn) -> HashedText:
     vocab = draw(st.integers(1, 40))
     token_map = draw(st.none() | st.lists(ids, min_size=vocab, max_size=vocab))
     tokens = ids if token_map is None else st.integers(0, vocab - 1)
+    few = st.integers(0, min(3, largest if token_map is None else vocab - 1))  # texts repeat them
     return HashedText(
         orders=orders,
         num_heads=num_heads,
         multipliers=draw(st.lists(multipliers, min_size=max(orders), max_size=max(orders))),
         primes=draw(st.lists(st.integers(2, 2**40), min_size=columns, max_size=columns)),
         pad_id=draw(ids),
+        barrier_ids=draw(st.lists(few, max_size=2)),
+        silent_ids=draw(st.lists(few, max_size=1)),
         token_map=token_map,
-        token_ids=draw(st.lists(tokens, max_size=12)),
+        token_ids=draw(st.lists(tokens | few, max_size=12)),
     )
 
 
@@ -116,15 +140,17 @@ def as_ids(token_ids: list[int]) -> NDArray[np.int64]:
     return np.array(token_ids, dtype=np.int64)
 
 
-def deepseek_hash(layer: int) -> NgramHash:
+def deepseek_keyer(layer: int) -> NgramKeyer:
     primes = np.array(DEEPSEEK_PRIMES[layer], dtype=np.int64)
-    return NgramHash(
+    return NgramKeyer(
         orders=(2, 3, 4),
         num_heads=8,
         multipliers=np.array(DEEPSEEK_MULTIPLIERS[layer], dtype=np.int64),
         primes=primes,
         offsets=column_offsets(primes),
         pad_id=2,
+        barrier_ids=as_ids([]),
+        silent_ids=as_ids([]),
         token_map=None,
     )
 
@@ -139,16 +165,18 @@ def pilot_config() -> dict[str, Any]:
     return block
 
 
-def pilot_hash() -> NgramHash:
+def pilot_keyer() -> NgramKeyer:
     hashing = pilot_config()["hash"]
     tensors = safetensors.numpy.load_file(PILOT / "engram.safetensors")
-    return NgramHash(
+    return NgramKeyer(
         orders=(2, 3),
         num_heads=8,
         multipliers=as_ids(hashing["multipliers"]),
         primes=as_ids(hashing["primes"]),
         offsets=as_ids(hashing["offsets"]),
         pad_id=hashing["pad_id"],
+        barrier_ids=as_ids([]),
+        silent_ids=as_ids([]),
         token_map=tensors["engram.token_map"].astype(np.int64),
     )
 
@@ -156,49 +184,49 @@ def pilot_hash() -> NgramHash:
 @settings(max_examples=300, deadline=None)
 @given(text=hashed_texts())
 def test_row_ids_equal_the_definition_in_big_integers(text: HashedText) -> None:
-    assert text.hash().row_ids([], as_ids(text.token_ids)).tolist() == text.rows_by_definition()
+    assert text.keyer().row_ids([], as_ids(text.token_ids)).tolist() == text.rows_by_definition()
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=hashed_texts())
 def test_prefill_at_once_equals_token_by_token(text: HashedText) -> None:
-    ngram_hash, ids = text.hash(), text.token_ids
-    single = [ngram_hash.row_ids(ids[:end], as_ids(ids[end : end + 1]))[0].tolist() for end in range(len(ids))]
-    assert ngram_hash.row_ids([], as_ids(ids)).tolist() == single
+    keyer, ids = text.keyer(), text.token_ids
+    single = [keyer.row_ids(ids[:end], as_ids(ids[end : end + 1]))[0].tolist() for end in range(len(ids))]
+    assert keyer.row_ids([], as_ids(ids)).tolist() == single
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=hashed_texts(), cut=st.integers(0, 12))
 def test_a_text_in_two_parts_equals_the_whole(text: HashedText, cut: int) -> None:
     head, tail = text.token_ids[:cut], text.token_ids[cut:]
-    ngram_hash = text.hash()
-    parts = np.concatenate([ngram_hash.row_ids([], as_ids(head)), ngram_hash.row_ids(head, as_ids(tail))])
-    np.testing.assert_array_equal(parts, ngram_hash.row_ids([], as_ids(text.token_ids)), strict=True)
+    keyer = text.keyer()
+    parts = np.concatenate([keyer.row_ids([], as_ids(head)), keyer.row_ids(head, as_ids(tail))])
+    np.testing.assert_array_equal(parts, keyer.row_ids([], as_ids(text.token_ids)), strict=True)
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=hashed_texts())
 def test_every_row_id_lies_in_the_range_of_its_column(text: HashedText) -> None:
-    ngram_hash = text.hash()
-    within = ngram_hash.row_ids([], as_ids(text.token_ids)) - ngram_hash.offsets
-    assert ((within >= 0) & (within < ngram_hash.primes)).all()
+    keyer = dataclasses.replace(text.keyer(), silent_ids=as_ids([]))
+    within = keyer.row_ids([], as_ids(text.token_ids)) - keyer.offsets
+    assert ((within >= 0) & (within < keyer.primes)).all()
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=hashed_texts())
-def test_only_the_last_context_tokens_matter(text: HashedText) -> None:
-    ngram_hash = text.hash()
-    context = [0] * ngram_hash.context_tokens
+def test_only_the_last_context_matter(text: HashedText) -> None:
+    keyer = text.keyer()
+    context = [0] * keyer.context
     np.testing.assert_array_equal(
-        ngram_hash.row_ids(text.token_ids + context, as_ids(text.token_ids)),
-        ngram_hash.row_ids(context, as_ids(text.token_ids)),
+        keyer.row_ids(text.token_ids + context, as_ids(text.token_ids)),
+        keyer.row_ids(context, as_ids(text.token_ids)),
         strict=True,
     )
 
 
 def test_the_shape_facts_of_a_hash_are_those_of_its_constants() -> None:
-    ngram_hash = deepseek_hash(1)
-    assert (ngram_hash.num_columns, ngram_hash.num_rows, ngram_hash.context_tokens) == (24, 384_006_168, 3)
+    keyer = deepseek_keyer(1)
+    assert (keyer.columns, keyer.min_rows, keyer.context) == (24, 384_006_168, 3)
 
 
 @pytest.mark.parametrize(
@@ -207,16 +235,94 @@ def test_the_shape_facts_of_a_hash_are_those_of_its_constants() -> None:
 def test_the_largest_hashed_id_is_found_among_raw_or_compressed_ids_and_the_pad(
     token_map: list[int] | None, pad_id: int, largest: int
 ) -> None:
-    ngram_hash = NgramHash(
+    keyer = NgramKeyer(
         orders=(2,),
         num_heads=1,
         multipliers=as_ids([1, 3]),
         primes=as_ids([5]),
         offsets=as_ids([0]),
         pad_id=pad_id,
+        barrier_ids=as_ids([]),
+        silent_ids=as_ids([]),
         token_map=None if token_map is None else as_ids(token_map),
     )
-    assert ngram_hash.largest_id(100) == largest
+    assert keyer.largest_id(100) == largest
+
+
+def test_a_barrier_hides_itself_and_what_came_before_it() -> None:
+    keyer = dataclasses.replace(deepseek_keyer(1), barrier_ids=as_ids([9]))
+    after_barrier = keyer.row_ids([], as_ids([5, 9, 6, 7]))[2:]
+    np.testing.assert_array_equal(after_barrier, keyer.row_ids([], as_ids([6, 7])), strict=True)
+
+
+def test_a_barrier_sees_what_came_before_it() -> None:
+    keyer = dataclasses.replace(deepseek_keyer(1), barrier_ids=as_ids([9]))
+    expected = deepseek_keyer(1).row_ids([5, 6], as_ids([9]))
+    np.testing.assert_array_equal(keyer.row_ids([5, 6], as_ids([9])), expected, strict=True)
+
+
+def test_dead_tokens_read_no_row_and_latch_the_look_back() -> None:
+    keyer = dataclasses.replace(deepseek_keyer(14), barrier_ids=as_ids([9]), silent_ids=as_ids([9]))
+    row_ids = keyer.row_ids([], as_ids([5, 9, 9, 6]))
+    assert row_ids[1:3].tolist() == [[NO_ROW] * 24] * 2
+    np.testing.assert_array_equal(row_ids[[0, 3]], keyer.row_ids([], as_ids([5, 9, 6]))[[0, 2]], strict=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(history=st.lists(st.integers(0, 99), max_size=4), token_ids=st.lists(st.integers(0, 99), max_size=9))
+def test_a_token_keyer_gives_each_token_its_own_row_and_the_pads_beyond_the_table(
+    history: list[int], token_ids: list[int]
+) -> None:
+    keyer = TokenKeyer(vocab_size=60, pad_id=3)
+    assert keyer.row_ids(history, as_ids(token_ids)).tolist() == [[i if i < 60 else 3] for i in token_ids]
+    assert (keyer.columns, keyer.min_rows, keyer.context) == (1, 60, 0)
+
+
+QWEN_EOS = 3
+QWEN_TEXTS = st.lists(st.just(QWEN_EOS) | st.integers(0, 63), min_size=1, max_size=12)
+
+
+def qwen_embedding(layer_index: int) -> Qwen4ExpTextNGramEmbedding:
+    """Return transformers' own module, whose rows are their numbers."""
+    config = Qwen4ExpTextConfig(
+        vocab_size=64, ngram_size=3, heads_per_ngram=2, ngram_vocab_size_base=31, eos_token_id=QWEN_EOS
+    )
+    module = Qwen4ExpTextNGramEmbedding(config, embedding_dim=4, layer_idx=1, ple_layer_index=layer_index)
+    rows = torch.arange(module.ngram_embedding.num_embeddings)
+    module.ngram_embedding.weight.data = rows[:, None].to(torch.float32)
+    return module
+
+
+def qwen_keyer(layer_index: int) -> NgramKeyer:
+    primes = derive_primes(layers=layer_index + 1, rows_per_head=[31, 31], num_heads=2)[layer_index]
+    return NgramKeyer(
+        orders=(2, 3),
+        num_heads=2,
+        multipliers=derive_splitmix_multipliers(vocab_size=64, max_order=3, layer_index=layer_index),
+        primes=primes,
+        offsets=column_offsets(primes),
+        pad_id=QWEN_EOS,
+        barrier_ids=as_ids([QWEN_EOS]),
+        silent_ids=as_ids([]),
+        token_map=None,
+    )
+
+
+@pytest.mark.parametrize("layer_index", [0, 2])
+@settings(max_examples=200, deadline=None)
+@given(token_ids=QWEN_TEXTS)
+def test_row_ids_of_qwen_are_those_of_transformers(layer_index: int, token_ids: list[int]) -> None:
+    with torch.no_grad():
+        expected = qwen_embedding(layer_index)(torch.tensor([token_ids]), None)[0]
+    found = qwen_keyer(layer_index).row_ids([], as_ids(token_ids))
+    np.testing.assert_array_equal(found, expected.numpy().astype(np.int64), strict=True)
+
+
+def test_constants_of_qwen_are_the_published_ones() -> None:
+    multipliers = derive_splitmix_multipliers(vocab_size=248_320, max_order=3, layer_index=0)
+    (primes,) = derive_primes(layers=1, rows_per_head=[20_000_000] * 2, num_heads=8)
+    assert multipliers.tolist() == [23703573157769, 20109073645365, 8052911324071]
+    assert (int(primes[0]), int(primes[-1]), int(primes.sum())) == (20_000_003, 20_000_171, 320_001_446)
 
 
 def is_prime_by_trial_division(number: int) -> bool:
@@ -278,7 +384,7 @@ def test_rows_and_last_offset_of_deepseek_are_the_published_ones(layer: int) -> 
 def test_rows_of_deepseek_are_the_published_vectors(
     layer: int, token: int, columns: list[int], rows: list[int]
 ) -> None:
-    row_ids = deepseek_hash(layer).row_ids([], as_ids([5, 6, 7, 8]))
+    row_ids = deepseek_keyer(layer).row_ids([], as_ids([5, 6, 7, 8]))
     assert row_ids[token, columns].tolist() == rows
 
 
@@ -289,7 +395,7 @@ def test_no_product_of_deepseek_overflows() -> None:
 
 def test_rows_of_the_pilot_are_its_golden_ones() -> None:
     golden = json.loads((PILOT / "golden.json").read_text())
-    row_ids = pilot_hash().row_ids([], as_ids(golden["token_ids"]))
+    row_ids = pilot_keyer().row_ids([], as_ids(golden["token_ids"]))
     assert row_ids[-3:].tolist() == golden["row_ids_last_3_positions"]
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from engram_runtime.bundle import manifest_bytes
 from engram_runtime.errors import BundleError
+from engram_runtime.keyer_spec import TokenKeyerSpec
 from engram_runtime.manifest import Manifest, contained_path
+from engram_runtime.records import NO_FACTOR
 
 DIGEST = "0" * 64
 Path_ = tuple[str | int, ...]
@@ -21,7 +23,7 @@ def sound_manifest() -> dict[str, Any]:
     """Return the JSON of a manifest with one of everything."""
     files = ["graph/decoder.onnx", "graph/weights.safetensors", "tables/layer_1.bin", "tables/layer_1.map"]
     return {
-        "format_version": 1,
+        "format_version": 2,
         "producer": "engram-edge 0.1.0",
         "model": {
             "name": "tiny",
@@ -53,8 +55,14 @@ def sound_manifest() -> dict[str, Any]:
             {
                 "site": "layer_1",
                 "num_rows": 36,
-                "record": {"payload": "int8", "columns": 6, "scale": "float16"},
-                "extents": [{"file": files[2], "external": False, "offset": 64, "row_bytes": 8, "identity": None}],
+                "record": {
+                    "payload": "int8",
+                    "columns": 6,
+                    "scale": "float16",
+                    "scale_columns": 6,
+                    "factor": NO_FACTOR,
+                },
+                "parts": [{"row_bytes": 8, "ranges": [row_range(0, 20, 64), row_range(20, 16, 512)]}],
                 "keyer": {
                     "kind": "xor_prime",
                     "orders": [2, 3],
@@ -63,12 +71,25 @@ def sound_manifest() -> dict[str, Any]:
                     "primes": [5, 7, 11, 13],
                     "offsets": [0, 5, 12, 23],
                     "pad_id": 2,
+                    "barrier_ids": [0, 7],
+                    "silent_ids": [7],
                     "token_map": files[3],
                 },
             }
         ],
         "files": [{"path": path, "bytes": 7, "sha256": DIGEST} for path in files],
         "extensions": {},
+    }
+
+
+def row_range(first_row: int, num_rows: int, offset: int) -> dict[str, Any]:
+    return {
+        "first_row": first_row,
+        "num_rows": num_rows,
+        "file": "tables/layer_1.bin",
+        "external": False,
+        "offset": offset,
+        "identity": None,
     }
 
 
@@ -114,6 +135,7 @@ def parsed(raw: dict[str, Any]) -> Manifest | None:
 
 
 TEXT, NUMBER, LIST, OBJECT = "a string", "an integer", "a list", "an object"
+RANGE = "manifest.tables[0].parts[0].ranges[0]"
 # Every key: where it stands in the JSON, how errors call that place, and what it must be.
 KEYS = [
     ("format_version", "manifest", NUMBER),
@@ -130,35 +152,39 @@ KEYS = [
     ("model.hidden_size", "manifest.model", NUMBER),
     ("model.num_layers", "manifest.model", NUMBER),
     ("model.context_length", "manifest.model", NUMBER),
-    ("graphs.decoder", "manifest.graphs", OBJECT),
     ("graphs.decoder.file", "manifest.graphs.decoder", TEXT),
     ("graphs.decoder.weights", "manifest.graphs.decoder", TEXT),
     ("graphs.decoder.inputs", "manifest.graphs.decoder", LIST),
     ("graphs.decoder.outputs", "manifest.graphs.decoder", LIST),
     ("graphs.decoder.states", "manifest.graphs.decoder", LIST),
-    ("graphs.decoder.inputs.0.name", "decoder.inputs[0]", TEXT),
-    ("graphs.decoder.inputs.0.dtype", "decoder.inputs[0]", TEXT),
-    ("graphs.decoder.inputs.0.shape", "decoder.inputs[0]", LIST),
-    ("graphs.decoder.outputs.0.name", "decoder.outputs[0]", TEXT),
-    ("graphs.decoder.outputs.0.dtype", "decoder.outputs[0]", TEXT),
-    ("graphs.decoder.outputs.0.shape", "decoder.outputs[0]", LIST),
-    ("graphs.decoder.states.0.name", "decoder.states[0]", TEXT),
-    ("graphs.decoder.states.0.dtype", "decoder.states[0]", TEXT),
-    ("graphs.decoder.states.0.shape", "decoder.states[0]", LIST),
-    ("graphs.decoder.states.0.kind", "decoder.states[0]", TEXT),
+    ("graphs.decoder.inputs.0.name", "manifest.graphs.decoder.inputs[0]", TEXT),
+    ("graphs.decoder.inputs.0.dtype", "manifest.graphs.decoder.inputs[0]", TEXT),
+    ("graphs.decoder.inputs.0.shape", "manifest.graphs.decoder.inputs[0]", LIST),
+    ("graphs.decoder.outputs.0.name", "manifest.graphs.decoder.outputs[0]", TEXT),
+    ("graphs.decoder.outputs.0.dtype", "manifest.graphs.decoder.outputs[0]", TEXT),
+    ("graphs.decoder.outputs.0.shape", "manifest.graphs.decoder.outputs[0]", LIST),
+    ("graphs.decoder.states.0.name", "manifest.graphs.decoder.states[0]", TEXT),
+    ("graphs.decoder.states.0.dtype", "manifest.graphs.decoder.states[0]", TEXT),
+    ("graphs.decoder.states.0.shape", "manifest.graphs.decoder.states[0]", LIST),
+    ("graphs.decoder.states.0.kind", "manifest.graphs.decoder.states[0]", TEXT),
     ("tables.0.site", "manifest.tables[0]", TEXT),
     ("tables.0.num_rows", "manifest.tables[0]", NUMBER),
     ("tables.0.record", "manifest.tables[0]", OBJECT),
-    ("tables.0.extents", "manifest.tables[0]", LIST),
+    ("tables.0.parts", "manifest.tables[0]", LIST),
     ("tables.0.keyer", "manifest.tables[0]", OBJECT),
     ("tables.0.record.payload", "manifest.tables[0].record", TEXT),
     ("tables.0.record.columns", "manifest.tables[0].record", NUMBER),
     ("tables.0.record.scale", "manifest.tables[0].record", TEXT),
-    ("tables.0.extents.0.file", "table.extents[0]", TEXT),
-    ("tables.0.extents.0.external", "table.extents[0]", "true or false"),
-    ("tables.0.extents.0.offset", "table.extents[0]", NUMBER),
-    ("tables.0.extents.0.row_bytes", "table.extents[0]", NUMBER),
-    ("tables.0.extents.0.identity", "table.extents[0]", "a string or null"),
+    ("tables.0.record.scale_columns", "manifest.tables[0].record", NUMBER),
+    ("tables.0.record.factor", "manifest.tables[0].record", TEXT),
+    ("tables.0.parts.0.row_bytes", "manifest.tables[0].parts[0]", NUMBER),
+    ("tables.0.parts.0.ranges", "manifest.tables[0].parts[0]", LIST),
+    ("tables.0.parts.0.ranges.0.first_row", RANGE, NUMBER),
+    ("tables.0.parts.0.ranges.0.num_rows", RANGE, NUMBER),
+    ("tables.0.parts.0.ranges.0.file", RANGE, TEXT),
+    ("tables.0.parts.0.ranges.0.external", RANGE, "true or false"),
+    ("tables.0.parts.0.ranges.0.offset", RANGE, NUMBER),
+    ("tables.0.parts.0.ranges.0.identity", RANGE, "a string or null"),
     ("tables.0.keyer.kind", "manifest.tables[0].keyer", TEXT),
     ("tables.0.keyer.orders", "manifest.tables[0].keyer", LIST),
     ("tables.0.keyer.num_heads", "manifest.tables[0].keyer", NUMBER),
@@ -166,6 +192,8 @@ KEYS = [
     ("tables.0.keyer.primes", "manifest.tables[0].keyer", LIST),
     ("tables.0.keyer.offsets", "manifest.tables[0].keyer", LIST),
     ("tables.0.keyer.pad_id", "manifest.tables[0].keyer", NUMBER),
+    ("tables.0.keyer.barrier_ids", "manifest.tables[0].keyer", LIST),
+    ("tables.0.keyer.silent_ids", "manifest.tables[0].keyer", LIST),
     ("tables.0.keyer.token_map", "manifest.tables[0].keyer", "a string or null"),
     ("files.0.path", "manifest.files[0]", TEXT),
     ("files.0.bytes", "manifest.files[0]", NUMBER),
@@ -174,23 +202,26 @@ KEYS = [
 VALUES = [key for key in KEYS if key[2] != OBJECT]
 COUNTS = [(path, where) for path, where, kind in KEYS if kind == NUMBER]
 INTEGER_LISTS = [
-    ("graphs.decoder.states.0.shape", "decoder.states[0].shape"),
+    ("graphs.decoder.states.0.shape", "manifest.graphs.decoder.states[0].shape"),
     ("tables.0.keyer.orders", "manifest.tables[0].keyer.orders"),
     ("tables.0.keyer.multipliers", "manifest.tables[0].keyer.multipliers"),
     ("tables.0.keyer.primes", "manifest.tables[0].keyer.primes"),
     ("tables.0.keyer.offsets", "manifest.tables[0].keyer.offsets"),
+    ("tables.0.keyer.barrier_ids", "manifest.tables[0].keyer.barrier_ids"),
+    ("tables.0.keyer.silent_ids", "manifest.tables[0].keyer.silent_ids"),
 ]
 # What each item of a list must be made of.
 OBJECTS = [
     ("model", "manifest.model"),
     ("graphs", "manifest.graphs"),
     ("graphs.decoder", "manifest.graphs.decoder"),
-    ("graphs.decoder.inputs.0", "decoder.inputs[0]"),
-    ("graphs.decoder.outputs.0", "decoder.outputs[0]"),
-    ("graphs.decoder.states.0", "decoder.states[0]"),
+    ("graphs.decoder.inputs.0", "manifest.graphs.decoder.inputs[0]"),
+    ("graphs.decoder.outputs.0", "manifest.graphs.decoder.outputs[0]"),
+    ("graphs.decoder.states.0", "manifest.graphs.decoder.states[0]"),
     ("tables.0", "manifest.tables[0]"),
     ("tables.0.record", "manifest.tables[0].record"),
-    ("tables.0.extents.0", "table.extents[0]"),
+    ("tables.0.parts.0", "manifest.tables[0].parts[0]"),
+    ("tables.0.parts.0.ranges.0", RANGE),
     ("tables.0.keyer", "manifest.tables[0].keyer"),
     ("files.0", "manifest.files[0]"),
 ]
@@ -206,7 +237,8 @@ def keys_of(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_the_tables_above_know_every_key() -> None:
-    assert sorted(keys_of(sound_manifest())) == sorted(path for path, _, _ in KEYS)
+    optional = ["graphs.decoder"]
+    assert sorted(keys_of(sound_manifest())) == sorted([*(path for path, _, _ in KEYS), *optional])
 
 
 def test_a_manifest_equals_itself_after_a_round_trip() -> None:
@@ -229,9 +261,103 @@ def test_a_manifest_without_tables_is_sound() -> None:
     assert Manifest.from_dict(raw).tables == ()
 
 
+def test_a_table_may_have_more_rows_than_its_keyer_needs() -> None:
+    raw = changed("tables.0.num_rows", 128)
+    raw["tables"][0]["parts"][0]["ranges"][1]["num_rows"] = 108
+    table = Manifest.from_dict(raw).tables[0]
+    assert (table.num_rows, table.keyer.min_rows) == (128, 36)
+
+
+def token_table(**keyer: int) -> dict[str, Any]:
+    """Return the sound manifest with its table keyed by the token."""
+    raw = changed("tables.0.keyer", {"kind": "token", "vocab_size": 36, "pad_id": 0} | keyer)
+    raw["graphs"]["decoder"]["inputs"][3]["shape"] = ["T", 1, 6]
+    return raw
+
+
+def test_a_table_keyed_by_the_token_equals_itself_after_a_round_trip() -> None:
+    manifest = Manifest.from_dict(token_table())
+    assert as_json(manifest) == token_table()
+    assert manifest.tables[0].keyer == TokenKeyerSpec(vocab_size=36, pad_id=0)
+
+
+@pytest.mark.parametrize(
+    ("keyer", "expected"),
+    [
+        ({"vocab_size": 37}, "table layer_1 has 36 rows, its keyer needs 37"),
+        ({"pad_id": 36}, "keyer has pad_id 36, expected an id below 36"),
+        ({"vocab_size": 0}, "manifest.tables[0].keyer.vocab_size is 0, expected an integer from 1 to 2**53 - 1"),
+        (
+            {"primes": 1},
+            "manifest.tables[0].keyer has unknown keys ['primes']; it may need a newer engram-edge",
+        ),
+    ],
+)
+def test_a_token_keyer_that_contradicts_its_table_is_refused(keyer: dict[str, int], expected: str) -> None:
+    assert message(token_table(**keyer)) == expected
+
+
+def site_only(**graph: Any) -> dict[str, Any]:
+    """Return the sound manifest with its decoder made the graph of the site."""
+    raw = sound_manifest()
+    graphs = raw["graphs"]
+    graphs["site.layer_1"] = graphs.pop("decoder") | {"inputs": [rows_input(), hidden_input()]} | graph
+    return raw
+
+
+def rows_input(name: str = "rows.layer_1", columns: int = 6) -> dict[str, Any]:
+    return {"name": name, "dtype": "float32", "shape": ["T", 4, columns]}
+
+
+def hidden_input() -> dict[str, Any]:
+    return {"name": "hidden", "dtype": "float32", "shape": ["T", 8]}
+
+
+def test_a_bundle_may_hold_sites_and_no_decoder() -> None:
+    manifest = Manifest.from_dict(site_only())
+    assert as_json(manifest) == site_only()
+    assert list(manifest.graphs) == ["site.layer_1"]
+
+
+def test_a_bundle_may_hold_tables_and_no_graph() -> None:
+    assert Manifest.from_dict(changed("graphs", {})).graphs == {}
+
+
+def test_a_decoder_that_is_not_there_is_named_when_it_is_asked_for() -> None:
+    manifest = Manifest.from_dict(site_only())
+    with pytest.raises(BundleError) as caught:
+        _ = manifest.decoder
+    assert str(caught.value) == (
+        "this bundle holds tables and sites only, no decoder; export without --tables-only to run it"
+    )
+
+
+EXPECTED_ROWS = "('rows.layer_1', 'float32', ('T', 4, 6))"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ([hidden_input()], ""),
+        ([rows_input(columns=5)], "('rows.layer_1', 'float32', ('T', 4, 5))"),
+        ([rows_input(), rows_input("rows.layer_2")], f"{EXPECTED_ROWS}, ('rows.layer_2', 'float32', ('T', 4, 6))"),
+    ],
+)
+def test_a_site_graph_takes_the_rows_of_its_table_alone(inputs: list[Any], found: str) -> None:
+    expected = f"graph site.layer_1 takes rows [{found}], its table gives [{EXPECTED_ROWS}]"
+    assert message(site_only(inputs=inputs)) == expected
+
+
+@pytest.mark.parametrize("name", ["encoder", "site.layer_2", "site."])
+def test_a_graph_of_an_unknown_name_is_refused(name: str) -> None:
+    raw = sound_manifest()
+    raw["graphs"][name] = raw["graphs"].pop("decoder")
+    assert message(raw) == f"graph {name!r} is unknown; expected 'decoder' or one of ['site.layer_1']"
+
+
 def test_raw_ids_may_be_hashed() -> None:
     table = Manifest.from_dict(changed("tables.0.keyer.token_map", None)).tables[0]
-    assert table.keyer.token_map is None
+    assert table.keyer.files == ()
 
 
 @pytest.mark.parametrize(("path", "where", "expected"), VALUES)
@@ -249,7 +375,7 @@ def test_a_missing_key_is_named(path: str, where: str, expected: str) -> None:
     assert message(without(path)) == f"{where} has no key {split(path)[-1]!r}"
 
 
-@pytest.mark.parametrize(("path", "where"), [("", "manifest"), *OBJECTS])
+@pytest.mark.parametrize(("path", "where"), [("", "manifest"), *(place for place in OBJECTS if place[0] != "graphs")])
 def test_unknown_keys_are_named(path: str, where: str) -> None:
     raw = changed(f"{path}.surprise".lstrip("."), 1)
     assert message(raw) == f"{where} has unknown keys ['surprise']; it may need a newer engram-edge"
@@ -284,7 +410,7 @@ def test_counts_are_integers_and_nothing_like_them(value: object) -> None:
     ("path", "where"),
     [
         ("producer", "manifest.producer"),
-        ("tables.0.extents.0.file", "table.extents[0].file"),
+        ("tables.0.parts.0.ranges.0.file", f"{RANGE}.file"),
         ("tables.0.keyer.token_map", "manifest.tables[0].keyer.token_map"),
         ("files.0.path", "manifest.files[0].path"),
     ],
@@ -303,8 +429,8 @@ def test_a_value_nested_deeper_than_python_can_print_is_refused() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("format_version", 2, "bundle has format version 2, this runtime reads 1"),
-        ("format_version", 0, "bundle has format version 0, this runtime reads 1"),
+        ("format_version", 1, "bundle has format version 1, this runtime reads 2; export it again"),
+        ("format_version", 3, "bundle has format version 3, this runtime reads 2; it needs a newer engram-edge"),
         (
             "graphs.decoder.states.0.kind",
             "ring",
@@ -336,59 +462,97 @@ def test_a_value_nested_deeper_than_python_can_print_is_refused() -> None:
         ("graphs.decoder.file", "graph/other", "manifest refers to 'graph/other', which is not among its files"),
         ("graphs.decoder.weights", "/etc/passwd", "manifest refers to '/etc/passwd', which is not among its files"),
         ("tables.0.keyer.token_map", "../map", "manifest refers to '../map', which is not among its files"),
-        ("tables.0.extents.0.file", "../rows", "manifest refers to '../rows', which is not among its files"),
+        ("tables.0.parts.0.ranges.0.file", "../rows", "manifest refers to '../rows', which is not among its files"),
         (
-            "tables.0.extents.0.file",
+            "tables.0.parts.0.ranges.0.file",
             "/rows",
-            "extent /rows must be absolute if external and relative if not",
+            "table file /rows must be absolute if external and relative if not",
         ),
         (
-            "tables.0.extents.0.external",
+            "tables.0.parts.0.ranges.0.external",
             True,
-            "extent tables/layer_1.bin must be absolute if external and relative if not",
+            "table file tables/layer_1.bin must be absolute if external and relative if not",
         ),
         (
-            "tables.0.extents.0.row_bytes",
-            7,
-            "table layer_1 has 7 bytes a row in its extents, its record 8",
-        ),
-        (
-            "tables.0.extents.0.row_bytes",
-            0,
-            "table.extents[0].row_bytes is 0, expected an integer from 1 to 2**53 - 1",
-        ),
-        (
-            "tables.0.extents.0.identity",
+            "tables.0.parts.0.ranges.0.identity",
             DIGEST,
-            "extent tables/layer_1.bin must have an identity if external and none if not",
+            "table file tables/layer_1.bin must have an identity if external and none if not",
         ),
         (
-            "tables.0.extents.0",
-            {"file": "/rows", "external": True, "offset": 0, "row_bytes": 8, "identity": None},
-            "extent /rows must have an identity if external and none if not",
+            "tables.0.parts.0.ranges.0",
+            row_range(0, 36, 0) | {"file": "/rows", "external": True},
+            "table file /rows must have an identity if external and none if not",
         ),
-        ("tables.0.extents", [], "table layer_1 has 0 bytes a row in its extents, its record 8"),
-        ("tables.0.num_rows", 35, "table layer_1 has 35 rows, the primes of its hash sum to 36"),
-        ("tables.0.record.columns", 5, "table layer_1 has 8 bytes a row in its extents, its record 7"),
+        (
+            "tables.0.parts.0.row_bytes",
+            0,
+            "manifest.tables[0].parts[0].row_bytes is 0, expected an integer from 1 to 2**53 - 1",
+        ),
+        (
+            "tables.0.parts.0.ranges.0.num_rows",
+            0,
+            f"{RANGE}.num_rows is 0, expected an integer from 1 to 2**53 - 1",
+        ),
+        ("tables.0.parts.0.row_bytes", 7, "table layer_1 has 7 bytes a row in its parts, its record 8"),
+        ("tables.0.parts", [], "table layer_1 has 0 bytes a row in its parts, its record 8"),
+        ("tables.0.parts.0.ranges", [], "part 0 of table layer_1 has 0 rows, expected 36"),
+        (
+            "tables.0.parts.0.ranges.0.first_row",
+            1,
+            "part 0 of table layer_1 goes on with row 1, expected row 0",
+        ),
+        (
+            "tables.0.parts.0.ranges.1.first_row",
+            19,
+            "part 0 of table layer_1 goes on with row 19, expected row 20",
+        ),
+        (
+            "tables.0.parts.0.ranges.0.num_rows",
+            19,
+            "part 0 of table layer_1 goes on with row 20, expected row 19",
+        ),
+        ("tables.0.parts.0.ranges.1.num_rows", 15, "part 0 of table layer_1 has 35 rows, expected 36"),
+        ("tables.0.parts.0.ranges.1.num_rows", 17, "part 0 of table layer_1 has 37 rows, expected 36"),
+        ("tables.0.num_rows", 35, "table layer_1 has 35 rows, its keyer needs 36"),
+        ("tables.0.num_rows", 128, "part 0 of table layer_1 has 36 rows, expected 128"),
+        (
+            "tables.0.record",
+            {"payload": "int8", "columns": 5, "scale": "float16", "scale_columns": 5, "factor": NO_FACTOR},
+            "table layer_1 has 8 bytes a row in its parts, its record 7",
+        ),
+        ("tables.0.record.columns", 5, "record has scale_columns 6, expected a divisor of 5"),
+        ("tables.0.record.scale_columns", 4, "record has scale_columns 4, expected a divisor of 6"),
+        ("tables.0.record.scale_columns", 0, "record has scale_columns 0, expected a divisor of 6"),
+        ("tables.0.record.scale_columns", 3, "table layer_1 has 8 bytes a row in its parts, its record 10"),
+        (
+            "tables.0.record.factor",
+            "1.0",
+            f"record factor is '1.0', expected a positive float32 spelt like {NO_FACTOR}",
+        ),
         ("tables.0.record.columns", 0, "record has 0 columns, expected at least 1"),
         (
             "tables.0.record.scale",
             "float64",
-            "record of int8 with scale float64 is unknown; payloads are ['bfloat16', 'float16', 'float32', 'int8'], "
-            "scales ['float16', 'float32', 'none']",
+            "record of int8 with scale float64 is unknown; payloads are ['bfloat16', 'float16', 'float32', "
+            "'float8_e4m3', 'int4', 'int8'], scales ['e8m0', 'float16', 'float32', 'none']",
         ),
-        ("tables.0.keyer.kind", "splitmix", "keyer kind 'splitmix' is unknown; known are ['xor_prime']"),
+        ("tables.0.keyer.kind", "splitmix", "keyer kind 'splitmix' is unknown; known are ['token', 'xor_prime']"),
         ("tables.0.keyer.num_heads", 3, "keyer has 4 primes and 4 offsets, expected 6 of each"),
         ("tables.0.keyer.num_heads", 0, "keyer has 4 primes and 4 offsets, expected 0 of each"),
         ("tables.0.keyer.primes", [5, 7, 11], "keyer has 3 primes and 4 offsets, expected 4 of each"),
         ("tables.0.keyer.offsets", [0], "keyer has 4 primes and 1 offsets, expected 4 of each"),
         ("tables.0.keyer.primes", [7, 5, 11, 13], "keyer offset is 5, the primes before it sum to 7"),
-        ("tables.0.keyer.primes", [5, 7, 11, 17], "table layer_1 has 36 rows, the primes of its hash sum to 40"),
+        ("tables.0.keyer.primes", [5, 7, 11, 17], "table layer_1 has 36 rows, its keyer needs 40"),
         ("tables.0.keyer.primes", [5, 7, 11, 1], "keyer has primes [5, 7, 11, 1], expected numbers from 2"),
         ("tables.0.keyer.offsets", [1, 5, 12, 23], "keyer offset is 1, the primes before it sum to 0"),
         ("tables.0.keyer.offsets", [0, 5, 12, 24], "keyer offset is 24, the primes before it sum to 23"),
         ("tables.0.keyer.multipliers", [3, 5], "keyer has multipliers [3, 5], expected 3 positive"),
         ("tables.0.keyer.multipliers", [3, 0, 7], "keyer has multipliers [3, 0, 7], expected 3 positive"),
+        ("tables.0.keyer.barrier_ids", [7, 0], "keyer has barrier_ids [7, 0], expected ascending ids from 0"),
+        ("tables.0.keyer.barrier_ids", [-1, 0], "keyer has barrier_ids [-1, 0], expected ascending ids from 0"),
+        ("tables.0.keyer.silent_ids", [7, 7], "keyer has silent_ids [7, 7], expected ascending ids from 0"),
+        ("tables.0.keyer.silent_ids", [50], "keyer names token id 50, the vocabulary has 50 tokens"),
+        ("tables.0.keyer.barrier_ids", [60], "keyer names token id 60, the vocabulary has 50 tokens"),
     ],
 )
 def test_a_value_that_contradicts_the_others_is_refused(path: str, value: object, expected: str) -> None:
@@ -492,7 +656,9 @@ SCALARS = (
     | st.sampled_from([2**31, 2**53, 2**63, -(2**63)])
     | st.integers()
     | st.floats()
-    | st.sampled_from(["T", "R", "window", "float32", "int8", "graph/decoder.onnx", "/", "..", "\0", "\ud800"])
+    | st.sampled_from(
+        ["T", "R", "window", "float32", "int8", "token", NO_FACTOR, "graph/decoder.onnx", "/", "..", "\0", "\ud800"]
+    )
     | st.text(st.characters(), max_size=5)
 )
 VALUES_OF_JSON = st.recursive(

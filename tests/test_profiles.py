@@ -39,7 +39,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
 def raw_library(**changes: Any) -> dict[str, Any]:
     """Return the JSON of a sound ``compile.json``."""
     return {
-        "version": 1,
+        "version": 2,
         "target": "x86-64-v3",
         "machine": MACHINE,
         "cpu_flags": ["avx2"],
@@ -55,6 +55,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
             {"name": "head:codes", "dtype": "uint8", "shape": [4, 16], "offset": 0},
             {"name": "head:scale", "dtype": "float32", "shape": [18], "offset": 128},
         ],
+        "expert_bytes": [96],
     } | changes
 
 
@@ -75,7 +76,7 @@ def bundle_at(folder: Path) -> Bundle:
             num_layers=1,
             context_length=8,
         ),
-        decoder=GraphSpec(file="graph.onnx", weights="weights", inputs=(), outputs=(), states=()),
+        graphs={"decoder": GraphSpec(file="graph.onnx", weights="weights", inputs=(), outputs=(), states=())},
         tables=(),
         files=(
             FileEntry(path="weights", bytes=1, sha256="2"),
@@ -260,7 +261,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 2}, "library has version 2, this runtime reads 1; compile again"),
+        ({"version": 3}, "library has version 3, this runtime reads 2; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),
@@ -278,6 +279,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
         ({"passes": [[1, 1], [2]]}, "compile.json has forward pass [2], expected tokens and rows of logits"),
         ({"passes": [[1, 1], []]}, "compile.json has forward pass [], expected tokens and rows of logits"),
         ({"passes": [[1, 1], [0, 0]]}, "compile.json has forward pass [0, 0], expected tokens and rows of logits"),
+        ({"expert_bytes": [64, 0]}, "experts have [64, 0] bytes, which can't be; compile again"),
         ({"passes": []}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[2, 2], [2, 1]]}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[1, 1], [4, 2]]}, "library lacks the forward passes [(4, 1), (4, 4)]; compile again"),

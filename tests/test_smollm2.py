@@ -135,8 +135,8 @@ def test_the_graph_is_that_of_the_module_with_the_same_weights(exported: Exporte
 def test_the_row_ids_are_those_of_the_pilot(exported: Exported) -> None:
     golden = json.loads((PILOT / "golden.json").read_text())
     opened = Bundle.open(exported.bundle)
-    ngram_hash = opened.ngram_hash(opened.manifest.tables[0].keyer)
-    found = ngram_hash.row_ids([], np.array(golden["token_ids"]))
+    keyer = opened.keyer(opened.manifest.tables[0].keyer)
+    found = keyer.row_ids([], np.array(golden["token_ids"]))
     assert found[-3:].tolist() == golden["row_ids_last_3_positions"]
 
 

@@ -9,13 +9,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from engram_runtime.errors import BundleError, TableError
-from engram_runtime.manifest import Extent, KeyerSpec, TableSpec
-from engram_runtime.records import RecordFormat
+from engram_runtime.keyer_spec import TokenKeyerSpec
+from engram_runtime.records import NO_FACTOR, RecordFormat
+from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables import FileTable, InMemoryTable, TableStore, check_row_ids
 
 ROWS, COLUMNS = 40, 6
@@ -26,6 +29,11 @@ NUMPY_DTYPES: dict[str, Any] = {
     "bfloat16": ml_dtypes.bfloat16,
     "int8": np.int8,
 }
+SCALE_DTYPES: dict[str, Any] = {
+    "float16": np.float16,
+    "float32": np.float32,
+    "e8m0": ml_dtypes.float8_e8m0fnu,
+}
 FORMATS = [
     ("float32", "none"),
     ("float16", "none"),
@@ -34,7 +42,18 @@ FORMATS = [
     ("int8", "float16"),
     ("int8", "float32"),
 ]
-INT8 = RecordFormat(payload="int8", columns=COLUMNS, scale="float16")
+
+
+def row_format(
+    payload: str, scale: str, *, columns: int = COLUMNS, scale_columns: int | None = None, factor: str = NO_FACTOR
+) -> RecordFormat:
+    """Return a record format, with one scale a row unless told otherwise."""
+    return RecordFormat(
+        payload=payload, columns=columns, scale=scale, scale_columns=scale_columns or columns, factor=factor
+    )
+
+
+INT8 = row_format("int8", "float16")
 
 
 def payload_and_scales(record: RecordFormat, rows: int = ROWS) -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -63,39 +82,62 @@ def records(record: RecordFormat, rows: int = ROWS) -> NDArray[np.uint8]:
     return np.concatenate(parts, axis=1)
 
 
-def table_spec(record: RecordFormat, extents: Sequence[Extent], rows: int = ROWS) -> TableSpec:
-    keyer = KeyerSpec(
-        kind="xor_prime",
-        orders=(2,),
-        num_heads=1,
-        multipliers=(1, 3),
-        primes=(rows,),
-        offsets=(0,),
-        pad_id=0,
-        token_map=None,
-    )
-    return TableSpec(site="layer_1", num_rows=rows, record=record, extents=tuple(extents), keyer=keyer)
+def table_spec(record: RecordFormat, parts: Sequence[TablePart], rows: int = ROWS) -> TableSpec:
+    keyer = TokenKeyerSpec(vocab_size=rows, pad_id=0)
+    return TableSpec(site="layer_1", num_rows=rows, record=record, parts=tuple(parts), keyer=keyer)
 
 
-def write_extent(path: Path, values: NDArray[np.uint8]) -> Extent:
+def write_part(path: Path, values: NDArray[np.uint8]) -> TablePart:
+    """Write rows ``[N, row_bytes]`` into one file."""
     path.write_bytes(bytes(OFFSET) + values.tobytes())
-    return Extent(file=path.name, external=False, offset=OFFSET, row_bytes=values.shape[1])
+    return TablePart(row_bytes=values.shape[1], ranges=(row_range(path.name, 0, len(values)),))
+
+
+def row_range(file: str, first_row: int, num_rows: int, offset: int = OFFSET) -> RowRange:
+    return RowRange(first_row=first_row, num_rows=num_rows, file=file, external=False, offset=offset)
+
+
+def open_file(folder: Path, spec: TableSpec) -> FileTable:
+    return FileTable(spec, lambda rows: folder / rows.file)
 
 
 def joined_table(folder: Path, record: RecordFormat = INT8, rows: int = ROWS) -> FileTable:
     """Payload and scale of a row side by side in one file."""
-    path = folder / "records.bin"
-    extent = write_extent(path, records(record, rows))
-    return FileTable(table_spec(record, [extent], rows), [(path, extent)])
+    part = write_part(folder / "records.bin", records(record, rows))
+    return open_file(folder, table_spec(record, [part], rows))
 
 
 def split_table(folder: Path, record: RecordFormat = INT8) -> FileTable:
     """Payload in one file, scales in another."""
     payload, scales = payload_and_scales(record)
     assert scales is not None
-    parts = {folder / "payload.bin": as_bytes(payload), folder / "scales.bin": as_bytes(scales)}
-    extents = [(path, write_extent(path, values)) for path, values in parts.items()]
-    return FileTable(table_spec(record, [extent for _, extent in extents]), extents)
+    parts = [
+        write_part(folder / "payload.bin", as_bytes(payload)),
+        write_part(folder / "scales.bin", as_bytes(scales)),
+    ]
+    return open_file(folder, table_spec(record, parts))
+
+
+def sharded_table(folder: Path, record: RecordFormat = INT8, starts: Sequence[int] = (0, 7, 8, 30)) -> FileTable:
+    """Payload in ranges that begin at ``starts``, backwards in one file and with a gap, scales in three files."""
+    payload, scales = payload_and_scales(record)
+    assert scales is not None
+    data, ranges = bytes(OFFSET), []
+    for start, stop in reversed(list(zip(starts, [*starts[1:], ROWS], strict=True))):
+        ranges.append(row_range("payload.bin", start, stop - start, len(data)))
+        data += as_bytes(payload[start:stop]).tobytes() + b"gap"
+    (folder / "payload.bin").write_bytes(data)
+    scale_ranges = [
+        row_range(f"scales{start}.bin", start, stop - start, 0) for start, stop in ((0, 1), (1, 39), (39, ROWS))
+    ]
+    for rows in scale_ranges:
+        values = scales[rows.first_row : rows.first_row + rows.num_rows]
+        (folder / rows.file).write_bytes(as_bytes(values).tobytes())
+    parts = [
+        TablePart(row_bytes=record.payload_bytes, ranges=tuple(reversed(ranges))),
+        TablePart(row_bytes=record.record_bytes - record.payload_bytes, ranges=tuple(scale_ranges)),
+    ]
+    return open_file(folder, table_spec(record, parts))
 
 
 def memory_table(folder: Path) -> InMemoryTable:
@@ -123,34 +165,34 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a listing of descriptors, not of files
 
 
-STORES: list[Callable[[Path], TableStore]] = [memory_table, joined_table, split_table]
-READERS: list[Callable[[Path], FileTable]] = [joined_table, split_table]
+STORES: list[Callable[[Path], TableStore]] = [memory_table, joined_table, split_table, sharded_table]
+READERS: list[Callable[[Path], FileTable]] = [joined_table, split_table, sharded_table]
 
 
 @pytest.mark.parametrize(("payload", "scale"), FORMATS)
 def test_rows_from_a_file_equal_numpy(tmp_path: Path, payload: str, scale: str) -> None:
-    record = RecordFormat(payload=payload, columns=COLUMNS, scale=scale)
+    record = row_format(payload, scale)
     with joined_table(tmp_path, record) as table:
         np.testing.assert_array_equal(table.gather(np.arange(ROWS)), true_values(record), strict=True)
 
 
 @pytest.mark.parametrize(("payload", "scale"), FORMATS)
 def test_rows_from_memory_equal_numpy(payload: str, scale: str) -> None:
-    record = RecordFormat(payload=payload, columns=COLUMNS, scale=scale)
+    record = row_format(payload, scale)
     table = InMemoryTable(records(record), record)
     np.testing.assert_array_equal(table.gather(np.arange(ROWS)), true_values(record), strict=True)
 
 
 @pytest.mark.parametrize(("payload", "scale"), FORMATS)
 def test_all_records_of_a_file_are_those_written(tmp_path: Path, payload: str, scale: str) -> None:
-    record = RecordFormat(payload=payload, columns=COLUMNS, scale=scale)
+    record = row_format(payload, scale)
     with joined_table(tmp_path, record) as table:
         np.testing.assert_array_equal(table.read_all(), records(record), strict=True)
 
 
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 def test_payload_and_scales_in_two_files_equal_joined_records(tmp_path: Path, scale: str) -> None:
-    record = RecordFormat(payload="int8", columns=COLUMNS, scale=scale)
+    record = row_format("int8", scale)
     row_ids = as_ids([3, 0, 39, 3])
     with joined_table(tmp_path, record) as joined, split_table(tmp_path, record) as split:
         np.testing.assert_array_equal(split.gather(row_ids), joined.gather(row_ids), strict=True)
@@ -179,7 +221,7 @@ def test_gathered_rows_are_the_callers_own(tmp_path: Path, store: Callable[[Path
 
 
 def test_float32_rows_from_memory_are_the_callers_own() -> None:
-    record = RecordFormat(payload="float32", columns=COLUMNS, scale="none")
+    record = row_format("float32", "none")
     table = InMemoryTable(records(record), record)
     table.gather(as_ids([1]))[...] = 0
     np.testing.assert_array_equal(table.gather(as_ids([1])), true_values(record)[[1]], strict=True)
@@ -244,10 +286,10 @@ def test_short_reads_are_continued(
 
 def test_a_file_one_byte_short_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "records.bin"
-    extent = write_extent(path, records(INT8))
+    part = write_part(path, records(INT8))
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(TableError) as caught:
-        FileTable(table_spec(INT8, [extent]), [(path, extent)])
+        open_file(tmp_path, table_spec(INT8, [part]))
     assert str(caught.value) == f"table file {path} holds 419 bytes, its rows need 420; export it again"
 
 
@@ -274,19 +316,18 @@ def test_a_table_truncated_while_it_is_read_whole_is_named(tmp_path: Path) -> No
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    extent = Extent(file="gone.bin", external=False, offset=0, row_bytes=INT8.record_bytes)
+    part = TablePart(row_bytes=INT8.record_bytes, ranges=(row_range("gone.bin", 0, ROWS),))
     with pytest.raises(TableError) as caught:
-        FileTable(table_spec(INT8, [extent]), [(tmp_path / "gone.bin", extent)])
+        open_file(tmp_path, table_spec(INT8, [part]))
     expected = f"table file {tmp_path / 'gone.bin'} can't be opened: No such file or directory; export the bundle again"
     assert str(caught.value) == expected
 
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
-    extent = Extent(file="folder", external=False, offset=0, row_bytes=1)
-    record = RecordFormat(payload="int8", columns=1, scale="none")
+    part = TablePart(row_bytes=1, ranges=(row_range("folder", 0, 2, offset=0),))
     (tmp_path / "folder").mkdir()
     with (
-        FileTable(table_spec(record, [extent], rows=2), [(tmp_path / "folder", extent)]) as table,
+        open_file(tmp_path, table_spec(row_format("int8", "none", columns=1), [part], rows=2)) as table,
         pytest.raises(TableError) as caught,
     ):
         table.gather(as_ids([1]))
@@ -296,19 +337,18 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
 def test_a_pipe_in_place_of_a_file_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    extent = Extent(file="pipe", external=False, offset=0, row_bytes=INT8.record_bytes)
+    part = TablePart(row_bytes=INT8.record_bytes, ranges=(row_range("pipe", 0, ROWS, offset=0),))
     with pytest.raises(TableError) as caught:
-        FileTable(table_spec(INT8, [extent]), [(path, extent)])
+        open_file(tmp_path, table_spec(INT8, [part]))
     assert str(caught.value) == f"table file {path} holds 0 bytes, its rows need 320; export it again"
 
 
 def test_no_file_stays_open_if_a_later_one_is_missing(tmp_path: Path) -> None:
-    path = tmp_path / "payload.bin"
-    payload = write_extent(path, records(INT8)[:, :COLUMNS])
-    scales = Extent(file="gone.bin", external=False, offset=0, row_bytes=2)
+    payload = write_part(tmp_path / "payload.bin", records(INT8)[:, :COLUMNS])
+    scales = TablePart(row_bytes=2, ranges=(row_range("gone.bin", 0, ROWS),))
     before = open_descriptors()
     with pytest.raises(TableError):
-        FileTable(table_spec(INT8, [payload, scales]), [(path, payload), (tmp_path / "gone.bin", scales)])
+        open_file(tmp_path, table_spec(INT8, [payload, scales]))
     assert open_descriptors() == before
 
 
@@ -345,19 +385,22 @@ def test_a_closed_table_gives_no_rows(tmp_path: Path, reader: Callable[[Path], F
         ("int8", "none", 5, 5, 5),
         ("int8", "float16", 5, 5, 7),
         ("int8", "float32", 5, 5, 9),
+        ("int8", "e8m0", 5, 5, 6),
+        ("int4", "float16", 6, 3, 5),
+        ("float8_e4m3", "none", 5, 5, 5),
     ],
 )
 def test_a_record_has_the_bytes_of_its_values_and_its_scale(
     payload: str, scale: str, columns: int, payload_bytes: int, record_bytes: int
 ) -> None:
-    record = RecordFormat(payload=payload, columns=columns, scale=scale)
+    record = row_format(payload, scale, columns=columns)
     assert (record.payload_bytes, record.record_bytes) == (payload_bytes, record_bytes)
 
 
 @settings(deadline=None)
 @given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20))
 def test_every_bfloat16_is_read_as_ml_dtypes_reads_it(bits: list[int]) -> None:
-    record = RecordFormat(payload="bfloat16", columns=len(bits), scale="none")
+    record = row_format("bfloat16", "none", columns=len(bits))
     raw = np.array([bits], dtype=np.uint16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # signalling NaNs
@@ -365,17 +408,129 @@ def test_every_bfloat16_is_read_as_ml_dtypes_reads_it(bits: list[int]) -> None:
     np.testing.assert_array_equal(record.decode(as_bytes(raw)), expected, strict=True)
 
 
-@pytest.mark.parametrize(("payload", "scale"), [("int4", "none"), ("int8", "bfloat16"), ("", "")])
+@pytest.mark.parametrize(("payload", "scale"), [("int2", "none"), ("int8", "bfloat16"), ("", "")])
 def test_an_unknown_record_format_is_refused(payload: str, scale: str) -> None:
     with pytest.raises(BundleError) as caught:
-        RecordFormat(payload=payload, columns=4, scale=scale)
+        row_format(payload, scale, columns=4)
     assert str(caught.value) == (
-        f"record of {payload} with scale {scale} is unknown; payloads are ['bfloat16', 'float16', 'float32', 'int8'], "
-        f"scales ['float16', 'float32', 'none']"
+        f"record of {payload} with scale {scale} is unknown; payloads are ['bfloat16', 'float16', 'float32', "
+        f"'float8_e4m3', 'int4', 'int8'], scales ['e8m0', 'float16', 'float32', 'none']"
     )
 
 
-def test_a_record_without_columns_is_refused() -> None:
+def test_a_block_of_columns_has_a_scale_of_its_own() -> None:
+    record = row_format("float8_e4m3", "e8m0", columns=256, scale_columns=32)
+    assert (record.payload_bytes, record.num_scales, record.record_bytes) == (256, 8, 264)
+
+
+def random_bytes(*shape: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_every_float8_and_every_e8m0_scale_is_read_as_torch_reads_it() -> None:
+    record = row_format("float8_e4m3", "e8m0", columns=256, scale_columns=4)
+    data = np.concatenate([np.arange(256, dtype=np.uint8), np.arange(60, 124, dtype=np.uint8)])
+    payload = torch.from_numpy(data[:256]).view(torch.float8_e4m3fn).float()
+    scales = torch.from_numpy(data[256:]).view(torch.float8_e8m0fnu).float()
+    expected = (payload.reshape(64, 4) * scales[:, None]).reshape(1, 256)
+    np.testing.assert_array_equal(record.decode(data[None]), expected.numpy(), strict=True)
+
+
+def test_every_power_of_two_of_e8m0_is_read_as_ml_dtypes_reads_it() -> None:
+    record = row_format("int8", "e8m0", columns=256, scale_columns=1)
+    data = np.concatenate([np.ones(256, dtype=np.uint8), np.arange(256, dtype=np.uint8)])
+    expected = data[256:].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(record.decode(data[None])[0], expected, strict=True)
+
+
+def test_int4_is_read_as_onnx_packs_it() -> None:
+    values = random_bytes(9, 8).view(np.int8) >> 4
+    packed = np.frombuffer(numpy_helper.from_array(values.astype(ml_dtypes.int4)).raw_data, dtype=np.uint8)
+    found = row_format("int4", "none", columns=8).decode(packed.reshape(9, 4))
+    np.testing.assert_array_equal(found, values.astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize("payload", ["int4", "int8", "float8_e4m3"])
+@pytest.mark.parametrize("scale", ["float16", "float32", "e8m0"])
+@pytest.mark.parametrize("scale_columns", [2, 4, 12])
+def test_each_block_of_columns_is_multiplied_by_its_scale(payload: str, scale: str, scale_columns: int) -> None:
+    record = row_format(payload, scale, columns=12, scale_columns=scale_columns)
+    codes = random_bytes(5, record.payload_bytes) & np.uint8(0x77)  # no NaN
+    scales = np.exp2(random_bytes(5, 12 // scale_columns) % 8).astype(SCALE_DTYPES[scale])
+    plain = row_format(payload, "none", columns=12).decode(codes)
+    wide = np.repeat(scales.astype(np.float32), scale_columns, axis=1)
+    np.testing.assert_array_equal(
+        record.decode(np.concatenate([codes, as_bytes(scales)], axis=1)), plain * wide, strict=True
+    )
+
+
+def test_the_factor_of_a_table_multiplies_every_value() -> None:
+    codes = random_bytes(5, 6) & np.uint8(0x77)
+    plain, scaled = (row_format("float8_e4m3", "none", factor=factor) for factor in (NO_FACTOR, "0x1.99999a0000000p-4"))
+    np.testing.assert_array_equal(scaled.decode(codes), plain.decode(codes) * np.float32(0.1), strict=True)
+
+
+@pytest.mark.parametrize("payload", ["int4", "float8_e4m3", "float32"])
+def test_no_records_are_no_rows(payload: str) -> None:
+    record = row_format(payload, "float16", scale_columns=2)
+    assert record.decode(np.empty((0, record.record_bytes), dtype=np.uint8)).shape == (0, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    ["1.0", "0x1p+0", "", "inf", "nan", "0x0.0p+0", "-0x1.0000000000000p+0", "0x1.0000000000001p+0", "0x1p+99999"],
+)
+def test_a_factor_that_is_no_positive_float32_is_refused(factor: str) -> None:
     with pytest.raises(BundleError) as caught:
-        RecordFormat(payload="int8", columns=0, scale="none")
-    assert str(caught.value) == "record has 0 columns, expected at least 1"
+        row_format("int8", "none", factor=factor)
+    assert str(caught.value) == (
+        f"record factor is {factor!r}, expected a positive float32 spelt like 0x1.0000000000000p+0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("payload", "scale", "columns", "scale_columns", "expected"),
+    [
+        ("int8", "none", 0, 0, "record has 0 columns, expected at least 1"),
+        ("int4", "none", 5, 5, "record has 5 columns of int4, expected an even number"),
+        ("int8", "none", 6, 3, "record without scales has scale_columns 3, expected 6"),
+        ("int8", "float16", 6, 4, "record has scale_columns 4, expected a divisor of 6"),
+        ("int8", "float16", 6, 12, "record has scale_columns 12, expected a divisor of 6"),
+    ],
+)
+def test_a_record_that_does_not_add_up_is_refused(
+    payload: str, scale: str, columns: int, scale_columns: int, expected: str
+) -> None:
+    with pytest.raises(BundleError) as caught:
+        RecordFormat(payload=payload, columns=columns, scale=scale, scale_columns=scale_columns)
+    assert str(caught.value) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    starts=st.sets(st.integers(1, ROWS - 1), max_size=8),
+    row_ids=st.lists(st.integers(0, ROWS - 1), max_size=20),
+    first=st.integers(0, ROWS),
+    count=st.integers(0, ROWS),
+)
+def test_rows_are_the_same_however_the_table_is_cut_into_ranges(
+    tmp_path_factory: pytest.TempPathFactory, starts: set[int], row_ids: list[int], first: int, count: int
+) -> None:
+    stop = min(first + count, ROWS)
+    with sharded_table(tmp_path_factory.getbasetemp(), starts=(0, *sorted(starts))) as table:
+        np.testing.assert_array_equal(table.gather(as_ids(row_ids)), true_values(INT8)[row_ids], strict=True)
+        np.testing.assert_array_equal(table.read_rows(first, stop - first), records(INT8)[first:stop], strict=True)
+
+
+def test_no_read_crosses_the_end_of_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sharded_table(tmp_path, starts=(0, 7)) as table:
+        reads = reads_of(monkeypatch)
+        table.gather(as_ids([6, 7]))
+    later = 33 * COLUMNS + 3  # rows 7 to 39 and the gap come first in the file
+    assert reads == [(OFFSET + later + 6 * COLUMNS, COLUMNS), (OFFSET, COLUMNS), (10, 2), (12, 2)]
+
+
+def test_a_file_of_many_ranges_is_opened_once(tmp_path: Path) -> None:
+    before = open_descriptors()
+    with sharded_table(tmp_path):
+        assert open_descriptors() == before + 4

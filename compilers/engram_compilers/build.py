@@ -76,12 +76,12 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
     model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
-        module = lower(model, decoder, packed, family=profile.kernels, passes=profile.passes)
+        lowered = lower(model, decoder, packed, family=profile.kernels, passes=profile.passes)
         weights_bytes = packed.bytes
     report(f"generating code for {profile.mcpu}")
     target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
     # Bytecode, not exec_mode="compiled": LLVM needs minutes for a function of 500 calls and saves 0.1 us a call.
-    executable = relax.build(module, target, relax_pipeline=relax.get_default_pipeline(target))
+    executable = relax.build(lowered.module, target, relax_pipeline=relax.get_default_pipeline(target))
     executable.export_library(str(folder / LIBRARY_FILE), fcompile=link)
     shutil.copyfile(Path(tvm.__file__).parent / "lib" / RUNTIME_FILE, folder / RUNTIME_FILE)
     return LibraryInfo(
@@ -101,4 +101,5 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
         },
         passes=profile.passes,
         tensors=tuple(packed.tensors.values()),
+        expert_bytes=lowered.expert_bytes,
     )

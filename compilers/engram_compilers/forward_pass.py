@@ -1,6 +1,7 @@
 """One forward pass of a fixed number of tokens, being lowered from ONNX to Relax."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -11,18 +12,27 @@ from tvm import relax, tirx
 from engram_compilers.kernels import activation, normalise, quantise
 from engram_compilers.onnx_model import Node, OnnxModel, Weight
 from engram_compilers.packed_weights import Pack, WeightArguments
-from engram_compilers.values import Activation, Batched, Deferred, Half, HalfSigmoid, HalfSilu, Value
+from engram_compilers.values import Activation, Batched, Deferred, Half, HalfSigmoid, HalfSilu, Softmax, Value
 from engram_runtime.errors import CompileError
 
 MakeKernel = Callable[[], tirx.PrimFunc]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRead:
+    """What a mixture of experts reads in a forward pass: ``count i32 [1]`` experts of ``expert_bytes`` each."""
+
+    count: relax.Expr
+    expert_bytes: int
+
+
 class KernelCache:
     """The kernels of a library, each generated once for its name."""
 
-    def __init__(self, builder: relax.BlockBuilder, family: ModuleType) -> None:
+    def __init__(self, builder: relax.BlockBuilder, family: ModuleType, expert_family: ModuleType) -> None:
         self.builder = builder
         self.family = family  # engram_compilers.kernels.<family>
+        self.expert_family = expert_family  # engram_compilers.kernels.<family>_experts
         self._known: dict[str, Any] = {}
 
     def get(self, name: str, make: MakeKernel) -> Any:
@@ -40,6 +50,7 @@ class ForwardPass:
         self.arguments = arguments
         self.model = model
         self.position: relax.Expr = None
+        self.expert_reads: list[ExpertRead] = []
         self._values: dict[str, Value] = {**model.constants, **model.weights}
         self._quantised: dict[Activation, list[relax.Expr]] = {}
 
@@ -74,6 +85,8 @@ class ForwardPass:
             begin = value.index * width
             sliced = relax.op.strided_slice(value.whole.expr, [-1], [begin], [begin + width])
             return self.emit(sliced, (*value.whole.shape[:-1], width))
+        if isinstance(value, Softmax):
+            return self.emit(relax.op.nn.softmax(value.whole.expr, axis=-1), value.whole.shape)
         half = self.materialise(value.half)
         operator = relax.op.sigmoid if isinstance(value, HalfSigmoid) else relax.op.nn.silu
         assert isinstance(value, HalfSigmoid | HalfSilu)

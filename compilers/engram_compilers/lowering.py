@@ -2,12 +2,14 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tvm
 from tvm import relax
 
 from engram_compilers.attention_converters import ATTENTION_CONVERTERS
-from engram_compilers.forward_pass import Converters, ForwardPass, KernelCache
+from engram_compilers.expert_converters import EXPERT_CONVERTERS
+from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass, KernelCache
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
 from engram_compilers.kernels.copying import copy
 from engram_compilers.onnx_model import Node, OnnxModel
@@ -17,29 +19,40 @@ from engram_compilers.values import Activation
 from engram_runtime.errors import CompileError
 from engram_runtime.manifest import GraphSpec, StateSpec
 
-CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS, **ATTENTION_CONVERTERS}
+CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS, **ATTENTION_CONVERTERS, **EXPERT_CONVERTERS}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoweredGraph:
+    """A module, and the bytes of one expert of each layer that has them, in graph order."""
+
+    module: tvm.IRModule
+    expert_bytes: tuple[int, ...]
 
 
 def lower(
     model: OnnxModel, spec: GraphSpec, packed: PackedWeights, *, family: str, passes: Sequence[tuple[int, int]]
-) -> tvm.IRModule:
+) -> LoweredGraph:
     """Lower every (tokens, rows of logits) of ``passes`` to a function ``forward_<T>_<R>``.
 
     The functions take the graph's inputs, its states, which they update in place, then ``packed``'s tensors in order.
+    They return the logits, the windows, and of each layer with experts how many it has read.
 
     Raises:
         CompileError: an operator, or a use of one, that has no lowering.
     """
     builder = relax.BlockBuilder()
-    kernels = KernelCache(builder, importlib.import_module(f"engram_compilers.kernels.{family}"))
+    modules = (importlib.import_module(f"engram_compilers.kernels.{name}") for name in (family, f"{family}_experts"))
+    kernels = KernelCache(builder, *modules)
+    reads: list[ExpertRead] = []
     for tokens, rows in passes:
-        _lower_pass(model, spec, WeightArguments(packed), kernels, tokens, rows)
-    return builder.get()
+        reads = _lower_pass(model, spec, WeightArguments(packed), kernels, tokens, rows)
+    return LoweredGraph(builder.get(), tuple(read.expert_bytes for read in reads))
 
 
 def _lower_pass(
     model: OnnxModel, spec: GraphSpec, weights: WeightArguments, kernels: KernelCache, tokens: int, rows: int
-) -> None:
+) -> list[ExpertRead]:
     builder = kernels.builder
     forward = ForwardPass(kernels, weights, model)
     arguments = _define_inputs(forward, spec, tokens, rows)
@@ -48,8 +61,11 @@ def _lower_pass(
             for node in model.nodes:
                 _convert(forward, node)
             written = [_write_back(forward, state) for state in spec.states if state.kind == "window"]
-            outputs = [builder.emit_output(value.expr) for value in (_activation(forward, "logits"), *written)]
+            results = [value.expr for value in (_activation(forward, "logits"), *written)]
+            results += [read.count for read in forward.expert_reads]
+            outputs = [builder.emit_output(result) for result in results]
         builder.emit_func_output(relax.Tuple(outputs), [*arguments, *weights.variables.values()])
+    return forward.expert_reads
 
 
 def _define_inputs(forward: ForwardPass, spec: GraphSpec, tokens: int, rows: int) -> list[relax.Var]:

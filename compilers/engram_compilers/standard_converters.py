@@ -17,6 +17,7 @@ from engram_compilers.values import (
     Half,
     HalfSigmoid,
     HalfSilu,
+    Softmax,
     TransposedWeight,
     TwoLevelScales,
     Value,
@@ -53,7 +54,7 @@ def mul(forward: ForwardPass, node: Node) -> Sequence[Value]:
             return [HalfSilu(half)]
         case [HalfSilu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
             return [forward.silu_mul(whole)]
-        case [Weight() as multiplier, Weight() as scale] if scale.shape == (multiplier.shape[0], 1):
+        case [Weight() as multiplier, Weight() as scale] if scale.shape == (*multiplier.shape[:-1], 1):
             return [TwoLevelScales(multiplier, scale)]
         case _:
             return elementwise(relax.op.multiply, np.multiply)(forward, node)
@@ -66,6 +67,14 @@ def sigmoid(forward: ForwardPass, node: Node) -> Sequence[Value]:
         return [HalfSigmoid(value)]
     x = forward.activation(node, 0)
     return [forward.emit(relax.op.sigmoid(x.expr), x.shape)]
+
+
+def softmax(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Softmax of the last axis, put off, as a mixture of experts computes it itself."""
+    x = forward.activation(node, 0)
+    if node.attributes.get("axis", -1) not in (-1, len(x.shape) - 1):
+        raise CompileError(f"{node.operator} of axis {node.attributes['axis']} is not supported")
+    return [Softmax(x)]
 
 
 def split(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -97,9 +106,9 @@ def cast(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 
 def expand(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Expand; only scales ``[N, 1]`` over the blocks of a weight."""
+    """Expand; only scales ``[N, 1]`` or ``[E, N, 1]`` over the blocks of a weight."""
     value = forward.get(node.inputs[0])
-    if not isinstance(value, Weight) or value.shape[1:] != (1,):
+    if not isinstance(value, Weight) or value.shape[-1] != 1:
         raise CompileError(f"{node.operator} of {value!r} is not supported")
     return [ChannelScales(value)]
 
@@ -262,6 +271,7 @@ STANDARD_CONVERTERS: Converters = {
     "Sigmoid": sigmoid,
     "Sign": elementwise(relax.op.sign, np.sign),
     "Slice": slice_,
+    "Softmax": softmax,
     "Split": split,
     "Sqrt": elementwise(relax.op.sqrt, np.sqrt),
     "Squeeze": squeeze,

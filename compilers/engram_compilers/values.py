@@ -27,14 +27,14 @@ class Batched:
 
 @dataclass(frozen=True, slots=True)
 class ChannelScales:
-    """``scale [N, 1]`` spread over the blocks of each row."""
+    """``scale [N, 1]`` spread over the blocks of each row; of experts ``[E, N, 1]``."""
 
     scale: Weight
 
 
 @dataclass(frozen=True, slots=True)
 class TwoLevelScales:
-    """``multiplier [N, K / 32] * scale [N, 1]``."""
+    """``multiplier [N, K / 32] * scale [N, 1]``; of experts ``[E, N, K / 32] * [E, N, 1]``."""
 
     multiplier: Weight
     scale: Weight
@@ -69,7 +69,14 @@ class HalfSilu:
     half: Half
 
 
-Deferred = Half | HalfSigmoid | HalfSilu
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """softmax over an activation's last axis."""
+
+    whole: Activation
+
+
+Deferred = Half | HalfSigmoid | HalfSilu | Softmax
 Value = (
     Activation | Batched | ChannelScales | TwoLevelScales | TransposedWeight | Weight | Deferred | NDArray[Any] | None
 )

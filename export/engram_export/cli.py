@@ -82,11 +82,12 @@ class TerminalReporter:
 )
 @click.option(
     "--tables",
-    type=click.Choice(["copy", "reference"]),
+    type=click.Choice(["copy", "reference", "repack"]),
     default="copy",
     show_default=True,
-    help="Copy tables into the bundle, or read them in place.",
+    help="Copy tables into the bundle, read them in place, or quantise their rows anew.",
 )
+@click.option("--table-dtype", type=click.Choice(["int8", "int4", "fp8"]), help="What --tables repack makes of rows.")
 @click.option("--context", type=int, help="Tokens a sequence may have.  [default: what the model was trained for]")
 @click.option("--engram", type=click.Path(path_type=Path), help="Folder with an Engram site to add.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
@@ -96,6 +97,7 @@ def export(
     out: Path,
     quant: str,
     tables: str,
+    table_dtype: str | None,
     context: int | None,
     engram: Path | None,
     force: bool,
@@ -107,7 +109,14 @@ def export(
     except ModuleNotFoundError as error:
         raise TargetError(f"engram-export needs {error.name}: pip install 'engram-edge[export]'") from error
     options = ExportOptions(
-        checkpoint=checkpoint, out=out, quant=quant, tables=tables, context=context, engram=engram, replace=force
+        checkpoint=checkpoint,
+        out=out,
+        quant=quant,
+        tables=tables,
+        table_dtype=table_dtype,
+        context=context,
+        engram=engram,
+        replace=force,
     )
     started = time.monotonic()
     reporter = TerminalReporter()

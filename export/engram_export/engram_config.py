@@ -2,7 +2,8 @@
 
 Mandatory: ``layer_ids`` (one, 0-based), ``ngram_orders``, ``num_hash_heads``, ``row_dim``, ``num_rows``, ``gate``
 (two norm eps and the floor of the signed root) and ``hash`` (multipliers, primes, offsets, pad id, frozen).
-Optional: ``conv`` (kernel, dilation, norm eps), the gate's ``bias``, ``output_scale``, the hash's ``token_map``.
+Optional: ``conv`` (kernel, dilation, norm eps), the gate's ``bias``, ``output_scale``, the hash's ``token_map``,
+``barrier_ids`` and ``silent_ids``, which are raw ids.
 Norm gains are there when their tensors are.
 """
 
@@ -11,7 +12,7 @@ from typing import Self
 
 from engram_runtime.errors import BundleError, CheckpointError
 from engram_runtime.hashing import derive_multipliers
-from engram_runtime.manifest import KeyerSpec
+from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.strict_json import Fields
 
 
@@ -56,7 +57,7 @@ class EngramConfig:
     conv: ConvConfig | None
     token_map: str | None
     compressed_vocab_size: int | None
-    keyer: KeyerSpec
+    keyer: NgramKeyerSpec
 
     @property
     def site(self) -> str:
@@ -103,16 +104,18 @@ class EngramConfig:
         return config
 
 
-def _keyer(fields: Fields, hashing: Fields) -> KeyerSpec:
-    return KeyerSpec(
-        kind=hashing.take("kind", str),
+def _keyer(fields: Fields, hashing: Fields) -> NgramKeyerSpec:
+    if (kind := hashing.take("kind", str)) != NgramKeyerSpec.KIND:
+        raise CheckpointError(f"the engram block has hash kind {kind!r}, supported is {NgramKeyerSpec.KIND!r}")
+    return NgramKeyerSpec(
         orders=fields.integers("ngram_orders"),
         num_heads=fields.count("num_hash_heads", least=1),
         multipliers=hashing.integers("multipliers"),
         primes=hashing.integers("primes"),
         offsets=hashing.integers("offsets"),
         pad_id=hashing.count("pad_id"),
-        token_map=None,
+        barrier_ids=hashing.integers("barrier_ids") if hashing.given("barrier_ids") else (),
+        silent_ids=hashing.integers("silent_ids") if hashing.given("silent_ids") else (),
     )
 
 

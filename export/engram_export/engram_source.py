@@ -1,28 +1,26 @@
 """Where a checkpoint's Engram sites come from: its own config and tensors, or a folder added at export."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_export.checkpoint import Checkpoint
 from engram_export.engram_config import EngramConfig
+from engram_export.host_table import RawTensors, TableSource, table_source
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
-from engram_export.safetensors_header import TensorEntry
 from engram_export.source_files import parse_json_object, read_small_file
 from engram_export.token_compression import compress_vocabulary
 from engram_runtime.errors import CheckpointError
-from engram_runtime.records import RecordFormat
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "engram.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
 DERIVE_FROM_TOKENIZER = "tokenizer"
-PAYLOADS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
-SCALES = {"F16": "float16", "F32": "float32"}
+
 
 # Weight of the site's module -> tensor of the checkpoint, after its prefix.
 SITE_WEIGHTS: Mapping[str, str] = {
@@ -35,16 +33,6 @@ SITE_WEIGHTS: Mapping[str, str] = {
     "conv.weight": "conv.weight",
 }
 GAINS = ("query_norm.weight", "key_norm.weight", "conv.norm.weight")  # one where the checkpoint has none
-
-
-class RawTensors(Protocol):
-    """Tensors whose bytes can be found in their files."""
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> str: ...
-    def read_raw(self, name: str) -> NDArray[np.generic]: ...
-    def locate(self, name: str) -> tuple[Path, TensorEntry]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,34 +51,30 @@ class EngramSource:
         """Whether the checkpoint has this site tensor."""
         return self.tensor(name) in self.tensors.names()
 
-    def table_parts(self) -> list[str]:
-        """Return the tensors that make up a row, payload first."""
-        return [self.tensor("table.rows"), *([self.tensor("table.scales")] if self.has("table.scales") else [])]
+    def table(self) -> TableSource:
+        """Describe the site's rows, without a token map; only headers are read.
 
-    def record_format(self) -> RecordFormat:
-        """Return the row's format, checked against the config."""
-        rows, config = self.tensor("table.rows"), self.config
-        if (shape := self.tensors.shape(rows)) != (config.num_rows, config.row_dim):
+        Raises:
+            CheckpointError: tensors that are not what the config says.
+        """
+        config = self.config
+        if config.num_rows != config.keyer.min_rows:
             raise CheckpointError(
-                f"{rows} has shape {list(shape)}, the config wants {[config.num_rows, config.row_dim]}"
+                f"the engram block has {config.num_rows} rows, its primes sum to {config.keyer.min_rows}"
             )
-        if config.num_rows != (total := sum(config.keyer.primes)):
-            raise CheckpointError(f"the engram block has {config.num_rows} rows, its primes sum to {total}")
-        return RecordFormat(payload=self._payload(rows), columns=config.row_dim, scale=self._scale())
+        return table_source(
+            site=config.site,
+            keyer=config.keyer,
+            token_map=None,
+            columns=config.row_dim,
+            tensors=self.tensors,
+            payload=[self.tensor("table.rows")],
+            scales=[self.tensor("table.scales")] if self.has("table.scales") else [],
+        )
 
-    def _payload(self, rows: str) -> str:
-        if (dtype := self.tensors.dtype(rows)) not in PAYLOADS:
-            raise CheckpointError(f"{rows} has dtype {dtype}, supported are {sorted(PAYLOADS)}")
-        return PAYLOADS[dtype]
-
-    def _scale(self) -> str:
-        if not self.has("table.scales"):
-            return "none"
-        scales = self.tensor("table.scales")
-        dtype, shape = self.tensors.dtype(scales), self.tensors.shape(scales)
-        if dtype not in SCALES or shape != (self.config.num_rows,):
-            raise CheckpointError(f"{scales} is {dtype} {list(shape)}, expected one F16 or F32 for each row")
-        return SCALES[dtype]
+    def table_with_map(self, vocab_size: int, tokenizer_json: bytes | None) -> TableSource:
+        """Describe the site's rows and the ids that lead to them; raises CheckpointError."""
+        return dataclasses.replace(self.table(), token_map=self.token_map(vocab_size, tokenizer_json))
 
     def token_map(self, vocab_size: int, tokenizer_json: bytes | None) -> NDArray[np.int32] | None:
         """Return ``[V]`` raw id -> compressed id, or None where raw ids are hashed."""

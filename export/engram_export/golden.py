@@ -18,7 +18,7 @@ def write_golden(bundle: Bundle, token_ids: NDArray[np.int64], logits: NDArray[n
     """Write ``golden/golden.json`` for ``[T]`` token ids and the ``[T, V]`` logits onnxruntime gave for them."""
     tables = []
     for site in open_sites(bundle):
-        row_ids = site.ngram_hash.row_ids([], token_ids[:TABLE_TOKENS])
+        row_ids = site.keyer.row_ids([], token_ids[:TABLE_TOKENS])
         rows = site.rows([], token_ids[:TABLE_TOKENS])
         tables.append(TableGolden(site=site.name, row_ids=row_ids.tolist(), rows_sha256=record_digest(rows)))
         site.table.close()

@@ -38,7 +38,7 @@ class FloatLinear(nn.Module):
 
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = _parameter(out_features, in_features)
+        self.weight = empty_parameter(out_features, in_features)
 
     def encode(self, weight: NDArray[np.float32]) -> Arrays:
         """See `WeightModule`."""
@@ -55,9 +55,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
-        blocks = _blocks(name, in_features)
-        self.codes = _parameter(out_features, blocks, BLOCK, dtype=torch.uint8)
-        self.scale = _parameter(out_features, 1)
+        blocks = num_blocks(name, in_features)
+        self.codes = empty_parameter(out_features, blocks, BLOCK, dtype=torch.uint8)
+        self.scale = empty_parameter(out_features, 1)
 
     def encode(self, weight: NDArray[np.float32]) -> Arrays:
         """See `WeightModule`."""
@@ -75,11 +75,11 @@ class Int4Linear(nn.Module):
 
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
-        blocks = _blocks(name, in_features)
-        self.codes = _parameter(out_features, blocks, BLOCK // 2, dtype=torch.uint8)
-        self.multiplier = _parameter(out_features, blocks, dtype=torch.uint8)
-        self.zero = _parameter(out_features, (blocks + 1) // 2, dtype=torch.uint8)
-        self.scale = _parameter(out_features, 1)
+        blocks = num_blocks(name, in_features)
+        self.codes = empty_parameter(out_features, blocks, BLOCK // 2, dtype=torch.uint8)
+        self.multiplier = empty_parameter(out_features, blocks, dtype=torch.uint8)
+        self.zero = empty_parameter(out_features, (blocks + 1) // 2, dtype=torch.uint8)
+        self.scale = empty_parameter(out_features, 1)
 
     def encode(self, weight: NDArray[np.float32]) -> Arrays:
         """See `WeightModule`."""
@@ -101,11 +101,11 @@ class BlockLinear(nn.Module):
 
     def __init__(self, name: str, in_features: int, out_features: int, bits: int) -> None:
         super().__init__()
-        blocks = _blocks(name, in_features)
+        blocks = num_blocks(name, in_features)
         self.bits = bits
         self.label = f"Q{bits}_0"
-        self.codes = _parameter(out_features, blocks, BLOCK * bits // 8, dtype=torch.uint8)
-        self.block_scale = _parameter(out_features, blocks)
+        self.codes = empty_parameter(out_features, blocks, BLOCK * bits // 8, dtype=torch.uint8)
+        self.block_scale = empty_parameter(out_features, blocks)
 
     def encode_blocks(self, codes: NDArray[np.uint8], block_scale: NDArray[np.float32]) -> Arrays:
         """Return the parameters for codes ``[N, K]`` and scales ``[N, K / 32]`` read from the checkpoint."""
@@ -123,7 +123,7 @@ class FloatEmbedding(nn.Module):
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = _parameter(vocab_size, hidden_size)
+        self.weight = empty_parameter(vocab_size, hidden_size)
 
     def encode(self, weight: NDArray[np.float32]) -> Arrays:
         """See `WeightModule`."""
@@ -158,7 +158,8 @@ def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return codes[..., ::2] | codes[..., 1::2] << np.uint8(4)
 
 
-def _blocks(name: str, in_features: int) -> int:
+def num_blocks(name: str, in_features: int) -> int:
+    """Return the blocks of a row of weight ``name``; raises CheckpointError if they aren't whole."""
     if in_features % BLOCK:
         raise CheckpointError(
             f"{name} has {in_features} inputs, quantised weights need a multiple of {BLOCK}; export with --quant none"
@@ -166,5 +167,6 @@ def _blocks(name: str, in_features: int) -> int:
     return in_features // BLOCK
 
 
-def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """Return a parameter that is never trained, its memory not yet written."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,15 +11,25 @@ from typing import Protocol
 
 from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
 from engram_export.golden import write_golden
+from engram_export.host_table import TableSource
 from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.plan import ExportPlan, plan_export
 from engram_export.source import ModelSource, open_source
 from engram_export.staging import staged_folder
 from engram_export.streamed import BundleRows, ReportedRows
-from engram_export.table_writer import copy_table, reference_table, write_token_map
+from engram_export.table_writer import (
+    WrittenTable,
+    check_table_options,
+    copy_table,
+    reference_table,
+    repack_table,
+    write_token_map,
+    written_format,
+)
 from engram_export.verify import (
     Verification,
     bundle_logits,
+    bundle_rows,
     check_parity,
     compare,
     exact_graph_logits,
@@ -29,7 +39,8 @@ from engram_export.verify import (
 from engram_export.weights_file import SafetensorsWriter
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_sha256, manifest_bytes
 from engram_runtime.errors import CheckpointError
-from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo, TableSpec
+from engram_runtime.manifest import DECODER, FileEntry, GraphSpec, Manifest, ModelInfo
+from engram_runtime.table_spec import TableSpec
 
 Progress = Callable[[int], None]
 GRAPH_FOLDER, GRAPH_FILE, WEIGHTS_FILE = "graph", "decoder.onnx", "weights.safetensors"
@@ -45,6 +56,7 @@ class ExportOptions:
     out: Path
     quant: str
     tables: str
+    table_dtype: str | None = None
     context: int | None
     engram: Path | None
     replace: bool
@@ -74,19 +86,21 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         RequestError: a place or context that can't be.
         VerificationError: the bundle does not compute what the checkpoint's model does.
     """
+    check_table_options(options.tables, options.table_dtype)
     source = open_source(options.checkpoint, engram=options.engram, context=options.context)
     chosen = weight_format(options.quant, source.kept_type)
+    check_scales(source.tables, reporter)
     with staged_folder(options.out, replace=options.replace) as folder:
-        plan = plan_export(source, chosen, options.tables)
+        plan = plan_export(source, chosen, options.tables, options.table_dtype)
         check_kept(options.quant, plan)
         reporter.plan(plan)
         reporter.step("tracing the graph")
         graph = trace(lambda: source.build(chosen))
         decoder = write_graph(source, graph, folder, reporter)
-        tables = write_tables(source, options.tables, folder, reporter)
+        written = write_tables(source.tables, options.tables, options.table_dtype, folder, reporter)
         write_tokenizer(source, folder)
-        bundle = Bundle(folder, draft_manifest(source, options.quant, decoder, tables))
-        verification = verify_bundle(source, bundle, chosen, reporter)
+        bundle = Bundle(folder, draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written)))
+        verification = verify_bundle(source, bundle, chosen, reporter, repacked=options.table_dtype is not None)
         finish_manifest(bundle, reporter)
     return verification
 
@@ -114,23 +128,34 @@ def write_graph(source: ModelSource, graph: TracedGraph, folder: Path, reporter:
     return graph.save(folder / GRAPH_FOLDER / GRAPH_FILE, WEIGHTS_FILE, writer.offsets)
 
 
-def write_tables(source: ModelSource, mode: str, folder: Path, reporter: Reporter) -> tuple[TableSpec, ...]:
-    """Copy or refer to the tables of all sites."""
-    if not source.sites:
-        return ()
+def check_scales(tables: Sequence[TableSource], reporter: Reporter) -> None:
+    """Read every scale of the tables: one that is no number must be found before anything is written."""
+    for table in tables:
+        if table.scales_bytes:
+            with reporter.stage(f"scales {table.site}", table.scales_bytes) as progress:
+                table.check_scales(progress)
+
+
+def write_tables(
+    tables: Sequence[TableSource], mode: str, dtype: str | None, folder: Path, reporter: Reporter
+) -> list[WrittenTable]:
+    """Copy the tables, repack them as ``dtype``, or refer to them."""
+    if not tables:
+        return []
     (folder / TABLE_FOLDER).mkdir()
-    specs = []
-    for site in source.sites:
-        keyer = write_token_map(
-            site, source.architecture.text.vocab_size, source.checkpoint.tokenizer_json, folder / TABLE_FOLDER
-        )
+    written = []
+    for table in tables:
+        keyer = write_token_map(table, folder / TABLE_FOLDER)
         if mode == "reference":
-            specs.append(reference_table(site, keyer))
+            written.append(WrittenTable(spec=reference_table(table, keyer), errors=None))
             continue
-        total = site.config.num_rows * site.record_format().record_bytes
-        with reporter.stage(f"table {site.config.site}", total) as progress:
-            specs.append(copy_table(site, keyer, folder / TABLE_FOLDER, progress))
-    return tuple(specs)
+        total = table.num_rows * written_format(table.record, dtype).record_bytes
+        with reporter.stage(f"table {table.site}", total) as progress:
+            if dtype is None:
+                written.append(copy_table(table, keyer, folder / TABLE_FOLDER, progress))
+            else:
+                written.append(repack_table(table, keyer, dtype, folder / TABLE_FOLDER, progress))
+    return written
 
 
 def write_tokenizer(source: ModelSource, folder: Path) -> None:
@@ -164,14 +189,23 @@ def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: 
         context_length=source.context_length,
     )
     return Manifest(
-        producer=f"engram-edge {version('engram-edge')}", model=model, decoder=decoder, tables=tables, files=()
+        producer=f"engram-edge {version('engram-edge')}",
+        model=model,
+        graphs={DECODER: decoder},
+        tables=tables,
+        files=(),
     )
 
 
-def verify_bundle(source: ModelSource, bundle: Bundle, chosen: WeightFormat, reporter: Reporter) -> Verification:
+def verify_bundle(
+    source: ModelSource, bundle: Bundle, chosen: WeightFormat, reporter: Reporter, *, repacked: bool
+) -> Verification:
     """Hold the graph against torch with the same weights, and the bundle against the float32 model, on a fixed text.
 
     What the bundle said is kept as golden.
+
+    Args:
+        repacked: the bundle's rows are not the checkpoint's, so the graph is held against torch with those rows.
 
     Raises:
         VerificationError: the graph is not the model.
@@ -180,8 +214,11 @@ def verify_bundle(source: ModelSource, bundle: Bundle, chosen: WeightFormat, rep
     with reporter.stage("verify", source.weights.count() * 4) as progress:
         reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress))
     reporter.step("running the graph")
-    stored = BundleRows.open(source, bundle.file(bundle.manifest.decoder.weights))
-    same_weights = reference if chosen is FLOAT else reference_logits(source, token_ids, chosen, stored)
+    same_weights = reference
+    if repacked or chosen is not FLOAT:
+        stored = BundleRows.open(source, bundle.file(bundle.manifest.decoder.weights))
+        rows = bundle_rows(bundle, token_ids) if repacked else None
+        same_weights = reference_logits(source, token_ids, chosen, encoded=stored, rows=rows)
     graph = compare(same_weights, exact_graph_logits(bundle, token_ids.tolist(), threads=VERIFY_THREADS))
     check_parity(graph)
     found = bundle_logits(bundle, token_ids.tolist(), executor="onnxruntime", threads=VERIFY_THREADS)

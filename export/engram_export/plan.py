@@ -6,6 +6,7 @@ from math import prod
 
 from engram_export.formats import WeightFormat
 from engram_export.source import ModelSource
+from engram_export.table_writer import written_format
 from engram_runtime.manifest import StateSpec
 
 
@@ -38,18 +39,18 @@ class ExportPlan:
     sites: tuple[SitePlan, ...]
 
 
-def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str) -> ExportPlan:
+def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, table_dtype: str | None) -> ExportPlan:
     """Work out sizes from shapes alone."""
     skeleton = source.skeleton(chosen)
     states = skeleton.state_specs()
     sites = tuple(
         SitePlan(
-            site=site.config.site,
-            rows=site.config.num_rows,
-            record_bytes=site.record_format().record_bytes,
-            rows_per_token=site.config.num_columns,
+            site=table.site,
+            rows=table.num_rows,
+            record_bytes=written_format(table.record, table_dtype).record_bytes,
+            rows_per_token=table.keyer.columns,
         )
-        for site in source.sites
+        for table in source.tables
     )
     return ExportPlan(
         model=source.checkpoint.source,

@@ -19,6 +19,7 @@ from engram_export.engram_source import EngramSource, engram_sources, site_name_
 from engram_export.families import Architecture, read_architecture
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
+from engram_export.host_table import TableSource
 from engram_export.linear import BlockLinear, WeightModule
 from engram_export.tensor_union import TensorUnion
 from engram_export.weight_map import Joined, WeightSource
@@ -36,6 +37,7 @@ class ModelSource:
     checkpoint: Checkpoint
     architecture: Architecture
     sites: list[EngramSource]
+    tables: list[TableSource]  # in the order the module takes their rows
     context_length: int
     weights: WeightSource
     computed: Mapping[str, NDArray[np.float32]]
@@ -112,8 +114,11 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
         skeleton = _build(architecture, sites, context_length, FLOAT)
     computed = {**skeleton.computed(), **unit_gains(sites, architecture.text.hidden_size)}
     wanted = {name: tuple(values.shape) for name, values in skeleton.named_parameters() if name not in computed}
-    weights = _resolve(checkpoint, architecture, sites, wanted)
-    return ModelSource(checkpoint, architecture, sites, context_length, weights, computed)
+    tables = _tables(checkpoint, architecture, sites)
+    weights = _resolve(checkpoint, architecture, sites, tables, wanted)
+    by_site = {table.site: table for table in tables}
+    ordered = [by_site[table.site] for table in skeleton.table_inputs()]
+    return ModelSource(checkpoint, architecture, sites, ordered, context_length, weights, computed)
 
 
 def load_own_parameters(model: Decoder, source: ModelSource) -> None:
@@ -132,18 +137,25 @@ def _build(
     return architecture.build(context_length, weight_format, modules)
 
 
+def _tables(checkpoint: Checkpoint, architecture: Architecture, sites: list[EngramSource]) -> list[TableSource]:
+    vocab_size = architecture.text.vocab_size
+    own = [site.table_with_map(vocab_size, checkpoint.tokenizer_json) for site in sites]
+    return [*architecture.tables(checkpoint), *own]
+
+
 def _resolve(
     checkpoint: Checkpoint,
     architecture: Architecture,
     sites: list[EngramSource],
+    tables: list[TableSource],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
     tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
-    tables = [name for site in sites for name in [*site.table_parts(), site.config.token_map or ""]]
+    rows = [*(name for table in tables for name in table.tensors), *(site.config.token_map or "" for site in sites)]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()
     site_names = {name: Joined(*names) for name, names in site_name_map(sites).items()}
-    ignored = (*architecture.ignored, *(name.replace(".", r"\.") for name in (*tables, *tied)))
+    ignored = (*architecture.ignored, *(name.replace(".", r"\.") for name in (*rows, *tied)))
     return WeightSource(tensors, wanted, {**architecture.name_map(), **site_names}, ignored=ignored)
 
 

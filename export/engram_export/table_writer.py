@@ -1,86 +1,199 @@
-"""Write a site's table: records copied into the bundle, or extents that refer to the checkpoint's own files."""
+"""Write a table: its records copied or quantised anew into the bundle, or row ranges that refer to the checkpoint."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engram_export.engram_source import EngramSource
-from engram_export.source_files import read_exactly
-from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter, TensorPlan
+from engram_export.host_table import TableSource
+from engram_export.repack import PAYLOADS, RowErrors, check_rows, encode_rows, repacked_format
+from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsLayout, SafetensorsWriter, TensorPlan
 from engram_runtime.bundle import file_identity
-from engram_runtime.manifest import Extent, KeyerSpec, TableSpec
+from engram_runtime.errors import RequestError
+from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.records import RecordFormat
+from engram_runtime.session import Site
+from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+from engram_runtime.tables import FileTable
 
-COPY_BYTES = 8 << 20  # rows copied at a time
+SLICE_BYTES = 8 << 20  # of records copied, or of float32 values repacked, at a time
+FILE_BYTES = 4 << 30  # of records in a file: what is lost when an export is interrupted stays small
 RECORDS = "records"
 Progress = Callable[[int], None]
 
 
-def copy_table(source: EngramSource, keyer: KeyerSpec, folder: Path, progress: Progress) -> TableSpec:
-    """Copy a table as records ``[rows, record_bytes]`` into ``folder``, payload and scale of a row together."""
-    record = source.record_format()
-    path = folder / f"{source.config.site}-00001-of-00001.safetensors"
-    rows = source.config.num_rows
-    plan = TensorPlan(RECORDS, "uint8", (rows, record.record_bytes))
-    step = max(1, COPY_BYTES // record.record_bytes)
-    with SafetensorsWriter(path, [plan], alignment=TABLE_ALIGNMENT) as writer:
-        parts = _extents(source, record)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            chunks = [
-                read_exactly(Path(part.file), part.offset + start * part.row_bytes, count * part.row_bytes)
-                for part in parts
-            ]
-            block = np.concatenate(
-                [chunk.reshape(count, part.row_bytes) for chunk, part in zip(chunks, parts, strict=True)], axis=1
-            )
-            writer.write_rows(RECORDS, start, block)
-            progress(block.nbytes)
-        offset = writer.offsets[RECORDS]
-    extent = Extent(file=f"{folder.name}/{path.name}", external=False, offset=offset, row_bytes=record.record_bytes)
-    return _table_spec(source, keyer, record, [extent])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenTable:
+    """A table as the bundle holds it; ``errors`` is None where its rows are the checkpoint's own."""
+
+    spec: TableSpec
+    errors: RowErrors | None
 
 
-def reference_table(source: EngramSource, keyer: KeyerSpec) -> TableSpec:
-    """Refer to the rows where they lie; nothing is written, and the checkpoint must stay where it is."""
-    record = source.record_format()
-    return _table_spec(source, keyer, record, _extents(source, record))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableFile:
+    """A file of the bundle with consecutive records of a table, known before it is written."""
 
+    path: Path
+    first_row: int
+    num_rows: int
+    record_bytes: int
 
-def write_token_map(source: EngramSource, vocab_size: int, tokenizer_json: bytes | None, folder: Path) -> KeyerSpec:
-    """Write the token map, little-endian int32, where the site has one; return the site's keyer."""
-    token_map = source.token_map(vocab_size, tokenizer_json)
-    if token_map is None:
-        return source.config.keyer
-    path = folder / f"{source.config.site}.token_map.int32"
-    path.write_bytes(token_map.astype("<i4").tobytes())
-    return dataclasses.replace(source.config.keyer, token_map=f"{folder.name}/{path.name}")
+    @property
+    def plan(self) -> TensorPlan:
+        """The file's only tensor: ``records [num_rows, record_bytes]``."""
+        return TensorPlan(RECORDS, "uint8", (self.num_rows, self.record_bytes))
 
-
-def _extents(source: EngramSource, record: RecordFormat) -> list[Extent]:
-    sizes = [record.payload_bytes, record.record_bytes - record.payload_bytes]
-    extents = []
-    for name, row_bytes in zip(source.table_parts(), sizes, strict=False):
-        path, entry = source.tensors.locate(name)
-        extents.append(
-            Extent(
-                file=str(path.resolve()),
-                external=True,
-                offset=entry.start,
-                row_bytes=row_bytes,
-                identity=file_identity(path),
-            )
+    @property
+    def rows(self) -> RowRange:
+        """The file as the manifest describes it."""
+        layout = SafetensorsLayout.of([self.plan], alignment=TABLE_ALIGNMENT)
+        return RowRange(
+            first_row=self.first_row,
+            num_rows=self.num_rows,
+            file=f"{self.path.parent.name}/{self.path.name}",
+            external=False,
+            offset=layout.offsets[RECORDS],
         )
-    return extents
 
 
-def _table_spec(source: EngramSource, keyer: KeyerSpec, record: RecordFormat, extents: Sequence[Extent]) -> TableSpec:
-    return TableSpec(
-        site=source.config.site,
-        num_rows=source.config.num_rows,
-        record=record,
-        extents=tuple(extents),
-        keyer=keyer,
-    )
+def check_table_options(mode: str, dtype: str | None) -> None:
+    """Refuse a table dtype where nothing is repacked, and repacking without one; raises RequestError."""
+    if mode == "repack" and dtype is None:
+        raise RequestError(f"--tables repack needs --table-dtype, one of {', '.join(PAYLOADS)}")
+    if mode != "repack" and dtype is not None:
+        raise RequestError(f"--table-dtype {dtype} has no effect with --tables {mode}; use --tables repack")
+
+
+def written_format(record: RecordFormat, dtype: str | None) -> RecordFormat:
+    """Return the format of the records in the bundle: repacked as ``dtype``, or the checkpoint's own."""
+    return record if dtype is None else repacked_format(record.columns, dtype)
+
+
+def reference_table(source: TableSource, keyer: KeyerSpec) -> TableSpec:
+    """Refer to the rows where they lie; nothing is written, and the checkpoint must stay where it is."""
+    identities = {path: file_identity(path) for path in {tensor.path for part in source.parts for tensor in part}}
+    parts = []
+    for tensors in source.parts:
+        ranges, first_row = [], 0
+        for tensor in tensors:
+            ranges.append(
+                RowRange(
+                    first_row=first_row,
+                    num_rows=tensor.num_rows,
+                    file=str(tensor.path),
+                    external=True,
+                    offset=tensor.offset,
+                    identity=identities[tensor.path],
+                )
+            )
+            first_row += tensor.num_rows
+        parts.append(TablePart(row_bytes=tensors[0].row_bytes, ranges=tuple(ranges)))
+    return _table_spec(source, keyer, source.record, parts)
+
+
+def open_rows(source: TableSource) -> FileTable:
+    """Open the checkpoint's own rows; the caller closes them."""
+    return FileTable(reference_table(source, source.keyer), lambda rows: Path(rows.file))
+
+
+def checkpoint_site(source: TableSource, vocab_size: int, rows: FileTable) -> Site:
+    """Return the site as the checkpoint has it: what the bundle's site is held against."""
+    token_map = None if source.token_map is None else source.token_map.astype(np.int64)
+    return Site(reference_table(source, source.keyer), source.keyer.keyer(vocab_size, token_map), rows)
+
+
+def copy_table(source: TableSource, keyer: KeyerSpec, folder: Path, progress: Progress) -> WrittenTable:
+    """Copy a table into ``folder``, payload and scales of a row together."""
+    files = table_files(source, source.record, folder)
+    with open_rows(source) as rows:
+        for file in files:
+            write_table_file(file, _slices(rows, file, file.record_bytes), progress)
+    return WrittenTable(spec=_written_spec(source, keyer, source.record, files), errors=None)
+
+
+def repack_table(source: TableSource, keyer: KeyerSpec, dtype: str, folder: Path, progress: Progress) -> WrittenTable:
+    """Quantise a table anew into ``folder``, row by row.
+
+    Args:
+        dtype: ``int8``, ``int4`` or ``fp8``.
+
+    Raises:
+        CheckpointError: a row that can't be, named.
+    """
+    record = repacked_format(source.record.columns, dtype)
+    files = table_files(source, record, folder)
+    errors: list[RowErrors] = []
+    with open_rows(source) as rows:
+        for file in files:
+            write_table_file(file, _repacked(rows, file, source.record, record, errors), progress)
+    total = sum(errors[1:], start=errors[0])
+    return WrittenTable(spec=_written_spec(source, keyer, record, files), errors=total)
+
+
+def table_files(source: TableSource, record: RecordFormat, folder: Path) -> list[TableFile]:
+    """Split a table of such records into files of at most `FILE_BYTES`."""
+    step = max(1, FILE_BYTES // record.record_bytes)
+    starts = range(0, source.num_rows, step)
+    return [
+        TableFile(
+            path=folder / f"{source.site}-{number:05}-of-{len(starts):05}.safetensors",
+            first_row=start,
+            num_rows=min(step, source.num_rows - start),
+            record_bytes=record.record_bytes,
+        )
+        for number, start in enumerate(starts, start=1)
+    ]
+
+
+def write_table_file(file: TableFile, blocks: Iterable[NDArray[np.uint8]], progress: Progress) -> None:
+    """Write one file from blocks of records ``[n, record_bytes]`` in row order."""
+    start = 0
+    with SafetensorsWriter(file.path, [file.plan], alignment=TABLE_ALIGNMENT) as writer:
+        for block in blocks:
+            writer.write_rows(RECORDS, start, block)
+            start += len(block)
+            progress(block.nbytes)
+
+
+def write_token_map(source: TableSource, folder: Path) -> KeyerSpec:
+    """Write the token map, little-endian int32, where the table has one; return the table's keyer."""
+    if source.token_map is None:
+        return source.keyer
+    assert isinstance(source.keyer, NgramKeyerSpec)
+    path = folder / f"{source.site}.token_map.int32"
+    path.write_bytes(source.token_map.astype("<i4").tobytes())
+    return dataclasses.replace(source.keyer, token_map=f"{folder.name}/{path.name}")
+
+
+def _slices(rows: FileTable, file: TableFile, row_bytes: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield the checkpoint's records of a file's rows; ``row_bytes`` is what a row takes while it is worked on."""
+    step = max(1, SLICE_BYTES // row_bytes)
+    for start in range(0, file.num_rows, step):
+        yield rows.read_rows(file.first_row + start, min(step, file.num_rows - start))
+
+
+def _repacked(
+    rows: FileTable, file: TableFile, record: RecordFormat, target: RecordFormat, errors: list[RowErrors]
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield repacked records of a file's rows, and append how far they are off."""
+    first_row = file.first_row
+    for block in _slices(rows, file, 4 * record.columns):
+        values = record.decode(block)
+        check_rows(values, first_row)
+        repacked = encode_rows(values, target)
+        errors.append(RowErrors.of(values, target.decode(repacked)))
+        first_row += len(block)
+        yield repacked
+
+
+def _written_spec(source: TableSource, keyer: KeyerSpec, record: RecordFormat, files: Sequence[TableFile]) -> TableSpec:
+    part = TablePart(row_bytes=record.record_bytes, ranges=tuple(file.rows for file in files))
+    return _table_spec(source, keyer, record, [part])
+
+
+def _table_spec(source: TableSource, keyer: KeyerSpec, record: RecordFormat, parts: Sequence[TablePart]) -> TableSpec:
+    return TableSpec(site=source.site, num_rows=source.num_rows, record=record, parts=tuple(parts), keyer=keyer)

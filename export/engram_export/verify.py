@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from engram_export.engram_source import EngramSource
 from engram_export.formats import FLOAT, WeightFormat
+from engram_export.host_table import TableSource
 from engram_export.source import ModelSource, load_own_parameters
 from engram_export.streamed import EncodedRows, streamed_format
-from engram_export.table_writer import reference_table
+from engram_export.table_writer import checkpoint_site, open_rows
 from engram_runtime.bundle import Bundle
 from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError, VerificationError
 from engram_runtime.executor import load_executor
+from engram_runtime.manifest import DECODER
 from engram_runtime.session import Session, open_sites
-from engram_runtime.tables import FileTable
 
 VERIFY_TEXT = "verify_text.txt"
 VERIFY_TOKENS = 256
@@ -70,22 +69,22 @@ def reference_logits(
     source: ModelSource,
     token_ids: NDArray[np.int64],
     weights: WeightFormat = FLOAT,
+    *,
     encoded: EncodedRows | None = None,
+    rows: Sequence[NDArray[np.float32]] | None = None,
 ) -> NDArray[np.float32]:
-    """Run the torch model, its table rows taken straight from the checkpoint.
+    """Run the torch model; returns ``[T, V]``.
 
     Weights are read as they are needed, so memory does not grow with the model.
 
     Args:
         weights: their format. ``encoded``: where they are read in it; by default they are encoded anew.
-
-    Returns:
-        ``[T, V]``.
+        rows: ``[T, C, d]`` for each table, or None to take them straight from the checkpoint.
     """
     model = source.build(streamed_format(weights, encoded or source))
     load_own_parameters(model, source)
-    sites = {site.config.site: site for site in source.sites}
-    rows = [torch.from_numpy(_checkpoint_rows(sites[table.site], source, token_ids)) for table in model.table_inputs()]
+    if rows is None:
+        rows = [_checkpoint_rows(table, source, token_ids) for table in source.tables]
     states = []
     for state in model.state_specs():
         *outer, length, width = state.shape
@@ -95,7 +94,7 @@ def reference_logits(
             torch.from_numpy(token_ids),
             torch.zeros(1, dtype=torch.int64),
             torch.arange(len(token_ids)),
-            rows,
+            [torch.from_numpy(values) for values in rows],
             states,
         )
     values: NDArray[np.float32] = logits.numpy()
@@ -106,6 +105,15 @@ def bundle_logits(bundle: Bundle, token_ids: Sequence[int], *, executor: str, th
     """Run a bundle over a text; returns ``[T, V]``."""
     with Session(bundle, load_executor(executor, bundle, threads=threads), open_sites(bundle)) as session:
         return np.concatenate(list(session.logits(token_ids)))
+
+
+def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+    """Return the ``[T, C, d]`` rows a bundle gives for a text, site by site."""
+    sites = open_sites(bundle)
+    rows = [site.rows([], token_ids) for site in sites]
+    for site in sites:
+        site.table.close()
+    return rows
 
 
 def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int) -> NDArray[np.float32]:
@@ -123,7 +131,9 @@ def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int
     path = bundle.file(exact.file)
     path.write_bytes(graph.SerializeToString())
     try:
-        with_graph = Bundle(bundle.path, dataclasses.replace(bundle.manifest, decoder=exact))
+        with_graph = Bundle(
+            bundle.path, dataclasses.replace(bundle.manifest, graphs={**bundle.manifest.graphs, DECODER: exact})
+        )
         return bundle_logits(with_graph, token_ids, executor="onnxruntime", threads=threads)
     finally:
         path.unlink()
@@ -156,10 +166,6 @@ def check_parity(parity: Parity) -> None:
         )
 
 
-def _checkpoint_rows(site: EngramSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    token_map = site.token_map(source.architecture.text.vocab_size, source.checkpoint.tokenizer_json)
-    ngram_hash = site.config.keyer.ngram_hash(None if token_map is None else token_map.astype(np.int64))
-    row_ids = ngram_hash.row_ids([], token_ids)
-    spec = reference_table(site, site.config.keyer)
-    with FileTable(spec, [(Path(extent.file), extent) for extent in spec.extents]) as table:
-        return table.gather(row_ids.ravel()).reshape(*row_ids.shape, -1)
+def _checkpoint_rows(table: TableSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    with open_rows(table) as rows:
+        return checkpoint_site(table, source.architecture.text.vocab_size, rows).rows([], token_ids)

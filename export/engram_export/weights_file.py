@@ -31,20 +31,20 @@ class TensorPlan:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-class SafetensorsWriter:
-    """A file laid out in advance; every planned tensor must be written before it closes."""
+@dataclass(frozen=True, slots=True)
+class SafetensorsLayout:
+    """The bytes before the data, and where in the file each tensor begins."""
 
-    def __init__(self, path: Path, plans: Sequence[TensorPlan], *, alignment: int = WEIGHTS_ALIGNMENT) -> None:
-        """Write the header, padded so that the data starts at a multiple of ``alignment``."""
+    header: bytes
+    offsets: Mapping[str, int]
+
+    @classmethod
+    def of(cls, plans: Sequence[TensorPlan], *, alignment: int) -> Self:
+        """Lay tensors out one after another from a multiple of ``alignment`` on."""
         # Wider types first: every tensor then starts at a multiple of its item size without gaps, which are illegal.
-        ordered = sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize)
-        self._missing = {plan.name: plan for plan in ordered}
-        self.offsets: Mapping[str, int] = self._lay_out(path, ordered, alignment)
-
-    def _lay_out(self, path: Path, plans: Sequence[TensorPlan], alignment: int) -> dict[str, int]:
         header: dict[str, Any] = {}
         end = 0
-        for plan in plans:
+        for plan in sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize):
             header[plan.name] = {
                 "dtype": SAFETENSORS_DTYPES[plan.dtype],
                 "shape": list(plan.shape),
@@ -53,11 +53,22 @@ class SafetensorsWriter:
             end += plan.bytes
         text = json.dumps(header).encode()
         text += b" " * (-(len(text) + 8) % alignment)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        os.pwrite(self._file, len(text).to_bytes(8, "little") + text, 0)
         start = len(text) + 8
-        os.ftruncate(self._file, start + end)
-        return {name: start + int(entry["data_offsets"][0]) for name, entry in header.items()}
+        offsets = {name: start + int(entry["data_offsets"][0]) for name, entry in header.items()}
+        return cls(len(text).to_bytes(8, "little") + text, offsets)
+
+
+class SafetensorsWriter:
+    """A file laid out in advance; every planned tensor must be written before it closes."""
+
+    def __init__(self, path: Path, plans: Sequence[TensorPlan], *, alignment: int = WEIGHTS_ALIGNMENT) -> None:
+        """Write the header, padded so that the data starts at a multiple of ``alignment``."""
+        self._missing = {plan.name: plan for plan in plans}
+        layout = SafetensorsLayout.of(plans, alignment=alignment)
+        self.offsets = layout.offsets
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        os.pwrite(self._file, layout.header, 0)
+        os.ftruncate(self._file, len(layout.header) + sum(plan.bytes for plan in plans))
 
     def write(self, name: str, values: NDArray[Any]) -> None:
         """Write a planned tensor; its shape and dtype must be the planned ones."""

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import BundleError, TableError
-from engram_runtime.hashing import INT64_MAX, NgramHash
-from engram_runtime.manifest import Extent, FileEntry, KeyerSpec, Manifest
+from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
+from engram_runtime.keyers import Keyer
+from engram_runtime.manifest import FileEntry, Manifest
 from engram_runtime.strict_json import read_json_object
+from engram_runtime.table_spec import RowRange
 
 MANIFEST_NAME = "engram.json"
 DIGEST_BLOCK_BYTES = 1 << 20
@@ -59,33 +61,33 @@ class Bundle:
         """Return the path of a listed file."""
         return self.path / relative
 
-    def table_path(self, extent: Extent) -> Path:
-        """Return the file that holds an extent, inside the bundle or referred to.
+    def table_path(self, rows: RowRange) -> Path:
+        """Return the file that holds rows, inside the bundle or referred to.
 
         Raises:
             TableError: a file that is referred to is gone or is another one by now.
         """
-        if not extent.external:
-            return self.file(extent.file)
-        path = Path(extent.file)
+        if not rows.external:
+            return self.file(rows.file)
+        path = Path(rows.file)
         try:
             found = file_identity(path)
         except OSError as error:
             raise TableError(f"table file {path} can't be opened: {error.strerror}; export the bundle again") from error
-        if found != extent.identity:
+        if found != rows.identity:
             raise TableError(f"table file {path} is not the one this bundle was exported from; export it again")
         return path
 
-    def ngram_hash(self, keyer: KeyerSpec) -> NgramHash:
-        """Build the hash of a table, reading its token map.
+    def keyer(self, spec: KeyerSpec) -> Keyer:
+        """Build a table's keyer, reading its token map.
 
         Raises:
             BundleError: a token map that is not the vocabulary's, or a product of id and multiplier beyond 64 bits.
         """
-        ngram_hash = keyer.ngram_hash(None if keyer.token_map is None else self._token_map(keyer.token_map))
-        if (limit := ngram_hash.largest_id(self.manifest.model.vocab_size) * max(keyer.multipliers)) > INT64_MAX:
-            raise BundleError(f"keyer multiplier {max(keyer.multipliers)} overflows 64 bits: products reach {limit}")
-        return ngram_hash
+        token_map = None
+        if isinstance(spec, NgramKeyerSpec) and spec.token_map is not None:
+            token_map = self._token_map(spec.token_map)
+        return spec.keyer(self.manifest.model.vocab_size, token_map)
 
     def verify_digests(
         self, progress: Callable[[int], None] = lambda count: None, *, only: Container[str] | None = None

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.manifest import StateSpec, TableSpec
+from engram_runtime.manifest import StateSpec
+from engram_runtime.table_spec import TableSpec
 
 ALIGNMENT_BYTES = 64  # TVM's vector loads need it
 
@@ -86,7 +87,7 @@ def allocate_states(specs: Sequence[StateSpec]) -> dict[str, NDArray[np.float32]
 
 def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:
     """Return ``[T, C, d]`` zeros: with them a site adds nothing to the model."""
-    return np.zeros((count, len(table.keyer.primes), table.record.columns), dtype=np.float32)
+    return np.zeros((count, table.keyer.columns, table.record.columns), dtype=np.float32)
 
 
 def aligned_zeros(shape: Sequence[int]) -> NDArray[np.float32]:

@@ -109,7 +109,7 @@ def check_tables(golden: Golden, sites: list[Site]) -> None:
     for table in golden.tables:
         site = by_name[table.site]
         token_ids = np.array(golden.token_ids[: len(table.row_ids)], dtype=np.int64)
-        if site.ngram_hash.row_ids([], token_ids).tolist() != table.row_ids:
+        if site.keyer.row_ids([], token_ids).tolist() != table.row_ids:
             raise VerificationError(f"row ids of site {table.site} differ from those at export; export again")
         if record_digest(site.rows([], token_ids)) != table.rows_sha256:
             raise VerificationError(f"rows of site {table.site} differ from those at export; export again")

@@ -1,90 +1,15 @@
-"""Token history -> row ids of an n-gram table: the one definition export and runtime share.
-
-Equations and constants: Engram, arXiv 2601.07372, and the demo ``engram_demo_v1.py`` of deepseek-ai/Engram.
-"""
+"""Constants of an n-gram hash, derived as the published models derive them; `engram_runtime.keyers` uses them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 INT64_MAX = 2**63 - 1
+UINT64_MASK = 2**64 - 1
 LAYER_SEED_STRIDE = 10007  # distance between the seeds of two layers in the published demo
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class NgramHash:
-    """Multiplicative-xor hash of suffix n-grams, modulo one prime per (order, head).
-
-    Attributes:
-        orders: n-gram lengths, ascending, e.g. ``(2, 3)``.
-        num_heads: hash heads per order; columns are order-major: ``c = order_index * num_heads + head``.
-        multipliers: ``[max(orders)]`` int64; entry k multiplies the id k tokens back.
-        primes: ``[C]`` int64, the modulus of each column.
-        offsets: ``[C]`` int64, where each column's rows begin in the table.
-        pad_id: compressed id seen before the first token.
-        token_map: ``[V]`` int64 raw id -> compressed id, or None where raw ids are hashed.
-    """
-
-    orders: tuple[int, ...]
-    num_heads: int
-    multipliers: NDArray[np.int64]
-    primes: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    pad_id: int
-    token_map: NDArray[np.int64] | None
-
-    @property
-    def num_columns(self) -> int:
-        """Rows read per token, C."""
-        return len(self.primes)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the table: the sum of the primes."""
-        return int(self.primes.sum())
-
-    @property
-    def context_tokens(self) -> int:
-        """How many earlier tokens a row id depends on."""
-        return max(self.orders) - 1
-
-    def largest_id(self, vocab_size: int) -> int:
-        """Return the largest id that can be hashed."""
-        largest = vocab_size - 1 if self.token_map is None else int(self.token_map.max())
-        return max(largest, self.pad_id)
-
-    def row_ids(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Hash every suffix n-gram that ends at one of ``token_ids``.
-
-        Args:
-            history: raw ids before ``token_ids``; only the last `context_tokens` matter.
-            token_ids: ``[T]`` raw ids.
-
-        Returns:
-            ``[T, C]`` row ids in ``[0, num_rows)``.
-        """
-        recent = np.asarray(history[max(0, len(history) - self.context_tokens) :], dtype=np.int64)
-        known = self._compress(np.concatenate([recent, token_ids]))
-        missing = self.context_tokens - len(recent)
-        ids = np.concatenate([np.full(missing, self.pad_id, dtype=np.int64), known])
-        count = len(token_ids)
-        columns = np.empty((count, self.num_columns), dtype=np.int64)
-        mixed = np.zeros(count, dtype=np.int64)
-        column = 0
-        for back in range(max(self.orders)):
-            start = self.context_tokens - back
-            # id < V' and multiplier < (2**63 - 1) // V', so the product can't overflow
-            mixed ^= ids[start : start + count] * self.multipliers[back]
-            if back + 1 in self.orders:
-                heads = slice(column, column + self.num_heads)
-                columns[:, heads] = mixed[:, None] % self.primes[heads] + self.offsets[heads]
-                column += self.num_heads
-        return columns
-
-    def _compress(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return token_ids if self.token_map is None else self.token_map[token_ids]
+SPLITMIX_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64: Steele, Lea and Flood, 2014
+SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def derive_multipliers(*, vocab_size: int, max_order: int, layer_id: int, seed: int = 0) -> NDArray[np.int64]:
@@ -93,13 +18,40 @@ def derive_multipliers(*, vocab_size: int, max_order: int, layer_id: int, seed: 
     Args:
         vocab_size: number of distinct ids that are hashed (the compressed vocabulary where there is one).
     """
-    half = max(1, INT64_MAX // vocab_size // 2)
-    draws = np.random.default_rng(seed + LAYER_SEED_STRIDE * layer_id).integers(0, half, size=max_order, dtype=np.int64)
-    return draws * 2 + 1
+    rng = np.random.default_rng(seed + LAYER_SEED_STRIDE * layer_id)
+    return rng.integers(0, _half_range(vocab_size), size=max_order, dtype=np.int64) * 2 + 1
+
+
+def derive_splitmix_multipliers(
+    *, vocab_size: int, max_order: int, layer_index: int, seed: int = 1234
+) -> NDArray[np.int64]:
+    """Return ``[max_order]`` odd multipliers of a layer, as Qwen3.8 (``qwen4_exp``) makes them.
+
+    Args:
+        vocab_size: number of distinct ids that are hashed.
+        layer_index: place of the layer among those with a table, from 0.
+    """
+    base = seed + LAYER_SEED_STRIDE * layer_index
+    draws = [_splitmix64(base + SPLITMIX_GAMMA * (back + 1)) for back in range(max_order)]
+    return np.array([draw % _half_range(vocab_size) * 2 + 1 for draw in draws], dtype=np.int64)
+
+
+def _half_range(vocab_size: int) -> int:
+    """Return the bound below which 2r + 1 times any id stays within 63 bits."""
+    return max(1, INT64_MAX // vocab_size // 2)
+
+
+def _splitmix64(state: int) -> int:
+    mixed = (state + SPLITMIX_GAMMA) & UINT64_MASK
+    for shift, multiplier in zip((30, 27), SPLITMIX_MULTIPLIERS, strict=True):
+        mixed = (mixed ^ mixed >> shift) * multiplier & UINT64_MASK
+    return mixed ^ mixed >> 31
 
 
 def derive_primes(*, layers: int, rows_per_head: Sequence[int], num_heads: int) -> list[NDArray[np.int64]]:
     """Return one ``[C]`` array of moduli per layer: ascending primes, none used twice over all layers.
+
+    One size for all orders gives consecutive primes over all orders and layers: those of Qwen3.8.
 
     Args:
         rows_per_head: for each order, the size a head's range should at least have.

@@ -14,7 +14,7 @@ from engram_runtime.strict_json import Fields, read_json_object
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
-LIBRARY_INFO_VERSION = 1
+LIBRARY_INFO_VERSION = 2
 LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
@@ -56,6 +56,8 @@ class LibraryInfo:
 
     The library's functions are ``forward_<T>_<R>`` for each (T, R) of ``passes``; their arguments are token_ids,
     position, logit_rows, the rows of each table, the states, then the packed weights, each in manifest order.
+    They return the logits, the windows, and for each entry of ``expert_bytes``, a layer with experts, how many experts
+    of that size it has read, int32 ``[1]``.
     ``sha256`` holds the digests of the files named by ``library``, ``runtime`` and ``weights``.
     """
 
@@ -71,6 +73,7 @@ class LibraryInfo:
     sha256: dict[str, str]
     passes: tuple[tuple[int, int], ...]
     tensors: tuple[PackedTensor, ...]
+    expert_bytes: tuple[int, ...]
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
@@ -96,6 +99,7 @@ class LibraryInfo:
                 PackedTensor.from_fields(Fields(item, f"{LIBRARY_INFO_NAME}.tensors[{i}]"))
                 for i, item in enumerate(fields.items("tensors"))
             ),
+            expert_bytes=fields.integers("expert_bytes"),
         )
         fields.finish()
         info.check()
@@ -112,6 +116,9 @@ class LibraryInfo:
                 raise BundleError(
                     f"packed tensor {tensor.name} ends at byte {tensor.end} of {self.weights_bytes}; compile again"
                 )
+
+        if min(self.expert_bytes, default=1) < 1:
+            raise BundleError(f"experts have {list(self.expert_bytes)} bytes, which can't be; compile again")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that `from_dict` reads."""

@@ -10,29 +10,34 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows
-from engram_runtime.hashing import NgramHash
-from engram_runtime.manifest import TableSpec
+from engram_runtime.keyers import NO_ROW, Keyer
+from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables import TableStore, open_table
 
 
 class Site:
-    """A place in the model that reads a table: its hash and its store."""
+    """A place in the model that reads a table: its keyer and its store."""
 
-    def __init__(self, spec: TableSpec, ngram_hash: NgramHash, table: TableStore) -> None:
+    def __init__(self, spec: TableSpec, keyer: Keyer, table: TableStore) -> None:
         self.name = spec.site
         self.spec = spec
-        self.ngram_hash = ngram_hash
+        self.keyer = keyer
         self.table = table
 
     def rows(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return ``[T, C, d]`` float32 rows of the n-grams that end at each token."""
-        row_ids = self.ngram_hash.row_ids(history, token_ids)
-        return self.table.gather(row_ids.ravel()).reshape(*row_ids.shape, self.spec.record.columns)
+        """Return ``[T, C, d]`` float32 rows of each token; zeros for tokens that read none."""
+        row_ids = self.keyer.row_ids(history, token_ids)
+        found = row_ids != NO_ROW
+        if found.all():
+            return self.table.gather(row_ids.ravel()).reshape(*row_ids.shape, self.spec.record.columns)
+        rows = empty_rows(self.spec, len(token_ids))
+        rows[found] = self.table.gather(row_ids[found])
+        return rows
 
 
 def open_sites(bundle: Bundle) -> list[Site]:
     """Open every table of a bundle; the caller closes their stores."""
-    return [Site(spec, bundle.ngram_hash(spec.keyer), open_table(bundle, spec)) for spec in bundle.manifest.tables]
+    return [Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec)) for spec in bundle.manifest.tables]
 
 
 class Session:

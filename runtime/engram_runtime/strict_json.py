@@ -129,6 +129,15 @@ class Fields:
         """Return key ``name``, an object."""
         return Fields(self._pop(name), f"{self._where}.{name}")
 
+    def objects(self, name: str) -> "list[Fields]":
+        """Return key ``name``, a list of objects."""
+        return [Fields(item, f"{self._where}.{name}[{index}]") for index, item in enumerate(self.items(name))]
+
+    def named_objects(self, name: str) -> "dict[str, Fields]":
+        """Return key ``name``, an object whose values are objects."""
+        values = self.fields(name).remaining()
+        return {key: Fields(value, f"{self._where}.{name}.{key}") for key, value in values.items()}
+
     def optional_text(self, name: str) -> str | None:
         """Return key ``name``, a string or null."""
         value = self._pop(name)

@@ -1,7 +1,7 @@
 """Host tables: rows fetched by id, from memory or from files."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
-from engram_runtime.manifest import Extent, TableSpec
 from engram_runtime.records import RecordFormat
+from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 
 CLOSED = -1  # no file has this number
 RESIDENT_LIMIT_BYTES = 256 << 20  # a table below this is read into memory; larger ones are read row by row
@@ -54,12 +54,21 @@ class InMemoryTable:
 class FileTable:
     """A table read record by record with `os.preadv`; survives truncation as an ordinary error."""
 
-    def __init__(self, spec: TableSpec, extents: Sequence[tuple[Path, Extent]]) -> None:
+    def __init__(self, spec: TableSpec, locate: Callable[[RowRange], Path]) -> None:
+        """Open every file once; ``locate`` tells where on this machine the file of a range is.
+
+        Raises:
+            TableError: a file is missing or too short.
+        """
         self._spec = spec
-        self._parts: list[_OpenExtent] = []
+        self._files: dict[str, _OpenFile] = {}
         try:
-            for path, extent in extents:
-                self._parts.append(_OpenExtent(path, extent, spec.num_rows))
+            for rows in spec.ranges:
+                if rows.file not in self._files:
+                    self._files[rows.file] = _OpenFile(locate(rows))
+            self._parts = [_OpenPart(part, self._files) for part in spec.parts]
+            for file in self._files.values():
+                file.expect_random_reads()
         except TableError:
             self.close()
             raise
@@ -68,21 +77,37 @@ class FileTable:
         """See `TableStore.gather`. Each distinct row is read once, in file order."""
         check_row_ids(row_ids, self._spec.num_rows)
         unique, inverse = np.unique(row_ids, return_inverse=True)
+        places = [part.places(unique) for part in self._parts]
+        # All reads are announced to the kernel before the first one waits.
+        for part, found in zip(self._parts, places, strict=True):
+            for file, offset in found:
+                file.announce(offset, part.row_bytes)
         records = np.empty((len(unique), self._spec.record.record_bytes), dtype=np.uint8)
-        column = 0
-        for part in self._parts:
-            part.read_rows(unique, records[:, column : column + part.row_bytes])
-            column += part.row_bytes
+        for columns, found in zip(self._columns(records), places, strict=True):
+            for row, (file, offset) in zip(columns, found, strict=True):
+                file.read_into(row, offset)
         return self._spec.record.decode(records)[inverse]
+
+    def read_rows(self, first: int, count: int) -> NDArray[np.uint8]:
+        """Return ``[count, record_bytes]`` records of consecutive rows, which must be in the table."""
+        records = np.empty((count, self._spec.record.record_bytes), dtype=np.uint8)
+        for part, columns in zip(self._parts, self._columns(records), strict=True):
+            part.read_rows(first, columns)
+        return records
 
     def read_all(self) -> NDArray[np.uint8]:
         """Return ``[num_rows, record_bytes]`` records."""
-        return np.concatenate([part.read_all() for part in self._parts], axis=1)
+        return self.read_rows(0, self._spec.num_rows)
+
+    def _columns(self, records: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Split records ``[N, record_bytes]`` into views of their parts."""
+        ends = np.cumsum([part.row_bytes for part in self._parts])
+        return np.split(records, ends[:-1], axis=1)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
-        for part in self._parts:
-            part.close()
+        for file in self._files.values():
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,45 +116,64 @@ class FileTable:
         self.close()
 
 
-class _OpenExtent:
-    """One open run of rows: row i lies at ``offset + i * row_bytes``."""
+class _OpenPart:
+    """A part of the records: its row ranges, found by bisection."""
 
-    def __init__(self, path: Path, extent: Extent, num_rows: int) -> None:
+    def __init__(self, part: TablePart, files: dict[str, "_OpenFile"]) -> None:
+        self.row_bytes = part.row_bytes
+        self._ranges = part.ranges
+        self._files = [files[rows.file] for rows in part.ranges]
+        self._first_rows = np.array([rows.first_row for rows in part.ranges], dtype=np.int64)
+        self._offsets = np.array([rows.offset for rows in part.ranges], dtype=np.int64)
+        for file, rows in zip(self._files, part.ranges, strict=True):
+            file.check_size(rows.offset + rows.num_rows * part.row_bytes)
+
+    def places(self, row_ids: NDArray[np.int64]) -> list[tuple["_OpenFile", int]]:
+        """Return the file and offset of each of ``[N]`` row ids."""
+        found = np.searchsorted(self._first_rows, row_ids, side="right") - 1
+        offsets = self._offsets[found] + (row_ids - self._first_rows[found]) * self.row_bytes
+        return [(self._files[index], offset) for index, offset in zip(found.tolist(), offsets.tolist(), strict=True)]
+
+    def read_rows(self, first: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out [N, row_bytes]`` with rows from ``first`` on, one read per range they lie in."""
+        for file, rows in zip(self._files, self._ranges, strict=True):
+            start = max(first, rows.first_row)
+            stop = min(first + len(out), rows.first_row + rows.num_rows)
+            if start < stop:
+                data = np.empty((stop - start) * self.row_bytes, dtype=np.uint8)
+                file.read_into(data, rows.offset + (start - rows.first_row) * self.row_bytes)
+                out[start - first : stop - first] = data.reshape(-1, self.row_bytes)
+
+
+class _OpenFile:
+    """A file of rows, open for reading at any place."""
+
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._num_rows = num_rows
-        self._offset = extent.offset
-        self.row_bytes = extent.row_bytes
         try:
             # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise TableError(f"table file {path} can't be opened: {error.strerror}; export the bundle again") from error
-        self._check_size(os.fstat(self._file).st_size)
-        os.posix_fadvise(self._file, self._offset, 0, os.POSIX_FADV_RANDOM)
+        self._size = os.fstat(self._file).st_size
 
-    def _check_size(self, size: int) -> None:
-        needed = self._offset + self._num_rows * self.row_bytes
-        if size < needed:
-            self.close()
-            raise TableError(f"table file {self._path} holds {size} bytes, its rows need {needed}; export it again")
+    def check_size(self, needed: int) -> None:
+        """Refuse a file shorter than its rows."""
+        if self._size < needed:
+            raise TableError(
+                f"table file {self._path} holds {self._size} bytes, its rows need {needed}; export it again"
+            )
 
-    def read_rows(self, row_ids: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Fill ``out [N, row_bytes]``; all reads are announced to the kernel before the first one waits."""
-        offsets = [self._offset + int(row) * self.row_bytes for row in row_ids]
-        for offset in offsets:
-            os.posix_fadvise(self._file, offset, self.row_bytes, os.POSIX_FADV_WILLNEED)
-        buffer = np.empty(self.row_bytes, dtype=np.uint8)
-        for index, offset in enumerate(offsets):
-            self._read_into(buffer, offset)
-            out[index] = buffer
+    def expect_random_reads(self) -> None:
+        """Tell the kernel not to read ahead; only files large enough for rows are ones it takes advice on."""
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def read_all(self) -> NDArray[np.uint8]:
-        """Return ``[num_rows, row_bytes]``."""
-        data = np.empty(self._num_rows * self.row_bytes, dtype=np.uint8)
-        self._read_into(data, self._offset)
-        return data.reshape(self._num_rows, self.row_bytes)
+    def announce(self, offset: int, num_bytes: int) -> None:
+        """Tell the kernel that bytes are about to be read."""
+        os.posix_fadvise(self._file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def _read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
+    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
+        """Fill a contiguous buffer from a place in the file."""
         view = buffer.data
         while view:
             try:
@@ -149,7 +193,7 @@ class _OpenExtent:
 
 def open_table(bundle: Bundle, spec: TableSpec) -> TableStore:
     """Open a bundle's table: resident below `RESIDENT_LIMIT_BYTES`, read from its files above."""
-    table = FileTable(spec, [(bundle.table_path(extent), extent) for extent in spec.extents])
+    table = FileTable(spec, bundle.table_path)
     if spec.num_rows * spec.record.record_bytes > RESIDENT_LIMIT_BYTES:
         return table
     with table:

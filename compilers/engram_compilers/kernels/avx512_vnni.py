@@ -42,9 +42,9 @@ from engram_compilers.kernels.vnni_blocks import (
     store_sums,
 )
 from engram_compilers.kernels.vnni_layout import (
-    GROUP_STEPS,
     STEP,
     VECTOR_BYTES,
+    code_vectors,
     each_byte_step,
     each_int4_step,
     each_nibble_step,
@@ -140,7 +140,7 @@ def _int8_body(
 ) -> None:
     def row_block(block: Block) -> None:
         sums = start_sums(block, plane_offset)
-        add_int8_products(block, sums, planes, weight, block.first_tile)
+        add_int8_products(block, sums, planes, weight, block.first_tile, block.first_tile + block.num_tiles)
         store_sums(block, y, sums, channel_scale, row_scale)
 
     each_tile_group(plan, lambda first_tile, num_tiles: each_row_block(plan, first_tile, num_tiles, row_block))
@@ -197,7 +197,7 @@ def _int4_direct_body(
         with T.serial(plan.groups) as group:
             for t in range(num_tiles):
                 each_int4_step(codes, header, first_tile + t, group, partial(block.add_products, sums, t, planes))
-            prefetch_steps(codes, first_tile + num_tiles, num_tiles, _code_vectors(group, 4))
+            prefetch_steps(codes, first_tile + num_tiles, num_tiles, code_vectors(group, 4))
         store_sums(block, y, sums, channel_scale, row_scale)
 
     each_tile_group(plan, tile_group)
@@ -221,22 +221,16 @@ def _int4_unpacking_body(
                 T.buffer_store(weight, weights, [t, step, lanes(0, VECTOR_BYTES)])
 
             each_int4_step(codes, header, first_tile + t, group, keep)
-            prefetch_steps(codes, first_tile + num_tiles + t, 1, _code_vectors(group, 4))
+            prefetch_steps(codes, first_tile + num_tiles + t, 1, code_vectors(group, 4))
 
         def row_block(block: Block) -> None:
             sums = start_sums(block, plane_offset)
-            add_int8_products(block, sums, planes, weight, 0)
+            add_int8_products(block, sums, planes, weight, 0, num_tiles)
             store_sums(block, y, sums, channel_scale, row_scale)
 
         each_row_block(plan, first_tile, num_tiles, row_block)
 
     each_tile_group(plan, tile_group)
-
-
-def _code_vectors(group: Expr, bits: int) -> list[Expr]:
-    """Return the indices of the vectors that hold a group's codes."""
-    count = GROUP_STEPS * bits // 8
-    return [group * count + i for i in range(count)]
 
 
 def linear_block(rows: int, out_features: int, in_features: int, bits: int) -> tirx.PrimFunc:
@@ -285,7 +279,7 @@ def _block_body(plan: Plan, bits: int, planes: Expr, row_scale: Expr, codes: Exp
                 _add_group(block, totals, t, planes, offsets, codes, block_scale, group, bits)
             if block.is_first:
                 next_tile = block.first_tile + block.num_tiles
-                prefetch_steps(codes, next_tile, block.num_tiles, _code_vectors(group, bits))
+                prefetch_steps(codes, next_tile, block.num_tiles, code_vectors(group, bits))
         for r, t in every:
             row = block.first_row + r
             store_edge(plan, y, row, block.first_tile + t, totals[r, t, lanes(0)] * splat(row_scale[row]))

@@ -279,8 +279,9 @@ def _each_key(operands: Operands, token: Expr, low: Expr, high: Expr) -> Iterato
             yield key
         return
     with T.serial(low // LANES, high // LANES + 1) as step, _if_live(operands, token, step):
-        first, end = T.max(low, step * LANES), T.min(high + 1, (step + 1) * LANES)
-        with T.serial(first, end) as key:
+        # Bound first: TVM shifts a loop that starts above 0, but not its variable in the bounds of a loop inside.
+        first, last = T.Bind(T.max(low, step * LANES)), T.Bind(T.min(high, (step + 1) * LANES - 1))
+        with T.serial(first, last + 1) as key:
             yield key
 
 

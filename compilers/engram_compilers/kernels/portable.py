@@ -75,20 +75,21 @@ def _nibbles(codes: Bytes) -> Bytes:
     return (grouped[:, :, 0] | (grouped[:, :, 1] << np.uint8(4))).reshape(outputs, inputs // 2)
 
 
-def _wide(values: Expr) -> Expr:
+def widened(values: Expr) -> Expr:
+    """Return 16 integers as int32x16."""
     return T.cast(values, "int32x16")
 
 
 def _halves(codes: Expr, bits: int, output: Expr, group: Expr) -> tuple[Expr, Expr]:
     """Return the lower and the upper 16 codes of a group as int32x16."""
     if bits == 8:
-        return _wide(codes[output, lanes(group * GROUP)]), _wide(codes[output, lanes(group * GROUP + LANES)])
+        return widened(codes[output, lanes(group * GROUP)]), widened(codes[output, lanes(group * GROUP + LANES)])
     both = T.Bind(codes[output, lanes(group * LANES)])
     low = T.bitwise_and(both, T.broadcast(T.uint8(15), LANES))
-    return _wide(low), _wide(T.shift_right(both, T.broadcast(T.uint8(4), LANES)))
+    return widened(low), widened(T.shift_right(both, T.broadcast(T.uint8(4), LANES)))
 
 
-def _unpack_int4(weight: Expr, codes: Expr, header: Expr, output: Expr, group: Expr) -> None:
+def unpack_int4(weight: Expr, codes: Expr, header: Expr, output: Expr, group: Expr) -> None:
     """Write (code - zero) * multiplier of a group to a row of int8 weights."""
     multiplier = T.Bind(T.cast(T.bitwise_and(header, T.uint8(15)), "int32") + 1)
     zero = T.Bind(T.cast(T.shift_right(header, T.uint8(4)), "int32"))
@@ -97,15 +98,16 @@ def _unpack_int4(weight: Expr, codes: Expr, header: Expr, output: Expr, group: E
         T.buffer_store(weight, T.cast(value, "int8x16"), [lanes(group * GROUP + half * LANES)])
 
 
-def _add_products(sums: Expr, weights: Expr, planes: Expr, rows: int, row: Expr, column: Expr) -> None:
+def add_products(sums: Expr, weights: Expr, planes: Expr, rows: int, row: Expr, column: Expr) -> None:
     """Add weights * activations of 16 inputs to both planes' sums, int32 [2, 16]."""
     weights = T.Bind(weights)
     for plane in range(2):
-        activations = _wide(planes[plane * rows + row, lanes(column)])
+        activations = widened(planes[plane * rows + row, lanes(column)])
         T.buffer_store(sums, sums[plane, lanes(0)] + weights * activations, [plane, lanes(0)])
 
 
-def _new_sums() -> Expr:
+def new_sums() -> Expr:
+    """Return a local buffer int32 [2, 16] of zeros: a plane's sums a row."""
     sums = T.alloc_local((2, LANES), "int32")
     for plane in range(2):
         T.buffer_store(sums, splat(0), [plane, lanes(0)])
@@ -117,15 +119,16 @@ def _add_block(
 ) -> None:
     """Add (code - bias) * activations of a group to both planes' sums."""
     for half, part in enumerate(_halves(codes, bits, output, group)):
-        _add_products(sums, part - splat(BLOCK_BIAS[bits]), planes, rows, row, group * GROUP + half * LANES)
+        add_products(sums, part - splat(BLOCK_BIAS[bits]), planes, rows, row, group * GROUP + half * LANES)
 
 
-def _joined(high: Expr, low: Expr) -> Expr:
+def joined(high: Expr, low: Expr) -> Expr:
     """Return 256 * f32(high) + f32(low); the product is exact, so there is one rounding."""
     return fma(T.cast(high, "float32"), T.float32(256.0), T.cast(low, "float32"))
 
 
-def _work_us(rows: int, out_features: int, in_features: int) -> float:
+def work_us(rows: int, out_features: int, in_features: int) -> float:
+    """Estimate a linear layer's time on one thread."""
     return rows * out_features * in_features / _PRODUCTS_PER_US
 
 
@@ -151,13 +154,15 @@ def linear_int8(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, _work_us(rows, out_features, in_features)):
+            for output in loop_over(out_features, work_us(rows, out_features, in_features)):
                 for row in T.serial(rows):
-                    sums = _new_sums()
+                    sums = new_sums()
                     for step in T.serial(padded // LANES):
-                        _add_products(sums, _wide(weight[output, lanes(step * LANES)]), planes, rows, row, step * LANES)
+                        add_products(
+                            sums, widened(weight[output, lanes(step * LANES)]), planes, rows, row, step * LANES
+                        )
                     y[row, output] = (
-                        _joined(
+                        joined(
                             lane_sum(sums[0, lanes(0)]) + plane_offset[row],
                             lane_sum(sums[1, lanes(0)]) + plane_offset[rows + row],
                         )
@@ -192,16 +197,16 @@ def linear_int4(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, _work_us(rows, out_features, in_features)):
+            for output in loop_over(out_features, work_us(rows, out_features, in_features)):
                 weight = T.alloc_local((padded,), "int8")
                 for group in T.serial(groups):
-                    _unpack_int4(weight, codes, header[output, group], output, group)
+                    unpack_int4(weight, codes, header[output, group], output, group)
                 for row in T.serial(rows):
-                    sums = _new_sums()
+                    sums = new_sums()
                     for step in T.serial(padded // LANES):
-                        _add_products(sums, _wide(weight[lanes(step * LANES)]), planes, rows, row, step * LANES)
+                        add_products(sums, widened(weight[lanes(step * LANES)]), planes, rows, row, step * LANES)
                     y[row, output] = (
-                        _joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)]))
+                        joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)]))
                         * channel_scale[output]
                         * row_scale[row]
                     )
@@ -232,15 +237,15 @@ def linear_block(rows: int, out_features: int, in_features: int, bits: int) -> t
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, _work_us(rows, out_features, in_features)):
+            for output in loop_over(out_features, work_us(rows, out_features, in_features)):
                 total = T.alloc_local((1,), "float32")
                 for row in T.serial(rows):
                     total[0] = T.float32(0.0)
                     for group in T.serial(padded // GROUP):
-                        sums = _new_sums()
+                        sums = new_sums()
                         _add_block(sums, codes, bits, planes, rows, row, output, group)
                         total[0] = fma(
-                            _joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)])),
+                            joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)])),
                             block_scale[output, group],
                             total[0],
                         )

@@ -17,8 +17,8 @@ from engram_compilers.kernels.quantise import PLANE_MULTIPLE
 from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES
 
 _UNROLLED = 4  # weight vectors of a tile per turn of the int8 loop
-_WEIGHTS_PER_US = 25_000.0  # from memory
-_PRODUCTS_PER_US = 100_000.0  # of a weight and a 16-bit activation
+WEIGHTS_PER_US = 25_000.0  # from memory
+PRODUCTS_PER_US = 100_000.0  # of a weight and a 16-bit activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Plan:
     @property
     def work_us(self) -> float:
         weights = self.out_features * self.in_features
-        return max(weights / _WEIGHTS_PER_US, self.rows * weights / _PRODUCTS_PER_US)
+        return max(weights / WEIGHTS_PER_US, self.rows * weights / PRODUCTS_PER_US)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,13 @@ class Block:
     num_tiles: int
     is_first: bool = True  # of the row blocks of its tiles: the one that waits for memory
 
+    def row(self, r: int) -> Expr:
+        """Return the row of x that is the block's row ``r``."""
+        return self.first_row + r
+
     def plane_row(self, plane: int, r: int) -> Expr:
         """Return the row of the planes that holds a plane of the block's row ``r``."""
-        return plane * self.plan.rows + self.first_row + r
+        return plane * self.plan.rows + self.row(r)
 
     def add_products(self, sums: Expr, t: int, planes: Expr, step: Expr, weights: Expr) -> None:
         """Add weights * activations of a step to ``sums[plane, r, t]``, for both planes of every row."""
@@ -119,8 +123,10 @@ def start_sums(block: Block, plane_offset: Expr) -> Expr:
     return sums
 
 
-def add_int8_products(block: Block, sums: Expr, planes: Expr, weight: Expr, first_weight_tile: Expr) -> None:
-    """Add the products of all steps with weights laid out [tiles, Kp/4, 64]."""
+def add_int8_products(
+    block: Block, sums: Expr, planes: Expr, weight: Expr, first_weight_tile: Expr, next_weight_tile: Expr
+) -> None:
+    """Add the products of all steps with weights laid out [tiles, Kp/4, 64]; prefetch those of the next tiles."""
     tiles = range(block.num_tiles)
     with T.serial(block.plan.steps // _UNROLLED) as turn:
         steps = [turn * _UNROLLED + u for u in range(_UNROLLED)]
@@ -128,7 +134,7 @@ def add_int8_products(block: Block, sums: Expr, planes: Expr, weight: Expr, firs
             block.add_products(sums, t, planes, step, weight[first_weight_tile + t, step, lanes(0, VECTOR_BYTES)])
         # Last, for between the products a prefetch would keep LLVM from sharing their loads.
         if block.is_first:
-            prefetch_steps(weight, first_weight_tile + block.num_tiles, block.num_tiles, steps)
+            prefetch_steps(weight, next_weight_tile, block.num_tiles, steps)
 
 
 def prefetch_steps(weight: Expr, first_tile: Expr, num_tiles: int, steps: list[Expr]) -> None:

@@ -40,6 +40,12 @@ def tile_groups(values: NDArray[Scalar]) -> NDArray[Scalar]:
     return np.ascontiguousarray(values.reshape(outputs // LANES, LANES, groups).transpose(0, 2, 1))
 
 
+def code_vectors(group: Expr, bits: int) -> list[Expr]:
+    """Return the indices of the vectors that hold a group's codes."""
+    count = GROUP_STEPS * bits // 8
+    return [group * count + i for i in range(count)]
+
+
 def each_byte_step(codes: Expr, tile: Expr, group: Expr, use: UseStep) -> None:
     """Emit use(step, codes) for every step of a group of bytes."""
     for s in range(GROUP_STEPS):

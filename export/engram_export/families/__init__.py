@@ -8,6 +8,7 @@ from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
 from engram_export.families import gemma3n, gemma4, llama
 from engram_export.formats import WeightFormat
+from engram_export.host_table import TableSource
 from engram_export.text_decoder import TextConfig
 from engram_export.weight_map import NameMap
 from engram_runtime.errors import CheckpointError
@@ -27,6 +28,10 @@ class Architecture(Protocol):
 
     def name_map(self) -> NameMap:
         """Return what every weight of the module is made of."""
+        ...
+
+    def tables(self, checkpoint: Checkpoint) -> Sequence[TableSource]:
+        """Describe the family's own host tables."""
         ...
 
     def build(self, context_length: int, weights: WeightFormat, sites: Sequence[EngramSite]) -> Decoder:

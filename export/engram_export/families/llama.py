@@ -11,6 +11,7 @@ from engram_export.checkpoint import Checkpoint
 from engram_export.engram_site import EngramSite
 from engram_export.families.reading import count, require_values, rope
 from engram_export.formats import WeightFormat
+from engram_export.host_table import TableSource
 from engram_export.rope import RotaryEmbedding
 from engram_export.text_decoder import Layer, Mlp, TextConfig, TextDecoder
 from engram_export.weight_map import Joined, Recipe
@@ -42,6 +43,10 @@ class LlamaArchitecture:
         for layer in range(self.text.num_layers):
             names |= norm_names("model.", layer) | attention_names("model.", layer) | mlp_names("model.", layer)
         return names
+
+    def tables(self, checkpoint: Checkpoint) -> Sequence[TableSource]:
+        """The family has no tables of its own."""
+        return ()
 
     def build(self, context_length: int, weights: WeightFormat, sites: Sequence[EngramSite]) -> TextDecoder:
         """Make the model's module with uninitialised parameters."""

@@ -50,8 +50,8 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
                 "rows": table.num_rows,
                 "record": f"{table.record.payload} x {table.record.columns}, scale {table.record.scale}",
                 "record bytes": table.record.record_bytes,
-                "rows a token": len(table.keyer.primes),
-                "read": "in place" if table.extents[0].external else "from the bundle",
+                "rows a token": table.keyer.columns,
+                "read": "in place" if table.ranges[0].external else "from the bundle",
             }
             for table in manifest.tables
         ],

@@ -52,6 +52,8 @@ class TvmExecutor:
 
     def __init__(self, folder: Path, info: LibraryInfo, machine_code: Any) -> None:
         self.threads = 0
+        self.expert_bytes_read = 0  # weights of experts, by all calls so far; the rest is read whole by each call
+        self._expert_bytes = info.expert_bytes
         self._cpus = available_cpus()  # before TVM's pool begins, which pins the calling thread until it is configured
         self._passes = info.passes
         self._machine_code = machine_code
@@ -74,6 +76,12 @@ class TvmExecutor:
         """Make the process's one thread pool this executor's, in case another one has used it since."""
         if tvm_ffi.get_global_func("runtime.NumThreads")() != self.threads:
             self._configure_pool()
+
+    def count_experts(self, outputs: Sequence[Any]) -> None:
+        """Add what a call has read of experts; the last of its outputs say how many experts."""
+        counts = outputs[len(outputs) - len(self._expert_bytes) :]
+        for count, size in zip(counts, self._expert_bytes, strict=True):
+            self.expert_bytes_read += int(np.from_dlpack(count)[0]) * size
 
     def _configure_pool(self) -> None:
         configure = tvm_ffi.get_global_func("runtime.config_threadpool")
@@ -104,13 +112,14 @@ class TvmStep:
         """See `Step`."""
         self._executor.claim_threads()
         function = self._forward[len(inputs.token_ids), len(inputs.logit_rows)]
-        logits, *_ = function(
+        logits, *others = function(
             self._copy("token_ids", inputs.token_ids),
             self._copy("position", np.array([inputs.position], dtype=np.int64)),
             self._copy("logit_rows", inputs.logit_rows),
             *(self._copy(site, rows) for site, rows in inputs.rows.items()),
             *self._fixed,
         )
+        self._executor.count_experts(others)
         return np.asarray(np.from_dlpack(logits), dtype=np.float32)
 
     def _copy(self, name: str, values: NDArray[Any]) -> Any:

@@ -1,0 +1,185 @@
+"""Mixtures of experts: MoE and QMoE as a router, two linear layers over the chosen experts, and the weighted sum."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import relax, tirx
+
+from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass
+from engram_compilers.kernel_converters import BLOCK, unpack_nibbles
+from engram_compilers.kernels import experts
+from engram_compilers.kernels.experts import Routing
+from engram_compilers.kernels.float_linear import pack_float
+from engram_compilers.onnx_model import Node, Weight
+from engram_compilers.values import Activation, ChannelScales, Softmax, TwoLevelScales, Value
+from engram_runtime.errors import CompileError
+
+GATE_AND_UP, ALONE = 2, 1  # parts of a layer's outputs, of which the graph stores a row each in turn
+SILU_GATE = {"activation_type": b"swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+MOE_INPUTS = {0, 1, 2, 4}
+QMOE_INPUTS = {0, 1, 2, 3, 5, 6, 11, 12, 14}
+ROUTER_WEIGHTS = 14
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertLayer:
+    """One linear layer of all experts.
+
+    shape: E, N and K.
+    pack: (expert, rows) -> one expert's weight as the kernel reads it, its rows in that order.
+    make_kernel: (routing, rows of x, N, K) -> kernel.
+    operands: x -> what the kernel takes of it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+    pack: Callable[[int, Rows], Mapping[str, NDArray[Any]]]
+    make_kernel: Callable[[Routing, int, int, int], tirx.PrimFunc]
+    operands: Callable[[Activation], list[relax.Expr]]
+
+
+def moe(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a mixture of float experts."""
+    _require_plain(node, MOE_INPUTS)
+    return [_mix(forward, node, *(_float_layer(forward, node, index) for index in (2, 4)))]
+
+
+def qmoe(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a mixture of quantised experts; the scales say which format a weight has."""
+    _require_plain(node, QMOE_INPUTS)
+    router_weights = forward.get(node.inputs[ROUTER_WEIGHTS]) if len(node.inputs) > ROUTER_WEIGHTS else None
+    if not isinstance(router_weights, Softmax) or router_weights.whole is not forward.get(node.inputs[1]):
+        raise CompileError(f"{node.operator} does not weigh experts by the softmax of its router's logits")
+    layers = (_quantised_layer(forward, node, *indices) for indices in ((2, 3, 11), (5, 6, 12)))
+    return [_mix(forward, node, *layers)]
+
+
+def _require_plain(node: Node, inputs: set[int]) -> None:
+    """Refuse a mixture that is not of SiLU-gated experts without biases, the only ones onnxruntime's CPU runs."""
+    found = {name: node.attributes.get(name) for name in SILU_GATE}
+    if found != SILU_GATE or "swiglu_limit" in node.attributes:
+        raise CompileError(f"experts of {node.operator} have the activation {found}, kernels have {SILU_GATE}")
+    if more := [name for index, name in enumerate(node.inputs) if name and index not in inputs]:
+        raise CompileError(f"{node.operator} takes {more}, which has no lowering")
+
+
+def _float_layer(forward: ForwardPass, node: Node, index: int) -> ExpertLayer:
+    weight = _weight(forward, node, index)
+    count, outputs, inputs = weight.shape
+    return ExpertLayer(
+        name=weight.name,
+        kind="float",
+        shape=(count, outputs, inputs),
+        pack=lambda expert, rows: pack_float(forward.model.read(weight)[expert][rows]),
+        make_kernel=experts.expert_linear_float,
+        operands=lambda x: [x.expr],
+    )
+
+
+def _quantised_layer(forward: ForwardPass, node: Node, codes: int, scales: int, zeros: int) -> ExpertLayer:
+    weight = _weight(forward, node, codes)
+    if node.attributes.get("block_size") != BLOCK:
+        raise CompileError(f"{node.operator} of {weight.name} has no blocks of {BLOCK}")
+    match forward.get(node.inputs[scales]):
+        case ChannelScales(scale=scale) | (Weight(shape=(_, _, 1)) as scale):
+            return _int8_layer(forward, weight, scale)
+        case TwoLevelScales() as two_level:
+            return _int4_layer(forward, weight, two_level, _weight(forward, node, zeros))
+        case other:
+            raise CompileError(
+                f"scales {node.inputs[scales]} of {node.operator} are {other!r}, which is no known format"
+            )
+
+
+def _int8_layer(forward: ForwardPass, codes: Weight, scale: Weight) -> ExpertLayer:
+    family, read = forward.kernels.expert_family, forward.model.read
+    count, outputs, inputs = codes.shape
+
+    def pack(expert: int, rows: Rows) -> Mapping[str, NDArray[Any]]:
+        packed: Mapping[str, NDArray[Any]] = family.pack_expert_int8(
+            read(codes)[expert][rows], read(scale)[expert][rows, 0]
+        )
+        return packed
+
+    return ExpertLayer(codes.name, "int8", (count, outputs, inputs), pack, family.expert_linear_int8, forward.quantised)
+
+
+def _int4_layer(forward: ForwardPass, codes: Weight, scales: TwoLevelScales, zeros: Weight) -> ExpertLayer:
+    family, read = forward.kernels.expert_family, forward.model.read
+    count, outputs, half_inputs = codes.shape
+
+    def pack(expert: int, rows: Rows) -> Mapping[str, NDArray[Any]]:
+        multiplier = read(scales.multiplier)[expert][rows]
+        zero = unpack_nibbles(read(zeros)[expert][rows])[:, : multiplier.shape[1]]
+        packed: Mapping[str, NDArray[Any]] = family.pack_expert_int4(
+            unpack_nibbles(read(codes)[expert][rows]), multiplier, zero, read(scales.scale)[expert][rows, 0]
+        )
+        return packed
+
+    return ExpertLayer(
+        codes.name, "int4", (count, outputs, 2 * half_inputs), pack, family.expert_linear_int4, forward.quantised
+    )
+
+
+def _mix(forward: ForwardPass, node: Node, gate_up: ExpertLayer, down: ExpertLayer) -> Activation:
+    x, logits = forward.activation(node, 0), forward.activation(node, 1)
+    routing = Routing(x.shape[0], gate_up.shape[0], node.attributes["k"])
+    *segments, weight = _route(forward, logits, routing, normalise=bool(node.attributes["normalize_routing_weights"]))
+    hidden = forward.silu_mul(_linear(forward, gate_up, x, routing, segments, GATE_AND_UP))
+    y = _linear(forward, down, hidden, routing, segments, ALONE)
+    expert_bytes = sum(forward.arguments.bytes_of(_packed_name(layer)) // routing.experts for layer in (gate_up, down))
+    forward.expert_reads.append(ExpertRead(segments[-1], expert_bytes))
+    kernel = forward.kernels.get(f"combine_{routing.name}_{x.shape[1]}", lambda: experts.combine(routing, x.shape[1]))
+    return forward.call(kernel, [y.expr, weight], x.shape)
+
+
+def _route(forward: ForwardPass, logits: Activation, routing: Routing, *, normalise: bool) -> list[relax.Expr]:
+    """Return the buffers of `experts.Segments` and the pairs' weights."""
+    kernel = forward.kernels.get(
+        f"route_{routing.name}_{int(normalise)}", lambda: experts.route(routing, normalise=normalise)
+    )
+    places, bounds = (routing.pairs,), (routing.segments + 1,)
+    types = [relax.TensorType(shape, "int32") for shape in (places, bounds, bounds, (1,))]
+    types.append(relax.TensorType((routing.tokens, routing.top_k), "float32"))
+    builder = forward.kernels.builder
+    results = builder.emit(relax.call_tir(kernel, [logits.expr], out_ty=types))
+    return [builder.emit(results[index]) for index in range(len(types))]
+
+
+def _linear(
+    forward: ForwardPass,
+    layer: ExpertLayer,
+    x: Activation,
+    routing: Routing,
+    segments: Sequence[relax.Expr],
+    parts: int,
+) -> Activation:
+    """Apply the chosen experts' layer; the parts of its outputs come one after the other."""
+    count, outputs, inputs = layer.shape
+    rows = np.arange(outputs).reshape(-1, parts).T.reshape(-1)
+    kernel = forward.kernels.get(
+        f"expert_linear_{layer.kind}_{routing.name}_{x.shape[0]}_{outputs}_{inputs}",
+        lambda: layer.make_kernel(routing, x.shape[0], outputs, inputs),
+    )
+    weight = forward.arguments.of_slices(_packed_name(layer), count, lambda expert: layer.pack(expert, rows))
+    return forward.call(kernel, [*layer.operands(x), *segments, *weight], (routing.pairs, outputs))
+
+
+def _packed_name(layer: ExpertLayer) -> str:
+    return f"{layer.name}:packed"
+
+
+def _weight(forward: ForwardPass, node: Node, index: int) -> Weight:
+    value = forward.get(node.inputs[index])
+    if not isinstance(value, Weight) or len(value.shape) != 3:
+        raise CompileError(f"input {node.inputs[index]} of {node.operator} is {value!r}, not a weight of every expert")
+    return value
+
+
+EXPERT_CONVERTERS: Converters = {"com.microsoft.MoE": moe, "com.microsoft.QMoE": qmoe}

@@ -1,0 +1,80 @@
+"""The n-gram memory of Qwen4-Exp on several residual streams.
+
+Per position, with e the rows of the table, h_g the streams, k_g = W_K^g e and v = W_V e:
+    gate_g = sigmoid(signed_root(<norm(k_g), norm(h_g)> / sqrt(D))),  u_g = gate_g * v
+    h_g <- h_g + u_g + silu(conv(norm(u)))_g
+
+Reference: transformers ``modeling_qwen4_exp.py``, ``Qwen4ExpTextPLELayer``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engram_export.decoder import Step, TableInput, TableSite
+from engram_export.formats import WeightFormat
+from engram_export.hyper_connection import StreamsConfig
+from engram_export.recurrent_operators import causal_conv
+from engram_export.stream_operators import engram_gate
+from engram_runtime.manifest import StateSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NgramSiteConfig:
+    """A site before layer ``layer`` that reads ``columns`` rows of ``row_dim`` a token."""
+
+    layer: int
+    columns: int
+    row_dim: int
+    conv_kernel: int
+    conv_dilation: int
+
+    @property
+    def site(self) -> str:
+        """The site's name in the bundle."""
+        return f"layer_{self.layer}"
+
+    @property
+    def window(self) -> int:
+        """Earlier steps the convolution looks at."""
+        return (self.conv_kernel - 1) * self.conv_dilation
+
+
+class NgramSite(TableSite):
+    """Gate rows of the table into every stream."""
+
+    def __init__(self, name: str, config: NgramSiteConfig, streams: StreamsConfig, weights: WeightFormat) -> None:
+        super().__init__()
+        self.config, self.streams = config, streams
+        self.table_input = TableInput(config.site, config.columns, config.row_dim)
+        window = (config.window, streams.width)
+        self.state_specs = (StateSpec(name=f"window.{config.site}", dtype="float32", shape=window, kind="window"),)
+        width = config.columns * config.row_dim
+        self.key = weights.make_linear(f"{name}.key", width, streams.width)
+        self.value = weights.make_linear(f"{name}.value", width, streams.hidden_size)
+        self.key_gain, self.query_gain, self.conv_gain = (_parameter(streams.width) for _ in range(3))
+        self.conv = _parameter(streams.width, 1, config.conv_kernel)
+
+    def forward(self, streams: Tensor, step: Step) -> Tensor:
+        """Add to ``streams [T, G * D]`` what the site's rows ``[T, C, d]`` say."""
+        embedding = step.rows[self.config.site].flatten(1)  # [T, C * d]
+        gated, normed = engram_gate(
+            self.key(embedding),
+            streams,
+            self.value(embedding),
+            self.key_gain,
+            self.query_gain,
+            self.conv_gain,
+            branches=self.streams.streams,
+            eps=self.streams.norm_eps,
+        )
+        (window,) = (spec.name for spec in self.state_specs)
+        convolved, step.states[window] = causal_conv(
+            normed, self.conv, step.states[window], dilation=self.config.conv_dilation, activation="silu"
+        )
+        return streams + gated + convolved
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
