@@ -47,15 +47,12 @@ class GemmaAttention(Stateful):
         super().__init__()
         self.config = config
         self.state_specs = cache_specs(config.caches_of, config.num_kv_heads, context_length, config.head_dim)
-        self.query_width = config.num_heads * config.head_dim
-        self.key_width = config.num_kv_heads * config.head_dim
         projections = 1 if config.keys_are_values else 2
-        self.qkv = weights.make_linear(
-            f"{name}.qkv", config.hidden_size, self.query_width + projections * self.key_width
-        )
+        self.widths = [heads * config.head_dim for heads in (config.num_heads, *[config.num_kv_heads] * projections)]
+        self.qkv = weights.make_linear(f"{name}.qkv", config.hidden_size, sum(self.widths))
         self.query_norm = RmsNorm(config.head_dim, config.norm_eps)
         self.key_norm = RmsNorm(config.head_dim, config.norm_eps)
-        self.output = weights.make_linear(f"{name}.output", self.query_width, config.hidden_size)
+        self.output = weights.make_linear(f"{name}.output", self.widths[0], config.hidden_size)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map ``x [T, D]`` to what attention gives, ``[T, D]``."""
@@ -75,16 +72,16 @@ class GemmaAttention(Stateful):
 
     def normed(self, projected: Tensor) -> Tensor:
         """Norm every head; returns queries, keys and values ``[T, (H + 2 * Hkv) * hd]``."""
-        query, key, *rest = self.split(projected)
+        query, key, *rest = torch.split(projected, self.widths, dim=-1)
         value = rest[0] if rest else key
-        unit = functional.rms_norm(value, (self.config.head_dim,), eps=self.config.norm_eps)
-        return torch.cat([self.query_norm(query), self.key_norm(key), unit], dim=1).flatten(1)
+        parts = [normed_heads(query, self.query_norm), normed_heads(key, self.key_norm), self.unit(value)]
+        return torch.cat(parts, dim=-1)
 
-    def split(self, projected: Tensor) -> list[Tensor]:
-        """Return the heads ``[T, n, hd]`` of each projection."""
-        heads = projected.unflatten(-1, (-1, self.config.head_dim))
-        counts = [self.config.num_heads, self.config.num_kv_heads]
-        return list(heads.split(counts if self.config.keys_are_values else [*counts, counts[1]], dim=1))
+    def unit(self, value: Tensor) -> Tensor:
+        """Norm the value heads, without a gain."""
+        shape = (self.config.head_dim,)
+        heads = value.unflatten(-1, (-1, *shape))
+        return functional.rms_norm(heads, shape, torch.ones(shape), self.config.norm_eps).flatten(-2)
 
 
 class GemmaSharedAttention(Stateful):
@@ -100,9 +97,8 @@ class GemmaSharedAttention(Stateful):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map ``x [T, D]`` to what attention gives, ``[T, D]``."""
-        query = self.query_norm(self.query(x).unflatten(-1, (-1, self.config.head_dim))).flatten(1)
         attended = shared_attention(
-            query,
+            normed_heads(self.query(x), self.query_norm),
             step.states[f"key.{self.config.caches_of}"],
             step.states[f"value.{self.config.caches_of}"],
             step.position,
@@ -113,3 +109,9 @@ class GemmaSharedAttention(Stateful):
         )
         projected: Tensor = self.output(attended)
         return projected
+
+
+def normed_heads(projected: Tensor, norm: RmsNorm) -> Tensor:
+    """Norm each head of ``[T, n * hd]``."""
+    normed: Tensor = norm(projected.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+    return normed

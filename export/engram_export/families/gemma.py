@@ -10,28 +10,17 @@ from engram_export.families.reading import count, names, rope
 from engram_export.formats import WeightFormat
 from engram_export.gemma_attention import GemmaAttention, GemmaAttentionConfig, GemmaSharedAttention
 from engram_export.gemma_decoder import GemmaConfig
+from engram_export.host_table import TableSource, table_source
 from engram_export.per_layer_inputs import SITE, PerLayerConfig
+from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 from engram_export.text_decoder import TextConfig
 from engram_export.weight_map import Joined, Recipe
 from engram_runtime.errors import CheckpointError
+from engram_runtime.keyer_spec import TokenKeyerSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 SUPPORTED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 TABLE = "embed_tokens_per_layer.weight"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenTable:
-    """A host table keyed by the token itself.
-
-    Attributes:
-        tensor: ``[num_rows, row_dim]`` of the checkpoint; ids it has no row for read row 0.
-    """
-
-    site: str
-    tensor: str
-    num_rows: int
-    row_dim: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +38,31 @@ class GemmaArchitecture:
 
     @property
     def ignored(self) -> Sequence[str]:
-        """Towers of other inputs, the host table, and weights that stand in checkpoints although no layer uses them."""
+        """Towers of other inputs, and weights that stand in checkpoints although no layer uses them."""
         shared = "|".join(str(layer) for layer, config in enumerate(self.attention) if config.caches_of != layer)
         prefix = self.prefix.replace(".", r"\.")
         return (
             r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..*",
-            prefix + TABLE.replace(".", r"\."),
             rf"{prefix}layers\.({shared})\.self_attn\.(k|v)_(proj|norm)\.weight",
             rf"{prefix}layers\.\d+\.altup\.correct_output_scale",
         )
 
-    def tables(self) -> tuple[TokenTable, ...]:
-        """Return the host tables in the order of `Decoder.table_inputs`."""
-        if (per_layer := self.config.per_layer) is None:
+    def tables(self, checkpoint: Checkpoint) -> Sequence[TableSource]:
+        """Describe the per-layer embeddings; ids beyond their vocabulary read row 0."""
+        if (config := self.config.per_layer) is None:
             return ()
-        row_dim = per_layer.num_layers * per_layer.width
-        return (TokenTable(site=SITE, tensor=f"{self.prefix}{TABLE}", num_rows=per_layer.vocab_size, row_dim=row_dim),)
+        tensors = checkpoint.tensors
+        if not isinstance(tensors, SafetensorsFile | SafetensorsShards):
+            raise CheckpointError(f"{checkpoint.source} has per-layer embeddings, but its tensors are not safetensors")
+        table = table_source(
+            site=SITE,
+            keyer=TokenKeyerSpec(vocab_size=config.vocab_size, pad_id=0),
+            token_map=None,
+            columns=config.num_layers * config.width,
+            tensors=tensors,
+            payload=[f"{self.prefix}{TABLE}"],
+        )
+        return (table,)
 
     def mixers(self, context_length: int, weights: WeightFormat) -> list[GemmaAttention | GemmaSharedAttention]:
         """Make every layer's attention."""
