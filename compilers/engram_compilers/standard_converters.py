@@ -15,6 +15,7 @@ from engram_compilers.values import (
     Batched,
     ChannelScales,
     Half,
+    HalfGelu,
     HalfSigmoid,
     HalfSilu,
     Softmax,
@@ -48,12 +49,14 @@ def add(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 
 def mul(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Multiply; half * sigmoid(half) * other half is one kernel, multiplier * scale a weight's scales."""
+    """Multiply; silu or gelu of a half times the other half is one kernel, multiplier * scale a weight's scales."""
     match [forward.get(name) for name in node.inputs]:
         case [Half() as half, HalfSigmoid(half=gated)] if half == gated:
             return [HalfSilu(half)]
         case [HalfSilu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
             return [forward.silu_mul(whole)]
+        case [HalfGelu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
+            return [forward.gelu_mul(whole)]
         case [Weight() as multiplier, Weight() as scale] if scale.shape == (*multiplier.shape[:-1], 1):
             return [TwoLevelScales(multiplier, scale)]
         case _:
@@ -216,13 +219,17 @@ def transpose(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [forward.emit(relax.op.permute_dims(x.expr, order), [x.shape[axis] for axis in order], x.dtype)]
 
 
-def reduce_sum(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Sum over axes."""
-    x = forward.activation(node, 0)
-    axes = [axis % len(x.shape) for axis in _constant(forward, node, 1).reshape(-1).tolist()]
-    keep = bool(node.attributes.get("keepdims", 1))
-    result = [1 if axis in axes else size for axis, size in enumerate(x.shape) if keep or axis not in axes]
-    return [forward.emit(relax.op.sum(x.expr, axis=axes, keepdims=keep), result)]
+def reduction(operator: Callable[..., relax.Expr]) -> Converter:
+    """Make the converter of an operator over axes."""
+
+    def convert(forward: ForwardPass, node: Node) -> Sequence[Value]:
+        x = forward.activation(node, 0)
+        axes = [axis % len(x.shape) for axis in _constant(forward, node, 1).reshape(-1).tolist()]
+        keep = bool(node.attributes.get("keepdims", 1))
+        result = [1 if axis in axes else size for axis, size in enumerate(x.shape) if keep or axis not in axes]
+        return [forward.emit(operator(x.expr, axis=axes, keepdims=keep), result)]
+
+    return convert
 
 
 def clip(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -261,11 +268,14 @@ STANDARD_CONVERTERS: Converters = {
     "Cast": cast,
     "Clip": clip,
     "Concat": concat,
+    "Div": elementwise(relax.op.divide, np.divide),
     "Expand": expand,
     "Gather": gather,
     "Mul": mul,
     "RMSNormalization": rms_normalization,
-    "ReduceSum": reduce_sum,
+    "ReduceMean": reduction(relax.op.mean),
+    "ReduceSum": reduction(relax.op.sum),
+    "Relu": elementwise(relax.op.nn.relu, lambda x: np.maximum(x, 0)),
     "Reshape": reshape,
     "Shape": shape,
     "Sigmoid": sigmoid,
