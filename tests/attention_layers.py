@@ -76,7 +76,8 @@ def _indexed(
     return indexed_attention(
         qkv,
         index_qk,
-        *layer.gains,
+        layer.gains[0],
+        layer.gains[1],
         keys,
         values,
         index,
@@ -201,14 +202,21 @@ def compile_graph(graph: Path, layer: Layer, width: int) -> Any:
     return relax.VirtualMachine(relax.build(module, target), tvm.cpu())
 
 
-def tvm_run(machine: Any, layer: Layer, x: Array, sizes: Sequence[int], states: Sequence[Array] | None = None) -> Run:
-    """Run a compiled graph on new states."""
-    held = [tvm.runtime.tensor(state) for state in states or new_states(layer)]
+def tvm_step(machine: Any, states: Sequence[Array]) -> Step:
+    """Run a compiled graph; states are copied to and from tensors of its own."""
+    held = [tvm.runtime.tensor(state) for state in states]
 
     def step(x: Array, position: int) -> Array:
         arguments = [tvm.runtime.tensor(np.ascontiguousarray(x)), tvm.runtime.tensor(np.array([position]))]
         out: Array = machine[f"forward_{len(x)}_{len(x)}"](*arguments, *held)[0].numpy()
+        for state, changed in zip(states, held, strict=True):
+            state[:] = changed.numpy()
         return out
 
-    out = run_steps(step, [], x, sizes).out
-    return Run(out, [state.numpy()[:, :, : sum(sizes)] for state in held])
+    return step
+
+
+def tvm_run(machine: Any, layer: Layer, x: Array, sizes: Sequence[int]) -> Run:
+    """Run a compiled graph on new states."""
+    states = new_states(layer)
+    return run_steps(tvm_step(machine, states), states, x, sizes)

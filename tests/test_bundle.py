@@ -239,6 +239,31 @@ def test_a_text_of_silent_tokens_reads_nothing(folder: Path) -> None:
     )
 
 
+def test_sites_open_without_a_decoder_and_sessions_do_not(folder: Path) -> None:
+    change_manifest(folder, "graphs", value={})
+    bundle = Bundle.open(folder)
+    np.testing.assert_array_equal(site_rows(bundle), true_rows(TOKENS), strict=True)
+    with pytest.raises(BundleError) as caught:
+        Session(bundle, ScriptedExecutor(scripted_logits([1])), open_sites(bundle))
+    assert str(caught.value) == (
+        "this bundle holds tables and sites only, no decoder; export without --tables-only to run it"
+    )
+
+
+def test_every_identity_of_an_external_file_is_checked(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(contents()[TABLE])
+    ranges = [
+        row_range(num_rows=20, file=str(path), external=True, identity=file_identity(path)),
+        row_range(first_row=20, num_rows=16, file=str(path), external=True, identity="another"),
+    ]
+    change_manifest(folder, "tables", 0, "parts", 0, "ranges", value=ranges)
+    bundle = Bundle.open(folder)
+    wanted = f"table file {path} is not the one this bundle was exported from; export it again"
+    with pytest.raises(TableError, match=f"^{re.escape(wanted)}$"):
+        open_sites(bundle)
+
+
 def test_tokens_behind_a_barrier_are_pads_to_those_after_it(folder: Path) -> None:
     change_manifest(folder, "tables", 0, "keyer", "barrier_ids", value=[49])
     rows = site_rows(Bundle.open(folder), [7, 0, 49, 8, 5])

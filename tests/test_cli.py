@@ -176,7 +176,7 @@ def flip(path: Path, offset: int) -> None:
 def test_verify_finds_one_flipped_bit_of_a_table(workshop: Workshop, command: Command, tmp_path: Path) -> None:
     bundle = Bundle.open(copy_folder(workshop.ready().path, tmp_path / "bundle"))
     (rows,) = bundle.manifest.tables[0].ranges
-    flip(bundle.table_path(extent), extent.offset + 100)
+    flip(bundle.table_path(rows), rows.offset + 100)
     outcome = command("engram", "verify", bundle.path)
     digest = next(entry.sha256 for entry in bundle.manifest.files if entry.path == rows.file)
     found = outcome.err.splitlines()[-1].split(" SHA-256 ")[1][:64]

@@ -192,6 +192,7 @@ def test_a_damaged_gguf_file_leaves_one_sentence_and_no_file(
     assert (outcome.code, left_in(tmp_path / "out")) == (3, [])
 
 
+LARGER_HASH = {"primes": [61, 67, 97, 106], "offsets": [0, 61, 128, 225]}
 SITE_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another-seed": (
         lambda block: block["hash"].update(seed=1, multipliers=[3, 5, 7]),
@@ -204,7 +205,23 @@ SITE_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "rows-and-primes-disagree": (
         lambda block: block.update(num_rows=327),
-        "engram.table.rows has shape [326, 16], the config wants [327, 16]",
+        "the engram block has 327 rows, its primes sum to 326",
+    ),
+    "rows-of-another-width": (
+        lambda block: block.update(row_dim=18),
+        "engram.table.rows has shape [326, 16], expected [rows, 18]",
+    ),
+    "fewer-rows-than-the-hash-reaches": (
+        lambda block: block.update(num_rows=331, hash={**block["hash"], **LARGER_HASH}),
+        "engram.table.rows has 326 rows, the hash of table layer_1 wants 331",
+    ),
+    "another-hash": (
+        lambda block: block["hash"].update(kind="polynomial"),
+        "the engram block has hash kind 'polynomial', supported is 'xor_prime'",
+    ),
+    "barriers-out-of-order": (
+        lambda block: block["hash"].update(barrier_ids=[5, 3]),
+        "keyer has barrier_ids [5, 3], expected ascending ids from 0; correct the checkpoint's config",
     ),
     "no-gate": (
         lambda block: block.pop("gate"),
@@ -249,6 +266,41 @@ def test_a_site_with_the_map_of_another_tokenizer_is_refused(
         f"engram-export: the engram token map leads to {ids + 1} ids, the config says {ids}; this is another tokenizer"
     )
     assert (outcome.code, left_in(tmp_path)) == (3, ["site"])
+
+
+def test_a_scale_that_is_no_number_is_named_before_anything_is_written(
+    workshop: Workshop, tmp_path: Path, command: Command
+) -> None:
+    site = copy_folder(workshop.site_folder(PLAIN, SITE), tmp_path / "site")
+    tensors = safetensors.torch.load_file(site / "engram.safetensors")
+    tensors["engram.table.scales"][321] = float("nan")
+    safetensors.torch.save_file(tensors, site / "engram.safetensors")
+    outcome = command("engram-export", workshop.checkpoint(PLAIN), "-o", tmp_path / "bundle", "--engram", site)
+    assert error_line(outcome.err) == (
+        "engram-export: engram.table.scales has scale nan in row 321, expected finite scales; "
+        "download the checkpoint again"
+    )
+    assert "tracing" not in outcome.err
+    assert (outcome.code, left_in(tmp_path)) == (3, ["site"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--tables", "repack"], "--tables repack needs --table-dtype, one of int8, int4, fp8"),
+        (["--table-dtype", "int8"], "--table-dtype int8 has no effect with --tables copy; use --tables repack"),
+        (
+            ["--tables", "reference", "--table-dtype", "fp8"],
+            "--table-dtype fp8 has no effect with --tables reference; use --tables repack",
+        ),
+    ],
+)
+def test_a_table_dtype_goes_with_repacking_alone(
+    workshop: Workshop, tmp_path: Path, command: Command, options: list[str], expected: str
+) -> None:
+    outcome = command("engram-export", workshop.checkpoint(PLAIN, SITE), "-o", tmp_path / "bundle", *options)
+    assert outcome.err == f"engram-export: {expected}\n"
+    assert (outcome.code, left_in(tmp_path)) == (2, [])
 
 
 def test_a_bundle_is_not_replaced_without_force(workshop: Workshop, tmp_path: Path, command: Command) -> None:

@@ -447,6 +447,11 @@ def test_a_value_nested_deeper_than_python_can_print_is_refused() -> None:
             [-9, 8],
             "state window.layer_1 is float32 [-9, 8] window, which can't be held",
         ),
+        (
+            "graphs.decoder.states.1",
+            {"name": "state.1", "dtype": "float32", "shape": [1, 0, 4, 6], "kind": "recurrent"},
+            "state state.1 is float32 [1, 0, 4, 6] recurrent, which can't be held",
+        ),
         ("graphs.decoder.states.0.shape", [], "state key.0 is float32 [] positional, which can't be held"),
         ("graphs.decoder.states.0.shape", [32], "state key.0 is float32 [32] positional, which can't be held"),
         (
@@ -588,6 +593,21 @@ def test_logits_of_another_vocabulary_are_refused() -> None:
         "the graph's outputs are [('logits', 'float32', ('R', 50))], "
         "its vocabulary calls for [('logits', 'float32', ('R', 51))]"
     )
+
+
+def test_only_states_with_an_entry_per_position_are_as_long_as_the_context() -> None:
+    """A key/value cache rolls back, window and recurrent state do not; their sizes are their own."""
+    raw = sound_manifest()
+    states = raw["graphs"]["decoder"]["states"]
+    states.append({"name": "state.1", "dtype": "float32", "shape": [1, 2, 4, 6], "kind": "recurrent"})
+    read = Manifest.from_dict(raw).decoder.states
+    assert [(state.kind, state.rolls_back) for state in read] == [
+        ("positional", True),
+        ("window", False),
+        ("recurrent", False),
+    ]
+    states[2]["kind"] = "positional"
+    assert message(raw) == "state state.1 has shape [1, 2, 4, 6], expected 32 positions on its second-last axis"
 
 
 def test_a_cache_of_another_length_than_the_context_is_refused() -> None:

@@ -50,6 +50,13 @@ def moe(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [_mix(forward, node, *(_float_layer(forward, node, index) for index in (2, 4)))]
 
 
+def unnormalised_moe(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a mixture of float experts whose weights are not divided by their sum."""
+    x, router_logits, gate_up, down = node.inputs
+    attributes = {**SILU_GATE, "k": node.attributes["k"], "normalize_routing_weights": 0}
+    return moe(forward, Node(node.operator, (x, router_logits, gate_up, "", down), node.outputs, attributes))
+
+
 def qmoe(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a mixture of quantised experts; the scales say which format a weight has."""
     _require_plain(node, QMOE_INPUTS)
@@ -182,4 +189,8 @@ def _weight(forward: ForwardPass, node: Node, index: int) -> Weight:
     return value
 
 
-EXPERT_CONVERTERS: Converters = {"com.microsoft.MoE": moe, "com.microsoft.QMoE": qmoe}
+EXPERT_CONVERTERS: Converters = {
+    "com.microsoft.MoE": moe,
+    "com.microsoft.QMoE": qmoe,
+    "engram.UnnormalisedMoE": unnormalised_moe,
+}

@@ -54,6 +54,7 @@ class ForwardPass:
         self.expert_reads: list[ExpertRead] = []
         self._values: dict[str, Value] = {**model.constants, **model.weights}
         self._quantised: dict[Activation, list[relax.Expr]] = {}
+        self._held: dict[Activation, Activation] = {}
 
     def set(self, name: str, value: Value) -> None:
         """Define an ONNX value."""
@@ -103,6 +104,24 @@ class ForwardPass:
         """Call a kernel with one float32 output."""
         out = relax.TensorType(tuple(shape), "float32")
         return self.emit(relax.call_tir(kernel, list(inputs), out_ty=out), shape)
+
+    def call_in_place(
+        self, kernel: Any, inputs: Sequence[relax.Expr], state: Activation, shape: Sequence[int]
+    ) -> tuple[Activation, Activation]:
+        """Call a kernel that changes ``state``, its last argument, and has one float32 output; return output and state.
+
+        The returned state is the same memory with its next contents; nothing may read ``state`` itself any more.
+        """
+        types = [relax.TensorType(state.shape, state.dtype), relax.TensorType(tuple(shape), "float32")]
+        arguments = [*inputs, state.expr]
+        results = self.kernels.builder.emit(relax.op.call_tir_inplace(kernel, arguments, [len(inputs), -1], types))
+        following = self.emit(results[0], state.shape, state.dtype)
+        self._held[following] = state
+        return self.emit(results[1], shape), following
+
+    def is_held_in(self, value: Activation, state: Activation) -> bool:
+        """Return whether ``value`` is what a kernel has made of ``state``, in its memory."""
+        return self._held.get(value) is state
 
     def plain_weight(self, weight: Weight) -> list[relax.Var]:
         """Return the argument for a weight that is used as it is stored."""

@@ -11,15 +11,21 @@ from engram_compilers.attention_converters import ATTENTION_CONVERTERS
 from engram_compilers.expert_converters import EXPERT_CONVERTERS
 from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass, KernelCache
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
-from engram_compilers.kernels.copying import copy
 from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
+from engram_compilers.recurrent_converters import RECURRENT_CONVERTERS
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
 from engram_compilers.values import Activation
 from engram_runtime.errors import CompileError
 from engram_runtime.manifest import GraphSpec, StateSpec
 
-CONVERTERS: Converters = {**STANDARD_CONVERTERS, **KERNEL_CONVERTERS, **ATTENTION_CONVERTERS, **EXPERT_CONVERTERS}
+CONVERTERS: Converters = {
+    **STANDARD_CONVERTERS,
+    **KERNEL_CONVERTERS,
+    **ATTENTION_CONVERTERS,
+    **EXPERT_CONVERTERS,
+    **RECURRENT_CONVERTERS,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,8 +66,8 @@ def _lower_pass(
         with builder.dataflow():
             for node in model.nodes:
                 _convert(forward, node)
-            written = [_write_back(forward, state) for state in spec.states if state.kind == "window"]
-            results = [value.expr for value in (_activation(forward, "logits"), *written)]
+            updated = [_updated(forward, state) for state in spec.states if not state.rolls_back]
+            results = [value.expr for value in (_activation(forward, "logits"), *updated)]
             results += [read.count for read in forward.expert_reads]
             outputs = [builder.emit_output(result) for result in results]
         builder.emit_func_output(relax.Tuple(outputs), [*arguments, *weights.variables.values()])
@@ -90,14 +96,15 @@ def _convert(forward: ForwardPass, node: Node) -> None:
         forward.set(name, value)
 
 
-def _write_back(forward: ForwardPass, state: StateSpec) -> Activation:
-    """Copy a window's next contents into the state; returned by the function, or it would count as unused."""
+def _updated(forward: ForwardPass, state: StateSpec) -> Activation:
+    """Return a state's next contents, which a kernel has put in its place."""
     current, following = _activation(forward, state.name), _activation(forward, f"next.{state.name}")
-    kernel = forward.kernels.get(f"copy_{'_'.join(map(str, state.shape))}", lambda: copy(*state.shape))
-    types = [relax.TensorType(state.shape, state.dtype)]
-    return forward.emit(
-        relax.op.call_tir_inplace(kernel, [current.expr, following.expr], [0], types), state.shape, state.dtype
-    )
+    if not forward.is_held_in(following, current):
+        raise CompileError(
+            f"next.{state.name} is not {state.name} changed in place by one of {sorted(RECURRENT_CONVERTERS)}; "
+            "export the bundle again"
+        )
+    return following
 
 
 def _activation(forward: ForwardPass, name: str) -> Activation:

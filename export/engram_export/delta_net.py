@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from engram_export.decoder import Stateful, Step
 from engram_export.formats import WeightFormat
+from engram_export.gate_operators import decay_and_rate, gated_rms_norm
 from engram_export.linear import FloatLinear
-from engram_export.recurrent_operators import causal_conv, decay_and_rate, gated_delta, gated_rms_norm
+from engram_export.recurrent_operators import causal_conv, gated_delta
 from engram_export.stream_operators import branchwise_rms_norm
 from engram_runtime.manifest import StateSpec
 
@@ -71,15 +72,16 @@ class GatedDeltaNet(Stateful):
             self.qkv(x), self.conv, step.states[window], dilation=1, activation="silu"
         )
         query, key, value = torch.split(mixed, [config.key_width, config.key_width, config.value_width], dim=-1)
-        decay, rate = decay_and_rate(*self.decay_rate(x).chunk(2, dim=-1), self.time_bias, self.decay_scale)
+        time_step, rate = self.decay_rate(x).chunk(2, dim=-1)
+        decay, rate = decay_and_rate(time_step, rate, self.time_bias, self.decay_scale)
         attended, step.states[state] = gated_delta(
             self._normalised(query),
-            self._normalised(key) * config.key_head_dim**-0.5,
+            self._normalised(key),
             value,
             decay,
             rate,
             step.states[state],
-            scale=1 / config.key_head_dim,
+            num_heads=config.num_value_heads,
         )
         gated = gated_rms_norm(
             attended, self.norm_gain, self.gate(x), activation=config.gate_activation, eps=config.norm_eps
@@ -88,9 +90,11 @@ class GatedDeltaNet(Stateful):
         return projected
 
     def _normalised(self, heads: Tensor) -> Tensor:
-        """Return heads of length sqrt(dk): dividing by the root mean square instead of the length."""
-        eps = L2_EPS / self.config.key_head_dim
-        return branchwise_rms_norm(heads, None, branches=self.config.num_key_heads, eps=eps)
+        """Return heads of length one: x / |x| is x / rms(x) / sqrt(dk)."""
+        width = self.config.key_head_dim
+        normed = branchwise_rms_norm(heads, None, branches=self.config.num_key_heads, eps=L2_EPS / width)
+        scaled: Tensor = normed * width**-0.5
+        return scaled
 
 
 def _states(layer: int, config: DeltaNetConfig) -> tuple[StateSpec, StateSpec]:

@@ -14,12 +14,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from engram_export.decoder import Step, TableInput, TableSite
 from engram_export.engram_config import ConvConfig, EngramConfig
 from engram_export.linear import LinearFactory
 from engram_export.norms import RmsNorm
+from engram_export.recurrent_operators import causal_conv
 from engram_runtime.manifest import StateSpec
 
 
@@ -30,17 +30,11 @@ class CausalConv(nn.Module):
         super().__init__()
         self.norm = RmsNorm(hidden_size, config.norm_eps)
         self.weight = nn.Parameter(torch.empty(hidden_size, 1, config.kernel), requires_grad=False)
-        self.config = config
+        self.dilation = config.dilation
 
     def forward(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``x [T, D]`` and the earlier steps ``window [W, D]`` to outputs and the next window."""
-        steps = torch.cat([window, self.norm(x)])
-        tokens, dilation = x.shape[0], self.config.dilation
-        taps = [
-            steps[tap * dilation : tap * dilation + tokens] * self.weight[:, 0, tap]
-            for tap in range(self.config.kernel)
-        ]
-        return torch.stack(taps).sum(dim=0), steps[tokens:]
+        """Map ``x [T, D]`` and the earlier steps ``window [W, D]`` to silu(conv(norm(x))) and the next window."""
+        return causal_conv(self.norm(x), self.weight, window, dilation=self.dilation, activation="silu")
 
 
 class EngramSite(TableSite):
@@ -66,7 +60,7 @@ class EngramSite(TableSite):
         if self.conv is not None:
             (window,) = (spec.name for spec in self.state_specs)
             convolved, step.states[window] = self.conv(update, step.states[window])
-            update = update + functional.silu(convolved)
+            update = update + convolved
         return hidden + self.config.output_scale * update
 
     def _gate(self, hidden: Tensor, key: Tensor) -> Tensor:

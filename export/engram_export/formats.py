@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from engram_export.experts import ExpertFactory, FloatExpertLinear, Int4ExpertLinear, Int8ExpertLinear
 from engram_export.linear import (
     BlockLinear,
     FloatEmbedding,
@@ -18,18 +19,20 @@ from engram_export.linear import (
 EmbeddingFactory = Callable[[str, int, int], FloatEmbedding | Int8Embedding]  # (name, vocab_size, hidden_size)
 
 KEPT_BITS = {"Q4_0": 4, "Q8_0": 8}  # GGUF types whose integers and scales can be taken over exactly
-ALWAYS_INT8 = ("lm_head", "sites.")  # few bytes, and the most sensitive weights: never below int8
+# Parts of names of layers that are few bytes and the most sensitive: never below int8.
+ALWAYS_INT8 = frozenset({"lm_head", "sites", "site", "index", "mixer_connection", "feed_forward_connection"})
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """Factories for the linear layers and the embedding."""
+    """Factories for the linear layers, the embedding and the layers of experts."""
 
     make_linear: LinearFactory
     make_embedding: EmbeddingFactory
+    make_expert_linear: ExpertFactory
 
 
-FLOAT = WeightFormat(FloatLinear, FloatEmbedding)
+FLOAT = WeightFormat(FloatLinear, FloatEmbedding, FloatExpertLinear)
 
 
 def weight_format(quant: str, kept_type: Callable[[str], str | None]) -> WeightFormat:
@@ -40,7 +43,7 @@ def weight_format(quant: str, kept_type: Callable[[str], str | None]) -> WeightF
     """
 
     def int4_or_int8(name: str, in_features: int, out_features: int) -> nn.Module:
-        linear = Int8Linear if name.startswith(ALWAYS_INT8) else Int4Linear
+        linear = Int4Linear if ALWAYS_INT8.isdisjoint(name.split(".")) else Int8Linear
         return linear(name, in_features, out_features)
 
     def kept_or_int8(name: str, in_features: int, out_features: int) -> nn.Module:
@@ -50,8 +53,8 @@ def weight_format(quant: str, kept_type: Callable[[str], str | None]) -> WeightF
 
     formats = {
         "none": FLOAT,
-        "int8": WeightFormat(Int8Linear, Int8Embedding),
-        "int4": WeightFormat(int4_or_int8, Int8Embedding),
-        "keep": WeightFormat(kept_or_int8, Int8Embedding),
+        "int8": WeightFormat(Int8Linear, Int8Embedding, Int8ExpertLinear),
+        "int4": WeightFormat(int4_or_int8, Int8Embedding, Int4ExpertLinear),
+        "keep": WeightFormat(kept_or_int8, Int8Embedding, Int8ExpertLinear),
     }
     return formats[quant]

@@ -32,6 +32,6 @@ def gated_rms_norm(x: Tensor, gain: Tensor, gate: Tensor, *, activation: str, ep
             version=1,
         )
         return node
-    heads = x.unflatten(-1, (-1, len(gain)))
+    heads = torch.unflatten(x, -1, (-1, len(gain)))
     normed = functional.rms_norm(heads, gain.shape, gain, eps).flatten(-2)
     return normed * (functional.silu(gate) if activation == "silu" else torch.sigmoid(gate))

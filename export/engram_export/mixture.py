@@ -1,4 +1,4 @@
-"""The sparse feed-forward of all mixture-of-experts families: router, routed experts, a shared expert where there is one."""
+"""The sparse feed-forward of all mixtures of experts: router, routed experts, a shared expert where there is one."""
 
 from dataclasses import dataclass
 
@@ -53,4 +53,5 @@ class Mixture(nn.Module):
         routed: Tensor = self.experts(x, self.router(x))
         if self.shared is None:
             return routed
-        return routed + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        mixed: Tensor = routed + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return mixed

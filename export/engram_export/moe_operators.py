@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engram_export.onnx_functions import DOMAIN
 from engram_export.operators import ACCURACY_LEVEL, dequantise_blocks
 from engram_export.quantise import BLOCK
 
@@ -80,7 +81,9 @@ def mix_experts(
     match gate_up, down:
         case FloatExperts(), FloatExperts():
             inputs = [x, router_logits, gate_up.weight, None, down.weight, None]
-            return _node("com.microsoft::MoE", x, inputs, attributes)
+            if normalise:
+                return _node("com.microsoft::MoE", x, inputs, attributes)
+            return _node(f"{DOMAIN}::UnnormalisedMoE", x, [x, router_logits, gate_up.weight, down.weight], {"k": top_k})
         case QuantisedExperts(bits=bits), QuantisedExperts() if down.bits == bits:
             inputs = _qmoe_inputs(x, router_logits, gate_up, down)
             blocks = {"expert_weight_bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}

@@ -163,7 +163,32 @@ IndexedAttention <num_heads, kv_num_heads, scale, index_heads, rotary_dim, budge
 }
 """
 
-_FUNCTIONS = {"IndexedAttention": _INDEXED_ATTENTION, "SharedAttention": _SHARED_ATTENTION}
+# onnxruntime 1.31 may give MoE's result the memory of x, which the kernel clears before it reads it where it does not
+# normalise. So it normalises, and the sum it divided by is put back.
+_UNNORMALISED_MOE = """
+<domain: "engram", opset_import: ["" : 23, "com.microsoft" : 1]>
+UnnormalisedMoE <k> (x, router_logits, gate_up, down) => (out)
+{
+    minus_one = Constant <value_ints = [-1]> ()
+    zero = Constant <value_ints = [0]> ()
+    mixed = com.microsoft.MoE <
+        k: int = @k, activation_type = "swiglu", swiglu_fusion = 1, activation_alpha = 1.0, activation_beta = 0.0,
+        normalize_routing_weights = 1
+    > (x, router_logits, gate_up, , down)
+    probabilities = Softmax <axis = -1> (router_logits)
+    count_scalar = Constant <value_int: int = @k> ()
+    count = Unsqueeze (count_scalar, zero)
+    best, places = TopK (probabilities, count)
+    share = ReduceSum <keepdims = 1> (best, minus_one)
+    out = Mul (mixed, share)
+}
+"""
+
+_FUNCTIONS = {
+    "IndexedAttention": _INDEXED_ATTENTION,
+    "SharedAttention": _SHARED_ATTENTION,
+    "UnnormalisedMoE": _UNNORMALISED_MOE,
+}
 
 
 def add_functions(model: ir.Model) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engram_export.decoder import Decoder
+from engram_export.onnx_functions import add_functions
 from engram_export.weights_file import TensorPlan
 from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
 
@@ -102,6 +103,7 @@ def trace(build: Callable[[], Decoder]) -> TracedGraph:
             value.const_value = None
     with _quiet():
         onnxscript.optimizer.optimize(graph)
+    add_functions(graph)  # the optimizer would inline them
     _name_interface(graph, model, states)
     return TracedGraph(graph, model, states)
 

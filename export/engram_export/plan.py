@@ -61,10 +61,8 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, tab
         formats=dict(Counter(str(module.label) for module in skeleton.modules() if hasattr(module, "label"))),
         tables_bytes=sum(site.rows * site.record_bytes for site in sites),
         tables_mode=tables_mode,
-        cache_bytes_per_token=sum(
-            _bytes(state) // source.context_length for state in states if state.kind == "positional"
-        ),
-        state_bytes=sum(_bytes(state) for state in states if state.kind != "positional"),
+        cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),
+        state_bytes=sum(_bytes(state) for state in states if not state.rolls_back),
         peak_memory_bytes=0,
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,

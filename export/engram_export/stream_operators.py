@@ -17,7 +17,7 @@ def branchwise_rms_norm(x: Tensor, gain: Tensor | None, *, branches: int, eps: f
             version=1,
         )
         return node
-    parts = x.unflatten(-1, (branches, -1))
+    parts = torch.unflatten(x, -1, (branches, -1))
     normed = functional.rms_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
     return normed if gain is None else normed * gain
 
@@ -34,7 +34,7 @@ def pre_mix(streams: Tensor, mix: Tensor, *, branches: int) -> Tensor:
             version=1,
         )
         return node
-    return (streams * mix).unflatten(-1, (branches, -1)).mean(dim=-2)
+    return torch.unflatten(streams * mix, -1, (branches, -1)).mean(dim=-2)
 
 
 def post_mix(streams: Tensor, output: Tensor, inject: Tensor, *, branches: int) -> Tensor:
@@ -79,7 +79,7 @@ def engram_gate(
     products = branchwise_rms_norm(key, key_gain, branches=branches, eps=eps) * branchwise_rms_norm(
         query, query_gain, branches=branches, eps=eps
     )
-    score = products.unflatten(-1, (branches, -1)).sum(dim=-1, keepdim=True) * value.shape[-1] ** -0.5
+    score = torch.unflatten(products, -1, (branches, -1)).sum(dim=-1, keepdim=True) * value.shape[-1] ** -0.5
     gate = torch.sigmoid(torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=1e-6)))
     gated = (gate * value.unsqueeze(-2)).flatten(-2)
     return gated, branchwise_rms_norm(gated, value_gain, branches=branches, eps=eps)

@@ -63,9 +63,10 @@ class StreamedLinear(nn.Module):
 
     def _slices(self) -> Iterator[Any]:
         for start, stop in self._source.row_slices(self._name):
-            yield self._rows(start, stop)
+            yield self.rows(start, stop)
 
-    def _rows(self, start: int, stop: int) -> Any:
+    def rows(self, start: int, stop: int) -> Any:
+        """Return the layer for rows of the weight."""
         module = self._make(stop - start)
         arrays = self._source.encode(self._name, module, start, stop)
         for key, parameter in module.named_parameters():
@@ -79,7 +80,7 @@ class StreamedEmbedding(StreamedLinear):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ``[T]`` ids, ``[T, D]``; only their rows are read."""
         distinct, places = torch.unique(ids, return_inverse=True)
-        rows = [self._rows(token_id, token_id + 1)(torch.zeros(1, dtype=torch.int64)) for token_id in distinct.tolist()]
+        rows = [self.rows(token_id, token_id + 1)(torch.zeros(1, dtype=torch.int64)) for token_id in distinct.tolist()]
         return torch.cat(rows)[places]
 
     def logits(self, x: Tensor) -> Tensor:
@@ -105,6 +106,26 @@ class ReportedRows:
         return arrays
 
 
+@dataclass(frozen=True, slots=True)
+class StreamedExperts:
+    """The weights of one layer of all experts, read one expert at a time."""
+
+    layer: "StreamedExpertLinear"
+
+    def of(self, expert: int) -> Tensor:
+        """Return ``[N, K]`` float32 of one expert."""
+        rows: Tensor = self.layer.rows(expert, expert + 1).weights().of(0)
+        return rows
+
+
+class StreamedExpertLinear(StreamedLinear):
+    """A layer ``[E, N, K]`` of experts of some format."""
+
+    def weights(self) -> Any:
+        """See `engram_export.experts.ExpertLinear`."""
+        return StreamedExperts(self)
+
+
 def streamed_format(chosen: WeightFormat, source: EncodedRows) -> WeightFormat:
     """Return a format of streamed modules that compute what those of ``chosen`` do."""
 
@@ -114,4 +135,10 @@ def streamed_format(chosen: WeightFormat, source: EncodedRows) -> WeightFormat:
     def embedding(name: str, vocab_size: int, hidden_size: int) -> Any:
         return StreamedEmbedding(source, lambda rows: chosen.make_embedding(name, rows, hidden_size), name)
 
-    return WeightFormat(linear, embedding)
+    def expert_linear(name: str, num_experts: int, in_features: int, out_features: int, parts: int) -> Any:
+        def make(rows: int) -> Any:
+            return chosen.make_expert_linear(name, rows, in_features, out_features, parts)
+
+        return StreamedExpertLinear(source, make, name)
+
+    return WeightFormat(linear, embedding, expert_linear)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.host_table import TableSource
+from engram_export.moe_operators import keep_float_activations
 from engram_export.source import ModelSource, load_own_parameters
 from engram_export.streamed import EncodedRows, streamed_format
 from engram_export.table_writer import checkpoint_site, open_rows
@@ -88,7 +89,7 @@ def reference_logits(
     states = []
     for state in model.state_specs():
         *outer, length, width = state.shape
-        states.append(torch.zeros(*outer, len(token_ids) if state.kind == "positional" else length, width))
+        states.append(torch.zeros(*outer, len(token_ids) if state.rolls_back else length, width))
     with torch.no_grad():
         logits, *_ = model(
             torch.from_numpy(token_ids),
@@ -124,6 +125,7 @@ def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int
     decoder = bundle.manifest.decoder
     exact = dataclasses.replace(decoder, file=f"{decoder.file}.exact")
     graph = onnx.load(bundle.file(decoder.file), load_external_data=False)
+    keep_float_activations(graph.graph)
     for node in graph.graph.node:
         kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
         del node.attribute[:]

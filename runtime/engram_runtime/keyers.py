@@ -147,6 +147,9 @@ class NgramKeyer:
         """Return the ids to hash and whether each is a barrier, both ``[context + T]``, padded at the front."""
         recent = np.asarray(history[max(0, len(history) - self.context) :], dtype=np.int64)
         raw = np.concatenate([recent, token_ids])
-        missing = (self.context - len(recent), 0)
-        ids = raw if self.token_map is None else self.token_map[raw]
-        return np.pad(ids, missing, constant_values=self.pad_id), np.pad(np.isin(raw, self.barrier_ids), missing)
+        ids = np.full(self.context + len(token_ids), self.pad_id, dtype=np.int64)
+        barriers = np.zeros(len(ids), dtype=np.bool_)
+        known = slice(self.context - len(recent), None)
+        ids[known] = raw if self.token_map is None else self.token_map[raw]
+        barriers[known] = np.isin(raw, self.barrier_ids)
+        return ids, barriers

@@ -13,7 +13,7 @@ from engram_runtime.table_spec import TableSpec
 
 FORMAT_VERSION = 2
 AXIS_NAMES = ("T", "R")
-STATE_KINDS = ("positional", "window")
+STATE_KINDS = ("positional", "window", "recurrent")
 MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions is 4 GiB
 DECODER = "decoder"
 SITE_GRAPH = "site."  # before the name of the site whose graph it is
@@ -63,13 +63,19 @@ class StateSpec:
     """A cache the caller owns: input ``name``, output ``next.<name>``, written in place.
 
     ``positional`` states hold one entry per position on their second-last axis and roll back by forgetting positions;
-    ``window`` states hold the last few steps, so going back means computing the kept tokens again.
+    ``window`` states hold the last few steps and ``recurrent`` ones a summary of all, so going back means computing the
+    kept tokens again.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     kind: str
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the last tokens are forgotten by moving the position, with no change of the contents."""
+        return self.kind == "positional"
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Self:
@@ -201,7 +207,7 @@ class Manifest:
         else:
             raise BundleError(f"graph {name!r} is unknown; expected {DECODER!r} or one of {sorted(sites)}")
         for state in graph.states:
-            if state.kind == "positional" and state.shape[-2] != self.model.context_length:
+            if state.rolls_back and state.shape[-2] != self.model.context_length:
                 raise BundleError(
                     f"state {state.name} has shape {list(state.shape)}, expected {self.model.context_length} positions "
                     f"on its second-last axis"

@@ -123,14 +123,14 @@ class RecordFormat:
 
 def scale_values(scales: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     """Turn the bytes ``[N, bytes]`` of scales into ``[N, scales]`` float32, a fresh array."""
-    return E8M0_VALUES[scales] if dtype == "e8m0" else scales.view(dtype).astype(np.float32)
+    return E8M0_VALUES.take(scales) if dtype == "e8m0" else scales.view(dtype).astype(np.float32)
 
 
 def _payload_values(payload: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     if dtype == "float8_e4m3":
-        return FLOAT8_E4M3_VALUES[payload]
+        return FLOAT8_E4M3_VALUES.take(payload)  # three times as fast as indexing
     if dtype == "int4":
-        return INT4_PAIRS[payload].reshape(len(payload), 2 * payload.shape[1])
+        return INT4_PAIRS.take(payload, axis=0).reshape(len(payload), 2 * payload.shape[1])
     if dtype == "bfloat16":
         return (payload.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return payload.view(dtype).astype(np.float32)

@@ -97,17 +97,17 @@ class Session:
     def trim(self, count: int) -> None:
         """Forget the last ``count`` tokens, as if they had never been added.
 
-        States that hold only a window of recent steps can't step back, so the kept tokens are computed again.
+        States without an entry per position can't step back, so the kept tokens are computed again.
         """
         if not 0 <= count <= len(self):
             raise RequestError(f"can't trim {count} tokens of a sequence of {len(self)}")
         kept = self._token_ids[: len(self) - count]
-        if count == 0 or all(spec.kind == "positional" for spec in self._specs):
+        if count == 0 or all(spec.rolls_back for spec in self._specs):
             self._token_ids = kept
             return
         self._token_ids = []
         for spec in self._specs:
-            if spec.kind == "window":
+            if not spec.rolls_back:
                 self._states[spec.name][...] = 0
         if kept:
             self.prefill(kept)

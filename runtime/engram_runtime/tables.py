@@ -61,11 +61,11 @@ class FileTable:
             TableError: a file is missing or too short.
         """
         self._spec = spec
-        self._files: dict[str, _OpenFile] = {}
+        self._files: _OpenFiles = {}
         try:
             for rows in spec.ranges:
-                if rows.file not in self._files:
-                    self._files[rows.file] = _OpenFile(locate(rows))
+                if (rows.file, rows.identity) not in self._files:
+                    self._files[rows.file, rows.identity] = _OpenFile(locate(rows))
             self._parts = [_OpenPart(part, self._files) for part in spec.parts]
             for file in self._files.values():
                 file.expect_random_reads()
@@ -119,10 +119,10 @@ class FileTable:
 class _OpenPart:
     """A part of the records: its row ranges, found by bisection."""
 
-    def __init__(self, part: TablePart, files: dict[str, "_OpenFile"]) -> None:
+    def __init__(self, part: TablePart, files: "_OpenFiles") -> None:
         self.row_bytes = part.row_bytes
         self._ranges = part.ranges
-        self._files = [files[rows.file] for rows in part.ranges]
+        self._files = [files[rows.file, rows.identity] for rows in part.ranges]
         self._first_rows = np.array([rows.first_row for rows in part.ranges], dtype=np.int64)
         self._offsets = np.array([rows.offset for rows in part.ranges], dtype=np.int64)
         for file, rows in zip(self._files, part.ranges, strict=True):
@@ -189,6 +189,9 @@ class _OpenFile:
         if self._file != CLOSED:
             os.close(self._file)
             self._file = CLOSED
+
+
+_OpenFiles = dict[tuple[str, str | None], _OpenFile]  # by name and identity, so that each identity is checked
 
 
 def open_table(bundle: Bundle, spec: TableSpec) -> TableStore:

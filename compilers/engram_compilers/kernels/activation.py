@@ -18,16 +18,16 @@ Function = Callable[[Expr], Expr]  # of float32x16
 
 
 def sigmoid(x: Expr) -> Expr:
-    """Return 1 / (1 + exp(-x)); exp only ever sees -|x|, so nothing overflows."""
+    """Return 1 / (1 + exp(-x)) of 16 lanes; exp only ever sees -|x|, so nothing overflows."""
 
-    def quotient(x: Expr, decay: Expr) -> Expr:
+    def quotient(decay: Expr, x: Expr) -> Expr:
         return T.Select(x >= splat(0.0), splat(1.0), decay) / (decay + splat(1.0))
 
-    return let(x, lambda x: let(exp16(splat(0.0) - T.fabs(x)), lambda decay: quotient(x, decay)))
+    return let(x, lambda x: let(exp16(splat(0.0) - T.fabs(x)), lambda decay: quotient(decay, x)))
 
 
 def silu(gate: Expr) -> Expr:
-    """Return gate * sigmoid(gate)."""
+    """Return gate * sigmoid(gate) of 16 lanes."""
     return let(gate, lambda x: x * sigmoid(x))
 
 

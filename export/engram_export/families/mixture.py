@@ -23,6 +23,7 @@ from engram_export.families.llama import (
 )
 from engram_export.families.reading import count, names, require_values, rope, rotary_dim, text_part, text_prefix
 from engram_export.formats import WeightFormat
+from engram_export.host_table import TableSource
 from engram_export.mixture import Mixture, MixtureConfig
 from engram_export.rope import RotaryEmbedding
 from engram_export.text_decoder import Layer, Mlp, TextConfig, TextDecoder
@@ -59,6 +60,10 @@ class MixtureArchitecture:
     def name_map(self) -> dict[str, Recipe]:
         """Return what every weight is made of."""
         return self.recipes
+
+    def tables(self, checkpoint: Checkpoint) -> Sequence[TableSource]:
+        """The families have no tables of their own."""
+        return ()
 
     def build(self, context_length: int, weights: WeightFormat, sites: Sequence[EngramSite]) -> TextDecoder:
         """Make the model's module with uninitialised parameters."""
@@ -121,7 +126,9 @@ def read_qwen3_5_moe(checkpoint: Checkpoint) -> MixtureArchitecture:
     layer_types = names(checkpoint, "layer_types", length=text.num_layers, known=(FULL, LINEAR))
     recipes = {**text_names(prefix), "norm.weight": one_plus(f"{prefix}norm.weight")}
     for layer, kind in enumerate(layer_types):
-        recipes |= norm_names(prefix, layer, one_plus) | mixture_names(checkpoint, f"{prefix}layers.{layer}.mlp.", layer)
+        recipes |= norm_names(prefix, layer, one_plus) | mixture_names(
+            checkpoint, f"{prefix}layers.{layer}.mlp.", layer
+        )
         recipes |= delta_names(prefix, layer) if kind == LINEAR else gated_attention_names(prefix, layer, attention)
     return MixtureArchitecture(
         text=text,
@@ -169,9 +176,11 @@ def delta_config(checkpoint: Checkpoint, *, gate_activation: str) -> DeltaNetCon
     return config
 
 
-def partial_rope(checkpoint: Checkpoint, attention: AttentionConfig, text: TextConfig) -> RotaryEmbedding:
+def partial_rope(
+    checkpoint: Checkpoint, attention: AttentionConfig, text: TextConfig, *, default: float = 0.25
+) -> RotaryEmbedding:
     """Read the rotation of the first dimensions of a head; a text's three mrope positions are all the same."""
-    rotated = rotary_dim(checkpoint, attention.head_dim, default=0.25)
+    rotated = rotary_dim(checkpoint, attention.head_dim, default=default)
     return rope(checkpoint, head_dim=rotated, max_positions=text.max_positions)
 
 
@@ -208,7 +217,11 @@ def delta_names(prefix: str, layer: int) -> dict[str, Recipe]:
 
 
 def mixture_names(
-    checkpoint: Checkpoint, source: str, layer: int, gate_up: Sequence[str] = ("gate_proj", "up_proj"), down: str = "down_proj"
+    checkpoint: Checkpoint,
+    source: str,
+    layer: int,
+    gate_up: Sequence[str] = ("gate_proj", "up_proj"),
+    down: str = "down_proj",
 ) -> dict[str, Recipe]:
     """Return a layer's mixture; a checkpoint has its experts one by one or all in one tensor."""
     target = f"layers.{layer}.feed_forward."
@@ -222,7 +235,9 @@ def mixture_names(
         f"{target}router.weight": Joined(f"{source}gate.weight"),
         f"{target}experts.gate_up.weight": experts[0],
         f"{target}experts.down.weight": experts[1],
-        f"{target}shared.gate_up.weight": Joined(*(f"{source}shared_expert.{part}_proj.weight" for part in ("gate", "up"))),
+        f"{target}shared.gate_up.weight": Joined(
+            *(f"{source}shared_expert.{part}_proj.weight" for part in ("gate", "up"))
+        ),
         f"{target}shared.down.weight": Joined(f"{source}shared_expert.down_proj.weight"),
         f"{target}shared_gate.weight": Joined(f"{source}shared_expert_gate.weight"),
     }
