@@ -17,7 +17,7 @@ LEAST_MEAN_SQUARE = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AltUpConfig:
-    """``active`` is the stream that layers read, ``scale_correction`` whether it is scaled before the per-layer gate."""
+    """``active`` is the stream layers read, ``scale_correction`` whether it is scaled before the per-layer gate."""
 
     hidden_size: int
     num_streams: int
@@ -42,7 +42,7 @@ class AltUp(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Map the streams ``[T, P, D]`` to predicted ones."""
         streams = self.config.num_streams
-        coefficients = self.prediction(self._route(x[:, self.config.active])).unflatten(-1, (streams, streams))
+        coefficients = torch.unflatten(self.prediction(self._route(x[:, self.config.active])), -1, (streams, streams))
         predicted: Tensor = x + coefficients @ x
         return predicted
 
@@ -69,8 +69,8 @@ class Streams(nn.Module):
 
     def split(self, embedded: Tensor) -> Tensor:
         """Map ``[T, D]`` to streams ``[T, P, D]``, the first of them the embedding itself."""
-        first = embedded[:, None]
-        return torch.cat([first, _as_large_as(first, self.spread(embedded).unflatten(-1, self.shape))], dim=1)
+        first, others = embedded[:, None], torch.unflatten(self.spread(embedded), -1, self.shape)
+        return torch.cat([first, _as_large_as(first, others)], dim=1)
 
     def join(self, x: Tensor) -> Tensor:
         """Map streams ``[T, P, D]`` to their mean ``[T, D]`` after each was projected."""

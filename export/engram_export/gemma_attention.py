@@ -80,7 +80,7 @@ class GemmaAttention(Stateful):
     def unit(self, value: Tensor) -> Tensor:
         """Norm the value heads, without a gain."""
         shape = (self.config.head_dim,)
-        heads = value.unflatten(-1, (-1, *shape))
+        heads = torch.unflatten(value, -1, (-1, *shape))
         return functional.rms_norm(heads, shape, torch.ones(shape), self.config.norm_eps).flatten(-2)
 
 
@@ -113,5 +113,5 @@ class GemmaSharedAttention(Stateful):
 
 def normed_heads(projected: Tensor, norm: RmsNorm) -> Tensor:
     """Norm each head of ``[T, n * hd]``."""
-    normed: Tensor = norm(projected.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+    normed: Tensor = norm(torch.unflatten(projected, -1, (-1, len(norm.weight)))).flatten(-2)
     return normed

@@ -5,6 +5,7 @@ The rows and a projection of the token's embedding make the layers' inputs; a ga
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,8 +42,8 @@ class PerLayerInputs(TableSite):
     def forward(self, embedded: Tensor, step: Step) -> Tensor:
         """Map scaled embeddings ``[T, D]`` to ``[T, L, width]``."""
         shape = (self.config.num_layers, self.config.width)
-        projected = self.norm(self.projection(embedded).unflatten(-1, shape))
-        rows = step.rows[SITE].flatten(1).unflatten(-1, shape)
+        projected = self.norm(torch.unflatten(self.projection(embedded), -1, shape))
+        rows = torch.unflatten(step.rows[SITE].flatten(1), -1, shape)
         inputs: Tensor = (projected + rows * self.config.width**0.5) * 0.5**0.5
         return inputs
 

@@ -120,7 +120,8 @@ def _with_layer_sizes(checkpoint: Checkpoint, layer: int, kind: str) -> Checkpoi
     overrides = _layer_sizes(checkpoint, layer, kind)
     if unknown := sorted(overrides.keys() - set(LAYER_SIZES)):
         raise CheckpointError(
-            f"{checkpoint.config_name} overrides {unknown[0]!r} for layer {layer}, only {list(LAYER_SIZES)} are supported"
+            f"{checkpoint.config_name} overrides {unknown[0]!r} for layer {layer}, only {list(LAYER_SIZES)} are "
+            f"supported"
         )
     return dataclasses.replace(checkpoint, config={**checkpoint.config, **overrides})
 
