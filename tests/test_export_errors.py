@@ -20,6 +20,7 @@ from tests.workshop import SilentReporter, Workshop, copy_folder, export, export
 
 from engram_export.families import FAMILIES
 from engram_export.pipeline import Progress, export_bundle
+from engram_export.rope import STATIC_SCALINGS
 from engram_runtime.bundle import Bundle
 
 PLAIN = TinyModel()
@@ -111,7 +112,7 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
     "unknown-rope": (
         set_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
         3,
-        "rope scaling 'dynamic' is not supported; supported are ['default', 'linear', 'llama3', 'yarn']",
+        f"rope scaling 'dynamic' is not supported; supported are {list(STATIC_SCALINGS)}",
     ),
     "incomplete-rope": (
         set_config(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0}),

@@ -6,7 +6,7 @@ from typing import Protocol
 from engram_export.checkpoint import Checkpoint
 from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
-from engram_export.families import deepseek_v41, llama, mixture, qwen4_exp
+from engram_export.families import deepseek_v41, gemma3n, gemma4, llama, mixture, qwen4_exp
 from engram_export.formats import WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.site_source import TablesSource
@@ -49,6 +49,10 @@ FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {
     "qwen3_5_moe_text": mixture.read_qwen3_5_moe,
     "qwen4_exp": qwen4_exp.read,
     "qwen4_exp_text": qwen4_exp.read,
+    "gemma3n": gemma3n.read,
+    "gemma3n_text": gemma3n.read,
+    "gemma4": gemma4.read,
+    "gemma4_text": gemma4.read,
 }
 # Families of which only tables and sites can be exported.
 TABLE_FAMILIES: dict[str, Callable[[Checkpoint], TablesSource]] = {"deepseek_v41": deepseek_v41.read}
