@@ -12,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from tests.tiny import VOCAB, TinyModel, TinySite, add_sites, save_checkpoint, save_gguf, save_site_folder
+from tests.tiny_families import TinyFamily, save_family
 
 from engram_compilers.build import compile_bundle
 from engram_compilers.kernels import loops
@@ -78,6 +79,10 @@ class Workshop:
                 add_sites(folder, *sites)
 
         return self._once(f"{model} {sites}", "checkpoint", make)
+
+    def family(self, family: TinyFamily) -> Path:
+        """Return a checkpoint of a family with experts."""
+        return self._once(f"{family}", "checkpoint", lambda folder: save_family(folder, family))
 
     def site_folder(self, model: TinyModel, site: TinySite) -> Path:
         """Return a folder for ``--engram``."""
