@@ -149,10 +149,18 @@ class ForwardPass:
 
     def rms_norm(self, x: Activation, gain: Activation, eps: float) -> Activation:
         """Normalise over the last axis."""
-        rows, columns = int(np.prod(x.shape[:-1])), x.shape[-1]
-        kernel = self.kernels.get(f"rms_norm_{rows}_{columns}_{eps}", lambda: normalise.rms_norm(rows, columns, eps))
+        flat = self.reshape(x, (int(np.prod(x.shape[:-1])), x.shape[-1]))
+        return self.reshape(self.branch_norm(flat, gain, eps, 1), x.shape)
+
+    def branch_norm(self, x: Activation, gain: Activation | None, eps: float, branches: int) -> Activation:
+        """Normalise each of the equal parts of ``x [M, G * D]``; ``gain [G * D]``, or None for ones."""
+        rows, columns = x.shape[0] * branches, x.shape[1] // branches
+        gains = 1 if gain is None else branches
+        name = f"rms_norm_{rows}_{columns}_{eps}_{gains}"
+        kernel = self.kernels.get(name, lambda: normalise.rms_norm(rows, columns, eps, gains))
+        factor = relax.const(np.ones(columns, dtype=np.float32)) if gain is None else gain.expr
         flat = self.reshape(x, (rows, columns))
-        return self.reshape(self.call(kernel, [flat.expr, gain.expr], (rows, columns)), x.shape)
+        return self.reshape(self.call(kernel, [flat.expr, factor], (rows, columns)), x.shape)
 
     def silu_mul(self, gate_up: Activation) -> Activation:
         """Return silu(first half) * second half."""

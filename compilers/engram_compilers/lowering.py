@@ -15,6 +15,7 @@ from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
 from engram_compilers.recurrent_converters import RECURRENT_CONVERTERS
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
+from engram_compilers.stream_converters import STREAM_CONVERTERS
 from engram_compilers.values import Activation
 from engram_runtime.errors import CompileError
 from engram_runtime.manifest import GraphSpec, StateSpec
@@ -25,6 +26,7 @@ CONVERTERS: Converters = {
     **ATTENTION_CONVERTERS,
     **EXPERT_CONVERTERS,
     **RECURRENT_CONVERTERS,
+    **STREAM_CONVERTERS,
 }
 
 

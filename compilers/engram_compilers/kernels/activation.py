@@ -11,13 +11,18 @@ _SILU_VALUES_PER_US = 2500.0
 _ADDED_VALUES_PER_US = 8000.0
 
 
-def silu(gate: Expr) -> Expr:
-    """Return gate * sigmoid(gate); exp only ever sees -|gate|, so nothing overflows."""
+def sigmoid(x: Expr) -> Expr:
+    """Return 1 / (1 + exp(-x)) of 16 lanes; exp only ever sees -|x|, so nothing overflows."""
 
-    def sigmoid(decay: Expr, x: Expr) -> Expr:
+    def quotient(decay: Expr, x: Expr) -> Expr:
         return T.Select(x >= splat(0.0), splat(1.0), decay) / (decay + splat(1.0))
 
-    return let(gate, lambda x: x * let(exp16(splat(0.0) - T.fabs(x)), lambda decay: sigmoid(decay, x)))
+    return let(x, lambda x: let(exp16(splat(0.0) - T.fabs(x)), lambda decay: quotient(decay, x)))
+
+
+def silu(gate: Expr) -> Expr:
+    """Return gate * sigmoid(gate) of 16 lanes."""
+    return let(gate, lambda x: x * sigmoid(x))
 
 
 def silu_mul(rows: int, columns: int) -> tirx.PrimFunc:
