@@ -18,6 +18,11 @@ LIMITS = {
     "head_dim": 1 << 12,
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 24,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "heads_per_ngram": 1 << 8,
+    "split_ngram_parts": 1 << 16,
+    "ngram_vocab_size_base": 1 << 32,
 }
 OTHER_LIMIT = 1 << 24
 
