@@ -21,6 +21,11 @@ LIMITS = {
     "engram_max_ngram_size": 16,
     "engram_n_heads": 1 << 8,
     "engram_head_dim": 1 << 16,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "heads_per_ngram": 1 << 8,
+    "split_ngram_parts": 1 << 16,
+    "ngram_vocab_size_base": 1 << 32,
 }
 OTHER_LIMIT = 1 << 24
 ROTARY_MULTIPLE = 16  # of head sizes and rotated dimensions, in onnxruntime's attention
