@@ -1,6 +1,7 @@
 """Families with experts, streams and n-gram tables compute what transformers does, in every executor."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from engram_export.checkpoint import Checkpoint
 from engram_export.families import read_architecture
 from engram_export.families.qwen4_exp import Qwen4ExpArchitecture
 from engram_export.formats import weight_format
-from engram_export.safetensors_file import SafetensorsFile
 from engram_export.source import open_source
 from engram_export.streamed import BundleRows
 from engram_export.verify import reference_logits
@@ -112,7 +112,7 @@ def test_a_text_in_pieces_of_odd_sizes_gives_the_logits_of_the_whole(
 def pieces(token_ids: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
     """Split a text into pieces of these sizes and a last one with the rest."""
     bounds = [0, *np.cumsum(sizes).tolist(), len(token_ids)]
-    return [token_ids[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [token_ids[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 @with_configurations
