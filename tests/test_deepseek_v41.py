@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from tests.test_hashing import (
@@ -207,7 +208,8 @@ def test_the_graph_of_a_site_is_its_equations_in_float64(exported: tuple[TinyDee
 def run(checkpoint: TinyDeepseek, bundle: Bundle, layer: int, hidden: Values, rows: Values) -> Values:
     """Run a site's graph on onnxruntime."""
     site = read(checkpoint.folder).sites[LAYERS.index(layer)]
-    return run_site(bundle.file(bundle.manifest.graphs[f"site.{site.name}"].file), site, hidden, rows)
+    path = bundle.file(bundle.manifest.graphs[f"site.{site.name}"].file)
+    return run_site(onnxruntime.InferenceSession(str(path)), site, hidden, rows)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e4])

@@ -113,6 +113,7 @@ def export(
     """Export CHECKPOINT, a Hugging Face folder or a GGUF file, to a bundle."""
     try:
         from engram_export.pipeline import ExportOptions, export_bundle
+        from engram_export.staging import workplace
         from engram_export.tables_only import export_tables
     except ModuleNotFoundError as error:
         raise TargetError(f"engram-export needs {error.name}: pip install 'engram-edge[export]'") from error
@@ -128,21 +129,34 @@ def export(
     )
     started = time.monotonic()
     reporter = TerminalReporter()
-    if tables_only:
-        sites = export_tables(options, reporter)
-        parity: dict[str, Any] = {"sites": [asdict(site) for site in sites]}
-    else:
-        verification = export_bundle(options, reporter)
-        parity = {"graph_parity": asdict(verification.graph), "parity": asdict(verification.model)}
+    try:
+        if tables_only:
+            sites = export_tables(options, reporter)
+            results: dict[str, Any] = {"sites": [asdict(site) for site in sites]}
+        else:
+            verification = export_bundle(options, reporter)
+            results = _parities(verification)
+    except (KeyboardInterrupt, OSError):
+        if (kept := workplace(out)).exists():
+            click.echo(f"\nfinished files are kept in {kept}; run the same command again to resume", err=True)
+        raise
     seconds = time.monotonic() - started
     if as_json:
-        click.echo(json.dumps({"bundle": str(out), "seconds": round(seconds, 2), "plan": reporter.shown, **parity}))
+        click.echo(json.dumps({"bundle": str(out), "seconds": round(seconds, 2), "plan": reporter.shown, **results}))
         return
     if tables_only:
         _print_sites(sites)
     else:
         _print_verification(verification)
     click.echo(f"{out} written in {seconds:.1f} s")
+
+
+def _parities(verification: "Verification") -> dict[str, Any]:
+    return {
+        "graph_parity": asdict(verification.graph),
+        "parity": asdict(verification.model),
+        "row_errors": {site: asdict(errors) for site, errors in verification.rows.items()},
+    }
 
 
 def _print_sites(sites: Sequence["SiteVerification"]) -> None:
@@ -160,6 +174,8 @@ def _print_verification(verification: "Verification") -> None:
     click.echo(f"logits over {model.tokens} tokens          max |difference|  mean |difference|  argmax agreement")
     click.echo(_row("graph, torch, same weights", graph.max_abs, graph.mean_abs, graph.argmax_agreement))
     click.echo(_row("bundle, float32 checkpoint", model.max_abs, model.mean_abs, model.argmax_agreement))
+    for site, errors in verification.rows.items():
+        click.echo(f"{errors.num_rows} repacked rows of {site} are off by {errors.mean:.3%}, at most {errors.max:.3%}")
 
 
 def _row(title: str, largest: float, mean: float, agreement: float) -> str:

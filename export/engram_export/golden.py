@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_export.exact_graph import GraphLogits
 from engram_export.verify import Parity
 from engram_runtime.bundle import Bundle
 from engram_runtime.golden import GOLDEN_FILE, Golden, TableGolden, record_digest
@@ -14,13 +15,13 @@ from engram_runtime.session import open_sites
 TABLE_TOKENS = 32  # tokens whose row ids are kept
 
 
-def write_golden(bundle: Bundle, token_ids: NDArray[np.int64], logits: NDArray[np.float32], parity: Parity) -> None:
-    """Write ``golden/golden.json`` for ``[T]`` token ids and the ``[T, V]`` logits onnxruntime gave for them."""
-    best = logits[-1].argsort()[::-1][:16]
+def write_golden(bundle: Bundle, token_ids: NDArray[np.int64], logits: GraphLogits, parity: Parity) -> None:
+    """Write ``golden/golden.json`` for ``[T]`` token ids and what onnxruntime gave for them."""
+    best = logits.last[-1].argsort()[::-1][:16]
     golden = Golden(
         token_ids=token_ids.tolist(),
-        argmax=logits.argmax(axis=1).tolist(),
-        last_logits=[float(value) for value in logits[-1][best]],
+        argmax=logits.argmax.tolist(),
+        last_logits=[float(value) for value in logits.last[-1][best]],
         last_ids=best.tolist(),
         tables=_table_goldens(bundle, token_ids),
         parity=asdict(parity),

@@ -22,10 +22,10 @@ class RotaryEmbedding:
     inverse_frequencies: NDArray[np.float64]
     attention_factor: float
 
-    def tables(self, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return cosine and sine ``[positions, hd / 2]``."""
+    def tables(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return cosine and sine ``[stop - start, hd / 2]`` of positions from ``start`` on."""
         # Angles in float32, as every implementation a checkpoint was trained or tested with computes them.
-        angles = np.outer(np.arange(positions, dtype=np.float32), self.inverse_frequencies.astype(np.float32))
+        angles = np.outer(np.arange(start, stop, dtype=np.float32), self.inverse_frequencies.astype(np.float32))
         factor = np.float32(self.attention_factor)
         return np.cos(angles) * factor, np.sin(angles) * factor
 

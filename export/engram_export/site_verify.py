@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from engram_export.exact_graph import open_exact_graph
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.golden import write_table_golden
 from engram_export.pipeline import VERIFY_THREADS, Reporter
@@ -16,7 +16,7 @@ from engram_export.repack import RowErrors
 from engram_export.site_source import SiteSource, TablesSource
 from engram_export.streamed import BundleRows, EncodedRows, streamed_format
 from engram_export.table_writer import WrittenTable, checkpoint_site, open_rows
-from engram_export.verify import bundle_rows, exact_graph, verify_tokens
+from engram_export.verify import bundle_rows, verify_tokens
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import VerificationError
 from engram_runtime.manifest import SITE_GRAPH
@@ -33,8 +33,8 @@ class SiteVerification:
     """Largest differences of a site's output over random streams and the rows of a text.
 
     Attributes:
-        graph: the graph with exact activations against torch with the same weights and rows.
-        model: the graph as it will run against the checkpoint's float32 weights and own rows.
+        graph: against torch with the same weights and rows.
+        model: against the checkpoint's float32 weights and own rows.
         row_errors: of rows that were repacked.
     """
 
@@ -90,15 +90,16 @@ def compare_site(
     hidden = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     reference = site_output(site, FLOAT, site, hidden, own_rows)
     encoded: EncodedRows = site if chosen is FLOAT else BundleRows.open(site, bundle.file(graph.weights))
-    with exact_graph(bundle.file(graph.file)) as exact:
-        difference = _largest(site_output(site, chosen, encoded, hidden, rows), run_site(exact, site, hidden, rows))
+    path = bundle.file(graph.file)
+    exact = run_site(open_exact_graph(path, threads=VERIFY_THREADS), site, hidden, rows)
+    difference = _largest(site_output(site, chosen, encoded, hidden, rows), exact)
     limit = SITE_TOLERANCE * _largest(reference, hidden)
     if difference > limit:
         raise VerificationError(
             f"the graph of site {site.name} differs from torch by {difference:.2e} with the same weights, at most "
             f"{limit:.2e} is rounding; this is another site"
         )
-    return difference, _largest(reference, run_site(bundle.file(graph.file), site, hidden, rows))
+    return difference, _largest(reference, exact)
 
 
 def site_output(site: SiteSource, weights: WeightFormat, encoded: EncodedRows, hidden: Values, rows: Values) -> Values:
@@ -110,11 +111,8 @@ def site_output(site: SiteSource, weights: WeightFormat, encoded: EncodedRows, h
     return output
 
 
-def run_site(path: Path, site: SiteSource, hidden: Values, rows: Values) -> Values:
-    """Run a site's graph file on onnxruntime."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = VERIFY_THREADS, 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def run_site(session: ort.InferenceSession, site: SiteSource, hidden: Values, rows: Values) -> Values:
+    """Run a site's graph on onnxruntime."""
     (output,) = session.run(None, {"hidden": hidden, f"rows.{site.name}": rows})
     values: Values = output
     return values

@@ -12,13 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engram_export.checkpoint import open_checkpoint
 from engram_export.families import read_tables_source
 from engram_export.formats import WeightFormat, weight_format
+from engram_export.journal import Journal
 from engram_export.onnx_graph import TracedGraph, trace_site
 from engram_export.pipeline import (
     GRAPH_FOLDER,
     ExportOptions,
+    Progress,
     Reporter,
     check_scales,
+    export_fingerprint,
     finish_manifest,
+    report_resumption,
     write_tables,
     write_tokenizer,
 )
@@ -27,7 +31,7 @@ from engram_export.site_source import SiteSource, TablesSource
 from engram_export.site_verify import SiteVerification, verify_sites
 from engram_export.staging import staged_folder
 from engram_export.table_writer import WrittenTable, check_table_options, written_format
-from engram_export.weights_file import SafetensorsWriter
+from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsLayout, SafetensorsWriter
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CheckpointError, RequestError
 from engram_runtime.manifest import SITE_GRAPH, GraphSpec, Manifest, ModelInfo
@@ -45,15 +49,16 @@ def export_tables(options: ExportOptions, reporter: Reporter) -> list[SiteVerifi
     source = read_tables_source(open_checkpoint(options.checkpoint))
     chosen = site_format(options.quant)
     check_scales([site.table for site in source.sites], reporter)
-    with staged_folder(options.out, replace=options.replace) as folder:
+    with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
         reporter.plan(plan_tables(source, chosen, options))
-        graphs = write_graphs(source, chosen, folder, reporter)
+        report_resumption(journal, reporter)
+        graphs = write_graphs(source, chosen, journal, reporter)
         tables = [site.table for site in source.sites]
-        written = write_tables(tables, options.tables, options.table_dtype, folder, reporter)
-        write_tokenizer(source.checkpoint, folder)
-        bundle = Bundle(folder, draft_manifest(source, options, graphs, written))
+        written = write_tables(tables, options.tables, options.table_dtype, journal, reporter)
+        write_tokenizer(source.checkpoint, journal.folder)
+        bundle = Bundle(journal.folder, draft_manifest(source, options, graphs, written))
         verifications = verify_sites(source, bundle, chosen, written, reporter)
-        finish_manifest(bundle, reporter)
+        finish_manifest(bundle, journal, reporter)
     return verifications
 
 
@@ -103,28 +108,35 @@ def plan_tables(source: TablesSource, chosen: WeightFormat, options: ExportOptio
     )
 
 
-def write_graphs(source: TablesSource, chosen: WeightFormat, folder: Path, reporter: Reporter) -> dict[str, GraphSpec]:
+def write_graphs(
+    source: TablesSource, chosen: WeightFormat, journal: Journal, reporter: Reporter
+) -> dict[str, GraphSpec]:
     """Write each site's graph and weights; returns them by their names in the manifest."""
-    (folder / GRAPH_FOLDER).mkdir()
+    (journal.folder / GRAPH_FOLDER).mkdir(exist_ok=True)
     graphs = {}
     for site in source.sites:
         name = f"{SITE_GRAPH}{site.name}"
         reporter.step(f"tracing {name}")
-        graphs[name] = write_site(site, name, trace_site(partial(site.build, chosen.make_linear)), folder, reporter)
+        graphs[name] = write_site(site, name, trace_site(partial(site.build, chosen.make_linear)), journal, reporter)
     return graphs
 
 
-def write_site(site: SiteSource, name: str, graph: TracedGraph, folder: Path, reporter: Reporter) -> GraphSpec:
+def write_site(site: SiteSource, name: str, graph: TracedGraph, journal: Journal, reporter: Reporter) -> GraphSpec:
     """Stream a site's weights from the checkpoint into the bundle and write its graph beside them."""
-    plans, weights = graph.weights(), f"{name}.safetensors"
-    with (
-        SafetensorsWriter(folder / GRAPH_FOLDER / weights, plans) as writer,
-        reporter.stage(f"weights {site.name}", sum(plan.bytes for plan in plans)) as progress,
-    ):
+    folder, plans = journal.folder / GRAPH_FOLDER, graph.weights()
+    path = folder / f"{name}.safetensors"
+    with reporter.stage(f"weights {site.name}", sum(plan.bytes for plan in plans)) as progress:
+        journal.once(path, lambda: write_site_weights(site, graph, path, progress), progress)
+    layout = SafetensorsLayout.of(plans, alignment=WEIGHTS_ALIGNMENT)
+    return graph.save(folder / f"{name}.onnx", path.name, layout.offsets)
+
+
+def write_site_weights(site: SiteSource, graph: TracedGraph, path: Path, progress: Progress) -> None:
+    """Write the weights of a site's graph."""
+    with SafetensorsWriter(path, graph.weights()) as writer:
         for key, start, values in site.parameters(graph.skeleton):
             writer.write_rows(key, start, values)
             progress(values.nbytes)
-    return graph.save(folder / GRAPH_FOLDER / f"{name}.onnx", weights, writer.offsets)
 
 
 def draft_manifest(

@@ -1,14 +1,10 @@
 """Hold an exported bundle against the checkpoint's own float32 model."""
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -16,25 +12,24 @@ from tokenizers import Tokenizer
 from engram_export.checkpoint import Checkpoint
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.host_table import TableSource
-from engram_export.moe_operators import keep_float_activations
+from engram_export.repack import RowErrors
 from engram_export.source import ModelSource, load_own_parameters
 from engram_export.streamed import EncodedRows, streamed_format
 from engram_export.table_writer import checkpoint_site, open_rows
 from engram_runtime.bundle import Bundle
 from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError, VerificationError
-from engram_runtime.executor import load_executor
-from engram_runtime.manifest import DECODER
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import open_sites
 
 VERIFY_TEXT = "verify_text.txt"
 VERIFY_TOKENS = 256
+LOGITS_BYTES = 64 << 20  # of float32 logits in an array; comparing takes about six of them
 FLOAT_TOLERANCE = 2e-3  # largest logit difference of a float graph: other summation orders over some 30 layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """How far two models' logits are apart, over all positions of a text."""
+    """How far two models' logits are apart, over the last positions of a text."""
 
     tokens: int
     max_abs: float
@@ -44,10 +39,17 @@ class Parity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """``graph``: the graph against torch with the same weights. ``model``: the bundle against the float32 model."""
+    """How far a bundle is from its checkpoint.
+
+    Attributes:
+        graph: the graph against torch with the same weights.
+        model: the graph, activations in float32, against the float32 model.
+        rows: by site, the repacked rows against the checkpoint's.
+    """
 
     graph: Parity
     model: Parity
+    rows: Mapping[str, RowErrors] = field(default_factory=dict)
 
 
 def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) -> NDArray[np.int64]:
@@ -67,6 +69,11 @@ def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) 
     return np.array(token_ids, dtype=np.int64)
 
 
+def compared_rows(vocab_size: int, tokens: int) -> int:
+    """Return how many of a text's last positions have their logits compared: all unless the vocabulary is large."""
+    return min(tokens, max(1, LOGITS_BYTES // (4 * vocab_size)))
+
+
 def reference_logits(
     source: ModelSource,
     token_ids: NDArray[np.int64],
@@ -74,8 +81,9 @@ def reference_logits(
     *,
     encoded: EncodedRows | None = None,
     rows: Sequence[NDArray[np.float32]] | None = None,
+    last: int | None = None,
 ) -> NDArray[np.float32]:
-    """Run the torch model; returns ``[T, V]``.
+    """Run the torch model; returns ``[T, V]``, or ``[last, V]`` of the last positions.
 
     Weights are read as they are needed, so memory does not grow with the model.
 
@@ -83,30 +91,25 @@ def reference_logits(
         weights: their format. ``encoded``: where they are read in it; by default they are encoded anew.
         rows: ``[T, C, d]`` for each table, or None to take them straight from the checkpoint.
     """
-    model = source.build(streamed_format(weights, encoded or source))
+    tokens = len(token_ids)
+    model = source.build(streamed_format(weights, encoded or source), context_length=tokens)
     load_own_parameters(model, source)
     if rows is None:
         rows = [_checkpoint_rows(table, source, token_ids) for table in source.tables]
     states = []
     for state in model.state_specs():
         *outer, length, width = state.shape
-        states.append(torch.zeros(*outer, len(token_ids) if state.rolls_back else length, width))
+        states.append(torch.zeros(*outer, tokens if state.rolls_back else length, width))
     with torch.no_grad():
         logits, *_ = model(
             torch.from_numpy(token_ids),
             torch.zeros(1, dtype=torch.int64),
-            torch.arange(len(token_ids)),
+            torch.arange(0 if last is None else tokens - last, tokens),
             [torch.from_numpy(values) for values in rows],
             states,
         )
     values: NDArray[np.float32] = logits.numpy()
     return values
-
-
-def bundle_logits(bundle: Bundle, token_ids: Sequence[int], *, executor: str, threads: int) -> NDArray[np.float32]:
-    """Run a bundle over a text; returns ``[T, V]``."""
-    with Session(bundle, load_executor(executor, bundle, threads=threads), open_sites(bundle)) as session:
-        return np.concatenate(list(session.logits(token_ids)))
 
 
 def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
@@ -116,36 +119,6 @@ def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np
     for site in sites:
         site.table.close()
     return rows
-
-
-def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int) -> NDArray[np.float32]:
-    """Run a bundle's graph with activations left in float32, slowly; returns ``[T, V]``."""
-    decoder = bundle.manifest.decoder
-    with exact_graph(bundle.file(decoder.file)) as path:
-        exact = dataclasses.replace(decoder, file=path.relative_to(bundle.path).as_posix())
-        graphs = {**bundle.manifest.graphs, DECODER: exact}
-        with_graph = Bundle(bundle.path, dataclasses.replace(bundle.manifest, graphs=graphs))
-        return bundle_logits(with_graph, token_ids, executor="onnxruntime", threads=threads)
-
-
-@contextlib.contextmanager
-def exact_graph(path: Path) -> Iterator[Path]:
-    """Write a graph beside itself with activations left in float32, and yield its path.
-
-    Executors round activations to integers, which hides small faults of a graph; without that it must equal torch.
-    """
-    graph = onnx.load(path, load_external_data=False)
-    keep_float_activations(graph.graph)
-    for node in graph.graph.node:
-        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    exact = path.with_name(f"{path.name}.exact")
-    exact.write_bytes(graph.SerializeToString())
-    try:
-        yield exact
-    finally:
-        exact.unlink()
 
 
 def compare(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Parity:
