@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+from engram_export.checkpoint import Checkpoint
 from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
 from engram_export.golden import write_golden
 from engram_export.host_table import TableSource
@@ -98,7 +99,7 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         graph = trace(lambda: source.build(chosen))
         decoder = write_graph(source, graph, folder, reporter)
         written = write_tables(source.tables, options.tables, options.table_dtype, folder, reporter)
-        write_tokenizer(source, folder)
+        write_tokenizer(source.checkpoint, folder)
         bundle = Bundle(folder, draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written)))
         verification = verify_bundle(source, bundle, chosen, reporter, repacked=options.table_dtype is not None)
         finish_manifest(bundle, reporter)
@@ -158,9 +159,8 @@ def write_tables(
     return written
 
 
-def write_tokenizer(source: ModelSource, folder: Path) -> None:
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the tokenizer and its settings as the checkpoint has them."""
-    checkpoint = source.checkpoint
     generation_config = dict(checkpoint.generation_config)
     if "eos_token_id" in checkpoint.config:
         generation_config.setdefault("eos_token_id", checkpoint.config["eos_token_id"])
@@ -210,7 +210,7 @@ def verify_bundle(
     Raises:
         VerificationError: the graph is not the model.
     """
-    token_ids = verify_tokens(source)
+    token_ids = verify_tokens(source.checkpoint, source.architecture.text.vocab_size, source.context_length)
     with reporter.stage("verify", source.weights.count() * 4) as progress:
         reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress))
     reporter.step("running the graph")

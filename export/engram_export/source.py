@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,10 @@ from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
 from engram_export.host_table import TableSource
 from engram_export.linear import BlockLinear, WeightModule
+from engram_export.scaled_tensors import scaled_tensors
 from engram_export.tensor_union import TensorUnion
-from engram_export.weight_map import Joined, WeightSource
+from engram_export.weight_map import Joined, Slice, WeightSource
 from engram_runtime.errors import CheckpointError, RequestError
-
-SLICE_BYTES = 64 << 20  # of a float32 weight in memory at a time; quantising it needs about four times as much
-
-Slice = tuple[str, int, NDArray[Any]]  # a parameter's name, the first of its rows that these are, their values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,10 +68,8 @@ class ModelSource:
             yield full, 0, self.computed[full] if full in self.computed else self.weights.read(full)
 
     def row_slices(self, name: str) -> list[tuple[int, int]]:
-        """Return row ranges of the weight of module ``name``, each of about `SLICE_BYTES` as float32."""
-        rows, *inner = self.weights.shape(f"{name}.weight")
-        step = max(1, SLICE_BYTES // (prod(inner) * 4))
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        """Return row ranges of the weight of module ``name``, see `WeightSource.row_slices`."""
+        return self.weights.row_slices(f"{name}.weight")
 
     def encode(self, name: str, module: WeightModule, start: int, stop: int) -> Mapping[str, NDArray[Any]]:
         """Return a module's parameters for rows of its weight, read and encoded now."""
@@ -150,7 +144,9 @@ def _resolve(
     tables: list[TableSource],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
-    tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
+    own: object = checkpoint.tensors
+    added = [site.tensors for site in sites if site.tensors is not own]
+    tensors = TensorUnion([scaled_tensors(checkpoint), *added])  # type: ignore[list-item]
     rows = [*(name for table in tables for name in table.tensors), *(site.config.token_map or "" for site in sites)]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()

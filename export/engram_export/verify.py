@@ -1,9 +1,11 @@
 """Hold an exported bundle against the checkpoint's own float32 model."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from engram_export.checkpoint import Checkpoint
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.moe_operators import keep_float_activations
@@ -47,22 +50,20 @@ class Verification:
     model: Parity
 
 
-def verify_tokens(source: ModelSource) -> NDArray[np.int64]:
+def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) -> NDArray[np.int64]:
     """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer.
 
     Raises:
         CheckpointError: a tokenizer that can't be read, or one of a model with more tokens.
     """
-    limit = min(VERIFY_TOKENS, source.context_length)
-    if source.checkpoint.tokenizer_json is None:
-        return np.random.default_rng(0).integers(0, source.architecture.text.vocab_size, size=limit)
+    limit = min(VERIFY_TOKENS, context_length)
+    if checkpoint.tokenizer_json is None:
+        return np.random.default_rng(0).integers(0, vocab_size, size=limit)
     text = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
-    with native_errors(CheckpointError, f"the tokenizer of {source.checkpoint.source} can't be used"):
-        token_ids = Tokenizer.from_buffer(source.checkpoint.tokenizer_json).encode(text).ids[:limit]
-    if (largest := max(token_ids, default=-1)) >= source.architecture.text.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer gives id {largest}, the model has {source.architecture.text.vocab_size} tokens"
-        )
+    with native_errors(CheckpointError, f"the tokenizer of {checkpoint.source} can't be used"):
+        token_ids = Tokenizer.from_buffer(checkpoint.tokenizer_json).encode(text).ids[:limit]
+    if (largest := max(token_ids, default=-1)) >= vocab_size:
+        raise CheckpointError(f"the tokenizer gives id {largest}, the model has {vocab_size} tokens")
     return np.array(token_ids, dtype=np.int64)
 
 
@@ -118,27 +119,33 @@ def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np
 
 
 def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int) -> NDArray[np.float32]:
-    """Run a bundle's graph with activations left in float32, slowly; returns ``[T, V]``.
+    """Run a bundle's graph with activations left in float32, slowly; returns ``[T, V]``."""
+    decoder = bundle.manifest.decoder
+    with exact_graph(bundle.file(decoder.file)) as path:
+        exact = dataclasses.replace(decoder, file=path.relative_to(bundle.path).as_posix())
+        graphs = {**bundle.manifest.graphs, DECODER: exact}
+        with_graph = Bundle(bundle.path, dataclasses.replace(bundle.manifest, graphs=graphs))
+        return bundle_logits(with_graph, token_ids, executor="onnxruntime", threads=threads)
+
+
+@contextlib.contextmanager
+def exact_graph(path: Path) -> Iterator[Path]:
+    """Write a graph beside itself with activations left in float32, and yield its path.
 
     Executors round activations to integers, which hides small faults of a graph; without that it must equal torch.
     """
-    decoder = bundle.manifest.decoder
-    exact = dataclasses.replace(decoder, file=f"{decoder.file}.exact")
-    graph = onnx.load(bundle.file(decoder.file), load_external_data=False)
+    graph = onnx.load(path, load_external_data=False)
     keep_float_activations(graph.graph)
     for node in graph.graph.node:
         kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
         del node.attribute[:]
         node.attribute.extend(kept)
-    path = bundle.file(exact.file)
-    path.write_bytes(graph.SerializeToString())
+    exact = path.with_name(f"{path.name}.exact")
+    exact.write_bytes(graph.SerializeToString())
     try:
-        with_graph = Bundle(
-            bundle.path, dataclasses.replace(bundle.manifest, graphs={**bundle.manifest.graphs, DECODER: exact})
-        )
-        return bundle_logits(with_graph, token_ids, executor="onnxruntime", threads=threads)
+        yield exact
     finally:
-        path.unlink()
+        exact.unlink()
 
 
 def compare(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Parity:

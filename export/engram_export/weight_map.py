@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,10 @@ from engram_export.checkpoint import TensorSource
 from engram_runtime.errors import CheckpointError
 
 LISTED_NAMES = 8  # names shown in an error before it says how many more there are
+SLICE_BYTES = 64 << 20  # of a float32 weight in memory at a time; quantising it needs about four times as much
 
 Floats = NDArray[np.float32]
+Slice = tuple[str, int, NDArray[Any]]  # a parameter's name, the first of its rows that these are, their values
 
 
 class Recipe(Protocol):
@@ -225,6 +227,12 @@ class WeightSource:
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Read ``[stop - start, ...]`` rows of a weight's first axis; only their bytes are read."""
         return self._recipes[name].read(self._tensors, start, stop).reshape(stop - start, *self._shapes[name][1:])
+
+    def row_slices(self, name: str) -> list[tuple[int, int]]:
+        """Return row ranges of a weight, each of about `SLICE_BYTES` as float32."""
+        rows, *inner = self._shapes[name]
+        step = max(1, SLICE_BYTES // (prod(inner) * 4))
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def _check_shape(self, name: str) -> None:
         wanted = self._shapes[name]

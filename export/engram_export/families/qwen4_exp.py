@@ -24,7 +24,7 @@ from engram_export.families.mixture import (
     partial_rope,
     shared_mixture_config,
 )
-from engram_export.families.qwen4_memory import CONSTANTS, NgramMemory, memory_names, read_memories
+from engram_export.families.qwen4_memory import CONSTANTS, FACTOR, NgramMemory, memory_names, read_memories
 from engram_export.families.reading import count, names, require_values, text_part, text_prefix
 from engram_export.formats import WeightFormat
 from engram_export.host_table import TableSource
@@ -38,7 +38,7 @@ from engram_export.text_decoder import TextConfig
 from engram_export.weight_map import Joined, Recipe, one_plus
 from engram_runtime.errors import CheckpointError
 
-MEMORY_CONSTANTS = tuple(rf".*\.ple_embedding\.{name}" for name in CONSTANTS)
+MEMORY_CONSTANTS = tuple(rf".*\.ple_embedding\.{name}" for name in (*CONSTANTS, FACTOR))
 GATE_ACTIVATIONS = ("silu", "sigmoid")
 INDEXED = ("indexed_attention", "full_attention")  # published configs say the latter and mean the former
 

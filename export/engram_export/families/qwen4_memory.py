@@ -19,6 +19,7 @@ DEFAULT_SEED = 1234
 MAX_ORDER = 16
 # Constants some checkpoints carry, checked against the config; other tensors of a memory are weights.
 CONSTANTS = ("layer_multipliers", "ngram_heads_offsets", "ngram_heads_vocab_sizes")
+FACTOR = "ngram_embedding.weight_scale"  # of all rows of an FP8 table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class NgramMemory:
             raise CheckpointError(f"{checkpoint.source} has an n-gram table, but its tensors are not safetensors")
         self._check_constants(tensors)
         shard = f"{self.prefix}ngram_embedding.shard_{{}}.weight"
-        factor = f"{self.prefix}ngram_embedding.weight_scale"
+        factor = f"{self.prefix}{FACTOR}"
         return table_source(
             site=self.site.site,
             keyer=self.keyer,
