@@ -1,6 +1,7 @@
 # mypy: disable-error-code="valid-type, untyped-decorator"
 """Element-wise kernels between the linear layers."""
 
+import math
 from collections.abc import Callable
 
 from tvm import tirx
@@ -43,12 +44,10 @@ def gelu(gate: Expr) -> Expr:
 def tanh(x: Expr) -> Expr:
     """Return tanh(x) to about 1e-7, also near 0; exp only ever sees -2|x|."""
 
-    def below(x: Expr, size: Expr) -> Expr:
-        return T.Select(x < splat(0.0), splat(0.0) - size, x)  # else a nan
-
     def signed(x: Expr, decay: Expr) -> Expr:
         size = (splat(1.0) - decay) / (splat(1.0) + decay)
-        return let(size, lambda size: T.Select(x >= splat(0.0), size, below(x, size)))
+        value = let(size, lambda size: T.Select(x >= splat(0.0), size, splat(0.0) - size))
+        return T.Select(T.fabs(x) <= splat(math.inf), value, x)  # a nan stays one
 
     return let(x, lambda x: let(exp16(splat(-2.0) * T.fabs(x)), lambda decay: signed(x, decay)))
 
