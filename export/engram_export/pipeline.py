@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
 from engram_export.golden import write_golden
 from engram_export.host_table import TableSource
@@ -162,8 +163,9 @@ def write_tokenizer(source: ModelSource, folder: Path) -> None:
     """Write the tokenizer and its settings as the checkpoint has them."""
     checkpoint = source.checkpoint
     generation_config = dict(checkpoint.generation_config)
-    if "eos_token_id" in checkpoint.config:
-        generation_config.setdefault("eos_token_id", checkpoint.config["eos_token_id"])
+    text_config = text_part(checkpoint).config
+    if "eos_token_id" in text_config:
+        generation_config.setdefault("eos_token_id", text_config["eos_token_id"])
     if checkpoint.tokenizer_json is not None:
         (folder / "tokenizer.json").write_bytes(checkpoint.tokenizer_json)
     for name, values in (
