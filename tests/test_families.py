@@ -1,8 +1,9 @@
 """Families with experts, streams and n-gram tables compute what transformers does, in every executor."""
 
 import dataclasses
-import itertools
+import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.tiny_families import (
     fp8_table,
     rope,
 )
-from tests.workshop import Workshop, bundle_logits, export, open_session, random_ids, stepwise_logits
+from tests.workshop import Workshop, bundle_logits, copy_folder, export, open_session, random_ids, stepwise_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen4_exp.modeling_qwen4_exp import _find_nth_prime_after
 
@@ -112,7 +113,7 @@ def test_a_text_in_pieces_of_odd_sizes_gives_the_logits_of_the_whole(
 def pieces(token_ids: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
     """Split a text into pieces of these sizes and a last one with the rest."""
     bounds = [0, *np.cumsum(sizes).tolist(), len(token_ids)]
-    return [token_ids[start:stop] for start, stop in itertools.pairwise(bounds)]
+    return [token_ids[start:stop] for start, stop in pairwise(bounds)]
 
 
 @with_configurations
@@ -149,6 +150,13 @@ def test_quantised_graphs_compute_the_same_weights_as_torch(
     verification = export(workshop.family(FAMILIES[family][number]), tmp_path / "bundle", quant=quant)
     assert verification.graph.max_abs < FLOAT_TOLERANCE
     assert verification.graph.argmax_agreement > 0.99
+
+
+def test_the_end_token_of_a_nested_config_is_kept(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = copy_folder(workshop.family(FAMILIES["qwen3_5_moe"][0]), tmp_path / "checkpoint")
+    (checkpoint / "generation_config.json").unlink()
+    export(checkpoint, tmp_path / "bundle")
+    assert json.loads((tmp_path / "bundle" / "generation_config.json").read_text()) == {"eos_token_id": END_ID}
 
 
 # The tables of Qwen4-Exp

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engram_export.checkpoint import Checkpoint
 from engram_export.exact_graph import exact_logits
+from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
 from engram_export.golden import write_golden
 from engram_export.host_table import TableSource
@@ -202,8 +203,9 @@ def write_tables(
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the tokenizer and its settings as the checkpoint has them."""
     generation_config = dict(checkpoint.generation_config)
-    if "eos_token_id" in checkpoint.config:
-        generation_config.setdefault("eos_token_id", checkpoint.config["eos_token_id"])
+    text_config = text_part(checkpoint).config
+    if "eos_token_id" in text_config:
+        generation_config.setdefault("eos_token_id", text_config["eos_token_id"])
     if checkpoint.tokenizer_json is not None:
         (folder / "tokenizer.json").write_bytes(checkpoint.tokenizer_json)
     for name, values in (

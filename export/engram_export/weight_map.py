@@ -249,11 +249,18 @@ class WeightSource:
         wanted = self._shapes[name]
         shape = self._recipes[name].shape(self._tensors, wanted[0])
         if shape != wanted:
-            names = self.tensor_names(name)
-            found = " and ".join(f"{tensor} {list(self._tensors.shape(tensor))}" for tensor in names[:LISTED_NAMES])
+            found = " and ".join(f"{tensor} {list(self._tensors.shape(tensor))}" for tensor in self._telling(name))
             raise CheckpointError(
                 f"the checkpoint has {found}, its config wants {list(wanted)}; they don't belong together"
             )
+
+    def _telling(self, name: str) -> list[str]:
+        """Return the tensors of a weight, or of many the first one of each shape."""
+        tensors = self.tensor_names(name)
+        if len(tensors) <= LISTED_NAMES:
+            return tensors
+        first = {self._tensors.shape(tensor): tensor for tensor in reversed(tensors)}
+        return sorted(first.values(), key=tensors.index)[:LISTED_NAMES]
 
 
 def _listed(names: Sequence[str]) -> str:
