@@ -6,7 +6,7 @@ Scores are not scaled: the gains of the query norm hold the scale.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from engram_export.attention import cache_specs
@@ -84,7 +84,7 @@ class GemmaAttention(Stateful):
         return functional.rms_norm(heads, shape, torch.ones(shape), self.config.norm_eps).flatten(-2)
 
 
-class GemmaSharedAttention(Stateful):
+class GemmaSharedAttention(nn.Module):
     """Attention over the caches of an earlier layer."""
 
     def __init__(self, name: str, config: GemmaAttentionConfig, *, weights: WeightFormat) -> None:
