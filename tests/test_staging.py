@@ -65,14 +65,13 @@ def refusal(out: Path, *, replace: bool) -> str:
     return str(caught.value)
 
 
-def killed_export(out: Path) -> int:
-    """Kill an export in its middle and return the id its process had."""
+def killed_export(out: Path) -> None:
+    """Kill an export in its middle."""
     with subprocess.Popen([sys.executable, "-c", HALF_AN_EXPORT, str(out)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"half\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    return process.pid
 
 
 def refuse_to_write() -> None:

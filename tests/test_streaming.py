@@ -1,0 +1,284 @@
+"""Exports of any size: slices give what wholes give, and an interrupted export resumes where it stopped."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from tests.conftest import Command
+from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite, save_tokenizer
+from tests.workshop import SilentReporter, Workshop, copy_folder, export, export_options, files_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engram_export import table_writer, verify, weight_map
+from engram_export.pipeline import Progress, export_bundle
+from engram_export.repack import RowErrors
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import BundleError
+from engram_runtime.golden import Golden
+
+PLAIN = TinyModel()
+SITE = TinySite()
+TINY_SLICE = 5000  # bytes: no whole number of rows of anything
+# What slices of other sizes may round otherwise: the logits of the verification, and so its digest.
+VERIFIED = ("golden/golden.json", "engram.json")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-MoE."""
+    folder = tmp_path_factory.mktemp("mixture")
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have everything that is streamed read a few rows at a time."""
+    for module in (weight_map, table_writer):
+        monkeypatch.setattr(module, "SLICE_BYTES", TINY_SLICE)
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files_of(folder).items() if name not in VERIFIED}
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_slices_of_a_dense_model_are_the_whole(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
+) -> None:
+    checkpoint = workshop.checkpoint(TinyModel(tied=False), SITE)
+    whole = stored(workshop.bundle(checkpoint, quant=quant).path)
+    sliced(monkeypatch)
+    export(checkpoint, tmp_path / "bundle", quant=quant)
+    assert stored(tmp_path / "bundle") == whole
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0])
+def test_slices_of_a_gguf_file_are_the_whole(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    path = workshop.gguf(kind, TinyModel(tied=False))
+    whole = stored(workshop.bundle(path, quant="keep").path)
+    sliced(monkeypatch)
+    export(path, tmp_path / "bundle", quant="keep")
+    assert stored(tmp_path / "bundle") == whole
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_slices_of_a_mixture_are_the_whole(
+    mixture: Path, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
+) -> None:
+    whole = stored(workshop.bundle(mixture, quant=quant).path)
+    sliced(monkeypatch)
+    export(mixture, tmp_path / "bundle", quant=quant)
+    assert stored(tmp_path / "bundle") == whole
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "fp8"])
+def test_slices_of_a_repacked_table_are_the_whole(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    checkpoint = workshop.checkpoint(PLAIN, SITE)
+    whole = stored(workshop.bundle(checkpoint, tables="repack", table_dtype=dtype).path)
+    sliced(monkeypatch)
+    export(checkpoint, tmp_path / "bundle", tables="repack", table_dtype=dtype)
+    assert stored(tmp_path / "bundle") == whole
+
+
+def test_a_large_vocabulary_is_compared_at_the_last_positions(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = workshop.checkpoint(PLAIN, SITE)
+    whole = Golden.read(workshop.bundle(checkpoint))
+    monkeypatch.setattr(verify, "LOGITS_BYTES", 4 * VOCAB * 50)
+    assert export(checkpoint, tmp_path / "bundle").model.tokens == 50
+    part = Golden.read(Bundle.open(tmp_path / "bundle"))
+    assert part.argmax == whole.argmax
+    np.testing.assert_allclose(part.last_logits, whole.last_logits, atol=1e-5)
+
+
+class Killed(SilentReporter):
+    """Kills this process when a stage is through."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self._title = title
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total_bytes: int) -> Iterator[Progress]:
+        with super().stage(title, total_bytes) as progress:
+            yield progress
+        if title == self._title:
+            signal.raise_signal(signal.SIGKILL)
+
+
+class Told(SilentReporter):
+    """Remembers the steps it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[str] = []
+
+    def step(self, title: str) -> None:
+        self.steps.append(title)
+
+
+KILLED_EXPORT = """
+import json, sys
+from pathlib import Path
+from engram_export.pipeline import ExportOptions, export_bundle
+from tests.test_streaming import Killed
+
+paths = {"checkpoint": Path(sys.argv[1]), "out": Path(sys.argv[2])}
+export_bundle(ExportOptions(**paths, **json.loads(sys.argv[3])), Killed(sys.argv[4]))
+"""
+
+
+def killed_export(checkpoint: Path, out: Path, stage: str, **changes: Any) -> dict[str, int]:
+    """Kill an export after a stage; returns the inodes of what it had finished."""
+    options = dataclasses.asdict(export_options(checkpoint, out, **changes))
+    rest = {name: value for name, value in options.items() if name not in ("checkpoint", "out")}
+    line = [sys.executable, "-c", KILLED_EXPORT, str(checkpoint), str(out), json.dumps(rest), stage]
+    done = subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    return inodes(out)
+
+
+def inodes(out: Path) -> dict[str, int]:
+    """Return the finished files of an interrupted export."""
+    work = out.with_name(f".{out.name}.partial")
+    lines = [json.loads(line) for line in (work / "journal.jsonl").read_text().splitlines()[1:]]
+    return {line["path"]: (work / "bundle" / line["path"]).stat().st_ino for line in lines}
+
+
+FILES = ["graph/weights.safetensors", "tables/layer_1.token_map.int32", "tables/layer_1-00001-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize(("stage", "finished"), [("weights", 1), ("table layer_1", 3), ("verify", 3), ("digests", 3)])
+def test_a_killed_export_is_resumed_to_the_same_bundle(
+    workshop: Workshop, tmp_path: Path, stage: str, finished: int
+) -> None:
+    checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
+    before = killed_export(checkpoint, out, stage)
+    assert list(before) == FILES[:finished]
+    reporter = Told()
+    export_bundle(export_options(checkpoint, out), reporter)
+    assert reporter.steps[0] == f"resuming an interrupted export, {finished} files are finished"
+    assert {name: (out / name).stat().st_ino for name in before} == before
+    assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_resumed_repacked_table_keeps_its_errors(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
+    repack = {"tables": "repack", "table_dtype": "int8"}
+    expected = export(checkpoint, tmp_path / "whole", **repack).rows
+    before = killed_export(checkpoint, out, "table layer_1", **repack)
+    assert export(checkpoint, out, **repack).rows == expected
+    assert {name: (out / name).stat().st_ino for name in before} == before
+    assert expected.keys() == {"layer_1"}
+    assert 0 < expected["layer_1"].mean < expected["layer_1"].max < 0.015
+
+
+@pytest.mark.parametrize("change", ["options", "checkpoint"])
+def test_another_export_starts_anew_and_says_so(workshop: Workshop, tmp_path: Path, change: str) -> None:
+    checkpoint = copy_folder(workshop.checkpoint(PLAIN, SITE), tmp_path / "checkpoint")
+    killed_export(checkpoint, tmp_path / "bundle", "weights")
+    if change == "checkpoint":
+        (checkpoint / "model.safetensors").touch()
+    reporter = Told()
+    quant = "int8" if change == "options" else "none"
+    export_bundle(export_options(checkpoint, tmp_path / "bundle", quant=quant), reporter)
+    assert reporter.steps[0] == ("starting anew: an interrupted export was of another checkpoint or had other options")
+    assert Bundle.open(tmp_path / "bundle").manifest.model.quantisation == quant
+
+
+def test_a_kept_file_that_was_changed_is_found(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
+    killed_export(checkpoint, out, "table layer_1")
+    path = tmp_path / ".bundle.partial" / "bundle" / FILES[1]
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(BundleError) as caught:
+        export(checkpoint, out)
+    assert str(caught.value) == f"{FILES[1]} is not what the interrupted export wrote; run the same command again"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kept_file_that_was_cut_is_written_again(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
+    killed_export(checkpoint, out, "table layer_1")
+    (tmp_path / ".bundle.partial" / "bundle" / FILES[0]).write_bytes(b"cut")
+    export(checkpoint, out)
+    assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
+
+
+@pytest.mark.parametrize("torn", [b'{"path": "gra', b"\0\0\0\n"])
+def test_a_journal_that_is_torn_is_no_obstacle(workshop: Workshop, tmp_path: Path, torn: bytes) -> None:
+    checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
+    killed_export(checkpoint, out, "weights")
+    with (tmp_path / ".bundle.partial" / "journal.jsonl").open("ab") as journal:
+        journal.write(torn)
+    export(checkpoint, out)
+    assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
+
+
+def test_a_full_disk_keeps_what_is_finished_and_says_how_to_resume(
+    workshop: Workshop, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table_writer, "write_table_file", full)
+        outcome = command("engram-export", checkpoint, "-o", out, "--quant", "none")
+    kept = tmp_path / ".bundle.partial"
+    assert outcome.code == 3
+    assert outcome.err.splitlines()[-2:] == [
+        f"finished files are kept in {kept}; run the same command again to resume",
+        "engram-export: [Errno 28] No space left on device",
+    ]
+    assert list(inodes(out)) == FILES[:2]
+    assert command("engram-export", checkpoint, "-o", out, "--quant", "none").code == 0
+    assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
+
+
+def test_errors_of_repacked_rows_are_printed(workshop: Workshop, tmp_path: Path, command: Command) -> None:
+    options = ("--tables", "repack", "--table-dtype", "int8", "--quant", "none")
+    checkpoint = workshop.checkpoint(PLAIN, SITE)
+    printed = command("engram-export", checkpoint, "-o", tmp_path / "text", *options).out
+    result = command("engram-export", checkpoint, "-o", tmp_path / "json", *options, "--json").json
+    errors = RowErrors(**result["row_errors"]["layer_1"])
+    assert (
+        f"{errors.num_rows} repacked rows of layer_1 are off by {errors.mean:.3%}, at most {errors.max:.3%}\n"
+        in printed
+    )
