@@ -1,9 +1,9 @@
 """Families with experts, streams and n-gram tables compute what transformers does, in every executor."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def test_a_text_in_pieces_of_odd_sizes_gives_the_logits_of_the_whole(
 def pieces(token_ids: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
     """Split a text into pieces of these sizes and a last one with the rest."""
     bounds = [0, *np.cumsum(sizes).tolist(), len(token_ids)]
-    return [token_ids[start:stop] for start, stop in pairwise(bounds)]
+    return [token_ids[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 @with_configurations

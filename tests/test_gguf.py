@@ -192,7 +192,7 @@ class TestBlocks:
             tmp_path / "m.gguf", gguf_name, quantize(floats(shapes_of(arch)[gguf_name]), kind), kind, arch
         )
         name = hf_name(gguf_name) or ""
-        codes, scales, found_bits = tensors.read_blocks(name)
+        codes, scales, found_bits = tensors.read_blocks(name, 0, tensors.shape(name)[0])
         values = (codes.astype(np.float32) - zero) * scales.repeat(32, axis=1)
         np.testing.assert_array_equal(values, tensors.read(name))
         assert codes.dtype == np.uint8
@@ -202,13 +202,15 @@ class TestBlocks:
     def test_all_codes_of_a_byte_are_exact(self, tmp_path: Path) -> None:
         block = struct.pack("<e", 1.0) + bytes(range(16, 32))
         stored = np.frombuffer(block * (HIDDEN // 32) * FEED_FORWARD, np.uint8).reshape(FEED_FORWARD, -1)
-        codes, scales, _ = write_one(tmp_path / "m.gguf", "blk.0.ffn_up.weight", stored, Kind.Q4_0).read_blocks(UP)
+        codes, scales, _ = write_one(tmp_path / "m.gguf", "blk.0.ffn_up.weight", stored, Kind.Q4_0).read_blocks(
+            UP, 0, FEED_FORWARD
+        )
         assert codes[0, :32].tolist() == [*range(16), *[1] * 16]
         assert scales[0, 0] == 1.0
 
     def test_other_types_have_no_blocks_to_read(self, tmp_path: Path) -> None:
         path = write_gguf(tmp_path / "m.gguf")
-        assert message(lambda: tensors_of(open_checkpoint(path)).read_blocks(UP)) == (
+        assert message(lambda: tensors_of(open_checkpoint(path)).read_blocks(UP, 0, 1)) == (
             f"tensor '{UP}' of {path} has type F32, wanted Q4_0 or Q8_0 to read its blocks; read its values instead"
         )
 

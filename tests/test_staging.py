@@ -19,9 +19,11 @@ import sys, time
 from pathlib import Path
 from engram_export.staging import staged_folder
 
-with staged_folder(Path(sys.argv[1]), replace=True) as folder:
-    (folder / "graph").mkdir()
-    (folder / "graph" / "decoder.onnx").write_bytes(b"half")
+with staged_folder(Path(sys.argv[1]), "same", replace=True) as journal:
+    (journal.folder / "whole").write_bytes(b"whole")
+    journal.once(journal.folder / "whole", lambda: None, lambda count: None)
+    (journal.folder / "graph").mkdir()
+    (journal.folder / "graph" / "decoder.onnx").write_bytes(b"half")
     print("half", flush=True)
     time.sleep(60)
 """
@@ -47,13 +49,13 @@ def tree(folder: Path) -> dict[str, str | None]:
 
 
 def export(out: Path, text: str = "new", *, replace: bool = False) -> None:
-    with staged_folder(out, replace=replace) as folder:
-        write_bundle(folder, text)
+    with staged_folder(out, "same", replace=replace) as journal:
+        write_bundle(journal.folder, text)
 
 
 def stopped_export(out: Path, error: type[BaseException] = StoppedError) -> None:
-    with staged_folder(out, replace=True) as folder:
-        write_bundle(folder, "new")
+    with staged_folder(out, "same", replace=True) as journal:
+        write_bundle(journal.folder, "new")
         raise error
 
 
@@ -73,11 +75,8 @@ def killed_export(out: Path) -> int:
     return process.pid
 
 
-def dead_process() -> int:
-    """Return the id of a process that has ended."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    return process.pid
+def refuse_to_write() -> None:
+    raise AssertionError("a finished file is written again")
 
 
 def opens(folder: Path) -> bool:
@@ -104,9 +103,8 @@ def test_folders_above_the_place_are_made(tmp_path: Path) -> None:
 
 
 def test_the_place_is_empty_until_the_end(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "out", replace=False) as folder:
-        assert list(folder.iterdir()) == []
-        assert folder.parent == tmp_path
+    with staged_folder(tmp_path / "out", "same", replace=False) as journal:
+        assert list(journal.folder.iterdir()) == []
         assert not (tmp_path / "out").exists()
 
 
@@ -123,13 +121,12 @@ def test_everything_is_on_the_disk_before_it_is_at_its_place_and_the_place_after
 
     monkeypatch.setattr(os, "fsync", recorded)
     export(tmp_path / "out")
-    scratch = f".out.partial-{os.getpid()}"
-    before = {(name, False) for name in ("engram.json", "graph", "decoder.onnx", scratch)}
+    before = {(name, False) for name in ("journal.jsonl", "engram.json", "graph", "decoder.onnx", "bundle")}
     assert (set(flushed[:-1]), flushed[-1]) == (before, (tmp_path.name, True))
 
 
 @pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt])
-def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, error: type[BaseException]) -> None:
+def test_nothing_is_left_of_an_export_that_finished_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error):
         stopped_export(tmp_path / "out", error)
     assert list(tmp_path.iterdir()) == []
@@ -165,7 +162,7 @@ def test_a_bundle_is_put_back_if_its_replacement_cannot_be_moved(
     rename = Path.rename
 
     def refusing(path: Path, target: Path) -> Path:
-        if ".partial-" in path.name:
+        if path.name == "bundle":
             raise PermissionError
         return rename(path, target)
 
@@ -188,28 +185,6 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, make: Callable[[Pat
     assert tree(tmp_path) == before
 
 
-def test_what_a_dead_exporter_left_is_removed(tmp_path: Path) -> None:
-    write_bundle(tmp_path / f".out.partial-{dead_process()}", "half")
-    export(tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_an_exporter_of_the_same_number_left_is_removed(tmp_path: Path) -> None:
-    write_bundle(tmp_path / f".out.partial-{os.getpid()}", "half")
-    export(tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize(
-    "name", [".out.partial-{living}", ".out.partial-x", ".other.partial-{dead}", "out.partial-{dead}"]
-)
-def test_what_is_not_a_dead_exporters_is_kept(tmp_path: Path, name: str) -> None:
-    kept = name.format(living=os.getppid(), dead=dead_process())
-    write_bundle(tmp_path / kept, "half")
-    export(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([kept, "out"])
-
-
 def test_a_killed_export_leaves_nothing_that_opens(tmp_path: Path) -> None:
     killed_export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -222,8 +197,44 @@ def test_a_bundle_stays_as_it_was_if_its_replacement_is_killed(tmp_path: Path) -
     assert tree(tmp_path / "out") == OLD
 
 
-def test_the_next_export_clears_up_after_a_killed_one(tmp_path: Path) -> None:
-    pid = killed_export(tmp_path / "out")
-    assert tree(tmp_path)[f".out.partial-{pid}/graph/decoder.onnx"] == "half"
-    export(tmp_path / "out")
+def test_the_next_export_takes_over_what_a_killed_one_had_finished(tmp_path: Path) -> None:
+    killed_export(tmp_path / "out")
+    finished = tmp_path / ".out.partial" / "bundle" / "whole"
+    inode = finished.stat().st_ino
+    with staged_folder(tmp_path / "out", "same", replace=False) as journal:
+        assert tree(journal.folder) == {"whole": "whole"}
+        journal.once(finished, refuse_to_write, lambda count: None)
+    assert (tmp_path / "out" / "whole").stat().st_ino == inode
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_next_export_of_something_else_clears_up_after_a_killed_one(tmp_path: Path) -> None:
+    killed_export(tmp_path / "out")
+    with staged_folder(tmp_path / "out", "other", replace=False) as journal:
+        assert (journal.dropped, tree(journal.folder)) == (True, {})
+        write_bundle(journal.folder, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tree(tmp_path / "out") == NEW
+
+
+def test_an_error_of_ours_leaves_nothing_even_of_what_is_finished(tmp_path: Path) -> None:
+    killed_export(tmp_path / "out")
+    with pytest.raises(RequestError), staged_folder(tmp_path / "out", "same", replace=False):
+        raise RequestError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_export_keeps_what_a_killed_one_had_finished(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "out", "old")
+    killed_export(tmp_path / "out")
+    before = tree(tmp_path)
+    refusal(tmp_path / "out", replace=False)
+    assert tree(tmp_path) == before
+
+
+def test_two_exports_to_one_place_are_refused(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "out", "same", replace=False) as journal:
+        expected = f"{tmp_path / 'out'} is being exported to by another process; wait for it or choose another place"
+        assert refusal(tmp_path / "out", replace=True) == expected
+        write_bundle(journal.folder, "new")
+    assert tree(tmp_path / "out") == NEW

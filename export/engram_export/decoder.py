@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engram_export.rope import RotaryEmbedding
+from engram_export.weight_map import ReadRows
 from engram_runtime.manifest import StateSpec
 
 
@@ -62,9 +63,13 @@ class Rotation(nn.Module):
         self.cos = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.sin = nn.Parameter(torch.empty(shape), requires_grad=False)
 
-    def tables(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return cosine and sine."""
-        return self.embedding.tables(len(self.cos))
+    def cosines(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return rows of ``cos``."""
+        return self.embedding.tables(start, stop)[0]
+
+    def sines(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return rows of ``sin``."""
+        return self.embedding.tables(start, stop)[1]
 
 
 class Decoder(nn.Module):
@@ -90,13 +95,13 @@ class Decoder(nn.Module):
         """Return the table rows in the order `forward` takes them."""
         return tuple(module.table_input for module in self.modules() if isinstance(module, TableSite))
 
-    def computed(self) -> dict[str, NDArray[np.float32]]:
-        """Return the parameters that no checkpoint holds, by name."""
-        arrays: dict[str, NDArray[np.float32]] = {}
+    def computed(self) -> dict[str, ReadRows]:
+        """Return the parameters that no checkpoint holds, by name, to be computed a few rows at a time."""
+        rows: dict[str, ReadRows] = {}
         for name, module in self.named_modules():
             if isinstance(module, Rotation):
-                arrays[f"{name}.cos"], arrays[f"{name}.sin"] = module.tables()
-        return arrays
+                rows |= {f"{name}.cos": module.cosines, f"{name}.sin": module.sines}
+        return rows
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from engram_export.host_table import RawTensors, TableSource, table_source
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 from engram_export.source_files import parse_json_object, read_small_file
 from engram_export.token_compression import compress_vocabulary
+from engram_export.weight_map import ReadRows
 from engram_runtime.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -135,10 +136,10 @@ def site_name_map(sources: Sequence[EngramSource]) -> dict[str, tuple[str, ...]]
     }
 
 
-def unit_gains(sources: Sequence[EngramSource], hidden_size: int) -> dict[str, NDArray[np.float32]]:
+def unit_gains(sources: Sequence[EngramSource]) -> dict[str, ReadRows]:
     """Return ones for the norm gains that the checkpoint leaves out, by module weight."""
     return {
-        f"sites.{source.config.layer_id}.{weight}": np.ones(hidden_size, dtype=np.float32)
+        f"sites.{source.config.layer_id}.{weight}": lambda start, stop: np.ones(stop - start, dtype=np.float32)
         for source in sources
         for weight in GAINS
         if not source.has(SITE_WEIGHTS[weight]) and (source.config.conv or not weight.startswith("conv"))

@@ -169,12 +169,12 @@ class GgufTensors:
             values[first - start : last - start] = decoded.reshape(last - first, *tensor.shape[1:])
         return values
 
-    def read_blocks(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32], int]:
-        """Read the integers and scales of a Q4_0 or Q8_0 matrix, as stored.
+    def read_blocks(self, name: str, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], int]:
+        """Read the integers and scales of n rows of a Q4_0 or Q8_0 matrix ``[N, K]``, as stored.
 
         Returns:
-            codes: ``[N, K]``, fresh; the value is ``(code - 8) * scale`` for Q4_0, ``(code - 128) * scale`` for Q8_0.
-            scales: ``[N, K / 32]``, one per block of 32 neighbours in a row.
+            codes: ``[n, K]``, fresh; the value is ``(code - 8) * scale`` for Q4_0, ``(code - 128) * scale`` for Q8_0.
+            scales: ``[n, K / 32]``, one per block of 32 neighbours in a row.
             bits: 4 or 8.
         """
         tensor = self._tensor(name)
@@ -183,9 +183,10 @@ class GgufTensors:
                 f"tensor {name!r} of {self._path} has type {tensor.type.name}, "
                 f"wanted {' or '.join(BLOCK_DECODERS)} to read its blocks; read its values instead"
             )
-        rows, columns = tensor.shape
+        check_row_range(name, tensor.shape, start, stop)
+        rows, columns = stop - start, tensor.shape[1]
         decode, bits = BLOCK_DECODERS[tensor.type.name]
-        blocks = self._stored_rows(name, 0, rows).reshape(rows, columns // BLOCK_LENGTH, -1)
+        blocks = self._stored_rows(name, start, stop).reshape(rows, columns // BLOCK_LENGTH, -1)
         scales = blocks[:, :, :2].copy().view("<f2")[:, :, 0].astype(np.float32)
         return decode(blocks[:, :, 2:]).reshape(rows, columns), scales, bits
 

@@ -110,7 +110,7 @@ class BlockLinear(nn.Module):
     def encode_blocks(self, codes: NDArray[np.uint8], block_scale: NDArray[np.float32]) -> Arrays:
         """Return the parameters for codes ``[N, K]`` and scales ``[N, K / 32]`` read from the checkpoint."""
         packed = codes if self.bits == 8 else pack_nibbles(codes)
-        return {"codes": packed.reshape(self.codes.shape), "block_scale": block_scale}
+        return {"codes": packed.reshape(len(codes), -1, BLOCK * self.bits // 8), "block_scale": block_scale}
 
     def forward(self, x: Tensor) -> Tensor:
         return matmul_nbits(x, self.codes, self.block_scale, None, bits=self.bits)

@@ -1,18 +1,25 @@
 """The recipe of an export, in reading order."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_export.checkpoint import Checkpoint
+from engram_export.exact_graph import exact_logits
 from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
 from engram_export.golden import write_golden
 from engram_export.host_table import TableSource
+from engram_export.journal import Journal, fingerprint
 from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.plan import ExportPlan, plan_export
 from engram_export.source import ModelSource, open_source
@@ -29,16 +36,15 @@ from engram_export.table_writer import (
 )
 from engram_export.verify import (
     Verification,
-    bundle_logits,
     bundle_rows,
     check_parity,
     compare,
-    exact_graph_logits,
+    compared_rows,
     reference_logits,
     verify_tokens,
 )
-from engram_export.weights_file import SafetensorsWriter
-from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_sha256, manifest_bytes
+from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsLayout, SafetensorsWriter
+from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
 from engram_runtime.errors import CheckpointError
 from engram_runtime.manifest import DECODER, FileEntry, GraphSpec, Manifest, ModelInfo
 from engram_runtime.table_spec import TableSpec
@@ -47,6 +53,7 @@ Progress = Callable[[int], None]
 GRAPH_FOLDER, GRAPH_FILE, WEIGHTS_FILE = "graph", "decoder.onnx", "weights.safetensors"
 TABLE_FOLDER = "tables"
 VERIFY_THREADS = 2
+PLACES = ("checkpoint", "engram", "out", "replace")  # options that don't decide what is in the bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,8 @@ class Reporter(Protocol):
 def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     """Export a checkpoint into a bundle and verify it; on any failure nothing is left at ``options.out``.
 
+    What an interrupted export had finished is taken over where the checkpoint and the options are the same.
+
     Raises:
         CheckpointError: the checkpoint can't be exported.
         RequestError: a place or context that can't be.
@@ -90,20 +99,45 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     check_table_options(options.tables, options.table_dtype)
     source = open_source(options.checkpoint, engram=options.engram, context=options.context)
     chosen = weight_format(options.quant, source.kept_type)
+    plan = plan_export(source, chosen, options.tables, options.table_dtype)
+    check_kept(options.quant, plan)
+    token_ids = verify_tokens(source.checkpoint, source.architecture.text.vocab_size, source.context_length)
     check_scales(source.tables, reporter)
-    with staged_folder(options.out, replace=options.replace) as folder:
-        plan = plan_export(source, chosen, options.tables, options.table_dtype)
-        check_kept(options.quant, plan)
+    with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
         reporter.plan(plan)
+        report_resumption(journal, reporter)
         reporter.step("tracing the graph")
         graph = trace(lambda: source.build(chosen))
-        decoder = write_graph(source, graph, folder, reporter)
-        written = write_tables(source.tables, options.tables, options.table_dtype, folder, reporter)
-        write_tokenizer(source, folder)
-        bundle = Bundle(folder, draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written)))
-        verification = verify_bundle(source, bundle, chosen, reporter, repacked=options.table_dtype is not None)
-        finish_manifest(bundle, reporter)
-    return verification
+        decoder = write_graph(source, graph, journal, reporter)
+        written = write_tables(source.tables, options.tables, options.table_dtype, journal, reporter)
+        write_tokenizer(source.checkpoint, journal.folder)
+        manifest = draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written))
+        bundle = Bundle(journal.folder, manifest)
+        repacked = options.table_dtype is not None
+        verification = verify_bundle(source, bundle, chosen, token_ids, reporter, repacked=repacked)
+        finish_manifest(bundle, journal, reporter)
+    errors = {table.spec.site: table.errors for table in written if table.errors is not None}
+    return dataclasses.replace(verification, rows=errors)
+
+
+def export_fingerprint(options: ExportOptions) -> str:
+    """Return what tells whether another export writes the same bundle."""
+    folders = [options.checkpoint, *([options.engram] if options.engram is not None else [])]
+    files = itertools.chain.from_iterable(_files(folder) for folder in folders)
+    asked = {key: str(value) for key, value in dataclasses.asdict(options).items() if key not in PLACES}
+    return fingerprint({"producer": producer(), **asked}, files)
+
+
+def _files(place: Path) -> Iterator[Path]:
+    return (path for path in place.iterdir() if path.is_file()) if place.is_dir() else iter([place])
+
+
+def report_resumption(journal: Journal, reporter: Reporter) -> None:
+    """Say what becomes of what an interrupted export left."""
+    if journal.kept:
+        reporter.step(f"resuming an interrupted export, {len(journal.kept)} files are finished")
+    if journal.dropped:
+        reporter.step("starting anew: an interrupted export was of another checkpoint or had other options")
 
 
 def check_kept(quant: str, plan: ExportPlan) -> None:
@@ -112,21 +146,27 @@ def check_kept(quant: str, plan: ExportPlan) -> None:
         raise CheckpointError(f"{plan.model} has no linear layer in {' or '.join(KEPT_BITS)} to keep; use --quant int8")
 
 
-def write_graph(source: ModelSource, graph: TracedGraph, folder: Path, reporter: Reporter) -> GraphSpec:
-    """Stream the weights from the checkpoint into the bundle, one at a time, and write the graph beside them."""
-    (folder / GRAPH_FOLDER).mkdir()
+def write_graph(source: ModelSource, graph: TracedGraph, journal: Journal, reporter: Reporter) -> GraphSpec:
+    """Stream the weights from the checkpoint into the bundle, a slice at a time, and write the graph beside them."""
+    folder, plans = journal.folder / GRAPH_FOLDER, graph.weights()
+    folder.mkdir(exist_ok=True)
+    path = folder / WEIGHTS_FILE
+    with reporter.stage("weights", sum(plan.bytes for plan in plans)) as progress:
+        journal.once(path, lambda: write_weights(source, graph, path, progress), progress)
+    layout = SafetensorsLayout.of(plans, alignment=WEIGHTS_ALIGNMENT)
+    return graph.save(folder / GRAPH_FILE, WEIGHTS_FILE, layout.offsets)
+
+
+def write_weights(source: ModelSource, graph: TracedGraph, path: Path, progress: Progress) -> None:
+    """Write the weights a graph uses."""
     plans = graph.weights()
     names = {plan.name for plan in plans}
-    with (
-        SafetensorsWriter(folder / GRAPH_FOLDER / WEIGHTS_FILE, plans) as writer,
-        reporter.stage("weights", sum(plan.bytes for plan in plans)) as progress,
-    ):
+    with SafetensorsWriter(path, plans) as writer:
         for name, module in graph.skeleton.named_modules():
             for key, start, values in source.parameters(name, module):
                 if key in names:
                     writer.write_rows(key, start, values)
                     progress(values.nbytes)
-    return graph.save(folder / GRAPH_FOLDER / GRAPH_FILE, WEIGHTS_FILE, writer.offsets)
 
 
 def check_scales(tables: Sequence[TableSource], reporter: Reporter) -> None:
@@ -138,30 +178,30 @@ def check_scales(tables: Sequence[TableSource], reporter: Reporter) -> None:
 
 
 def write_tables(
-    tables: Sequence[TableSource], mode: str, dtype: str | None, folder: Path, reporter: Reporter
+    tables: Sequence[TableSource], mode: str, dtype: str | None, journal: Journal, reporter: Reporter
 ) -> list[WrittenTable]:
     """Copy the tables, repack them as ``dtype``, or refer to them."""
     if not tables:
         return []
-    (folder / TABLE_FOLDER).mkdir()
+    folder = journal.folder / TABLE_FOLDER
+    folder.mkdir(exist_ok=True)
     written = []
     for table in tables:
-        keyer = write_token_map(table, folder / TABLE_FOLDER)
+        keyer = write_token_map(table, folder, journal.once)
         if mode == "reference":
             written.append(WrittenTable(spec=reference_table(table, keyer), errors=None))
             continue
         total = table.num_rows * written_format(table.record, dtype).record_bytes
         with reporter.stage(f"table {table.site}", total) as progress:
             if dtype is None:
-                written.append(copy_table(table, keyer, folder / TABLE_FOLDER, progress))
+                written.append(copy_table(table, keyer, folder, progress, journal.once))
             else:
-                written.append(repack_table(table, keyer, dtype, folder / TABLE_FOLDER, progress))
+                written.append(repack_table(table, keyer, dtype, folder, progress, journal.once))
     return written
 
 
-def write_tokenizer(source: ModelSource, folder: Path) -> None:
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the tokenizer and its settings as the checkpoint has them."""
-    checkpoint = source.checkpoint
     generation_config = dict(checkpoint.generation_config)
     text_config = text_part(checkpoint).config
     if "eos_token_id" in text_config:
@@ -178,6 +218,11 @@ def write_tokenizer(source: ModelSource, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
 
 
+def producer() -> str:
+    """Return the program and version that writes a bundle."""
+    return f"engram-edge {version('engram-edge')}"
+
+
 def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: tuple[TableSpec, ...]) -> Manifest:
     """Describe the bundle; its files are listed once they are all there."""
     config = source.architecture.text
@@ -191,7 +236,7 @@ def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: 
         context_length=source.context_length,
     )
     return Manifest(
-        producer=f"engram-edge {version('engram-edge')}",
+        producer=producer(),
         model=model,
         graphs={DECODER: decoder},
         tables=tables,
@@ -200,9 +245,15 @@ def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: 
 
 
 def verify_bundle(
-    source: ModelSource, bundle: Bundle, chosen: WeightFormat, reporter: Reporter, *, repacked: bool
+    source: ModelSource,
+    bundle: Bundle,
+    chosen: WeightFormat,
+    token_ids: NDArray[np.int64],
+    reporter: Reporter,
+    *,
+    repacked: bool,
 ) -> Verification:
-    """Hold the graph against torch with the same weights, and the bundle against the float32 model, on a fixed text.
+    """Hold the graph against torch with the same weights, and the bundle against the float32 model, on a text.
 
     What the bundle said is kept as golden.
 
@@ -212,24 +263,23 @@ def verify_bundle(
     Raises:
         VerificationError: the graph is not the model.
     """
-    token_ids = verify_tokens(source)
+    last = compared_rows(bundle.manifest.model.vocab_size, len(token_ids))
     with reporter.stage("verify", source.weights.count() * 4) as progress:
-        reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress))
+        reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress), last=last)
     reporter.step("running the graph")
     same_weights = reference
     if repacked or chosen is not FLOAT:
         stored = BundleRows.open(source, bundle.file(bundle.manifest.decoder.weights))
         rows = bundle_rows(bundle, token_ids) if repacked else None
-        same_weights = reference_logits(source, token_ids, chosen, encoded=stored, rows=rows)
-    graph = compare(same_weights, exact_graph_logits(bundle, token_ids.tolist(), threads=VERIFY_THREADS))
+        same_weights = reference_logits(source, token_ids, chosen, encoded=stored, rows=rows, last=last)
+    found = exact_logits(bundle, token_ids, rows=last, threads=VERIFY_THREADS)
+    graph, model = compare(same_weights, found.last), compare(reference, found.last)
     check_parity(graph)
-    found = bundle_logits(bundle, token_ids.tolist(), executor="onnxruntime", threads=VERIFY_THREADS)
-    model = compare(reference, found)
     write_golden(bundle, token_ids, found, model)
     return Verification(graph=graph, model=model)
 
 
-def finish_manifest(bundle: Bundle, reporter: Reporter) -> None:
+def finish_manifest(bundle: Bundle, journal: Journal, reporter: Reporter) -> None:
     """List every file with size and digest, and write the manifest last."""
     paths = sorted(path for path in bundle.path.rglob("*") if path.is_file())
     with reporter.stage("digests", sum(path.stat().st_size for path in paths)) as progress:
@@ -237,7 +287,7 @@ def finish_manifest(bundle: Bundle, reporter: Reporter) -> None:
             FileEntry(
                 path=path.relative_to(bundle.path).as_posix(),
                 bytes=path.stat().st_size,
-                sha256=file_sha256(path, progress),
+                sha256=journal.sha256(path, progress),
             )
             for path in paths
         )

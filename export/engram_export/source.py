@@ -1,8 +1,9 @@
 """A checkpoint understood: its family, its sites, and every weight resolved, before anything is written."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
 from engram_export.host_table import TableSource
 from engram_export.linear import BlockLinear, WeightModule
+from engram_export.scaled_tensors import scaled_tensors
 from engram_export.tensor_union import TensorUnion
-from engram_export.weight_map import Joined, WeightSource
+from engram_export.weight_map import Joined, ReadRows, Slice, WeightSource, row_slices
 from engram_runtime.errors import CheckpointError, RequestError
 
-SLICE_BYTES = 64 << 20  # of a float32 weight in memory at a time; quantising it needs about four times as much
-
-Slice = tuple[str, int, NDArray[Any]]  # a parameter's name, the first of its rows that these are, their values
+LAYER = re.compile(r"layers\.\d+")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +40,11 @@ class ModelSource:
     tables: list[TableSource]  # in the order the module takes their rows
     context_length: int
     weights: WeightSource
-    computed: Mapping[str, NDArray[np.float32]]
+    computed: Mapping[str, ReadRows]  # parameters no checkpoint holds
 
-    def build(self, weight_format: WeightFormat) -> Decoder:
-        """Make the model's module with uninitialised parameters in a weight format."""
-        return _build(self.architecture, self.sites, self.context_length, weight_format)
+    def build(self, weight_format: WeightFormat, *, context_length: int | None = None) -> Decoder:
+        """Make the model's module with uninitialised parameters in a weight format, for another context if given."""
+        return _build(self.architecture, self.sites, context_length or self.context_length, weight_format)
 
     def skeleton(self, weight_format: WeightFormat) -> Decoder:
         """Make the model's module with parameters that have shapes but no memory."""
@@ -67,27 +67,30 @@ class ModelSource:
                 arrays = self.encode(name, encoder, start, stop)
                 yield from ((f"{name}.{key}", start, values) for key, values in arrays.items())
             return
-        for key, _ in module.named_parameters(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}".lstrip(".")
-            yield full, 0, self.computed[full] if full in self.computed else self.weights.read(full)
+            read = self.computed.get(full) or partial(self.weights.read_rows, full)
+            yield from ((full, start, read(start, stop)) for start, stop in row_slices(parameter.shape))
 
     def row_slices(self, name: str) -> list[tuple[int, int]]:
-        """Return row ranges of the weight of module ``name``, each of about `SLICE_BYTES` as float32."""
-        rows, *inner = self.weights.shape(f"{name}.weight")
-        step = max(1, SLICE_BYTES // (prod(inner) * 4))
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        """Return row ranges of the weight of module ``name``, see `engram_export.weight_map.row_slices`."""
+        return self.weights.row_slices(f"{name}.weight")
 
     def encode(self, name: str, module: WeightModule, start: int, stop: int) -> Mapping[str, NDArray[Any]]:
         """Return a module's parameters for rows of its weight, read and encoded now."""
         if isinstance(module, BlockLinear):
-            codes, scales = self._blocks(f"{name}.weight")
-            return module.encode_blocks(codes[start:stop], scales[start:stop])
+            return module.encode_blocks(*self._blocks(f"{name}.weight", start, stop))
         return module.encode(self.weights.read_rows(f"{name}.weight", start, stop))
 
-    def _blocks(self, weight: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    def _blocks(self, weight: str, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         tensors = self.checkpoint.tensors
         assert isinstance(tensors, GgufTensors)
-        parts = [tensors.read_blocks(name) for name in self.weights.tensor_names(weight)]
+        parts, first = [], 0
+        for name in self.weights.tensor_names(weight):
+            end = first + tensors.shape(name)[0]
+            if start < end and first < stop:
+                parts.append(tensors.read_blocks(name, max(start, first) - first, min(stop, end) - first))
+            first = end
         return np.concatenate([codes for codes, _, _ in parts]), np.concatenate([scales for _, scales, _ in parts])
 
 
@@ -112,7 +115,7 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
         raise RequestError(f"context is {context_length}, this model takes 1 to {max_positions} tokens")
     with FakeTensorMode():
         skeleton = _build(architecture, sites, context_length, FLOAT)
-    computed = {**skeleton.computed(), **unit_gains(sites, architecture.text.hidden_size)}
+    computed = {**skeleton.computed(), **unit_gains(sites)}
     wanted = {name: tuple(values.shape) for name, values in skeleton.named_parameters() if name not in computed}
     tables = _tables(checkpoint, architecture, sites)
     weights = _resolve(checkpoint, architecture, sites, tables, wanted)
@@ -122,11 +125,30 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
 
 
 def load_own_parameters(model: Decoder, source: ModelSource) -> None:
-    """Fill the parameters of a model from the checkpoint."""
-    parameters = dict(model.named_parameters())
+    """Fill the parameters of a model from the checkpoint, those of a layer while it runs; the model can run once."""
+    layers = {name: module for name, module in model.named_modules() if LAYER.fullmatch(name)}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(partial(_load_layer, source, name))
+        layer.register_forward_hook(_drop_parameters)
     for name, module in model.named_modules():
-        for key, _, values in source.parameters(name, module):
-            parameters[key].data = torch.from_numpy(values).reshape(parameters[key].shape)
+        if not any(name == layer or name.startswith(f"{layer}.") for layer in layers):
+            _load(source, name, module)
+
+
+def _load_layer(source: ModelSource, prefix: str, layer: nn.Module, inputs: object) -> None:
+    for name, module in layer.named_modules(prefix=prefix):
+        _load(source, name, module)
+
+
+def _load(source: ModelSource, name: str, module: nn.Module) -> None:
+    for key, start, values in source.parameters(name, module):
+        parameter = module.get_parameter(key.rpartition(".")[2])
+        parameter.data[start : start + len(values)] = torch.from_numpy(values).reshape(-1, *parameter.shape[1:])
+
+
+def _drop_parameters(layer: nn.Module, inputs: object, output: object) -> None:
+    for parameter in layer.parameters():
+        parameter.data = torch.empty(0)
 
 
 def _build(
@@ -150,7 +172,9 @@ def _resolve(
     tables: list[TableSource],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
-    tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
+    own: object = checkpoint.tensors
+    added = [site.tensors for site in sites if site.tensors is not own]
+    tensors = TensorUnion([scaled_tensors(checkpoint), *added])  # type: ignore[list-item]
     rows = [*(name for table in tables for name in table.tensors), *(site.config.token_map or "" for site in sites)]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()

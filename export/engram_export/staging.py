@@ -1,34 +1,80 @@
-"""Write a folder beside its place and rename it there when it is whole."""
+"""Write a folder beside its place and rename it there when it is whole; what an interruption leaves is resumed."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from engram_export.journal import Journal
 from engram_runtime.bundle import MANIFEST_NAME
-from engram_runtime.errors import RequestError
+from engram_runtime.errors import EngramError, RequestError
+
+JOURNAL_FILE, STAGED_FOLDER = "journal.jsonl", "bundle"
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, *, replace: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``out`` on success and vanishes on any failure.
+def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Journal]:
+    """Yield the journal of a folder that becomes ``out`` on success.
+
+    An `EngramError` leaves nothing, as it would come again. What else interrupts leaves the finished files beside
+    ``out`` for the next export with the same fingerprint; any other removes them.
 
     Raises:
-        RequestError: ``out`` exists and is not a bundle, or is one and ``replace`` is False.
+        RequestError: ``out`` is being exported to, exists and is not a bundle, or is one and ``replace`` is False.
     """
-    _restore_replaced(out)
-    _check_place(out, replace=replace)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    scratch.mkdir()
-    try:
-        yield scratch
-        _flush_tree(scratch)
-        _move_into_place(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with _locked(out) as stream:
+        _restore_replaced(out)
+        _check_place(out, replace=replace)
+        journal = Journal(stream, workplace(out) / STAGED_FOLDER, fingerprint)
+        try:
+            yield journal
+            _flush_tree(journal.folder)
+            _move_into_place(journal.folder, out)
+            stream.truncate(0)
+        except BaseException as error:
+            if isinstance(error, EngramError) or journal.is_empty:
+                stream.truncate(0)
+            raise
+
+
+def workplace(out: Path) -> Path:
+    """Return the folder beside ``out`` that holds an unfinished export and its journal."""
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[BinaryIO]:
+    """Yield the journal, locked as long as this process lives; an empty one is removed with all that is beside it."""
+    folder = workplace(out)
+    folder.mkdir(exist_ok=True)
+    path = folder / JOURNAL_FILE
+    with path.open("a+b") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _busy(out) from error
+        if not _is_at(path, stream):
+            raise _busy(out)  # it was removed by the export that held the lock until now
+        try:
+            yield stream
+        finally:
+            if os.fstat(stream.fileno()).st_size == 0:
+                shutil.rmtree(folder / STAGED_FOLDER, ignore_errors=True)
+                path.unlink()  # the last to go: until then no other export can begin
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _is_at(path: Path, stream: BinaryIO) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+
+
+def _busy(out: Path) -> RequestError:
+    return RequestError(f"{out} is being exported to by another process; wait for it or choose another place")
 
 
 def _check_place(out: Path, *, replace: bool) -> None:
@@ -40,15 +86,6 @@ def _check_place(out: Path, *, replace: bool) -> None:
         raise RequestError(f"{out} is a bundle already; replace it with --force or choose another place")
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Remove what exporters that are no longer running left behind."""
-    for folder in out.parent.glob(f".{out.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        # Our own number on a folder we have not made yet is that of an exporter in another life of the container.
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _restore_replaced(out: Path) -> None:
     """Put back a bundle that an exporter had moved aside when it was killed, or remove it if the new one is there."""
     for folder in out.parent.glob(f".{out.name}.replaced-*"):
@@ -56,16 +93,6 @@ def _restore_replaced(out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             folder.rename(out)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flush_tree(folder: Path) -> None:

@@ -3,12 +3,15 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_export.host_table import TableSource
+from engram_export.journal import Facts
 from engram_export.repack import PAYLOADS, RowErrors, check_rows, encode_rows, repacked_format
 from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsLayout, SafetensorsWriter, TensorPlan
 from engram_runtime.bundle import file_identity
@@ -23,6 +26,14 @@ SLICE_BYTES = 8 << 20  # of records copied, or of float32 values repacked, at a 
 FILE_BYTES = 4 << 30  # of records in a file: what is lost when an export is interrupted stays small
 RECORDS = "records"
 Progress = Callable[[int], None]
+
+
+class Once(Protocol):
+    """Writes a file that is not finished yet."""
+
+    def __call__(self, path: Path, write: Callable[[], Facts], progress: Progress) -> Facts:
+        """Return what ``write`` returned, now or when the file was written; ``progress`` is told of one that was."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +117,25 @@ def checkpoint_site(source: TableSource, vocab_size: int, rows: FileTable) -> Si
     return Site(reference_table(source, source.keyer), source.keyer.keyer(vocab_size, token_map), rows)
 
 
-def copy_table(source: TableSource, keyer: KeyerSpec, folder: Path, progress: Progress) -> WrittenTable:
+def write_now(path: Path, write: Callable[[], Facts], progress: Progress) -> Facts:
+    """Write a file whatever is there already; see `Once`."""
+    return write()
+
+
+def copy_table(
+    source: TableSource, keyer: KeyerSpec, folder: Path, progress: Progress, once: Once = write_now
+) -> WrittenTable:
     """Copy a table into ``folder``, payload and scales of a row together."""
     files = table_files(source, source.record, folder)
     with open_rows(source) as rows:
         for file in files:
-            write_table_file(file, _slices(rows, file, file.record_bytes), progress)
+            once(file.path, partial(_copy_rows, rows, file, progress), progress)
     return WrittenTable(spec=_written_spec(source, keyer, source.record, files), errors=None)
 
 
-def repack_table(source: TableSource, keyer: KeyerSpec, dtype: str, folder: Path, progress: Progress) -> WrittenTable:
+def repack_table(
+    source: TableSource, keyer: KeyerSpec, dtype: str, folder: Path, progress: Progress, once: Once = write_now
+) -> WrittenTable:
     """Quantise a table anew into ``folder``, row by row.
 
     Args:
@@ -126,12 +146,13 @@ def repack_table(source: TableSource, keyer: KeyerSpec, dtype: str, folder: Path
     """
     record = repacked_format(source.record.columns, dtype)
     files = table_files(source, record, folder)
-    errors: list[RowErrors] = []
+    errors = []
     with open_rows(source) as rows:
         for file in files:
-            write_table_file(file, _repacked(rows, file, source.record, record, errors), progress)
-    total = sum(errors[1:], start=errors[0])
-    return WrittenTable(spec=_written_spec(source, keyer, record, files), errors=total)
+            facts = once(file.path, partial(_repack_rows, rows, file, source.record, record, progress), progress)
+            assert facts is not None
+            errors.append(RowErrors(num_rows=file.num_rows, mean=facts["mean"], max=facts["max"]))
+    return WrittenTable(spec=_written_spec(source, keyer, record, files), errors=sum(errors[1:], start=errors[0]))
 
 
 def table_files(source: TableSource, record: RecordFormat, folder: Path) -> list[TableFile]:
@@ -159,14 +180,18 @@ def write_table_file(file: TableFile, blocks: Iterable[NDArray[np.uint8]], progr
             progress(block.nbytes)
 
 
-def write_token_map(source: TableSource, folder: Path) -> KeyerSpec:
+def write_token_map(source: TableSource, folder: Path, once: Once = write_now) -> KeyerSpec:
     """Write the token map, little-endian int32, where the table has one; return the table's keyer."""
     if source.token_map is None:
         return source.keyer
     assert isinstance(source.keyer, NgramKeyerSpec)
-    path = folder / f"{source.site}.token_map.int32"
-    path.write_bytes(source.token_map.astype("<i4").tobytes())
+    path, data = folder / f"{source.site}.token_map.int32", source.token_map.astype("<i4").tobytes()
+    once(path, lambda: _write_bytes(path, data), lambda count: None)
     return dataclasses.replace(source.keyer, token_map=f"{folder.name}/{path.name}")
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _slices(rows: FileTable, file: TableFile, row_bytes: int) -> Iterator[NDArray[np.uint8]]:
@@ -174,6 +199,20 @@ def _slices(rows: FileTable, file: TableFile, row_bytes: int) -> Iterator[NDArra
     step = max(1, SLICE_BYTES // row_bytes)
     for start in range(0, file.num_rows, step):
         yield rows.read_rows(file.first_row + start, min(step, file.num_rows - start))
+
+
+def _copy_rows(rows: FileTable, file: TableFile, progress: Progress) -> None:
+    write_table_file(file, _slices(rows, file, file.record_bytes), progress)
+
+
+def _repack_rows(
+    rows: FileTable, file: TableFile, record: RecordFormat, target: RecordFormat, progress: Progress
+) -> Facts:
+    """Write a file of repacked records; returns how far its rows are off."""
+    errors: list[RowErrors] = []
+    write_table_file(file, _repacked(rows, file, record, target, errors), progress)
+    total = sum(errors[1:], start=errors[0])
+    return {"mean": total.mean, "max": total.max}
 
 
 def _repacked(

@@ -1,37 +1,35 @@
 """Hold an exported bundle against the checkpoint's own float32 model."""
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from engram_export.checkpoint import Checkpoint
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.host_table import TableSource
-from engram_export.moe_operators import keep_float_activations
+from engram_export.repack import RowErrors
 from engram_export.source import ModelSource, load_own_parameters
 from engram_export.streamed import EncodedRows, streamed_format
 from engram_export.table_writer import checkpoint_site, open_rows
 from engram_runtime.bundle import Bundle
 from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError, VerificationError
-from engram_runtime.executor import load_executor
-from engram_runtime.manifest import DECODER
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import open_sites
 
 VERIFY_TEXT = "verify_text.txt"
 VERIFY_TOKENS = 256
+LOGITS_BYTES = 64 << 20  # of float32 logits in an array; comparing takes about six of them
 FLOAT_TOLERANCE = 2e-3  # largest logit difference of a float graph: other summation orders over some 30 layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """How far two models' logits are apart, over all positions of a text."""
+    """How far two models' logits are apart, over the last positions of a text."""
 
     tokens: int
     max_abs: float
@@ -41,29 +39,39 @@ class Parity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """``graph``: the graph against torch with the same weights. ``model``: the bundle against the float32 model."""
+    """How far a bundle is from its checkpoint.
+
+    Attributes:
+        graph: the graph against torch with the same weights.
+        model: the graph, activations in float32, against the float32 model.
+        rows: by site, the repacked rows against the checkpoint's.
+    """
 
     graph: Parity
     model: Parity
+    rows: Mapping[str, RowErrors] = field(default_factory=dict)
 
 
-def verify_tokens(source: ModelSource) -> NDArray[np.int64]:
+def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) -> NDArray[np.int64]:
     """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer.
 
     Raises:
         CheckpointError: a tokenizer that can't be read, or one of a model with more tokens.
     """
-    limit = min(VERIFY_TOKENS, source.context_length)
-    if source.checkpoint.tokenizer_json is None:
-        return np.random.default_rng(0).integers(0, source.architecture.text.vocab_size, size=limit)
+    limit = min(VERIFY_TOKENS, context_length)
+    if checkpoint.tokenizer_json is None:
+        return np.random.default_rng(0).integers(0, vocab_size, size=limit)
     text = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
-    with native_errors(CheckpointError, f"the tokenizer of {source.checkpoint.source} can't be used"):
-        token_ids = Tokenizer.from_buffer(source.checkpoint.tokenizer_json).encode(text).ids[:limit]
-    if (largest := max(token_ids, default=-1)) >= source.architecture.text.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer gives id {largest}, the model has {source.architecture.text.vocab_size} tokens"
-        )
+    with native_errors(CheckpointError, f"the tokenizer of {checkpoint.source} can't be used"):
+        token_ids = Tokenizer.from_buffer(checkpoint.tokenizer_json).encode(text).ids[:limit]
+    if (largest := max(token_ids, default=-1)) >= vocab_size:
+        raise CheckpointError(f"the tokenizer gives id {largest}, the model has {vocab_size} tokens")
     return np.array(token_ids, dtype=np.int64)
+
+
+def compared_rows(vocab_size: int, tokens: int) -> int:
+    """Return how many of a text's last positions have their logits compared: all unless the vocabulary is large."""
+    return min(tokens, max(1, LOGITS_BYTES // (4 * vocab_size)))
 
 
 def reference_logits(
@@ -73,8 +81,9 @@ def reference_logits(
     *,
     encoded: EncodedRows | None = None,
     rows: Sequence[NDArray[np.float32]] | None = None,
+    last: int | None = None,
 ) -> NDArray[np.float32]:
-    """Run the torch model; returns ``[T, V]``.
+    """Run the torch model; returns ``[T, V]``, or ``[last, V]`` of the last positions.
 
     Weights are read as they are needed, so memory does not grow with the model.
 
@@ -82,30 +91,25 @@ def reference_logits(
         weights: their format. ``encoded``: where they are read in it; by default they are encoded anew.
         rows: ``[T, C, d]`` for each table, or None to take them straight from the checkpoint.
     """
-    model = source.build(streamed_format(weights, encoded or source))
+    tokens = len(token_ids)
+    model = source.build(streamed_format(weights, encoded or source), context_length=tokens)
     load_own_parameters(model, source)
     if rows is None:
         rows = [_checkpoint_rows(table, source, token_ids) for table in source.tables]
     states = []
     for state in model.state_specs():
         *outer, length, width = state.shape
-        states.append(torch.zeros(*outer, len(token_ids) if state.rolls_back else length, width))
+        states.append(torch.zeros(*outer, tokens if state.rolls_back else length, width))
     with torch.no_grad():
         logits, *_ = model(
             torch.from_numpy(token_ids),
             torch.zeros(1, dtype=torch.int64),
-            torch.arange(len(token_ids)),
+            torch.arange(0 if last is None else tokens - last, tokens),
             [torch.from_numpy(values) for values in rows],
             states,
         )
     values: NDArray[np.float32] = logits.numpy()
     return values
-
-
-def bundle_logits(bundle: Bundle, token_ids: Sequence[int], *, executor: str, threads: int) -> NDArray[np.float32]:
-    """Run a bundle over a text; returns ``[T, V]``."""
-    with Session(bundle, load_executor(executor, bundle, threads=threads), open_sites(bundle)) as session:
-        return np.concatenate(list(session.logits(token_ids)))
 
 
 def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
@@ -115,30 +119,6 @@ def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np
     for site in sites:
         site.table.close()
     return rows
-
-
-def exact_graph_logits(bundle: Bundle, token_ids: Sequence[int], *, threads: int) -> NDArray[np.float32]:
-    """Run a bundle's graph with activations left in float32, slowly; returns ``[T, V]``.
-
-    Executors round activations to integers, which hides small faults of a graph; without that it must equal torch.
-    """
-    decoder = bundle.manifest.decoder
-    exact = dataclasses.replace(decoder, file=f"{decoder.file}.exact")
-    graph = onnx.load(bundle.file(decoder.file), load_external_data=False)
-    keep_float_activations(graph.graph)
-    for node in graph.graph.node:
-        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    path = bundle.file(exact.file)
-    path.write_bytes(graph.SerializeToString())
-    try:
-        with_graph = Bundle(
-            bundle.path, dataclasses.replace(bundle.manifest, graphs={**bundle.manifest.graphs, DECODER: exact})
-        )
-        return bundle_logits(with_graph, token_ids, executor="onnxruntime", threads=threads)
-    finally:
-        path.unlink()
 
 
 def compare(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Parity:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,11 @@ from engram_export.checkpoint import TensorSource
 from engram_runtime.errors import CheckpointError
 
 LISTED_NAMES = 8  # names shown in an error before it says how many more there are
+SLICE_BYTES = 64 << 20  # of a float32 weight in memory at a time; quantising it needs about five times as much
 
 Floats = NDArray[np.float32]
+Slice = tuple[str, int, NDArray[Any]]  # a parameter's name, the first of its rows that these are, their values
+ReadRows = Callable[[int, int], Floats]  # rows of a parameter's first axis
 
 
 class Recipe(Protocol):
@@ -82,8 +85,12 @@ class Stacked:
 
     def read(self, source: TensorSource, start: int, stop: int) -> Floats:
         """See `Recipe`."""
-        experts = [self._of(expert) for expert in range(start, stop)]
-        return np.stack([np.concatenate([source.read(name) for name in joined.names]) for joined in experts])
+        rows = [source.shape(name)[0] for name in self._of(start).names]
+        weight = np.empty((stop - start, sum(rows), *source.shape(self._of(start).names[0])[1:]), dtype=np.float32)
+        for expert, values in enumerate(weight, start):
+            for name, part in zip(self._of(expert).names, np.split(values, np.cumsum(rows)[:-1]), strict=True):
+                part[...] = source.read(name)
+        return weight
 
     def _of(self, expert: int) -> Joined:
         return Joined(*(name.format(expert=expert) for name in self.names))
@@ -165,6 +172,13 @@ class Mapped:
         return self.change(self.recipe.read(source, start, stop))
 
 
+def row_slices(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Return row ranges of a weight of this shape, each of about `SLICE_BYTES` as float32."""
+    rows, *inner = shape
+    step = max(1, SLICE_BYTES // (prod(inner) * 4))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 def one_plus(name: str) -> Mapped:
     """Return a norm's gain that the checkpoint stores as its distance from one."""
     return Mapped(Joined(name), lambda gain: 1 + gain)
@@ -200,7 +214,8 @@ class WeightSource:
         used = {tensor for name in wanted for tensor in self.tensor_names(name)}
         if missing := sorted(used - available):
             raise CheckpointError(f"the checkpoint lacks {_listed(missing)}; it is incomplete")
-        unused = sorted(name for name in available - used if not _matches_any(name, ignored))
+        known = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
+        unused = sorted(name for name in available - used if not known.fullmatch(name))
         if unused:
             raise CheckpointError(f"the checkpoint has {_listed(unused)} that this family doesn't know")
         for name in wanted:
@@ -222,6 +237,10 @@ class WeightSource:
         """Read a whole weight."""
         return self.read_rows(name, 0, self._shapes[name][0])
 
+    def row_slices(self, name: str) -> list[tuple[int, int]]:
+        """Return row ranges of a weight, see `row_slices`."""
+        return row_slices(self._shapes[name])
+
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Read ``[stop - start, ...]`` rows of a weight's first axis; only their bytes are read."""
         return self._recipes[name].read(self._tensors, start, stop).reshape(stop - start, *self._shapes[name][1:])
@@ -242,10 +261,6 @@ class WeightSource:
             return tensors
         first = {self._tensors.shape(tensor): tensor for tensor in reversed(tensors)}
         return sorted(first.values(), key=tensors.index)[:LISTED_NAMES]
-
-
-def _matches_any(name: str, patterns: Sequence[str]) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -18,6 +18,9 @@ LIMITS = {
     "head_dim": 1 << 12,
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 24,
+    "engram_max_ngram_size": 16,
+    "engram_n_heads": 1 << 8,
+    "engram_head_dim": 1 << 16,
     "num_experts": 1 << 14,
     "num_local_experts": 1 << 14,
     "heads_per_ngram": 1 << 8,
@@ -25,6 +28,7 @@ LIMITS = {
     "ngram_vocab_size_base": 1 << 32,
 }
 OTHER_LIMIT = 1 << 24
+ROTARY_MULTIPLE = 16  # of head sizes and rotated dimensions, in onnxruntime's attention
 
 
 def count(checkpoint: Checkpoint, key: str, *, default: int | None = None, least: int = 1) -> int:
@@ -76,10 +80,10 @@ def rotary_dim(checkpoint: Checkpoint, head_dim: int, *, default: float) -> int:
     """Return how many dimensions of a head are rotated."""
     otherwise = checkpoint.config.get("partial_rotary_factor", default)
     factor = _rope_parameters(checkpoint).get("partial_rotary_factor", otherwise)
-    if not isinstance(factor, int | float) or not 0 < factor <= 1 or int(head_dim * factor) % 2:
+    if not isinstance(factor, int | float) or not 0 < factor <= 1 or int(head_dim * factor) % ROTARY_MULTIPLE:
         raise CheckpointError(
             f"'partial_rotary_factor' in {checkpoint.config_name} is {factor!r}, wanted a share of {head_dim} "
-            f"dimensions that is even"
+            f"dimensions that is a multiple of {ROTARY_MULTIPLE}"
         )
     return int(head_dim * factor)
 

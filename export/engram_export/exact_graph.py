@@ -1,0 +1,105 @@
+"""A bundle's graph run by onnxruntime with activations left in float32, in memory that does not grow with its weights.
+
+Weights stay in the file, which onnxruntime maps: nothing is packed anew, nothing is folded, and a quantised layer is
+decoded to float32 a slice at a time. Slow, but the graph's own arithmetic without the rounding of an executor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper
+
+from engram_export import weight_map
+from engram_export.moe_operators import keep_float_activations
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import BundleError
+from engram_runtime.executors.onnxruntime_session import REFUSALS, OnnxRuntimeExecutor
+from engram_runtime.session import Session, open_sites
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GraphLogits:
+    """What a graph gives for a text: the best token at every position ``[T]`` and the last logits ``[R, V]``."""
+
+    argmax: NDArray[np.int64]
+    last: NDArray[np.float32]
+
+
+def exact_logits(bundle: Bundle, token_ids: NDArray[np.int64], *, rows: int, threads: int) -> GraphLogits:
+    """Run a bundle's decoder over ``[T]`` token ids, ``rows`` of them at a time, which are the logits in memory."""
+    session = open_exact_graph(bundle.file(bundle.manifest.decoder.file), threads=threads)
+    executor = OnnxRuntimeExecutor(session, threads)
+    logits, argmax = np.empty((0, 0), dtype=np.float32), []
+    with Session(bundle, executor, open_sites(bundle)) as sequence:
+        first = len(token_ids) % rows  # the last rows are then those of one step
+        for part in np.split(token_ids, range(first, len(token_ids), rows)):
+            if len(part):
+                logits = sequence.decode(part.tolist())
+                argmax.append(logits.argmax(axis=1))
+    return GraphLogits(np.concatenate(argmax), logits)
+
+
+def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:
+    """Open a graph whose weights stand in a file beside it.
+
+    Raises:
+        BundleError: onnxruntime refuses the graph.
+    """
+    model = onnx.load(path, load_external_data=False)
+    keep_float_activations(model.graph)
+    parts = [part for node in model.graph.node for part in _float_nodes(node)]
+    del model.graph.node[:]
+    model.graph.node.extend(parts)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return ort.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"],  # it would decode and transpose weights into memory
+        )
+    except REFUSALS as error:
+        raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
+
+
+def _float_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """Yield a node that leaves activations in float32, or nodes that compute it a slice of its outputs at a time."""
+    kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if node.op_type != "MatMulNBits":
+        yield node
+        return
+    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in kept}
+    rows, step = values["N"], max(1, weight_map.SLICE_BYTES // (4 * values["K"]))
+    if rows <= step:
+        yield node
+        return
+    outputs = []
+    for start in range(0, rows, step):
+        values["N"] = min(step, rows - start)
+        outputs.append(f"{node.output[0]}.rows.{start}")
+        yield from _sliced(node, outputs[-1], start, values)
+    yield helper.make_node("Concat", outputs, list(node.output), axis=-1)
+
+
+def _sliced(node: onnx.NodeProto, output: str, start: int, values: dict[str, Any]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes for outputs of a MatMulNBits node from ``start`` on; ``values`` are attributes with their number."""
+    bounds = {"start": start, "stop": start + values["N"], "axis": 0}
+    for name, value in bounds.items():
+        yield helper.make_node("Constant", [], [f"{output}.{name}"], value_ints=[value])
+    inputs = [f"{output}.{index}" for index in range(1, len(node.input))]
+    for whole, part in zip(node.input[1:], inputs, strict=True):
+        yield helper.make_node("Slice", [whole, *(f"{output}.{name}" for name in bounds)], [part])
+    yield helper.make_node(node.op_type, [node.input[0], *inputs], [output], domain=node.domain, **values)
