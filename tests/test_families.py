@@ -49,6 +49,8 @@ SIXTEEN_BIT_TOLERANCE = 2e-2
 LENGTHS = (1, 7, 64, 300)
 GENERATED = 64
 TEXT_TOKENS = 150
+# Seed of a text in which no two experts tie within that rounding, where either would be right.
+WITHOUT_TIES = 1
 
 
 def every_configuration() -> list[Any]:
@@ -277,7 +279,7 @@ def decoded_weights_logits(checkpoint: Path, bundle: Bundle, token_ids: Sequence
 
 @with_configurations
 def test_tvm_gives_the_logits_of_the_int8_weights(workshop: Workshop, family: str, number: int) -> None:
-    tiny, token_ids = FAMILIES[family][number], text(TEXT_TOKENS)
+    tiny, token_ids = FAMILIES[family][number], text(TEXT_TOKENS, WITHOUT_TIES)
     bundle = compiled(workshop, tiny, "int8")
     expected = decoded_weights_logits(workshop.family(tiny), bundle, token_ids, "int8")
     found = bundle_logits(bundle, token_ids, "tvm")
@@ -355,7 +357,7 @@ def routed_experts(checkpoint: Path, token_ids: Sequence[int]) -> list[NDArray[n
 
 @pytest.mark.slow
 def test_a_model_of_512_experts_in_tvm_gives_the_logits_of_its_int8_weights(workshop: Workshop) -> None:
-    token_ids, checkpoint = text(40), workshop.family(MANY_EXPERTS)
+    token_ids, checkpoint = text(40, WITHOUT_TIES), workshop.family(MANY_EXPERTS)
     bundle = compiled(workshop, MANY_EXPERTS, "int8")
     expected = decoded_weights_logits(checkpoint, bundle, token_ids, "int8")
     assert_close(bundle_logits(bundle, token_ids, "tvm"), expected, SIXTEEN_BIT_TOLERANCE)
