@@ -1,9 +1,9 @@
 """Families with experts, streams and n-gram tables compute what transformers does, in every executor."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ SIXTEEN_BIT_TOLERANCE = 2e-2
 LENGTHS = (1, 7, 64, 300)
 GENERATED = 64
 TEXT_TOKENS = 150
+# Seed of a text in which no two experts tie within that rounding, where either would be right.
+WITHOUT_TIES = 1
 
 
 def every_configuration() -> list[Any]:
@@ -113,7 +115,7 @@ def test_a_text_in_pieces_of_odd_sizes_gives_the_logits_of_the_whole(
 def pieces(token_ids: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
     """Split a text into pieces of these sizes and a last one with the rest."""
     bounds = [0, *np.cumsum(sizes).tolist(), len(token_ids)]
-    return [token_ids[start:stop] for start, stop in pairwise(bounds)]
+    return [token_ids[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 @with_configurations
@@ -277,7 +279,7 @@ def decoded_weights_logits(checkpoint: Path, bundle: Bundle, token_ids: Sequence
 
 @with_configurations
 def test_tvm_gives_the_logits_of_the_int8_weights(workshop: Workshop, family: str, number: int) -> None:
-    tiny, token_ids = FAMILIES[family][number], text(TEXT_TOKENS)
+    tiny, token_ids = FAMILIES[family][number], text(TEXT_TOKENS, WITHOUT_TIES)
     bundle = compiled(workshop, tiny, "int8")
     expected = decoded_weights_logits(workshop.family(tiny), bundle, token_ids, "int8")
     found = bundle_logits(bundle, token_ids, "tvm")
@@ -355,7 +357,7 @@ def routed_experts(checkpoint: Path, token_ids: Sequence[int]) -> list[NDArray[n
 
 @pytest.mark.slow
 def test_a_model_of_512_experts_in_tvm_gives_the_logits_of_its_int8_weights(workshop: Workshop) -> None:
-    token_ids, checkpoint = text(40), workshop.family(MANY_EXPERTS)
+    token_ids, checkpoint = text(40, WITHOUT_TIES), workshop.family(MANY_EXPERTS)
     bundle = compiled(workshop, MANY_EXPERTS, "int8")
     expected = decoded_weights_logits(checkpoint, bundle, token_ids, "int8")
     assert_close(bundle_logits(bundle, token_ids, "tvm"), expected, SIXTEEN_BIT_TOLERANCE)

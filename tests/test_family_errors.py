@@ -230,7 +230,8 @@ CONFIG_DAMAGE: dict[str, tuple[str, Damage, str]] = {
     "a-rotation-of-an-odd-width": (
         "qwen4_exp",
         config(rope_parameters=rope(0.3)),
-        "'partial_rotary_factor' in config.json of checkpoint is 0.3, wanted a share of 32 dimensions that is even",
+        "'partial_rotary_factor' in config.json of checkpoint is 0.3, wanted a share of 32 dimensions that is "
+        "a multiple of 16",
     ),
     "a-rotation-that-is-no-object": (
         "qwen4_exp",
