@@ -56,7 +56,7 @@ WITHOUT_TIES = 1
 def every_configuration() -> list[Any]:
     """Return family and number of each configuration; all but the first of a family are slow."""
     return [
-        pytest.param(family, number, id=f"{family}-{number}", marks=[pytest.mark.slow] * (number > 0))
+        pytest.param(family, number, id=f"{family}-{number}", marks=[pytest.mark.exhaustive] * (number > 0))
         for family, configurations in FAMILIES.items()
         for number in range(len(configurations))
     ]
@@ -143,7 +143,7 @@ def generated(checkpoint: Path, prompt: Sequence[int]) -> list[int]:
     return continuation
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 @with_configurations
 def test_quantised_graphs_compute_the_same_weights_as_torch(
@@ -293,7 +293,7 @@ def test_one_token_at_a_time_gives_the_bits_of_all_at_once(workshop: Workshop, f
     assert_same_bits(stepwise_logits(bundle, token_ids, "tvm"), bundle_logits(bundle, token_ids, "tvm"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @with_configurations
 def test_a_float_bundle_in_tvm_gives_the_logits_of_onnxruntime(workshop: Workshop, family: str, number: int) -> None:
     bundle, token_ids = compiled(workshop, FAMILIES[family][number], "none"), text(TEXT_TOKENS)
@@ -301,7 +301,7 @@ def test_a_float_bundle_in_tvm_gives_the_logits_of_onnxruntime(workshop: Worksho
     assert_close(tvm, ort)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @with_configurations
 def test_a_float_bundle_in_tvm_gives_the_same_bits_a_token_at_a_time(
     workshop: Workshop, family: str, number: int

@@ -105,7 +105,7 @@ def test_a_bundle_gives_the_logits_of_transformers(
     np.testing.assert_allclose(bundle_logits(bundle, random_ids(LENGTH)), expected(name), atol=GRAPH_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["gemma3n", pytest.param("gemma4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gemma3n", pytest.param("gemma4", marks=pytest.mark.exhaustive)])
 def test_a_compiled_bundle_gives_the_logits_of_transformers_in_any_steps(
     workshop: Workshop, checkpoint: Checkpoints, expected: Callable[[str], Logits], name: str
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_compiled_bundle_gives_the_logits_of_transformers_in_any_steps(
     assert_same_bits(stepwise_logits(compiled, random_ids(TOKENS), "tvm"), found)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "quant"),
     [
