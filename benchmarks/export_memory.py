@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ EXPERT_BYTES = 3 * 2 * HIDDEN * INTERMEDIATE  # bfloat16
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Memory in bytes above what the imports took, and seconds."""
+    """Memory in bytes above what the imports took, what the plan said of it, and seconds."""
 
     anonymous: int
+    predicted: int
     seconds: float
 
 
@@ -52,6 +53,7 @@ def measured_export(checkpoint: Path, out: Path) -> Peak:
     options = ExportOptions(
         checkpoint=checkpoint, out=out, quant="int8", tables="reference", context=None, engram=None, replace=False
     )
+    reporter = TerminalReporter()
     before = largest = anonymous_bytes()
     finished = threading.Event()
 
@@ -64,11 +66,11 @@ def measured_export(checkpoint: Path, out: Path) -> Peak:
     watcher.start()
     started = time.monotonic()
     try:
-        export_bundle(options, TerminalReporter())
+        export_bundle(options, reporter)
     finally:
         finished.set()
         watcher.join()
-    return Peak(largest - before, time.monotonic() - started)
+    return Peak(largest - before, reporter.shown["peak_memory_bytes"], time.monotonic() - started)
 
 
 def write_checkpoint(folder: Path, size_bytes: int) -> None:
@@ -196,15 +198,15 @@ def main(folder: Path | None, sizes: tuple[int, ...], one: Path | None) -> None:
     """Print peak memory above the imports for checkpoints of several sizes."""
     if one is not None:
         peak = measured_export(one, one.with_name("bundle"))
-        click.echo(json.dumps({"anonymous": peak.anonymous, "seconds": peak.seconds}))
+        click.echo(json.dumps(asdict(peak)))
         return
     place = folder or Path(tempfile.gettempdir())
     place.mkdir(parents=True, exist_ok=True)
     click.echo(f"{platform.machine()}, {os.cpu_count()} CPUs, {shutil.disk_usage(place).free >> 30} GiB free")
-    click.echo("checkpoint MiB  peak MiB above imports  seconds")
+    click.echo("checkpoint MiB  peak MiB above imports  predicted MiB  seconds")
     for size in sizes:
         peak = run_size(place, size * MIB)
-        click.echo(f"{size:14,}  {peak.anonymous / MIB:22.0f}  {peak.seconds:7.1f}")
+        click.echo(f"{size:14,}  {peak.anonymous / MIB:22.0f}  {peak.predicted / MIB:13.0f}  {peak.seconds:7.1f}")
 
 
 if __name__ == "__main__":

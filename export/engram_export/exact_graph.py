@@ -53,7 +53,9 @@ def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:
     """
     model = onnx.load(path, load_external_data=False)
     keep_float_activations(model.graph)
-    parts = [part for node in model.graph.node for part in _float_nodes(node)]
+    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    used = [node for node in model.graph.node if not read.isdisjoint(node.output)]  # the others would run all the same
+    parts = [part for node in used for part in _float_nodes(node)]
     del model.graph.node[:]
     model.graph.node.extend(parts)
     options = ort.SessionOptions()

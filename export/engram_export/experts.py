@@ -4,7 +4,8 @@ A layer holds one weight ``[E, N, K]``. `encode` takes any run of experts, so th
 from the checkpoint to the bundle a few experts at a time; the modules themselves may be traced without any data.
 """
 
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from engram_export.moe_operators import ExpertWeights, FloatExperts, QuantisedEx
 from engram_export.quantise import BLOCK, quantise_int4, quantise_int8
 
 GATE_AND_UP, ALONE = 2, 1  # parts of a layer's outputs
+ENCODED_ROWS = 1024  # rows of each part that are quantised at once
+
+ByPart = Mapping[str, Sequence[NDArray[Any]]]  # parameters by name, of some rows each
 
 
 class ExpertLinear(Protocol):
@@ -73,8 +77,9 @@ class Int8ExpertLinear(nn.Module):
 
     def encode(self, weight: NDArray[np.float32]) -> Arrays:
         """See `ExpertLinear`."""
-        quantised = quantise_int8(_rows(weight, self.parts))
-        return _by_expert({"codes": quantised.codes, "scale": quantised.scale}, len(weight))
+        parts = [quantise_int8(rows) for rows in _in_turn(weight, self.parts)]
+        arrays: ByPart = {"codes": [part.codes for part in parts], "scale": [part.scale for part in parts]}
+        return _by_expert(arrays, len(weight))
 
     def weights(self) -> ExpertWeights:
         """See `ExpertLinear`."""
@@ -98,12 +103,12 @@ class Int4ExpertLinear(nn.Module):
 
     def encode(self, weight: NDArray[np.float32]) -> Arrays:
         """See `ExpertLinear`."""
-        quantised = quantise_int4(_rows(weight, self.parts))
-        arrays: Arrays = {
-            "codes": pack_nibbles(quantised.codes),
-            "multiplier": quantised.multiplier,
-            "zero": pack_nibbles(quantised.zero),
-            "scale": quantised.scale,
+        parts = [quantise_int4(rows) for rows in _in_turn(weight, self.parts)]
+        arrays: ByPart = {
+            "codes": [pack_nibbles(part.codes) for part in parts],
+            "multiplier": [part.multiplier for part in parts],
+            "zero": [pack_nibbles(part.zero) for part in parts],
+            "scale": [part.scale for part in parts],
         }
         return _by_expert(arrays, len(weight))
 
@@ -165,9 +170,14 @@ def interleave(weight: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(in_turn).reshape(weight.shape)
 
 
-def _rows(weight: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
-    return interleave(weight, parts).reshape(-1, weight.shape[-1])
+def _in_turn(weight: NDArray[np.float32], parts: int) -> Iterator[NDArray[np.float32]]:
+    """Yield the rows of `interleave` in order, some at a time, as one expert may take hundreds of MB."""
+    for expert in weight:
+        by_part = expert.reshape(parts, -1, expert.shape[-1])
+        for start in range(0, by_part.shape[1], ENCODED_ROWS):
+            rows = by_part[:, start : start + ENCODED_ROWS]
+            yield np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(-1, expert.shape[-1])
 
 
-def _by_expert(arrays: Arrays, count: int) -> Arrays:
-    return {name: array.reshape(count, -1, array.shape[-1]) for name, array in arrays.items()}
+def _by_expert(arrays: ByPart, count: int) -> Arrays:
+    return {name: np.concatenate(parts).reshape(count, -1, parts[0].shape[-1]) for name, parts in arrays.items()}

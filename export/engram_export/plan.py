@@ -4,10 +4,18 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
+from engram_export import verify, weight_map
+from engram_export.decoder import Decoder
 from engram_export.formats import WeightFormat
 from engram_export.source import ModelSource
 from engram_export.table_writer import written_format
 from engram_runtime.manifest import StateSpec
+
+# Of the peak, as measured by benchmarks/export_memory.py.
+TRACING_BYTES, LAYER_BYTES = 100 << 20, 5 << 19  # what tracing takes, and the graph of a layer
+SLICE_COPIES = 4  # of a float32 slice while it is quantised
+LOGITS_COPIES = 6  # while they are compared
+TOKENIZER_COPIES = 10  # of tokenizer.json, once it is parsed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +71,28 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, tab
         tables_mode=tables_mode,
         cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),
         state_bytes=sum(_bytes(state) for state in states if not state.rolls_back),
-        peak_memory_bytes=0,
+        peak_memory_bytes=peak_memory(source, skeleton),
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,
+    )
+
+
+def peak_memory(source: ModelSource, skeleton: Decoder) -> int:
+    """Predict the bytes of anonymous memory an export takes at most, above the interpreter and its imports."""
+    names = [name for name, module in skeleton.named_modules() if hasattr(module, "label")]
+    shapes = [source.weights.shape(f"{name}.weight") for name in names]
+    slices = [min(prod(shape), max(weight_map.SLICE_BYTES // 4, prod(shape[1:]))) * 4 for shape in shapes]
+    vocab_size, tokens = source.architecture.text.vocab_size, min(verify.VERIFY_TOKENS, source.context_length)
+    logits = verify.compared_rows(vocab_size, tokens) * vocab_size * 4
+    used = [tokens / state.shape[-2] if state.rolls_back else 1 for state in skeleton.state_specs()]
+    states = sum(_bytes(state) * share for state, share in zip(skeleton.state_specs(), used, strict=True))
+    scales = max(prod(shape) for shape in shapes) // 32 * 4  # onnxruntime decodes them a layer at a time
+    verifying = LOGITS_COPIES * logits + 2 * int(states) + 3 * scales
+    always = TRACING_BYTES + LAYER_BYTES * source.architecture.text.num_layers
+    return (
+        always
+        + TOKENIZER_COPIES * len(source.checkpoint.tokenizer_json or b"")
+        + max(SLICE_COPIES * max(slices), verifying)
     )
 
 

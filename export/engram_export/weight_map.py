@@ -89,7 +89,8 @@ class Stacked:
         weight = np.empty((stop - start, sum(rows), *source.shape(self._of(start).names[0])[1:]), dtype=np.float32)
         for expert, values in enumerate(weight, start):
             for name, part in zip(self._of(expert).names, np.split(values, np.cumsum(rows)[:-1]), strict=True):
-                part[...] = source.read(name)
+                for first, last in row_slices(part.shape):
+                    part[first:last] = source.read_rows(name, first, last)
         return weight
 
     def _of(self, expert: int) -> Joined:
