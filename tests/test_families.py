@@ -185,7 +185,7 @@ def test_bfloat16_rows_are_copied_as_they_are(workshop: Workshop) -> None:
     assert_close(bundle_logits(bundle, token_ids), transformers_logits(workshop.family(tiny), token_ids))
 
 
-@pytest.mark.parametrize("table", [fp8_table, pytest.param(bfloat16_table, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("table", [fp8_table, pytest.param(bfloat16_table, marks=pytest.mark.exhaustive)])
 def test_referred_tables_give_the_logits_of_copied_ones(workshop: Workshop, table: Callable[[Path], None]) -> None:
     checkpoint = workshop.family(with_table(table))
     copied, referred = (workshop.bundle(checkpoint, tables=tables) for tables in ("copy", "reference"))
