@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test test-all check format clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,9 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -q
+
+test-all: setup
+	$(BIN)/pytest -q -m ""
 
 check: setup
 	$(BIN)/ruff format --check .

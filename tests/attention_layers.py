@@ -197,7 +197,7 @@ def compile_graph(graph: Path, layer: Layer, width: int) -> Any:
     packed_file = graph.with_name("packed")
     packed_file.unlink(missing_ok=True)
     with PackedWeights(packed_file) as packed:
-        module = lower(read_onnx_model(graph, no_weights), spec, packed, family="portable", passes=passes)
+        module = lower(read_onnx_model(graph, no_weights), spec, packed, family="portable", passes=passes).module
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
     return relax.VirtualMachine(relax.build(module, target), tvm.cpu())
 

@@ -101,6 +101,7 @@ def test_inspect_shows_a_bundle(workshop: Workshop, command: Command) -> None:
         "context": CONTEXT,
         "producer": f"engram-edge {version('engram-edge')}",
         "bytes": sum(entry.bytes for entry in manifest.files),
+        "graphs": "decoder",
         "tables": [
             {
                 "site": "layer_1",

@@ -37,6 +37,7 @@ from engram_export.experts import (
 )
 from engram_export.linear import FloatLinear, Int4Linear, Int8Linear
 from engram_export.moe_operators import FloatExperts, QuantisedExperts, keep_float_activations, mix_experts
+from engram_export.onnx_functions import add_functions
 from engram_runtime.errors import CheckpointError, CompileError
 from engram_runtime.executor import StepInputs
 from engram_runtime.executors.tvm_library import TvmExecutor
@@ -171,6 +172,7 @@ def graph(label: str, normalise: bool) -> onnx.ModelProto:
     for name in values:
         initialisers[name].const_value = None
     onnxscript.optimizer.optimize(exported.model)
+    add_functions(exported.model)
     for name, value in values.items():
         initialisers[name].const_value = value
     exported.model.graph.outputs[0].name = "logits"

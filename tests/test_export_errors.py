@@ -15,7 +15,9 @@ from tests.conftest import Command
 from tests.tiny import CONTEXT, TinyModel, TinySite, edit_config
 from tests.workshop import SilentReporter, Workshop, copy_folder, export_options, files_of
 
+from engram_export.families import FAMILIES
 from engram_export.pipeline import Progress, export_bundle
+from engram_export.rope import STATIC_SCALINGS
 from engram_runtime.bundle import Bundle
 
 PLAIN = TinyModel()
@@ -102,12 +104,12 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
     "unknown-architecture": (
         set_config(model_type="mamba2"),
         3,
-        "architecture 'mamba2' is not supported; supported are ['llama', 'qwen3']",
+        f"architecture 'mamba2' is not supported; supported are {sorted(FAMILIES)}",
     ),
     "unknown-rope": (
         set_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
         3,
-        "rope scaling 'dynamic' is not supported; supported are ['default', 'linear', 'llama3', 'yarn']",
+        f"rope scaling 'dynamic' is not supported; supported are {list(STATIC_SCALINGS)}",
     ),
     "incomplete-rope": (
         set_config(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0}),

@@ -346,7 +346,7 @@ def test_a_lowered_layer_computes_what_torch_does_and_changes_its_states_in_plac
     onnx.save_model(onnx.load_from_string(exported_layer()), graph, save_as_external_data=True, location=weights.name)
     model = read_onnx_model(graph, weights)
     with PackedWeights(tmp_path / "packed") as packed:
-        module = lower(model, graph_spec(STATES), packed, family="portable", passes=[(tokens, 1)])
+        module = lower(model, graph_spec(STATES), packed, family="portable", passes=[(tokens, 1)]).module
     taps = np.fromfile(tmp_path / "packed", np.float32).reshape(next(iter(packed.tensors.values())).shape)
     machine = relax.VirtualMachine(relax.build(module, tvm.target.Target("llvm")), tvm.cpu())
     inputs = layer_inputs(tokens)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from tests.tiny import VOCAB, TinyModel, TinySite, add_sites, save_checkpoint, save_gguf, save_site_folder
+from tests.tiny_families import TinyFamily, save_family
 
 from engram_compilers.build import compile_bundle
 from engram_compilers.kernels import loops
@@ -68,6 +70,7 @@ class Workshop:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._made: dict[str, Path] = {}
+        self._numbers = itertools.count()
 
     def checkpoint(self, model: TinyModel, *sites: TinySite) -> Path:
         """Return a checkpoint with sites in its own config."""
@@ -78,6 +81,10 @@ class Workshop:
                 add_sites(folder, *sites)
 
         return self._once(f"{model} {sites}", "checkpoint", make)
+
+    def family(self, family: TinyFamily) -> Path:
+        """Return a checkpoint of a family with experts."""
+        return self._once(f"{family}", "checkpoint", lambda folder: save_family(folder, family))
 
     def site_folder(self, model: TinyModel, site: TinySite) -> Path:
         """Return a folder for ``--engram``."""
@@ -94,11 +101,14 @@ class Workshop:
         key = f"bundle {checkpoint} {sorted(changes.items())}"
         return Bundle.open(self._once(key, "bundle", lambda out: export(checkpoint, out, **changes)))
 
-    def compiled(self, bundle: Bundle, kernels: str = "portable", *, always_parallel: bool = False) -> Bundle:
+    def compiled(
+        self, bundle: Bundle, kernels: str = "portable", *, always_parallel: bool = False, **changes: Any
+    ) -> Bundle:
         """Return a copy of a bundle with a library made of a kernel family.
 
         Args:
             always_parallel: share even the smallest kernel among threads; tiny ones run on one otherwise.
+            changes: other values of the profile.
         """
 
         def make(folder: Path) -> None:
@@ -106,9 +116,9 @@ class Workshop:
             with pytest.MonkeyPatch.context() as patch:
                 if always_parallel:
                     patch.setattr(loops, "PARALLEL_FROM_US", 0.0)
-                compile_bundle(Bundle.open(folder), tiny_profile(kernels=kernels))
+                compile_bundle(Bundle.open(folder), tiny_profile(kernels=kernels, **changes))
 
-        key = f"compiled {bundle.path} {kernels} {always_parallel}"
+        key = f"compiled {bundle.path} {kernels} {always_parallel} {sorted(changes.items())}"
         return Bundle.open(self._once(key, "compiled", make))
 
     def uncompiled(self) -> Bundle:
@@ -121,7 +131,7 @@ class Workshop:
 
     def _once(self, key: str, name: str, make: Callable[[Path], object]) -> Path:
         if key not in self._made:
-            folder = self._root / str(len(self._made))
+            folder = self._root / str(next(self._numbers))
             folder.mkdir()
             make(folder / name)
             self._made[key] = folder / name

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 
 from engram_compilers.kernels import activation, normalise, quantise
+from engram_compilers.kernels.activation import Function
 from engram_compilers.onnx_model import Node, OnnxModel, Weight
 from engram_compilers.packed_weights import Pack, WeightArguments
-from engram_compilers.values import Activation, Batched, Deferred, Half, HalfSigmoid, HalfSilu, Softmax, Value
+from engram_compilers.values import Activation, Batched, Deferred, Half, HalfGelu, HalfSigmoid, HalfSilu, Softmax, Value
 from engram_runtime.errors import CompileError
 
 MakeKernel = Callable[[], tirx.PrimFunc]
@@ -89,6 +90,8 @@ class ForwardPass:
         if isinstance(value, Softmax):
             return self.emit(relax.op.nn.softmax(value.whole.expr, axis=-1), value.whole.shape)
         half = self.materialise(value.half)
+        if isinstance(value, HalfGelu):
+            return self.gelu(half)
         operator = relax.op.sigmoid if isinstance(value, HalfSigmoid) else relax.op.nn.silu
         assert isinstance(value, HalfSigmoid | HalfSilu)
         return self.emit(operator(half.expr), half.shape)
@@ -149,16 +152,44 @@ class ForwardPass:
 
     def rms_norm(self, x: Activation, gain: Activation, eps: float) -> Activation:
         """Normalise over the last axis."""
-        rows, columns = int(np.prod(x.shape[:-1])), x.shape[-1]
-        kernel = self.kernels.get(f"rms_norm_{rows}_{columns}_{eps}", lambda: normalise.rms_norm(rows, columns, eps))
+        flat = self.reshape(x, (int(np.prod(x.shape[:-1])), x.shape[-1]))
+        return self.reshape(self.branch_norm(flat, gain, eps, 1), x.shape)
+
+    def branch_norm(self, x: Activation, gain: Activation | None, eps: float, branches: int) -> Activation:
+        """Normalise each of the equal parts of ``x [M, G * D]``; ``gain [G * D]``, or None for ones."""
+        rows, columns = x.shape[0] * branches, x.shape[1] // branches
+        gains = 1 if gain is None else branches
+        name = f"rms_norm_{rows}_{columns}_{eps}_{gains}"
+        kernel = self.kernels.get(name, lambda: normalise.rms_norm(rows, columns, eps, gains))
+        factor = relax.const(np.ones(columns, dtype=np.float32)) if gain is None else gain.expr
         flat = self.reshape(x, (rows, columns))
-        return self.reshape(self.call(kernel, [flat.expr, gain.expr], (rows, columns)), x.shape)
+        return self.reshape(self.call(kernel, [flat.expr, factor], (rows, columns)), x.shape)
 
     def silu_mul(self, gate_up: Activation) -> Activation:
         """Return silu(first half) * second half."""
+        return self._gated("silu_mul", activation.silu_mul, gate_up)
+
+    def gelu_mul(self, gate_up: Activation) -> Activation:
+        """Return gelu(first half) * second half."""
+        return self._gated("gelu_mul", activation.gelu_mul, gate_up)
+
+    def _gated(self, name: str, make: Callable[[int, int], tirx.PrimFunc], gate_up: Activation) -> Activation:
         rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-        kernel = self.kernels.get(f"silu_mul_{rows}_{columns}", lambda: activation.silu_mul(rows, columns))
+        kernel = self.kernels.get(f"{name}_{rows}_{columns}", lambda: make(rows, columns))
         return self.call(kernel, [gate_up.expr], (rows, columns))
+
+    def gelu(self, x: Activation) -> Activation:
+        """Return gelu of every value, by tanh."""
+        return self._each("gelu", activation.gelu, x)
+
+    def tanh(self, x: Activation) -> Activation:
+        """Return tanh of every value."""
+        return self._each("tanh", activation.tanh, x)
+
+    def _each(self, name: str, function: Function, x: Activation) -> Activation:
+        size = int(np.prod(x.shape))
+        kernel = self.kernels.get(f"{name}_{size}", lambda: activation.each(size, function))
+        return self.reshape(self.call(kernel, [self.reshape(x, (size,)).expr], (size,)), x.shape)
 
     def add(self, a: Activation, b: Activation) -> Activation:
         """Add two activations of the same shape."""

@@ -1,4 +1,4 @@
-"""Operators that have kernels of our own: quantised linear layers, embedding, float linear."""
+"""Operators that have kernels of our own: linear layers, embedding, gelu and tanh."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass
-from engram_compilers.kernels import float_linear
+from engram_compilers.kernels import batched_matmul, float_linear
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import (
     Activation,
     ChannelScales,
+    Half,
+    HalfGelu,
     TransposedWeight,
     TwoLevelScales,
     Value,
@@ -109,11 +111,37 @@ def gather_block_quantized(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 
 def matmul(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Lower a float linear layer written as a product with a transposed weight."""
+    """Lower a float linear layer written as a product with a transposed weight, or a small product per token."""
+    if isinstance(forward.get(node.inputs[1]), Activation):
+        return [_batched_matmul(forward, node)]
     x, weight = forward.activation(node, 0), forward.get(node.inputs[1])
     if not isinstance(weight, TransposedWeight) or len(x.shape) != 2:
         raise CompileError(f"{node.operator} by {node.inputs[1]} is not a linear layer")
     return [_linear_float(forward, x, weight.weight)]
+
+
+def _batched_matmul(forward: ForwardPass, node: Node) -> Activation:
+    a, b = forward.activation(node, 0), forward.activation(node, 1)
+    if not len(a.shape) == len(b.shape) == 3 or a.shape[0] != b.shape[0]:
+        raise CompileError(f"{node.operator} of {a.shape} and {b.shape} is not a product per token")
+    sizes = (*a.shape, b.shape[2])
+    kernel = forward.kernels.get(
+        f"batched_matmul_{'_'.join(map(str, sizes))}", lambda: batched_matmul.batched_matmul(*sizes)
+    )
+    return forward.call(kernel, [a.expr, b.expr], (*a.shape[:2], b.shape[2]))
+
+
+def gelu(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower gelu by tanh, put off where it may become part of a gated feed-forward."""
+    if node.attributes.get("approximate") != b"tanh":
+        raise CompileError(f"{node.operator} is only supported with approximate='tanh'")
+    value = forward.get(node.inputs[0])
+    return [HalfGelu(value)] if isinstance(value, Half) else [forward.gelu(forward.activation(node, 0))]
+
+
+def tanh(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower tanh."""
+    return [forward.tanh(forward.activation(node, 0))]
 
 
 def gemm(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -150,8 +178,10 @@ def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 KERNEL_CONVERTERS: Converters = {
+    "Gelu": gelu,
     "Gemm": gemm,
     "MatMul": matmul,
+    "Tanh": tanh,
     "com.microsoft.GatherBlockQuantized": gather_block_quantized,
     "com.microsoft.MatMulNBits": matmul_nbits,
 }

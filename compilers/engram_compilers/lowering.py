@@ -15,16 +15,20 @@ from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
 from engram_compilers.recurrent_converters import RECURRENT_CONVERTERS
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
+from engram_compilers.stream_converters import STREAM_CONVERTERS
+from engram_compilers.sum_converters import SUM_CONVERTERS
 from engram_compilers.values import Activation
 from engram_runtime.errors import CompileError
 from engram_runtime.manifest import GraphSpec, StateSpec
 
 CONVERTERS: Converters = {
     **STANDARD_CONVERTERS,
+    **SUM_CONVERTERS,
     **KERNEL_CONVERTERS,
     **ATTENTION_CONVERTERS,
     **EXPERT_CONVERTERS,
     **RECURRENT_CONVERTERS,
+    **STREAM_CONVERTERS,
 }
 
 

@@ -11,10 +11,10 @@ from tvm import relax
 from engram_compilers.forward_pass import Converter, Converters, ForwardPass, scalar
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import (
-    Activation,
     Batched,
     ChannelScales,
     Half,
+    HalfGelu,
     HalfSigmoid,
     HalfSilu,
     Softmax,
@@ -39,21 +39,15 @@ def elementwise(operator: Callable[..., relax.Expr], compute: Callable[..., NDAr
     return convert
 
 
-def add(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Add; two activations of one shape, the residual stream, take the kernel."""
-    a, b = (forward.get(name) for name in node.inputs)
-    if isinstance(a, Activation) and isinstance(b, Activation) and a.shape == b.shape and len(a.shape) == 2:
-        return [forward.add(a, b)]
-    return elementwise(relax.op.add, np.add)(forward, node)
-
-
 def mul(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Multiply; half * sigmoid(half) * other half is one kernel, multiplier * scale a weight's scales."""
+    """Multiply; silu or gelu of a half times the other half is one kernel, multiplier * scale a weight's scales."""
     match [forward.get(name) for name in node.inputs]:
         case [Half() as half, HalfSigmoid(half=gated)] if half == gated:
             return [HalfSilu(half)]
         case [HalfSilu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
             return [forward.silu_mul(whole)]
+        case [HalfGelu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
+            return [forward.gelu_mul(whole)]
         case [Weight() as multiplier, Weight() as scale] if scale.shape == (*multiplier.shape[:-1], 1):
             return [TwoLevelScales(multiplier, scale)]
         case _:
@@ -86,7 +80,7 @@ def split(forward: ForwardPass, node: Node) -> Sequence[Value]:
         if len(node.outputs) != 2 or x.shape[-1] % 2:
             raise CompileError(f"{node.operator} of {x.shape} into {len(node.outputs)} parts is not supported")
         return [Half(x, 0), Half(x, 1)]
-    ends = np.cumsum(_constant(forward, node, 1)).tolist()
+    ends = np.cumsum(constant(forward, node, 1)).tolist()
     return [
         forward.emit(relax.op.strided_slice(x.expr, [-1], [start], [end]), (*x.shape[:-1], end - start))
         for start, end in zip([0, *ends], ends, strict=False)
@@ -115,7 +109,7 @@ def expand(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 def unsqueeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Add axes of one."""
-    value, axes = forward.get(node.inputs[0]), _constant(forward, node, 1).tolist()
+    value, axes = forward.get(node.inputs[0]), constant(forward, node, 1).tolist()
     if isinstance(value, np.ndarray):
         return [np.expand_dims(value, tuple(axes))]
     if isinstance(value, ChannelScales):
@@ -132,7 +126,7 @@ def unsqueeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def squeeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Remove axes of one."""
     value = forward.get(node.inputs[0])
-    axes = _constant(forward, node, 1).tolist() if len(node.inputs) > 1 else None
+    axes = constant(forward, node, 1).tolist() if len(node.inputs) > 1 else None
     if isinstance(value, np.ndarray):
         return [np.squeeze(value, None if axes is None else tuple(axes))]
     if isinstance(value, Batched) and axes == [0]:
@@ -144,7 +138,7 @@ def squeeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 def reshape(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Reshape to a constant shape with at most one -1."""
-    shape = _constant(forward, node, 1).tolist()
+    shape = constant(forward, node, 1).tolist()
     value = forward.get(node.inputs[0])
     if isinstance(value, np.ndarray):
         return [value.reshape(shape)]
@@ -189,7 +183,7 @@ def slice_(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Take a range of each given axis."""
     value = forward.get(node.inputs[0])
     starts, ends, axes, steps = (
-        _constant(forward, node, index).tolist() if len(node.inputs) > index else None for index in (1, 2, 3, 4)
+        constant(forward, node, index).tolist() if len(node.inputs) > index else None for index in (1, 2, 3, 4)
     )
     whole = value.shape if isinstance(value, np.ndarray) else forward.activation(node, 0).shape
     axes = list(range(len(starts or []))) if axes is None else axes
@@ -216,19 +210,10 @@ def transpose(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [forward.emit(relax.op.permute_dims(x.expr, order), [x.shape[axis] for axis in order], x.dtype)]
 
 
-def reduce_sum(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Sum over axes."""
-    x = forward.activation(node, 0)
-    axes = [axis % len(x.shape) for axis in _constant(forward, node, 1).reshape(-1).tolist()]
-    keep = bool(node.attributes.get("keepdims", 1))
-    result = [1 if axis in axes else size for axis, size in enumerate(x.shape) if keep or axis not in axes]
-    return [forward.emit(relax.op.sum(x.expr, axis=axes, keepdims=keep), result)]
-
-
 def clip(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Clip to constant bounds."""
     x = forward.activation(node, 0)
-    bounds = [float(scalar(_constant(forward, node, i))) if _given(node, i) else None for i in (1, 2)]
+    bounds = [float(scalar(constant(forward, node, i))) if _given(node, i) else None for i in (1, 2)]
     low, high = (relax.const(bound, "float32") if bound is not None else None for bound in bounds)
     expr = x.expr
     expr = expr if low is None else relax.op.maximum(expr, low)
@@ -244,7 +229,8 @@ def rms_normalization(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [forward.rms_norm(x, gain, node.attributes.get("epsilon", 1e-5))]
 
 
-def _constant(forward: ForwardPass, node: Node, index: int) -> NDArray[Any]:
+def constant(forward: ForwardPass, node: Node, index: int) -> NDArray[Any]:
+    """Return an input that is known at compile time."""
     value = forward.get(node.inputs[index])
     if not isinstance(value, np.ndarray):
         raise CompileError(f"input {node.inputs[index]} of {node.operator} is not known at compile time")
@@ -257,15 +243,15 @@ def _given(node: Node, index: int) -> bool:
 
 STANDARD_CONVERTERS: Converters = {
     "Abs": elementwise(relax.op.abs, np.abs),
-    "Add": add,
     "Cast": cast,
     "Clip": clip,
     "Concat": concat,
+    "Div": elementwise(relax.op.divide, np.divide),
     "Expand": expand,
     "Gather": gather,
     "Mul": mul,
     "RMSNormalization": rms_normalization,
-    "ReduceSum": reduce_sum,
+    "Relu": elementwise(relax.op.nn.relu, lambda x: np.maximum(x, 0)),
     "Reshape": reshape,
     "Shape": shape,
     "Sigmoid": sigmoid,
@@ -275,7 +261,6 @@ STANDARD_CONVERTERS: Converters = {
     "Split": split,
     "Sqrt": elementwise(relax.op.sqrt, np.sqrt),
     "Squeeze": squeeze,
-    "Sub": elementwise(relax.op.subtract, np.subtract),
     "Transpose": transpose,
     "Unsqueeze": unsqueeze,
 }

@@ -70,13 +70,20 @@ class HalfSilu:
 
 
 @dataclass(frozen=True, slots=True)
+class HalfGelu:
+    """gelu(half), by tanh."""
+
+    half: Half
+
+
+@dataclass(frozen=True, slots=True)
 class Softmax:
     """softmax over an activation's last axis."""
 
     whole: Activation
 
 
-Deferred = Half | HalfSigmoid | HalfSilu | Softmax
+Deferred = Half | HalfSigmoid | HalfSilu | HalfGelu | Softmax
 Value = (
     Activation | Batched | ChannelScales | TwoLevelScales | TransposedWeight | Weight | Deferred | NDArray[Any] | None
 )

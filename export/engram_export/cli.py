@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from engram_runtime.errors import TargetError
 if TYPE_CHECKING:
     from engram_export.pipeline import Progress
     from engram_export.plan import ExportPlan
+    from engram_export.site_verify import SiteVerification
     from engram_export.verify import Verification
 
 MIB = 1 << 20
@@ -90,6 +91,11 @@ class TerminalReporter:
 @click.option("--table-dtype", type=click.Choice(["int8", "int4", "fp8"]), help="What --tables repack makes of rows.")
 @click.option("--context", type=int, help="Tokens a sequence may have.  [default: what the model was trained for]")
 @click.option("--engram", type=click.Path(path_type=Path), help="Folder with an Engram site to add.")
+@click.option(
+    "--tables-only",
+    is_flag=True,
+    help="Export tables, and the sites that read them, without the decoder: all there is of deepseek_v41.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(
@@ -100,6 +106,7 @@ def export(
     table_dtype: str | None,
     context: int | None,
     engram: Path | None,
+    tables_only: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -107,6 +114,7 @@ def export(
     try:
         from engram_export.pipeline import ExportOptions, export_bundle
         from engram_export.staging import workplace
+        from engram_export.tables_only import export_tables
     except ModuleNotFoundError as error:
         raise TargetError(f"engram-export needs {error.name}: pip install 'engram-edge[export]'") from error
     options = ExportOptions(
@@ -122,25 +130,43 @@ def export(
     started = time.monotonic()
     reporter = TerminalReporter()
     try:
-        verification = export_bundle(options, reporter)
+        if tables_only:
+            sites = export_tables(options, reporter)
+            results: dict[str, Any] = {"sites": [asdict(site) for site in sites]}
+        else:
+            verification = export_bundle(options, reporter)
+            results = _parities(verification)
     except (KeyboardInterrupt, OSError):
         if (kept := workplace(out)).exists():
             click.echo(f"\nfinished files are kept in {kept}; run the same command again to resume", err=True)
         raise
     seconds = time.monotonic() - started
     if as_json:
-        result = {
-            "bundle": str(out),
-            "seconds": round(seconds, 2),
-            "plan": reporter.shown,
-            "graph_parity": asdict(verification.graph),
-            "parity": asdict(verification.model),
-            "row_errors": {site: asdict(errors) for site, errors in verification.rows.items()},
-        }
-        click.echo(json.dumps(result))
+        click.echo(json.dumps({"bundle": str(out), "seconds": round(seconds, 2), "plan": reporter.shown, **results}))
+        return
+    if tables_only:
+        _print_sites(sites)
     else:
         _print_verification(verification)
-        click.echo(f"{out} written in {seconds:.1f} s")
+    click.echo(f"{out} written in {seconds:.1f} s")
+
+
+def _parities(verification: "Verification") -> dict[str, Any]:
+    return {
+        "graph_parity": asdict(verification.graph),
+        "parity": asdict(verification.model),
+        "row_errors": {site: asdict(errors) for site, errors in verification.rows.items()},
+    }
+
+
+def _print_sites(sites: Sequence["SiteVerification"]) -> None:
+    for site in sites:
+        click.echo(f"site {site.site} over {site.tokens} tokens    max |difference|")
+        click.echo(f"  {'graph, torch, same weights':30}  {site.graph:16.2e}")
+        click.echo(f"  {'bundle, float32 checkpoint':30}  {site.model:16.2e}")
+        if site.row_errors is not None:
+            errors = site.row_errors
+            click.echo(f"  repacked rows are off by {errors.mean:.2%}, at most {errors.max:.2%}")
 
 
 def _print_verification(verification: "Verification") -> None:

@@ -18,20 +18,35 @@ TABLE_TOKENS = 32  # tokens whose row ids are kept
 def write_golden(bundle: Bundle, token_ids: NDArray[np.int64], logits: GraphLogits, parity: Parity) -> None:
     """Write ``golden/golden.json`` for ``[T]`` token ids and what onnxruntime gave for them."""
     best = logits.last[-1].argsort()[::-1][:16]
+    golden = Golden(
+        token_ids=token_ids.tolist(),
+        argmax=logits.argmax.tolist(),
+        last_logits=[float(value) for value in logits.last[-1][best]],
+        last_ids=best.tolist(),
+        tables=_table_goldens(bundle, token_ids),
+        parity=asdict(parity),
+    )
+    _write(bundle, golden)
+
+
+def write_table_golden(bundle: Bundle, token_ids: NDArray[np.int64]) -> None:
+    """Write ``golden/golden.json`` of a bundle without a decoder: what ``[T]`` token ids read from its tables."""
+    tables = _table_goldens(bundle, token_ids)
+    golden = Golden(token_ids=token_ids.tolist(), argmax=[], last_logits=[], last_ids=[], tables=tables, parity={})
+    _write(bundle, golden)
+
+
+def _table_goldens(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[TableGolden]:
     tables = []
     for site in open_sites(bundle):
         row_ids = site.keyer.row_ids([], token_ids[:TABLE_TOKENS])
         rows = site.rows([], token_ids[:TABLE_TOKENS])
         tables.append(TableGolden(site=site.name, row_ids=row_ids.tolist(), rows_sha256=record_digest(rows)))
         site.table.close()
-    golden = Golden(
-        token_ids=token_ids.tolist(),
-        argmax=logits.argmax.tolist(),
-        last_logits=[float(value) for value in logits.last[-1][best]],
-        last_ids=best.tolist(),
-        tables=tables,
-        parity=asdict(parity),
-    )
+    return tables
+
+
+def _write(bundle: Bundle, golden: Golden) -> None:
     path = bundle.file(GOLDEN_FILE)
     path.parent.mkdir()
     path.write_text(json.dumps(asdict(golden)), encoding="utf-8")

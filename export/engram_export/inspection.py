@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from engram_export.checkpoint import TensorSource, open_checkpoint
-from engram_export.families import FAMILIES
+from engram_export.families import FAMILIES, TABLE_FAMILIES
+from engram_export.families.reading import text_part
 from engram_export.gguf_file import GgufTensors
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 
@@ -24,17 +25,24 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     tensors = checkpoint.tensors
     types = Counter(_tensor_type(tensors, name) for name in tensors.names())
     model_type = checkpoint.require("model_type", str)
+    sizes = text_part(checkpoint).config
     return {
         "kind": "checkpoint",
         "model": checkpoint.source,
         "family": model_type,
-        "supported": "yes" if model_type in FAMILIES else f"no, only {', '.join(FAMILIES)}",
+        "supported": _support(model_type),
         "parameters": sum(prod(tensors.shape(name)) for name in tensors.names()),
-        **{label: checkpoint.config[key] for label, key in SIZES.items() if key in checkpoint.config},
+        **{label: sizes[key] for label, key in SIZES.items() if key in sizes},
         "tokenizer": "yes" if checkpoint.tokenizer_json is not None else "no",
-        "engram": "yes" if "engram" in checkpoint.config else "no",
+        "engram": "yes" if "engram" in checkpoint.config or model_type in TABLE_FAMILIES else "no",
         "tensors": [{"type": name, "count": count} for name, count in types.most_common()],
     }
+
+
+def _support(model_type: str) -> str:
+    if model_type in TABLE_FAMILIES:
+        return "tables and sites, with --tables-only"
+    return "yes" if model_type in FAMILIES else f"no, only {', '.join(FAMILIES)}"
 
 
 def _tensor_type(tensors: TensorSource, name: str) -> str:

@@ -12,9 +12,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engram_export.decoder import Decoder
+from engram_export.multi_stream_site import MultiStreamSite
 from engram_export.onnx_functions import add_functions
 from engram_export.weights_file import TensorPlan
 from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
@@ -47,7 +49,7 @@ class TracedGraph:
     """A graph whose weights have names, shapes and dtypes but no data yet; ``skeleton`` is the module it came from."""
 
     model: ir.Model
-    skeleton: Decoder
+    skeleton: nn.Module
     states: tuple[StateSpec, ...]
 
     def weights(self) -> list[TensorPlan]:
@@ -81,7 +83,7 @@ def trace(build: Callable[[], Decoder]) -> TracedGraph:
     The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
     the states; its outputs are logits ``[R, V]`` and ``next.<state>``.
     """
-    with _quiet(), FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode():
         model = build()
         states = model.state_specs()
         tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")
@@ -93,19 +95,44 @@ def trace(build: Callable[[], Decoder]) -> TracedGraph:
             [{0: tokens} for _ in arguments[3]],
             [{} for _ in states],
         )
-        program = torch.export.export(model, arguments, dynamic_shapes=dynamic, strict=False)
+        graph = _exported(model, arguments, dynamic)
+    _optimise(graph, model)
+    sites = [f"rows.{table.site}" for table in model.table_inputs()]
+    inputs = ["token_ids", "position", "logit_rows", *sites, *(state.name for state in states)]
+    _name_interface(graph, inputs, ["logits", *(f"next.{state.name}" for state in states)], {0: "T", 2: "R"})
+    return TracedGraph(graph, model, states)
+
+
+def trace_site(build: Callable[[], MultiStreamSite]) -> TracedGraph:
+    """Trace a site by itself: from hidden ``[T, G, D]`` and ``rows.<site>`` ``[T, C, d]`` to updated ``[T, G, D]``."""
+    with FakeTensorMode():
+        site = build()
+        config, tokens = site.config, torch.export.Dim("T")
+        hidden = torch.empty(TRACED_TOKENS, config.num_streams, config.hidden_size)
+        rows = torch.empty(TRACED_TOKENS, config.table.columns, config.table.row_dim)
+        graph = _exported(site, (hidden, rows), ({0: tokens}, {0: tokens}))
+    _optimise(graph, site)
+    _name_interface(graph, ["hidden", f"rows.{config.table.site}"], ["updated"], {0: "T"})
+    return TracedGraph(graph, site, ())
+
+
+def _exported(module: nn.Module, arguments: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ir.Model:
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert exported is not None
-    graph = exported.model
-    parameters = dict(model.named_parameters())
+    return exported.model
+
+
+def _optimise(graph: ir.Model, module: nn.Module) -> None:
+    """Take the data that tracing made up from the parameters, so that none is folded, and simplify the rest."""
+    parameters = dict(module.named_parameters())
     for name, value in graph.graph.initializers.items():
         if name in parameters:
             value.const_value = None
     with _quiet():
         onnxscript.optimizer.optimize(graph)
     add_functions(graph)  # the optimizer would inline them
-    _name_interface(graph, model, states)
-    return TracedGraph(graph, model, states)
 
 
 def _example_inputs(model: Decoder, states: Sequence[StateSpec]) -> tuple[Any, ...]:
@@ -119,18 +146,16 @@ def _example_inputs(model: Decoder, states: Sequence[StateSpec]) -> tuple[Any, .
     )
 
 
-def _name_interface(graph: ir.Model, model: Decoder, states: Sequence[StateSpec]) -> None:
-    sites = [f"rows.{table.site}" for table in model.table_inputs()]
-    inputs = ["token_ids", "position", "logit_rows", *sites, *(state.name for state in states)]
-    outputs = ["logits", *(f"next.{state.name}" for state in states)]
+def _name_interface(graph: ir.Model, inputs: Sequence[str], outputs: Sequence[str], axes: Mapping[int, str]) -> None:
+    """Name inputs and outputs; ``axes`` names the first axes of inputs by their number."""
     for value, name in zip(graph.graph.inputs, inputs, strict=True):
         value.name = name
     for value, name in zip(graph.graph.outputs, outputs, strict=True):
         value.name = name
-    axes = {str(graph.graph.inputs[0].shape[0]): "T", str(graph.graph.inputs[2].shape[0]): "R"}  # type: ignore[index]
+    renamed = {str(graph.graph.inputs[number].shape[0]): name for number, name in axes.items()}  # type: ignore[index]
     for value in (*graph.graph.inputs, *graph.graph.outputs, *(out for node in graph.graph for out in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([axes.get(str(axis), axis) for axis in value.shape])
+            value.shape = ir.Shape([renamed.get(str(axis), axis) for axis in value.shape])
 
 
 def _plan(value: ir.Value) -> TensorPlan:

@@ -10,7 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_export.checkpoint import Checkpoint
 from engram_export.exact_graph import exact_logits
+from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
 from engram_export.golden import write_golden
 from engram_export.host_table import TableSource
@@ -96,6 +101,7 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     chosen = weight_format(options.quant, source.kept_type)
     plan = plan_export(source, chosen, options.tables, options.table_dtype)
     check_kept(options.quant, plan)
+    token_ids = verify_tokens(source.checkpoint, source.architecture.text.vocab_size, source.context_length)
     check_scales(source.tables, reporter)
     with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
         reporter.plan(plan)
@@ -104,10 +110,11 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         graph = trace(lambda: source.build(chosen))
         decoder = write_graph(source, graph, journal, reporter)
         written = write_tables(source.tables, options.tables, options.table_dtype, journal, reporter)
-        write_tokenizer(source, journal.folder)
+        write_tokenizer(source.checkpoint, journal.folder)
         manifest = draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written))
         bundle = Bundle(journal.folder, manifest)
-        verification = verify_bundle(source, bundle, chosen, reporter, repacked=options.table_dtype is not None)
+        repacked = options.table_dtype is not None
+        verification = verify_bundle(source, bundle, chosen, token_ids, reporter, repacked=repacked)
         finish_manifest(bundle, journal, reporter)
     errors = {table.spec.site: table.errors for table in written if table.errors is not None}
     return dataclasses.replace(verification, rows=errors)
@@ -193,12 +200,12 @@ def write_tables(
     return written
 
 
-def write_tokenizer(source: ModelSource, folder: Path) -> None:
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the tokenizer and its settings as the checkpoint has them."""
-    checkpoint = source.checkpoint
     generation_config = dict(checkpoint.generation_config)
-    if "eos_token_id" in checkpoint.config:
-        generation_config.setdefault("eos_token_id", checkpoint.config["eos_token_id"])
+    text_config = text_part(checkpoint).config
+    if "eos_token_id" in text_config:
+        generation_config.setdefault("eos_token_id", text_config["eos_token_id"])
     if checkpoint.tokenizer_json is not None:
         (folder / "tokenizer.json").write_bytes(checkpoint.tokenizer_json)
     for name, values in (
@@ -238,9 +245,15 @@ def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: 
 
 
 def verify_bundle(
-    source: ModelSource, bundle: Bundle, chosen: WeightFormat, reporter: Reporter, *, repacked: bool
+    source: ModelSource,
+    bundle: Bundle,
+    chosen: WeightFormat,
+    token_ids: NDArray[np.int64],
+    reporter: Reporter,
+    *,
+    repacked: bool,
 ) -> Verification:
-    """Hold the graph against torch with the same weights, and the bundle against the float32 model, on a fixed text.
+    """Hold the graph against torch with the same weights, and the bundle against the float32 model, on a text.
 
     What the bundle said is kept as golden.
 
@@ -250,7 +263,6 @@ def verify_bundle(
     Raises:
         VerificationError: the graph is not the model.
     """
-    token_ids = verify_tokens(source)
     last = compared_rows(bundle.manifest.model.vocab_size, len(token_ids))
     with reporter.stage("verify", source.weights.count() * 4) as progress:
         reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress), last=last)

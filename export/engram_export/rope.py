@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.errors import CheckpointError
 
-STATIC_SCALINGS = ("default", "linear", "llama3", "yarn")
+STATIC_SCALINGS = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +56,8 @@ def _from_parameters(parameters: dict[str, Any], *, head_dim: int, theta: float,
             return RotaryEmbedding(inverse_frequencies=_llama3(frequencies, parameters), attention_factor=1.0)
         case "yarn":
             return _yarn(frequencies, parameters, head_dim=head_dim, theta=theta, max_positions=max_positions)
+        case "proportional":
+            return RotaryEmbedding(inverse_frequencies=_proportional(frequencies, parameters), attention_factor=1.0)
         case _:
             raise CheckpointError(f"rope scaling {kind!r} is not supported; supported are {list(STATIC_SCALINGS)}")
 
@@ -67,6 +69,13 @@ def _llama3(frequencies: NDArray[np.float64], parameters: dict[str, Any]) -> NDA
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     blended: NDArray[np.float64] = (1 - smooth) * frequencies / parameters["factor"] + smooth * frequencies
     return blended
+
+
+def _proportional(frequencies: NDArray[np.float64], parameters: dict[str, Any]) -> NDArray[np.float64]:
+    """Let only the first frequencies turn; the halves of a head are paired as if all did."""
+    rotated = int(parameters.get("partial_rotary_factor", 1.0) * len(frequencies))
+    turning = np.arange(len(frequencies)) < rotated
+    return np.where(turning, frequencies / parameters.get("factor", 1.0), 0.0)
 
 
 def _yarn(

@@ -125,6 +125,10 @@ class SafetensorsShards:
         """Read a whole tensor, fresh, in its own dtype; BF16 comes as uint16, float8 as uint8."""
         return self._file(name).read_raw(name)
 
+    def read_raw_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Read ``[stop - start, ...]`` rows of the first axis, fresh, in the tensor's own dtype."""
+        return self._file(name).read_raw_rows(name, start, stop)
+
     def locate(self, name: str) -> tuple[Path, TensorEntry]:
         """Return the file that holds a tensor and where in it the data lies."""
         return self._file(name).locate(name)

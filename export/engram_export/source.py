@@ -22,6 +22,7 @@ from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
 from engram_export.host_table import TableSource
 from engram_export.linear import BlockLinear, WeightModule
+from engram_export.scaled_tensors import scaled_tensors
 from engram_export.tensor_union import TensorUnion
 from engram_export.weight_map import Joined, ReadRows, Slice, WeightSource, row_slices
 from engram_runtime.errors import CheckpointError, RequestError
@@ -171,7 +172,9 @@ def _resolve(
     tables: list[TableSource],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
-    tensors = TensorUnion([checkpoint.tensors, *(site.tensors for site in sites)])  # type: ignore[list-item]
+    own: object = checkpoint.tensors
+    added = [site.tensors for site in sites if site.tensors is not own]
+    tensors = TensorUnion([scaled_tensors(checkpoint), *added])  # type: ignore[list-item]
     rows = [*(name for table in tables for name in table.tensors), *(site.config.token_map or "" for site in sites)]
     # A tied head may be stored all the same.
     tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from engram_export.formats import WeightFormat
 from engram_export.safetensors_file import SafetensorsFile
-from engram_export.source import ModelSource
 
 
 class EncodedRows(Protocol):
@@ -33,11 +32,11 @@ class EncodedRows(Protocol):
 class BundleRows:
     """The parameters as they stand in a bundle's weights file."""
 
-    source: ModelSource
+    source: EncodedRows
     weights: SafetensorsFile
 
     @classmethod
-    def open(cls, source: ModelSource, path: Path) -> "BundleRows":
+    def open(cls, source: EncodedRows, path: Path) -> "BundleRows":
         """Open the weights file of a bundle exported from ``source``."""
         return cls(source, SafetensorsFile(path))
 

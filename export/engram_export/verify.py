@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from engram_export.checkpoint import Checkpoint
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.repack import RowErrors
@@ -51,22 +52,20 @@ class Verification:
     rows: Mapping[str, RowErrors] = field(default_factory=dict)
 
 
-def verify_tokens(source: ModelSource) -> NDArray[np.int64]:
+def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) -> NDArray[np.int64]:
     """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer.
 
     Raises:
         CheckpointError: a tokenizer that can't be read, or one of a model with more tokens.
     """
-    limit = min(VERIFY_TOKENS, source.context_length)
-    if source.checkpoint.tokenizer_json is None:
-        return np.random.default_rng(0).integers(0, source.architecture.text.vocab_size, size=limit)
+    limit = min(VERIFY_TOKENS, context_length)
+    if checkpoint.tokenizer_json is None:
+        return np.random.default_rng(0).integers(0, vocab_size, size=limit)
     text = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
-    with native_errors(CheckpointError, f"the tokenizer of {source.checkpoint.source} can't be used"):
-        token_ids = Tokenizer.from_buffer(source.checkpoint.tokenizer_json).encode(text).ids[:limit]
-    if (largest := max(token_ids, default=-1)) >= source.architecture.text.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer gives id {largest}, the model has {source.architecture.text.vocab_size} tokens"
-        )
+    with native_errors(CheckpointError, f"the tokenizer of {checkpoint.source} can't be used"):
+        token_ids = Tokenizer.from_buffer(checkpoint.tokenizer_json).encode(text).ids[:limit]
+    if (largest := max(token_ids, default=-1)) >= vocab_size:
+        raise CheckpointError(f"the tokenizer gives id {largest}, the model has {vocab_size} tokens")
     return np.array(token_ids, dtype=np.int64)
 
 

@@ -13,7 +13,6 @@ from engram_export.checkpoint import TensorSource
 from engram_runtime.errors import CheckpointError
 
 LISTED_NAMES = 8  # names shown in an error before it says how many more there are
-
 SLICE_BYTES = 64 << 20  # of a float32 weight in memory at a time; quantising it needs about five times as much
 
 Floats = NDArray[np.float32]
@@ -251,11 +250,18 @@ class WeightSource:
         wanted = self._shapes[name]
         shape = self._recipes[name].shape(self._tensors, wanted[0])
         if shape != wanted:
-            names = self.tensor_names(name)
-            found = " and ".join(f"{tensor} {list(self._tensors.shape(tensor))}" for tensor in names[:LISTED_NAMES])
+            found = " and ".join(f"{tensor} {list(self._tensors.shape(tensor))}" for tensor in self._telling(name))
             raise CheckpointError(
                 f"the checkpoint has {found}, its config wants {list(wanted)}; they don't belong together"
             )
+
+    def _telling(self, name: str) -> list[str]:
+        """Return the tensors of a weight, or of many the first one of each shape."""
+        tensors = self.tensor_names(name)
+        if len(tensors) <= LISTED_NAMES:
+            return tensors
+        first = {self._tensors.shape(tensor): tensor for tensor in reversed(tensors)}
+        return sorted(first.values(), key=tensors.index)[:LISTED_NAMES]
 
 
 def _listed(names: Sequence[str]) -> str:

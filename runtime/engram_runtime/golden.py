@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, VerificationError
-from engram_runtime.manifest import Manifest
+from engram_runtime.manifest import DECODER, Manifest
 from engram_runtime.session import Session, Site
 from engram_runtime.strict_json import Fields, read_json_object
 
@@ -39,7 +39,7 @@ class TableGolden:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Golden:
-    """The content of ``golden/golden.json``."""
+    """The content of ``golden/golden.json``; without a decoder there are token ids and tables alone."""
 
     token_ids: list[int]
     argmax: list[int]
@@ -69,16 +69,13 @@ class Golden:
 
     def check(self, manifest: Manifest) -> None:
         """Refuse values that contradict each other or the model."""
-        tokens, context, vocab_size = len(self.token_ids), manifest.model.context_length, manifest.model.vocab_size
-        if not 0 < tokens == len(self.argmax) <= context:
+        tokens, vocab_size = len(self.token_ids), manifest.model.vocab_size
+        if DECODER in manifest.graphs:
+            self._check_logits(manifest.model.context_length)
+        elif self.argmax or self.last_ids or self.last_logits or not tokens:
             raise BundleError(
-                f"{GOLDEN_FILE} has {tokens} token ids and {len(self.argmax)} argmax, "
-                f"expected as many of both, 1 to {context}"
-            )
-        if not 0 < len(self.last_ids) == len(self.last_logits):
-            raise BundleError(
-                f"{GOLDEN_FILE} has {len(self.last_ids)} last ids and {len(self.last_logits)} last logits, "
-                f"expected as many of both"
+                f"{GOLDEN_FILE} has {tokens} token ids and {len(self.argmax)} argmax, expected token ids alone: "
+                f"the bundle has no decoder"
             )
         for token_id in (*self.token_ids, *self.argmax, *self.last_ids):
             if not 0 <= token_id < vocab_size:
@@ -92,6 +89,19 @@ class Golden:
                     f"{GOLDEN_FILE} has row ids of {len(table.row_ids)} tokens for site {table.site}, "
                     f"expected 1 to {tokens}"
                 )
+
+    def _check_logits(self, context: int) -> None:
+        tokens = len(self.token_ids)
+        if not 0 < tokens == len(self.argmax) <= context:
+            raise BundleError(
+                f"{GOLDEN_FILE} has {tokens} token ids and {len(self.argmax)} argmax, "
+                f"expected as many of both, 1 to {context}"
+            )
+        if not 0 < len(self.last_ids) == len(self.last_logits):
+            raise BundleError(
+                f"{GOLDEN_FILE} has {len(self.last_ids)} last ids and {len(self.last_logits)} last logits, "
+                f"expected as many of both"
+            )
 
 
 def record_digest(rows: NDArray[np.float32]) -> str:

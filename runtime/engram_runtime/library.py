@@ -165,8 +165,10 @@ def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
     """Return folder and description of the library that fits this machine; the most specific one wins.
 
     Raises:
+        BundleError: the bundle has no decoder to compile.
         TargetError: none was compiled, or none fits, with each one's reason.
     """
+    digest = graph_digest(bundle)
     folder = bundle.file(LIBRARY_FOLDER)
     found = sorted(folder.glob(f"[!.]*/{LIBRARY_INFO_NAME}"))
     mend = f"run: engram compile {bundle.path} --target native"
@@ -178,6 +180,6 @@ def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
         reasons = "; ".join(str(info.misfit()) for _, info in infos)
         raise TargetError(f"no library of bundle {bundle.path} runs here: {reasons}; {mend}")
     path, info = max(fitting, key=lambda pair: len(pair[1].cpu_flags))
-    if info.graph_sha256 != graph_digest(bundle):
+    if info.graph_sha256 != digest:
         raise TargetError(f"library {path} was compiled from another graph than this bundle holds; {mend}")
     return path, info

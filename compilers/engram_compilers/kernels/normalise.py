@@ -10,8 +10,8 @@ from engram_compilers.kernels.loops import LANES, loop_over
 _VALUES_PER_US = 8000.0
 
 
-def rms_norm(rows: int, columns: int, eps: float) -> tirx.PrimFunc:
-    """Build ``(x f32 [M, D], gain f32 [D]) -> y f32 [M, D]``, y = x * (1 / sqrt(mean(x^2) + eps)) * gain.
+def rms_norm(rows: int, columns: int, eps: float, branches: int = 1) -> tirx.PrimFunc:
+    """Build ``(x f32 [M, D], gain f32 [G * D]) -> y f32 [M, D]``: x * (1 / sqrt(mean(x^2) + eps)) * gain[row % G].
 
     Order: lane i sums columns i, i+16, i+32, ... ascending by fma, then the tree of `lane_sum`;
     the mean and eps are joined by one fma, sum * (1/D) + eps.
@@ -21,12 +21,13 @@ def rms_norm(rows: int, columns: int, eps: float) -> tirx.PrimFunc:
     @T.prim_func(s_tir=True, private=True)
     def kernel(
         x: T.Buffer((rows, columns), "float32"),
-        gain: T.Buffer((columns,), "float32"),
+        gain: T.Buffer((branches * columns,), "float32"),
         y: T.Buffer((rows, columns), "float32"),
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for row in loop_over(rows, rows * columns / _VALUES_PER_US):
+                first: T.let = T.floormod(row, branches) * columns
                 squares = T.alloc_local((LANES,), "float32")
                 squares[lanes(0)] = splat(0.0)
                 for step in T.serial(whole):
@@ -39,9 +40,9 @@ def rms_norm(rows: int, columns: int, eps: float) -> tirx.PrimFunc:
                 factor: T.let = T.float32(1.0) / T.sqrt(mean)
                 for step in T.serial(whole):
                     y[row, lanes(step * LANES)] = (
-                        x[row, lanes(step * LANES)] * splat(factor) * gain[lanes(step * LANES)]
+                        x[row, lanes(step * LANES)] * splat(factor) * gain[lanes(first + step * LANES)]
                     )
                 for i in T.unroll(rest):
-                    y[row, whole * LANES + i] = x[row, whole * LANES + i] * factor * gain[whole * LANES + i]
+                    y[row, whole * LANES + i] = x[row, whole * LANES + i] * factor * gain[first + whole * LANES + i]
 
     return kernel

@@ -21,7 +21,17 @@ from engram_export.families.llama import (
     text_config,
     text_names,
 )
-from engram_export.families.reading import count, names, require_values, rope, rotary_dim, text_part, text_prefix
+from engram_export.families.reading import (
+    count,
+    entries,
+    flag,
+    names,
+    require_values,
+    rope,
+    rotary_dim,
+    text_part,
+    text_prefix,
+)
 from engram_export.formats import WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.mixture import Mixture, MixtureConfig
@@ -111,7 +121,7 @@ def read_qwen3_moe(checkpoint: Checkpoint) -> MixtureArchitecture:
         num_experts=count(checkpoint, key),
         top_k=_top_k(checkpoint, key),
         intermediate_size=count(checkpoint, "moe_intermediate_size"),
-        normalise=bool(checkpoint.config.get("norm_topk_prob", False)),
+        normalise=flag(checkpoint, "norm_topk_prob", default=False),
     )
     eps = checkpoint.require("rms_norm_eps", float)
     return _on_attention(checkpoint, mixture, norm_eps=eps, dense_layers=_dense_layers(checkpoint))
@@ -274,7 +284,7 @@ def _mixture_names(checkpoint: Checkpoint, layer: int) -> dict[str, Recipe]:
 def _dense_layers(checkpoint: Checkpoint) -> frozenset[int]:
     """Return the layers Qwen3-MoE keeps dense."""
     layers, step = count(checkpoint, "num_hidden_layers"), count(checkpoint, "decoder_sparse_step", default=1)
-    listed = checkpoint.config.get("mlp_only_layers") or []
+    listed = entries(checkpoint, "mlp_only_layers")
     return frozenset(layer for layer in range(layers) if layer in listed or (layer + 1) % step)
 
 

@@ -24,8 +24,8 @@ from engram_export.families.mixture import (
     partial_rope,
     shared_mixture_config,
 )
-from engram_export.families.qwen4_memory import CONSTANTS, NgramMemory, memory_names, read_memories
-from engram_export.families.reading import count, names, require_values, text_part, text_prefix
+from engram_export.families.qwen4_memory import CONSTANTS, FACTOR, NgramMemory, memory_names, read_memories
+from engram_export.families.reading import count, names, require_values, rotary_dim, text_part, text_prefix
 from engram_export.formats import WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.hyper_connection import StreamsConfig
@@ -38,7 +38,7 @@ from engram_export.text_decoder import TextConfig
 from engram_export.weight_map import Joined, Recipe, one_plus
 from engram_runtime.errors import CheckpointError
 
-MEMORY_CONSTANTS = tuple(rf".*\.ple_embedding\.{name}" for name in CONSTANTS)
+MEMORY_CONSTANTS = tuple(rf".*\.ple_embedding\.{name}" for name in (*CONSTANTS, FACTOR))
 GATE_ACTIVATIONS = ("silu", "sigmoid")
 INDEXED = ("indexed_attention", "full_attention")  # published configs say the latter and mean the former
 
@@ -120,7 +120,7 @@ def read(checkpoint: Checkpoint) -> Qwen4ExpArchitecture:
             norm_eps=text.rms_norm_eps,
         ),
         attention=attention,
-        indexer=_indexer(checkpoint, text.rms_norm_eps),
+        indexer=_indexer(checkpoint, attention, text.rms_norm_eps),
         delta=delta_config(checkpoint, gate_activation=_gate_activation(checkpoint)),
         layer_types=layer_types,
         mixture=shared_mixture_config(checkpoint),
@@ -130,16 +130,22 @@ def read(checkpoint: Checkpoint) -> Qwen4ExpArchitecture:
     )
 
 
-def _indexer(checkpoint: Checkpoint, norm_eps: float) -> IndexerConfig:
+def _indexer(checkpoint: Checkpoint, attention: AttentionConfig, norm_eps: float) -> IndexerConfig:
     budget, block = count(checkpoint, "indexer_budget"), count(checkpoint, "indexer_compress_ratio")
     if budget % block:
         raise CheckpointError(
             f"'indexer_budget' in {checkpoint.config_name} is {budget}, wanted a multiple of "
             f"'indexer_compress_ratio' {block}; correct the config"
         )
+    rotated = rotary_dim(checkpoint, attention.head_dim, default=1.0)
+    if (head_dim := count(checkpoint, "indexer_head_dim")) < rotated:
+        raise CheckpointError(
+            f"'indexer_head_dim' in {checkpoint.config_name} is {head_dim}, fewer than the {rotated} rotated "
+            f"dimensions of attention; correct the config"
+        )
     return IndexerConfig(
         num_heads=count(checkpoint, "indexer_n_heads"),
-        head_dim=count(checkpoint, "indexer_head_dim"),
+        head_dim=head_dim,
         budget=budget,
         block=block,
         norm_eps=norm_eps,

@@ -6,7 +6,7 @@ Reference: transformers ``modeling_qwen4_exp.py``, ``Qwen4ExpTextNGramEmbedding`
 from dataclasses import dataclass
 
 from engram_export.checkpoint import Checkpoint
-from engram_export.families.reading import count
+from engram_export.families.reading import count, entries
 from engram_export.host_table import RawTensors, TableSource, numbered_tensors, table_source
 from engram_export.ngram_site import NgramSiteConfig
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
@@ -19,6 +19,7 @@ DEFAULT_SEED = 1234
 MAX_ORDER = 16
 # Constants some checkpoints carry, checked against the config; other tensors of a memory are weights.
 CONSTANTS = ("layer_multipliers", "ngram_heads_offsets", "ngram_heads_vocab_sizes")
+FACTOR = "ngram_embedding.weight_scale"  # of all rows of an FP8 table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +44,26 @@ class NgramMemory:
             raise CheckpointError(f"{checkpoint.source} has an n-gram table, but its tensors are not safetensors")
         self._check_constants(tensors)
         shard = f"{self.prefix}ngram_embedding.shard_{{}}.weight"
-        factor = f"{self.prefix}ngram_embedding.weight_scale"
+        payload = numbered_tensors(tensors.names(), shard, self.shards)
         return table_source(
             site=self.site.site,
             keyer=self.keyer,
             token_map=None,
             columns=self.site.row_dim,
             tensors=tensors,
-            payload=numbered_tensors(tensors.names(), shard, self.shards),
-            factor=factor if factor in tensors.names() else None,
+            payload=payload,
+            factor=self._factor(tensors, payload[0]),
             row_multiple=self.row_multiple,
         )
+
+    def _factor(self, tensors: RawTensors, shard: str) -> str | None:
+        """Name the factor of all rows; those of other dtypes than FP8 may go without."""
+        factor = f"{self.prefix}{FACTOR}"
+        if factor in tensors.names():
+            return factor
+        if tensors.dtype(shard) == "F8_E4M3":
+            raise CheckpointError(f"the checkpoint lacks {factor}, the factor of FP8 rows; it is incomplete")
+        return None
 
     def _check_constants(self, tensors: RawTensors) -> None:
         """Hold the constants the checkpoint ships against those its config leads to."""
@@ -69,7 +79,7 @@ class NgramMemory:
 
 def read_memories(checkpoint: Checkpoint, prefix: str, layer_types: tuple[str, ...]) -> dict[int, NgramMemory]:
     """Read the n-gram memories of a checkpoint by the layer they stand before."""
-    layer_ids = checkpoint.config.get("ple_layer_ids") or []
+    layer_ids = entries(checkpoint, "ple_layer_ids")
     for layer_id in layer_ids:  # 1-based
         if type(layer_id) is not int or not 1 <= layer_id <= len(layer_types):
             raise CheckpointError(

@@ -18,8 +18,17 @@ LIMITS = {
     "head_dim": 1 << 12,
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 24,
+    "engram_max_ngram_size": 16,
+    "engram_n_heads": 1 << 8,
+    "engram_head_dim": 1 << 16,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "heads_per_ngram": 1 << 8,
+    "split_ngram_parts": 1 << 16,
+    "ngram_vocab_size_base": 1 << 32,
 }
 OTHER_LIMIT = 1 << 24
+ROTARY_MULTIPLE = 16  # of head sizes and rotated dimensions, in onnxruntime's attention
 
 
 def count(checkpoint: Checkpoint, key: str, *, default: int | None = None, least: int = 1) -> int:
@@ -47,29 +56,43 @@ def names(checkpoint: Checkpoint, key: str, *, length: int, known: tuple[str, ..
     return tuple(values)
 
 
+def flag(checkpoint: Checkpoint, key: str, *, default: bool) -> bool:
+    """Return a switch of the config; ``default`` stands for a key that is absent or null."""
+    return default if checkpoint.config.get(key) is None else checkpoint.require(key, bool)
+
+
+def entries(checkpoint: Checkpoint, key: str) -> list[Any]:
+    """Return a list of the config, empty where the key is absent or null."""
+    return [] if checkpoint.config.get(key) is None else checkpoint.require(key, list)
+
+
 def rope(
     checkpoint: Checkpoint, *, head_dim: int, max_positions: int, parameters: Mapping[str, Any] | None = None
 ) -> RotaryEmbedding:
     """Return the rotary embedding of a config; ``parameters`` where a config has several kinds of them."""
     # transformers 5 keeps theta and the scaling in one block, earlier releases in two keys.
-    config = checkpoint.config
-    given = parameters or config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"the rope scaling in {checkpoint.config_name} is {given!r:.80}, wanted an object")
-    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    given = parameters or _rope_parameters(checkpoint)
+    theta = given.get("rope_theta", checkpoint.config.get("rope_theta", 10000.0))
     return rotary_embedding(head_dim=head_dim, theta=theta, scaling=dict(given), max_positions=max_positions)
 
 
 def rotary_dim(checkpoint: Checkpoint, head_dim: int, *, default: float) -> int:
     """Return how many dimensions of a head are rotated."""
-    parameters = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-    factor = parameters.get("partial_rotary_factor", checkpoint.config.get("partial_rotary_factor", default))
-    if not isinstance(factor, int | float) or not 0 < factor <= 1 or int(head_dim * factor) % 2:
+    otherwise = checkpoint.config.get("partial_rotary_factor", default)
+    factor = _rope_parameters(checkpoint).get("partial_rotary_factor", otherwise)
+    if not isinstance(factor, int | float) or not 0 < factor <= 1 or int(head_dim * factor) % ROTARY_MULTIPLE:
         raise CheckpointError(
             f"'partial_rotary_factor' in {checkpoint.config_name} is {factor!r}, wanted a share of {head_dim} "
-            f"dimensions that is even"
+            f"dimensions that is a multiple of {ROTARY_MULTIPLE}"
         )
     return int(head_dim * factor)
+
+
+def _rope_parameters(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    given = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"the rope scaling in {checkpoint.config_name} is {given!r:.80}, wanted an object")
+    return given
 
 
 def require_values(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:

@@ -44,6 +44,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "context": manifest.model.context_length,
         "producer": manifest.producer,
         "bytes": sum(entry.bytes for entry in manifest.files),
+        "graphs": ", ".join(manifest.graphs),
         "tables": [
             {
                 "site": table.site,

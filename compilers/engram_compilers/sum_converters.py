@@ -1,0 +1,63 @@
+"""Operators that add: each a kernel of its own, or LLVM would round a product before its sum in one kernel only.
+
+Where products and sums are fused, whether they become one instruction depends on the shape, and so on the number of
+tokens; a row's bits must not.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tvm import relax, te, topi
+
+from engram_compilers.forward_pass import Converter, Converters, ForwardPass
+from engram_compilers.onnx_model import Node
+from engram_compilers.standard_converters import constant, elementwise
+from engram_compilers.values import Activation, Value
+
+OPAQUE = 8  # TVM's OpPatternKind of a kernel that is fused with no other
+
+
+def unfused(compute: Callable[..., te.Tensor]) -> Callable[..., relax.Expr]:
+    """Make an operator with a kernel of its own."""
+
+    def operator(*operands: relax.Expr, **options: Any) -> relax.Expr:
+        builder = relax.BlockBuilder.current()
+        return builder.call_te(compute, *operands, **options, primfunc_attrs={"op_pattern": OPAQUE})
+
+    return operator
+
+
+def add(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Add; two activations of one shape, the residual stream, take the kernel."""
+    a, b = (forward.get(name) for name in node.inputs)
+    if isinstance(a, Activation) and isinstance(b, Activation) and a.shape == b.shape and len(a.shape) == 2:
+        return [forward.add(a, b)]
+    return elementwise(unfused(topi.add), np.add)(forward, node)
+
+
+def reduction(operator: Callable[..., relax.Expr]) -> Converter:
+    """Make the converter of an operator over axes."""
+
+    def convert(forward: ForwardPass, node: Node) -> Sequence[Value]:
+        x = forward.activation(node, 0)
+        axes = [axis % len(x.shape) for axis in constant(forward, node, 1).reshape(-1).tolist()]
+        keep = bool(node.attributes.get("keepdims", 1))
+        result = [1 if axis in axes else size for axis, size in enumerate(x.shape) if keep or axis not in axes]
+        return [forward.emit(operator(x.expr, axis=axes, keepdims=keep), result)]
+
+    return convert
+
+
+def _mean(x: te.Tensor, axis: Sequence[int], keepdims: bool) -> te.Tensor:
+    count = math.prod(int(x.shape[i]) for i in axis)
+    return topi.divide(topi.sum(x, axis, keepdims), te.const(float(count), x.dtype))
+
+
+SUM_CONVERTERS: Converters = {
+    "Add": add,
+    "ReduceMean": reduction(unfused(_mean)),
+    "ReduceSum": reduction(unfused(topi.sum)),
+    "Sub": elementwise(unfused(topi.subtract), np.subtract),
+}
