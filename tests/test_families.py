@@ -54,7 +54,7 @@ WITHOUT_TIES = 1
 
 
 def every_configuration() -> list[Any]:
-    """Return family and number of each configuration; all but the first of a family are slow."""
+    """Return family and number of each configuration; all but the first of a family are exhaustive."""
     return [
         pytest.param(family, number, id=f"{family}-{number}", marks=[pytest.mark.exhaustive] * (number > 0))
         for family, configurations in FAMILIES.items()
@@ -355,7 +355,7 @@ def routed_experts(checkpoint: Path, token_ids: Sequence[int]) -> list[NDArray[n
     return [np.argsort(-values, axis=1, kind="stable")[:, :10] for values in logits]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_model_of_512_experts_in_tvm_gives_the_logits_of_its_int8_weights(workshop: Workshop) -> None:
     token_ids, checkpoint = text(40, WITHOUT_TIES), workshop.family(MANY_EXPERTS)
     bundle = compiled(workshop, MANY_EXPERTS, "int8")

@@ -219,7 +219,7 @@ LINEAR, FULL, INDEXED = "linear_attention", "full_attention", "indexed_attention
 SHARED = {"shared_expert_intermediate_size": 32}
 HYPER_RANK = {"hc_lowrank": 32}
 
-# The first of each family is what tests run by default; the others are slow ones.
+# The first of each family is what tests run by default; the others are exhaustive ones.
 FAMILIES: dict[str, tuple[TinyFamily, ...]] = {
     "mixtral": (
         TinyFamily(
