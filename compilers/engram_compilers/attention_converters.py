@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tvm import relax
 
@@ -14,12 +13,13 @@ from engram_compilers.onnx_model import Node
 from engram_compilers.values import Activation, Batched, Value
 from engram_runtime.errors import CompileError
 
-_GROUP_QUERY_ATTRIBUTES = {"num_heads", "kv_num_heads", "do_rotary", "scale", "local_window_size", "softcap"}
+_GROUP_QUERY_ATTRIBUTES = {"num_heads", "kv_num_heads", "do_rotary", "scale", "local_window_size"}
 _SHARED_ATTRIBUTES = _GROUP_QUERY_ATTRIBUTES - {"do_rotary"}
 _INDEXED_ATTRIBUTES = {
     *("num_heads", "kv_num_heads", "scale"),
     *("index_heads", "rotary_dim", "budget", "block", "epsilon"),
 }
+NO_WINDOW = -1
 _GROUP_QUERY_INPUTS = 9  # up to sin; what onnxruntime takes after it has no kernel
 
 
@@ -111,8 +111,7 @@ def _append(
     kernel = forward.kernels.get(
         f"rope_append_{_joined(layer.sizes)}_{rotary_dim}", lambda: attention.rope_append(*layer.sizes, rotary_dim)
     )
-    new_keys, new_values, query = _in_place(
-        forward,
+    new_keys, new_values, query = forward.call_in_place(
         kernel,
         [qkv.expr, cos.expr, sin.expr, forward.position],
         [keys, values],
@@ -121,31 +120,11 @@ def _append(
     return query, new_keys, new_values
 
 
-def _in_place(
-    forward: ForwardPass,
-    kernel: Any,
-    inputs: Sequence[relax.Expr],
-    states: Sequence[Activation],
-    shapes: Sequence[tuple[int, ...]],
-) -> list[Activation]:
-    """Call a kernel that changes ``states``, its last inputs, and has new outputs of ``shapes``; return all of them."""
-    results = [state.shape for state in states] + list(shapes)
-    places = [len(inputs) + i for i in range(len(states))] + [-1] * len(shapes)
-    types = [relax.TensorType(shape, "float32") for shape in results]
-    arguments = [*inputs, *(state.expr for state in states)]
-    builder = forward.kernels.builder
-    made = builder.emit(relax.op.call_tir_inplace(kernel, arguments, places, types))
-    exprs = [made] if len(results) == 1 else [builder.emit(made[i]) for i in range(len(results))]
-    return [Activation(expr, shape, "float32") for expr, shape in zip(exprs, results, strict=True)]
-
-
 def _attend(
     forward: ForwardPass, layer: _Layer, node: Node, query: Activation, keys: Activation, values: Activation
 ) -> Activation:
-    scale = node.attributes["scale"]
-    window = node.attributes.get("local_window_size", -1)
-    softcap = node.attributes.get("softcap", 0.0)
-    options = (scale, None if window < 0 else window, softcap or None)
+    window = node.attributes.get("local_window_size", NO_WINDOW)
+    options = (node.attributes["scale"], None if window == NO_WINDOW else window)
     kernel = forward.kernels.get(
         f"attend_{_joined(layer.sizes)}_{_joined(options)}", lambda: attention.attend(*layer.sizes, *options)
     )
@@ -164,12 +143,12 @@ def _extend_index(
         lambda: block_selection.index_append(tokens, heads, head_dim, rotary_dim, capacity, eps),
     )
     inputs = [of["index_qk"].expr, of["query_gain"].expr, *turn]
-    appended, index_query = _in_place(forward, append, inputs, [of["index"]], [(tokens, heads * head_dim)])
+    appended, index_query = forward.call_in_place(append, inputs, [of["index"]], [(tokens, heads * head_dim)])
     pool = forward.kernels.get(
         f"pool_blocks_{_joined((tokens, head_dim, rotary_dim, capacity, block, eps))}",
         lambda: block_selection.pool_blocks(tokens, head_dim, rotary_dim, capacity, block, eps),
     )
-    (pooled,) = _in_place(forward, pool, [of["key_gain"].expr, *turn], [appended], [])
+    (pooled,) = forward.call_in_place(pool, [of["key_gain"].expr, *turn], [appended])
     return index_query, pooled
 
 

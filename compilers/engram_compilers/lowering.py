@@ -46,7 +46,7 @@ def lower(
     """Lower every (tokens, rows of logits) of ``passes`` to a function ``forward_<T>_<R>``.
 
     The functions take the graph's inputs, its states, which they update in place, then ``packed``'s tensors in order.
-    They return the logits, the windows, and of each layer with experts how many it has read.
+    They return the logits, the windows and recurrent states, and of each layer with experts how many it has read.
 
     Raises:
         CompileError: an operator, or a use of one, that has no lowering.
@@ -70,8 +70,9 @@ def _lower_pass(
         with builder.dataflow():
             for node in model.nodes:
                 _convert(forward, node)
-            updated = [_updated(forward, state) for state in spec.states if not state.rolls_back]
-            results = [value.expr for value in (_activation(forward, "logits"), *updated)]
+            updated = {state: _updated(forward, state) for state in spec.states}
+            returned = [value for state, value in updated.items() if not state.rolls_back]
+            results = [value.expr for value in (_activation(forward, "logits"), *returned)]
             results += [read.count for read in forward.expert_reads]
             outputs = [builder.emit_output(result) for result in results]
         builder.emit_func_output(relax.Tuple(outputs), [*arguments, *weights.variables.values()])
@@ -105,13 +106,15 @@ def _updated(forward: ForwardPass, state: StateSpec) -> Activation:
     current, following = _activation(forward, state.name), _activation(forward, f"next.{state.name}")
     if not forward.is_held_in(following, current):
         raise CompileError(
-            f"next.{state.name} is not {state.name} changed in place by one of {sorted(RECURRENT_CONVERTERS)}; "
-            "export the bundle again"
+            f"next.{state.name} is not {state.name} changed in place by a kernel; export the bundle again"
         )
     return following
 
 
 def _activation(forward: ForwardPass, name: str) -> Activation:
+    if not forward.is_defined(name):
+        raise CompileError(f"the graph computes no {name}; export the bundle again")
     value = forward.get(name)
-    assert isinstance(value, Activation)
+    if not isinstance(value, Activation):
+        raise CompileError(f"{name} of the graph is {value!r}, which no kernel computes; export the bundle again")
     return value

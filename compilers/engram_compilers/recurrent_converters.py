@@ -30,7 +30,7 @@ def linear_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     name = f"gated_delta_{'_'.join(map(str, sizes))}_{scale}"
     kernel = forward.kernels.get(name, lambda: recurrent.gated_delta(*sizes, scale))
     inputs = [part.expr for part in (query, key, value, log_decay, beta)]
-    out, following = forward.call_in_place(kernel, inputs, state, value.shape)
+    following, out = forward.call_in_place(kernel, inputs, [state], [value.shape])
     return [Batched(out), following]
 
 
@@ -54,7 +54,7 @@ def causal_conv_with_state(forward: ForwardPass, node: Node) -> Sequence[Value]:
         f"causal_conv_{'_'.join(map(str, sizes))}_{name}", lambda: recurrent.causal_conv(*sizes, ACTIVATIONS[name])
     )
     taps = forward.packed_weight(weight, lambda: {"taps": forward.model.read(weight)[:, 0].T})
-    out, following = forward.call_in_place(kernel, [x.expr, *taps], window, x.shape)
+    following, out = forward.call_in_place(kernel, [x.expr, *taps], [window], [x.shape])
     return [Batched(out), Batched(following)]
 
 
