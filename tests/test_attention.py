@@ -21,8 +21,8 @@ from transformers import DynamicCache, Qwen4ExpTextConfig
 from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen
 
 from engram_compilers.kernels import attention, block_selection, loops
-from engram_compilers.lowering import CONVERTERS
 from engram_compilers.onnx_model import Node
+from engram_compilers.signatures import SIGNATURES
 from engram_export import attention_operators
 from engram_export.onnx_functions import add_functions
 from engram_runtime.errors import CompileError
@@ -403,12 +403,21 @@ def test_a_graph_without_our_nodes_gets_no_functions(graph: Callable[[str], Path
     ],
 )
 def test_attributes_without_lowering_are_named(operator: str, known: list[str]) -> None:
-    node = Node(operator, (), (), {"num_heads": 4, "smooth_softmax": 1, "causal": 0})
-    unused: Any = None
+    inputs = tuple("x" if place in SIGNATURES[operator].needs else "" for place in range(10))
+    node = Node(operator, inputs, (), {"num_heads": 4, "smooth_softmax": 1, "causal": 0})
     with pytest.raises(CompileError) as caught:
-        CONVERTERS[operator](unused, node)
+        SIGNATURES[operator].check(node)
     assert str(caught.value) == (
         f"{operator} has attributes ['causal', 'smooth_softmax'] without lowering; there are {known}"
+    )
+
+
+@pytest.mark.parametrize("window", [0, -2])
+def test_a_window_without_a_token_is_refused(window: int) -> None:
+    with pytest.raises(CompileError) as caught:
+        attention.attend(1, 4, 2, 32, 64, SCALE, window)
+    assert str(caught.value) == (
+        f"attention has a window of {window} tokens, kernels need at least 1; export the model again"
     )
 
 

@@ -223,5 +223,21 @@ def scalar(values: NDArray[Any]) -> Any:
     return values.reshape(-1)[0].item()
 
 
+def scale_of(node: Node) -> float:
+    """Return the factor of an attention's scores or output."""
+    scale: float = node.attributes["scale"]
+    if not scale:
+        raise CompileError(f"{node.operator} has scale 0, which means 1 / sqrt of its dimensions; write that number")
+    return scale
+
+
+def unbatched(forward: ForwardPass, node: Node, index: int) -> Activation:
+    """Return an input without its leading axis of one, which the graph must have put there."""
+    value = forward.get(node.inputs[index])
+    if not isinstance(value, Batched):
+        raise CompileError(f"input {node.inputs[index]} of {node.operator} has no leading axis of one; unsqueeze it")
+    return value.inner
+
+
 Converter = Callable[[ForwardPass, Node], Sequence[Value]]
 Converters = Mapping[str, Converter]

@@ -14,6 +14,7 @@ from engram_compilers.kernel_converters import KERNEL_CONVERTERS
 from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
 from engram_compilers.recurrent_converters import RECURRENT_CONVERTERS
+from engram_compilers.signatures import SIGNATURES
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
 from engram_compilers.stream_converters import STREAM_CONVERTERS
 from engram_compilers.sum_converters import SUM_CONVERTERS
@@ -96,7 +97,14 @@ def _define_inputs(forward: ForwardPass, spec: GraphSpec, tokens: int, rows: int
 def _convert(forward: ForwardPass, node: Node) -> None:
     if node.operator not in CONVERTERS:
         raise CompileError(f"operator {node.operator} has no lowering; there are {sorted(CONVERTERS)}")
+    SIGNATURES[node.operator].check(node)
+    if undefined := [name for name in node.inputs if name and not forward.is_defined(name)]:
+        raise CompileError(f"{node.operator} takes {undefined}, which no node before it makes; export the bundle again")
     values = CONVERTERS[node.operator](forward, node)
+    if len(values) != len(node.outputs):
+        raise CompileError(
+            f"{node.operator} has outputs {list(node.outputs)}, its lowering makes {len(values)} of them"
+        )
     for name, value in zip(node.outputs, values, strict=True):
         forward.set(name, value)
 
