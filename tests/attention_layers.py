@@ -26,10 +26,11 @@ from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
 
 Array = NDArray[np.float32]
 
-HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 4, 2, 32, 160
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
+CAPACITY = 149  # no whole number of vectors, index blocks or key blocks
 INDEX_HEADS, INDEX_DIM, BUDGET, BLOCK, EPS = 3, 24, 8, 4, 1e-6
 QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-SCALE, WINDOW, SOFTCAP = 0.25, 20, 2.0
+SCALE, WINDOW = 0.25, 20
 TOKEN_COUNTS = (1, 7, 64)  # of the compiled forward passes
 
 
@@ -55,17 +56,15 @@ def _windowed(layer: Layer, x: Tensor, position: Tensor, keys: Tensor, values: T
     )
 
 
-def _capped(layer: Layer, x: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    return group_query_attention(
-        x, keys, values, position, layer.cos, layer.sin, num_heads=HEADS, scale=SCALE, softcap=SOFTCAP
-    )
+def _plain(layer: Layer, x: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    return group_query_attention(x, keys, values, position, layer.cos, layer.sin, num_heads=HEADS, scale=SCALE)
 
 
 def _shared(layer: Layer, x: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     qkv, query = torch.split(x, [QKV_WIDTH, HEADS * HEAD_DIM], dim=-1)
     turn = (position, layer.cos, layer.sin)
     _, keys, values = group_query_attention(qkv, keys, values, *turn, num_heads=HEADS, scale=SCALE)
-    out = shared_attention(query, keys, values, *turn, num_heads=HEADS, scale=SCALE, window=WINDOW, softcap=SOFTCAP)
+    out = shared_attention(query, keys, values, *turn, num_heads=HEADS, scale=SCALE, window=WINDOW)
     return out, keys, values
 
 
@@ -95,7 +94,7 @@ def _indexed(
 CACHE = (1, KV_HEADS, CAPACITY, HEAD_DIM)
 LAYERS = {
     "windowed": (Layer(_windowed, HEAD_DIM // 2, [CACHE, CACHE]), QKV_WIDTH),
-    "capped": (Layer(_capped, HEAD_DIM, [CACHE, CACHE]), QKV_WIDTH),
+    "plain": (Layer(_plain, HEAD_DIM, [CACHE, CACHE]), QKV_WIDTH),
     "shared": (Layer(_shared, HEAD_DIM // 2, [CACHE, CACHE]), QKV_WIDTH + HEADS * HEAD_DIM),
     "indexed": (
         Layer(_indexed, HEAD_DIM // 2, [CACHE, CACHE, (1, 1, CAPACITY, INDEX_DIM)]),

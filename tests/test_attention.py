@@ -14,22 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests import attention_layers as rig
-from tests.attention_layers import LAYERS, SCALE, SOFTCAP, WINDOW, Array, Run
+from tests.attention_layers import LAYERS, SCALE, WINDOW, Array, Run
 from tests.test_kernels import call, compile_kernels, floats, same_bits
 from torch import Tensor
 from transformers import DynamicCache, Qwen4ExpTextConfig
 from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen
 
 from engram_compilers.kernels import attention, block_selection, loops
-from engram_compilers.lowering import CONVERTERS
 from engram_compilers.onnx_model import Node
+from engram_compilers.signatures import SIGNATURES
 from engram_export import attention_operators
 from engram_export.onnx_functions import add_functions
 from engram_runtime.errors import CompileError
 
-TOKENS = 150
-MIXED = (64, 64, 7, 7, 7, 1)
-STEPS = [(1,) * TOKENS, (7,) * 21 + (1,) * 3, (64, 64, *(1,) * 22), MIXED]
+TOKENS = rig.CAPACITY  # the last step fills the caches
+MIXED = (64, 64, 7, 7, *(1,) * 7)
+STEPS = [(1,) * TOKENS, (7,) * 21 + (1,) * 2, (64, 64, *(1,) * 21), MIXED]
 # Scores and values are of order 1; what differs is the order of a few hundred additions.
 TOLERANCE = 5e-6
 
@@ -96,35 +96,30 @@ def rotated(x: NDArray[np.float64], rotary_dim: int) -> NDArray[np.float64]:
     return np.concatenate([turned.real, turned.imag, rest], axis=2)
 
 
-def stated(
-    q: NDArray[np.float64], k: NDArray[np.float64], v: NDArray[np.float64], window: int, softcap: float | None
-) -> NDArray[np.float64]:
+def stated(q: NDArray[np.float64], k: NDArray[np.float64], v: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """Attend in float64, one token and head after the other."""
     out = np.zeros_like(q)
     for token, head in np.ndindex(q.shape[:2]):
         seen, kv_head = slice(max(token + 1 - window, 0), token + 1), head // (q.shape[1] // k.shape[1])
         scores = k[seen, kv_head] @ q[token, head] * SCALE
-        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         weights = np.exp(scores)
         out[token, head] = weights / weights.sum() @ v[seen, kv_head]
     return out.reshape(len(q), -1)
 
 
 @pytest.mark.parametrize(
-    ("name", "rotary_dim", "window", "softcap"),
+    ("name", "rotary_dim", "window"),
     [
-        ("windowed", rig.HEAD_DIM // 2, WINDOW, None),
-        ("capped", rig.HEAD_DIM, TOKENS, SOFTCAP),
-        ("shared", rig.HEAD_DIM // 2, WINDOW, SOFTCAP),
+        ("windowed", rig.HEAD_DIM // 2, WINDOW),
+        ("plain", rig.HEAD_DIM, TOKENS),
+        ("shared", rig.HEAD_DIM // 2, WINDOW),
     ],
 )
-def test_cached_attention_is_softmax_over_the_tokens_in_the_window(
-    name: str, rotary_dim: int, window: int, softcap: float | None
-) -> None:
+def test_cached_attention_is_softmax_over_the_tokens_in_the_window(name: str, rotary_dim: int, window: int) -> None:
     heads = x_of(name).astype(np.float64).reshape(TOKENS, -1, rig.HEAD_DIM)
     q, k, v, other_q = np.split(heads, np.cumsum([rig.HEADS, rig.KV_HEADS, rig.KV_HEADS]), axis=1)
     asked = other_q if name == "shared" else q
-    expected = stated(rotated(asked, rotary_dim), rotated(k, rotary_dim), v, window, softcap)
+    expected = stated(rotated(asked, rotary_dim), rotated(k, rotary_dim), v, window)
     np.testing.assert_allclose(eager(name).out, expected, rtol=0, atol=TOLERANCE)
 
 
@@ -227,7 +222,9 @@ def test_torch_in_steps_is_torch_at_once(name: str, sizes: tuple[int, ...]) -> N
     assert_close(rig.run_steps(rig.torch_step(layer, states), states, x_of(name), sizes), eager(name))
 
 
-@pytest.mark.parametrize("sizes", [*STEPS, (TOKENS,), (2,) * 75], ids=["1", "7", "64, then 1", "mixed", "150", "2"])
+@pytest.mark.parametrize(
+    "sizes", [*STEPS, (TOKENS,), (*(2,) * 74, 1)], ids=["1", "7", "64, then 1", "mixed", "all", "2"]
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_onnxruntime_in_place_is_torch(graph: Callable[[str], Path], name: str, sizes: tuple[int, ...]) -> None:
     states = rig.new_states(LAYERS[name][0])
@@ -325,7 +322,10 @@ def wide_kernels() -> dict[Any, Callable[..., None]]:
 def test_attention_to_selected_keys_is_attention_to_the_others_left_out(
     heads: int, kv_heads: int, head_dim: int
 ) -> None:
-    q, keys, values = floats(3, heads * head_dim), *(floats(1, kv_heads, 160, head_dim, seed=seed) for seed in (1, 2))
+    q, keys, values = (
+        floats(3, heads * head_dim),
+        *(floats(1, kv_heads, rig.CAPACITY, head_dim, seed=seed) for seed in (1, 2)),
+    )
     live = np.random.default_rng(3).integers(0, 2**16, size=(3, 12)).astype(np.int32)
     live[:, 3:8] = 0  # a whole block of 64 keys, and more, without a live one
     live[:, 8] = 0xFFFF  # the last of 131, 132 and 133 keys
@@ -345,7 +345,10 @@ def test_attention_to_selected_keys_is_attention_to_the_others_left_out(
 def test_attention_to_all_keys_selected_has_the_bits_of_plain_attention(
     heads: int, kv_heads: int, head_dim: int, position: int
 ) -> None:
-    q, *caches = floats(3, heads * head_dim), *(floats(1, kv_heads, 160, head_dim, seed=seed) for seed in (1, 2))
+    q, *caches = (
+        floats(3, heads * head_dim),
+        *(floats(1, kv_heads, rig.CAPACITY, head_dim, seed=seed) for seed in (1, 2)),
+    )
     for cache_ in caches:
         cache_[:, :, position + 3 :] = np.nan
     live, at = np.full((3, 12), 0xFFFF, np.int32), np.array([position])
@@ -387,11 +390,11 @@ def test_a_graph_without_our_nodes_gets_no_functions(graph: Callable[[str], Path
     [
         (
             "com.microsoft.GroupQueryAttention",
-            ["do_rotary", "kv_num_heads", "local_window_size", "num_heads", "scale", "softcap"],
+            ["do_rotary", "kv_num_heads", "local_window_size", "num_heads", "scale"],
         ),
         (
             "engram.SharedAttention",
-            ["kv_num_heads", "local_window_size", "num_heads", "scale", "softcap"],
+            ["kv_num_heads", "local_window_size", "num_heads", "scale"],
         ),
         (
             "engram.IndexedAttention",
@@ -400,17 +403,26 @@ def test_a_graph_without_our_nodes_gets_no_functions(graph: Callable[[str], Path
     ],
 )
 def test_attributes_without_lowering_are_named(operator: str, known: list[str]) -> None:
-    node = Node(operator, (), (), {"num_heads": 4, "smooth_softmax": 1, "causal": 0})
-    unused: Any = None
+    inputs = tuple("x" if place in SIGNATURES[operator].needs else "" for place in range(10))
+    node = Node(operator, inputs, (), {"num_heads": 4, "smooth_softmax": 1, "causal": 0})
     with pytest.raises(CompileError) as caught:
-        CONVERTERS[operator](unused, node)
+        SIGNATURES[operator].check(node)
     assert str(caught.value) == (
         f"{operator} has attributes ['causal', 'smooth_softmax'] without lowering; there are {known}"
     )
 
 
+@pytest.mark.parametrize("window", [0, -2])
+def test_a_window_without_a_token_is_refused(window: int) -> None:
+    with pytest.raises(CompileError) as caught:
+        attention.attend(1, 4, 2, 32, 64, SCALE, window)
+    assert str(caught.value) == (
+        f"attention has a window of {window} tokens, kernels need at least 1; export the model again"
+    )
+
+
 def test_heads_that_are_no_whole_vectors_are_refused(tmp_path: Path) -> None:
-    narrow = rig.Layer(LAYERS["capped"][0].attend, 24, [(1, 2, 160, 24)] * 2)
+    narrow = rig.Layer(LAYERS["plain"][0].attend, 24, [(1, 2, rig.CAPACITY, 24)] * 2)
     path = rig.trace(narrow, 8 * 24, tmp_path / "narrow.onnx")
     with pytest.raises(CompileError) as caught:
         rig.compile_graph(path, narrow, 8 * 24)

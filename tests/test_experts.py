@@ -361,6 +361,10 @@ def changed(change: str) -> onnx.ModelProto:
             node.input[4] = "experts.gate_up.scale"
         case "block":
             attributes["block_size"].i = 16
+        case "bits":
+            attributes["expert_weight_bits"].i = 4
+        case "zeros":
+            node.input[11] = "experts.gate_up.codes"
         case "weights":
             node.input[14] = node.input[1]
     return model
@@ -371,12 +375,20 @@ def changed(change: str) -> onnx.ModelProto:
     [
         (
             "activation",
-            "experts of com.microsoft.QMoE have the activation {'activation_type': b'swiglu', 'swiglu_fusion': 1, "
-            "'activation_alpha': 1.7000000476837158, 'activation_beta': 0.0}, kernels have {'activation_type': "
-            "b'swiglu', 'swiglu_fusion': 1, 'activation_alpha': 1.0, 'activation_beta': 0.0}",
+            "com.microsoft.QMoE has activation_alpha 1.7000000476837158, kernels need one of (1.0,)",
         ),
         ("bias", "com.microsoft.QMoE takes ['experts.gate_up.scale'], which has no lowering"),
-        ("block", "com.microsoft.QMoE of experts.gate_up.codes has no blocks of 32"),
+        ("block", "com.microsoft.QMoE has block_size 16, kernels need one of (32,)"),
+        (
+            "bits",
+            "com.microsoft.QMoE of experts.gate_up.codes has 4 bits, no zero points and "
+            "ChannelScales, which is no known format",
+        ),
+        (
+            "zeros",
+            "com.microsoft.QMoE of experts.gate_up.codes has 8 bits, zero points and "
+            "ChannelScales, which is no known format",
+        ),
         ("weights", "com.microsoft.QMoE does not weigh experts by the softmax of its router's logits"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Gelu, tanh and products per token against numpy; no value depends on how many are computed at once."""
+"""Element-wise functions, gates and products per token against numpy, however many are computed at once."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tests.test_kernels import Array, call, compile_kernels, floats, same_bits
 
-from engram_compilers.kernels import activation, batched_matmul
+from engram_compilers.kernels import activation, batched_matmul, streams
 
+FUNCTIONS = {
+    "gelu": activation.gelu,
+    "sigmoid": activation.sigmoid,
+    "silu": activation.silu,
+    "tanh": activation.tanh,
+}
 SIZES = (1, 16, 77, 4096)
 COLUMNS = (9, 77, 576)
 PRODUCTS = ((1, 4, 4, 77), (17, 4, 4, 77), (17, 3, 3, 64), (1, 3, 3, 64), (17, 2, 5, 8), (1, 2, 5, 8))
@@ -20,9 +26,11 @@ PRODUCTS = ((1, 4, 4, 77), (17, 4, 4, 77), (17, 3, 3, 64), (1, 3, 3, 64), (17, 2
 
 @cache
 def kernels() -> dict[Any, Callable[..., None]]:
-    made: dict[Any, Any] = {("gelu", size): activation.each(size, activation.gelu) for size in SIZES}
-    made |= {("tanh", size): activation.each(size, activation.tanh) for size in SIZES}
+    made: dict[Any, Any] = {
+        (name, size): activation.each(size, function) for name, function in FUNCTIONS.items() for size in SIZES
+    }
     made |= {("gelu_mul", rows, size): activation.gelu_mul(rows, size) for rows in (1, 17) for size in COLUMNS}
+    made |= {("gate_value", rows): streams.gate_value(rows, 2, 21) for rows in (1, 3)}
     made |= {sizes: batched_matmul.batched_matmul(*sizes) for sizes in PRODUCTS}
     return compile_kernels(made)
 
@@ -66,15 +74,20 @@ def test_tanh_is_good_to_one_in_ten_million(x: Array) -> None:
     np.testing.assert_allclose(each("tanh", x), np.tanh(x.astype(np.float64)), atol=2.0**-23)
 
 
-@pytest.mark.parametrize("name", ["gelu", "tanh"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_infinities_and_nan_are_what_they_should_be(name: str) -> None:
     x = np.resize(np.array([np.inf, np.nan, -3e38, 3e38, 0.0], np.float32), 16)
     found = each(name, x)[:5]
-    limits = {"gelu": [np.inf, np.nan, 0.0, 3e38, 0.0], "tanh": [1.0, np.nan, -1.0, 1.0, 0.0]}[name]
+    limits = {
+        "gelu": [np.inf, np.nan, 0.0, 3e38, 0.0],
+        "sigmoid": [1.0, np.nan, 0.0, 1.0, 0.5],
+        "silu": [np.inf, np.nan, 0.0, 3e38, 0.0],
+        "tanh": [1.0, np.nan, -1.0, 1.0, 0.0],
+    }[name]
     np.testing.assert_array_equal(found, np.array(limits, np.float32))
 
 
-@pytest.mark.parametrize("name", ["gelu", "tanh"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_value_does_not_depend_on_its_place(name: str) -> None:
     x = floats(77) * 4
     alone = [each(name, x[place : place + 1]) for place in range(77)]
@@ -88,6 +101,35 @@ def test_gelu_mul_is_gelu_of_the_gate_times_up(columns: int) -> None:
     np.testing.assert_allclose(gelu_mul(gate_up), exact_gelu(gate) * up, rtol=TAIL, atol=1e-33)
     alone = [gelu_mul(gate_up[row : row + 1]) for row in range(17)]
     assert same_bits(gelu_mul(gate_up), np.concatenate(alone))
+
+
+def gate_value(key: Array, query: Array, value: Array) -> Array:
+    return call(kernels()["gate_value", len(key)], key, query, value, np.zeros_like(key))[-1]
+
+
+def gate_inputs() -> tuple[Array, Array, Array]:
+    """Return key and query ``[3, 2 * 21]``, the last scores of which are 0, and value ``[3, 21]``."""
+    key, query, value = floats(3, 42), floats(3, 42, seed=1), floats(3, 21, seed=2)
+    key[2] = 0.0
+    return key, query, value
+
+
+def test_a_gate_is_the_sigmoid_of_the_signed_root_of_its_score() -> None:
+    key, query, value = gate_inputs()
+    score = (key.astype(np.float64) * query).reshape(3, 2, 21).sum(axis=2, keepdims=True) / np.sqrt(21)
+    gate = 1 / (1 + np.exp(-np.sign(score) * np.sqrt(np.maximum(np.abs(score), streams.GATE_FLOOR))))
+    found = gate_value(key, query, value)
+    np.testing.assert_allclose(found, (gate * value[:, None]).reshape(3, 42), rtol=1e-5)
+    alone = [gate_value(key[row : row + 1], query[row : row + 1], value[row : row + 1]) for row in range(3)]
+    assert same_bits(found, np.concatenate(alone))
+
+
+def test_a_gate_whose_score_is_no_number_shows_it() -> None:
+    key, query, value = gate_inputs()
+    key[1, 30] = np.nan
+    found = np.isnan(gate_value(key, query, value)).reshape(3, 2, 21)
+    assert np.argwhere(found.all(axis=2)).tolist() == [[1, 1]]
+    assert found.sum() == 21
 
 
 @pytest.mark.parametrize("sizes", [sizes for sizes in PRODUCTS if sizes[0] > 1])

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tvm import relax
 
-from engram_compilers.forward_pass import Converters, ForwardPass
+from engram_compilers.forward_pass import Converters, ForwardPass, scale_of, unbatched
 from engram_compilers.kernels import attention, block_selection, rotary
 from engram_compilers.kernels.loops import LANES
 from engram_compilers.kernels.online_softmax import live_words
@@ -14,13 +13,7 @@ from engram_compilers.onnx_model import Node
 from engram_compilers.values import Activation, Batched, Value
 from engram_runtime.errors import CompileError
 
-_GROUP_QUERY_ATTRIBUTES = {"num_heads", "kv_num_heads", "do_rotary", "scale", "local_window_size", "softcap"}
-_SHARED_ATTRIBUTES = _GROUP_QUERY_ATTRIBUTES - {"do_rotary"}
-_INDEXED_ATTRIBUTES = {
-    *("num_heads", "kv_num_heads", "scale"),
-    *("index_heads", "rotary_dim", "budget", "block", "epsilon"),
-}
-_GROUP_QUERY_INPUTS = 9  # up to sin; what onnxruntime takes after it has no kernel
+NO_WINDOW = -1
 
 
 def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -28,20 +21,16 @@ def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
     The exported graph states its lengths as ``position + T``; the kernels take the position itself.
     """
-    _refuse_unknown(node, _GROUP_QUERY_ATTRIBUTES)
-    batched = forward.get(node.inputs[0])
-    if not isinstance(batched, Batched) or not node.attributes["do_rotary"] or any(node.inputs[_GROUP_QUERY_INPUTS:]):
-        raise CompileError(f"{node.operator} expects queries, keys and values in one input, not yet rotated, no masks")
+    qkv = unbatched(forward, node, 0)
     keys, values, cos, sin = (forward.activation(node, index) for index in (3, 4, 7, 8))
-    layer = _layer(node, batched.inner, keys)
-    query, new_keys, new_values = _append(forward, layer, batched.inner, keys, values, cos, sin)
+    layer = _layer(node, qkv, keys)
+    query, new_keys, new_values = _append(forward, layer, qkv, keys, values, cos, sin)
     out = _attend(forward, layer, node, query, new_keys, new_values)
     return [Batched(out), new_keys, new_values]
 
 
 def shared_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower attention over caches another layer has extended: rotate the queries, then attend."""
-    _refuse_unknown(node, _SHARED_ATTRIBUTES)
     query, keys, values, cos, sin = (forward.activation(node, index) for index in (0, 1, 2, 4, 5))
     layer = _layer(node, query, keys)
     sizes = (layer.tokens, layer.heads, layer.head_dim, 2 * cos.shape[1], layer.capacity)
@@ -52,14 +41,13 @@ def shared_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 def indexed_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower attention to the blocks an indexer selects; the indexer's cache is changed in place like the others."""
-    _refuse_unknown(node, _INDEXED_ATTRIBUTES)
     names = ("qkv", "index_qk", "query_gain", "key_gain", "keys", "values", "index", "position", "cos", "sin")
     of = {name: forward.activation(node, index) for index, name in enumerate(names)}
     layer = _layer(node, of["qkv"], of["keys"])
     index_query, index = _extend_index(forward, node, layer.tokens, of)
     live = _select(forward, node, layer.tokens, index_query, index)
     query, keys, values = _append(forward, layer, of["qkv"], of["keys"], of["values"], of["cos"], of["sin"])
-    sizes, scale = layer.sizes, node.attributes["scale"]
+    sizes, scale = layer.sizes, scale_of(node)
     kernel = forward.kernels.get(
         f"attend_selected_{_joined(sizes)}_{scale}", lambda: attention.attend_selected(*sizes, scale)
     )
@@ -84,17 +72,17 @@ class _Layer:
 def _layer(node: Node, queries: Activation, keys: Activation) -> _Layer:
     _, kv_heads, capacity, head_dim = keys.shape
     heads = node.attributes["num_heads"]
+    if node.attributes["kv_num_heads"] != kv_heads:
+        raise CompileError(
+            f"{node.operator} has kv_num_heads {node.attributes['kv_num_heads']} over a cache of {kv_heads} heads; "
+            "export the bundle again"
+        )
     if head_dim % LANES or heads % kv_heads:
         raise CompileError(
             f"attention has {heads} heads of {head_dim} dimensions over {kv_heads}, kernels need a multiple of {LANES} "
             f"dimensions and of {kv_heads} heads, and so does onnxruntime; export a model that has them"
         )
     return _Layer(tokens=queries.shape[0], heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity)
-
-
-def _refuse_unknown(node: Node, known: set[str]) -> None:
-    if unknown := sorted(node.attributes.keys() - known):
-        raise CompileError(f"{node.operator} has attributes {unknown} without lowering; there are {sorted(known)}")
 
 
 def _append(
@@ -111,8 +99,7 @@ def _append(
     kernel = forward.kernels.get(
         f"rope_append_{_joined(layer.sizes)}_{rotary_dim}", lambda: attention.rope_append(*layer.sizes, rotary_dim)
     )
-    new_keys, new_values, query = _in_place(
-        forward,
+    new_keys, new_values, query = forward.call_in_place(
         kernel,
         [qkv.expr, cos.expr, sin.expr, forward.position],
         [keys, values],
@@ -121,31 +108,11 @@ def _append(
     return query, new_keys, new_values
 
 
-def _in_place(
-    forward: ForwardPass,
-    kernel: Any,
-    inputs: Sequence[relax.Expr],
-    states: Sequence[Activation],
-    shapes: Sequence[tuple[int, ...]],
-) -> list[Activation]:
-    """Call a kernel that changes ``states``, its last inputs, and has new outputs of ``shapes``; return all of them."""
-    results = [state.shape for state in states] + list(shapes)
-    places = [len(inputs) + i for i in range(len(states))] + [-1] * len(shapes)
-    types = [relax.TensorType(shape, "float32") for shape in results]
-    arguments = [*inputs, *(state.expr for state in states)]
-    builder = forward.kernels.builder
-    made = builder.emit(relax.op.call_tir_inplace(kernel, arguments, places, types))
-    exprs = [made] if len(results) == 1 else [builder.emit(made[i]) for i in range(len(results))]
-    return [Activation(expr, shape, "float32") for expr, shape in zip(exprs, results, strict=True)]
-
-
 def _attend(
     forward: ForwardPass, layer: _Layer, node: Node, query: Activation, keys: Activation, values: Activation
 ) -> Activation:
-    scale = node.attributes["scale"]
-    window = node.attributes.get("local_window_size", -1)
-    softcap = node.attributes.get("softcap", 0.0)
-    options = (scale, None if window < 0 else window, softcap or None)
+    window = node.attributes.get("local_window_size", NO_WINDOW)
+    options = (scale_of(node), None if window == NO_WINDOW else window)
     kernel = forward.kernels.get(
         f"attend_{_joined(layer.sizes)}_{_joined(options)}", lambda: attention.attend(*layer.sizes, *options)
     )
@@ -164,12 +131,12 @@ def _extend_index(
         lambda: block_selection.index_append(tokens, heads, head_dim, rotary_dim, capacity, eps),
     )
     inputs = [of["index_qk"].expr, of["query_gain"].expr, *turn]
-    appended, index_query = _in_place(forward, append, inputs, [of["index"]], [(tokens, heads * head_dim)])
+    appended, index_query = forward.call_in_place(append, inputs, [of["index"]], [(tokens, heads * head_dim)])
     pool = forward.kernels.get(
         f"pool_blocks_{_joined((tokens, head_dim, rotary_dim, capacity, block, eps))}",
         lambda: block_selection.pool_blocks(tokens, head_dim, rotary_dim, capacity, block, eps),
     )
-    (pooled,) = _in_place(forward, pool, [of["key_gain"].expr, *turn], [appended], [])
+    (pooled,) = forward.call_in_place(pool, [of["key_gain"].expr, *turn], [appended])
     return index_query, pooled
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 
 from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass
-from engram_compilers.kernel_converters import BLOCK, unpack_nibbles
+from engram_compilers.kernel_converters import unpack_nibbles
 from engram_compilers.kernels import experts
 from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.float_linear import pack_float
@@ -18,9 +18,6 @@ from engram_compilers.values import Activation, ChannelScales, Softmax, TwoLevel
 from engram_runtime.errors import CompileError
 
 GATE_AND_UP, ALONE = 2, 1  # parts of a layer's outputs, of which the graph stores a row each in turn
-SILU_GATE = {"activation_type": b"swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-MOE_INPUTS = {0, 1, 2, 4}
-QMOE_INPUTS = {0, 1, 2, 3, 5, 6, 11, 12, 14}
 ROUTER_WEIGHTS = 14
 
 Rows = NDArray[np.int64]
@@ -46,34 +43,22 @@ class ExpertLayer:
 
 def moe(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a mixture of float experts."""
-    _require_plain(node, MOE_INPUTS)
-    return [_mix(forward, node, *(_float_layer(forward, node, index) for index in (2, 4)))]
+    normalise = bool(node.attributes["normalize_routing_weights"])
+    return [_mix(forward, node, *(_float_layer(forward, node, index) for index in (2, 4)), normalise=normalise)]
 
 
 def unnormalised_moe(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a mixture of float experts whose weights are not divided by their sum."""
-    x, router_logits, gate_up, down = node.inputs
-    attributes = {**SILU_GATE, "k": node.attributes["k"], "normalize_routing_weights": 0}
-    return moe(forward, Node(node.operator, (x, router_logits, gate_up, "", down), node.outputs, attributes))
+    return [_mix(forward, node, *(_float_layer(forward, node, index) for index in (2, 3)), normalise=False)]
 
 
 def qmoe(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a mixture of quantised experts; the scales say which format a weight has."""
-    _require_plain(node, QMOE_INPUTS)
-    router_weights = forward.get(node.inputs[ROUTER_WEIGHTS]) if len(node.inputs) > ROUTER_WEIGHTS else None
+    router_weights = forward.get(node.inputs[ROUTER_WEIGHTS])
     if not isinstance(router_weights, Softmax) or router_weights.whole is not forward.get(node.inputs[1]):
         raise CompileError(f"{node.operator} does not weigh experts by the softmax of its router's logits")
     layers = (_quantised_layer(forward, node, *indices) for indices in ((2, 3, 11), (5, 6, 12)))
-    return [_mix(forward, node, *layers)]
-
-
-def _require_plain(node: Node, inputs: set[int]) -> None:
-    """Refuse a mixture that is not of SiLU-gated experts without biases, the only ones onnxruntime's CPU runs."""
-    found = {name: node.attributes.get(name) for name in SILU_GATE}
-    if found != SILU_GATE or "swiglu_limit" in node.attributes:
-        raise CompileError(f"experts of {node.operator} have the activation {found}, kernels have {SILU_GATE}")
-    if more := [name for index, name in enumerate(node.inputs) if name and index not in inputs]:
-        raise CompileError(f"{node.operator} takes {more}, which has no lowering")
+    return [_mix(forward, node, *layers, normalise=bool(node.attributes["normalize_routing_weights"]))]
 
 
 def _float_layer(forward: ForwardPass, node: Node, index: int) -> ExpertLayer:
@@ -91,16 +76,15 @@ def _float_layer(forward: ForwardPass, node: Node, index: int) -> ExpertLayer:
 
 def _quantised_layer(forward: ForwardPass, node: Node, codes: int, scales: int, zeros: int) -> ExpertLayer:
     weight = _weight(forward, node, codes)
-    if node.attributes.get("block_size") != BLOCK:
-        raise CompileError(f"{node.operator} of {weight.name} has no blocks of {BLOCK}")
-    match forward.get(node.inputs[scales]):
-        case ChannelScales(scale=scale) | (Weight(shape=(_, _, 1)) as scale):
+    match node.attributes["expert_weight_bits"], node.has(zeros), forward.get(node.inputs[scales]):
+        case 8, False, ChannelScales(scale=scale) | (Weight(shape=(_, _, 1)) as scale):
             return _int8_layer(forward, weight, scale)
-        case TwoLevelScales() as two_level:
+        case 4, True, TwoLevelScales() as two_level:
             return _int4_layer(forward, weight, two_level, _weight(forward, node, zeros))
-        case other:
+        case bits, has_zeros, other:
             raise CompileError(
-                f"scales {node.inputs[scales]} of {node.operator} are {other!r}, which is no known format"
+                f"{node.operator} of {weight.name} has {bits} bits, {'zero' if has_zeros else 'no zero'} points and "
+                f"{type(other).__name__}, which is no known format"
             )
 
 
@@ -134,10 +118,10 @@ def _int4_layer(forward: ForwardPass, codes: Weight, scales: TwoLevelScales, zer
     )
 
 
-def _mix(forward: ForwardPass, node: Node, gate_up: ExpertLayer, down: ExpertLayer) -> Activation:
+def _mix(forward: ForwardPass, node: Node, gate_up: ExpertLayer, down: ExpertLayer, *, normalise: bool) -> Activation:
     x, logits = forward.activation(node, 0), forward.activation(node, 1)
     routing = Routing(x.shape[0], gate_up.shape[0], node.attributes["k"])
-    *segments, weight = _route(forward, logits, routing, normalise=bool(node.attributes["normalize_routing_weights"]))
+    *segments, weight = _route(forward, logits, routing, normalise=normalise)
     hidden = forward.silu_mul(_linear(forward, gate_up, x, routing, segments, GATE_AND_UP))
     y = _linear(forward, down, hidden, routing, segments, ALONE)
     expert_bytes = sum(forward.arguments.bytes_of(_packed_name(layer)) // routing.experts for layer in (gate_up, down))

@@ -60,6 +60,10 @@ class ForwardPass:
         """Define an ONNX value."""
         self._values[name] = value
 
+    def is_defined(self, name: str) -> bool:
+        """Return whether an ONNX value is known by now."""
+        return name in self._values
+
     def get(self, name: str) -> Value:
         """Return an ONNX value; None for an input that is left out."""
         return self._values[name] if name else None
@@ -106,21 +110,31 @@ class ForwardPass:
         return self.emit(relax.call_tir(kernel, list(inputs), out_ty=out), shape)
 
     def call_in_place(
-        self, kernel: Any, inputs: Sequence[relax.Expr], state: Activation, shape: Sequence[int]
-    ) -> tuple[Activation, Activation]:
-        """Call a kernel that changes ``state``, its last argument, and has one float32 output; return output and state.
+        self,
+        kernel: Any,
+        inputs: Sequence[relax.Expr],
+        states: Sequence[Activation],
+        shapes: Sequence[Sequence[int]] = (),
+    ) -> list[Activation]:
+        """Call a kernel that changes ``states``, its last arguments, and has new outputs of ``shapes``; all float32.
 
-        The returned state is the same memory with its next contents; nothing may read ``state`` itself any more.
+        Returned are the states, in the same memory with their next contents, then the outputs; nothing may read
+        ``states`` themselves any more.
         """
-        types = [relax.TensorType(state.shape, state.dtype), relax.TensorType(tuple(shape), "float32")]
-        arguments = [*inputs, state.expr]
-        results = self.kernels.builder.emit(relax.op.call_tir_inplace(kernel, arguments, [len(inputs), -1], types))
-        following = self.emit(results[0], state.shape, state.dtype)
-        self._held[following] = state
-        return self.emit(results[1], shape), following
+        results = [state.shape for state in states] + [tuple(shape) for shape in shapes]
+        places = [len(inputs) + i for i in range(len(states))] + [-1] * len(shapes)
+        types = [relax.TensorType(shape, "float32") for shape in results]
+        arguments = [*inputs, *(state.expr for state in states)]
+        builder = self.kernels.builder
+        made = builder.emit(relax.op.call_tir_inplace(kernel, arguments, places, types))
+        exprs = [made] if len(results) == 1 else [builder.emit(made[i]) for i in range(len(results))]
+        values = [Activation(expr, shape, "float32") for expr, shape in zip(exprs, results, strict=True)]
+        for state, following in zip(states, values, strict=False):  # the outputs come after
+            self._held[following] = self._held.get(state, state)
+        return values
 
     def is_held_in(self, value: Activation, state: Activation) -> bool:
-        """Return whether ``value`` is what a kernel has made of ``state``, in its memory."""
+        """Return whether ``value`` is what kernels have made of ``state``, in its memory."""
         return self._held.get(value) is state
 
     def plain_weight(self, weight: Weight) -> list[relax.Var]:
@@ -207,6 +221,22 @@ class ForwardPass:
 def scalar(values: NDArray[Any]) -> Any:
     """Return the one value of a constant."""
     return values.reshape(-1)[0].item()
+
+
+def scale_of(node: Node) -> float:
+    """Return the factor of an attention's scores or output."""
+    scale: float = node.attributes["scale"]
+    if not scale:
+        raise CompileError(f"{node.operator} has scale 0, which means 1 / sqrt of its dimensions; write that number")
+    return scale
+
+
+def unbatched(forward: ForwardPass, node: Node, index: int) -> Activation:
+    """Return an input without its leading axis of one, which the graph must have put there."""
+    value = forward.get(node.inputs[index])
+    if not isinstance(value, Batched):
+        raise CompileError(f"input {node.inputs[index]} of {node.operator} has no leading axis of one; unsqueeze it")
+    return value.inner
 
 
 Converter = Callable[[ForwardPass, Node], Sequence[Value]]

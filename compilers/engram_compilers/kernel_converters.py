@@ -27,19 +27,24 @@ BLOCK = 32  # weights of a block of MatMulNBits
 def matmul_nbits(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a quantised linear layer; its scales say which format the weight has."""
     x, codes = forward.activation(node, 0), forward.get(node.inputs[1])
-    if not isinstance(codes, Weight) or node.attributes["block_size"] != BLOCK:
-        raise CompileError(f"{node.operator} of {node.inputs[1]} is not a weight in blocks of {BLOCK}")
-    match forward.get(node.inputs[2]):
-        case ChannelScales(scale=scale):
+    outputs, columns, bits = (node.attributes[name] for name in ("N", "K", "bits"))
+    if not isinstance(codes, Weight) or codes.shape != (outputs, columns // BLOCK, BLOCK * bits // 8):
+        raise CompileError(
+            f"{node.operator} by {node.inputs[1]} has no weight of {outputs} x {columns} in blocks of {BLOCK} and {bits} bits"
+        )
+    zeros = forward.get(node.inputs[3]) if node.has(3) else None
+    match bits, zeros, forward.get(node.inputs[2]):
+        case 8, None, ChannelScales(scale=scale):
             return [_linear_int8(forward, x, codes, scale)]
-        case TwoLevelScales() as scales:
-            zeros = forward.get(node.inputs[3])
-            assert isinstance(zeros, Weight)
+        case 4, Weight(), TwoLevelScales() as scales:
             return [_linear_int4(forward, x, codes, scales, zeros)]
-        case Weight() as block_scale:
-            return [_linear_block(forward, x, codes, block_scale, node.attributes["bits"])]
-        case other:
-            raise CompileError(f"scales {node.inputs[2]} of {node.operator} are {other!r}, which is no known format")
+        case _, None, Weight() as block_scale:
+            return [_linear_block(forward, x, codes, block_scale, bits)]
+        case _, _, scales:
+            raise CompileError(
+                f"{node.operator} of {codes.name} has {bits} bits, {'no ' if zeros is None else ''}zero points and "
+                f"{type(scales).__name__}, which is no known format"
+            )
 
 
 def _linear_int8(forward: ForwardPass, x: Activation, codes: Weight, scale: Weight) -> Activation:
@@ -133,8 +138,6 @@ def _batched_matmul(forward: ForwardPass, node: Node) -> Activation:
 
 def gelu(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower gelu by tanh, put off where it may become part of a gated feed-forward."""
-    if node.attributes.get("approximate") != b"tanh":
-        raise CompileError(f"{node.operator} is only supported with approximate='tanh'")
     value = forward.get(node.inputs[0])
     return [HalfGelu(value)] if isinstance(value, Half) else [forward.gelu(forward.activation(node, 0))]
 
@@ -147,9 +150,8 @@ def tanh(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def gemm(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a float linear layer written as ``x @ weight.T``, which is what torch makes of it."""
     x, weight = forward.activation(node, 0), forward.get(node.inputs[1])
-    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-    if not isinstance(weight, Weight) or len(node.inputs) != 2 or node.attributes != plain:
-        raise CompileError(f"{node.operator} by {node.inputs[1]} is not a linear layer without bias")
+    if not isinstance(weight, Weight):
+        raise CompileError(f"{node.operator} by {node.inputs[1]} is not a linear layer")
     return [_linear_float(forward, x, weight)]
 
 

@@ -14,6 +14,7 @@ from engram_compilers.kernel_converters import KERNEL_CONVERTERS
 from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
 from engram_compilers.recurrent_converters import RECURRENT_CONVERTERS
+from engram_compilers.signatures import SIGNATURES
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
 from engram_compilers.stream_converters import STREAM_CONVERTERS
 from engram_compilers.sum_converters import SUM_CONVERTERS
@@ -46,7 +47,7 @@ def lower(
     """Lower every (tokens, rows of logits) of ``passes`` to a function ``forward_<T>_<R>``.
 
     The functions take the graph's inputs, its states, which they update in place, then ``packed``'s tensors in order.
-    They return the logits, the windows, and of each layer with experts how many it has read.
+    They return the logits, the windows and recurrent states, and of each layer with experts how many it has read.
 
     Raises:
         CompileError: an operator, or a use of one, that has no lowering.
@@ -70,8 +71,9 @@ def _lower_pass(
         with builder.dataflow():
             for node in model.nodes:
                 _convert(forward, node)
-            updated = [_updated(forward, state) for state in spec.states if not state.rolls_back]
-            results = [value.expr for value in (_activation(forward, "logits"), *updated)]
+            updated = {state: _updated(forward, state) for state in spec.states}
+            returned = [value for state, value in updated.items() if not state.rolls_back]
+            results = [value.expr for value in (_activation(forward, "logits"), *returned)]
             results += [read.count for read in forward.expert_reads]
             outputs = [builder.emit_output(result) for result in results]
         builder.emit_func_output(relax.Tuple(outputs), [*arguments, *weights.variables.values()])
@@ -95,7 +97,14 @@ def _define_inputs(forward: ForwardPass, spec: GraphSpec, tokens: int, rows: int
 def _convert(forward: ForwardPass, node: Node) -> None:
     if node.operator not in CONVERTERS:
         raise CompileError(f"operator {node.operator} has no lowering; there are {sorted(CONVERTERS)}")
+    SIGNATURES[node.operator].check(node)
+    if undefined := [name for name in node.inputs if name and not forward.is_defined(name)]:
+        raise CompileError(f"{node.operator} takes {undefined}, which no node before it makes; export the bundle again")
     values = CONVERTERS[node.operator](forward, node)
+    if len(values) != len(node.outputs):
+        raise CompileError(
+            f"{node.operator} has outputs {list(node.outputs)}, its lowering makes {len(values)} of them"
+        )
     for name, value in zip(node.outputs, values, strict=True):
         forward.set(name, value)
 
@@ -105,13 +114,15 @@ def _updated(forward: ForwardPass, state: StateSpec) -> Activation:
     current, following = _activation(forward, state.name), _activation(forward, f"next.{state.name}")
     if not forward.is_held_in(following, current):
         raise CompileError(
-            f"next.{state.name} is not {state.name} changed in place by one of {sorted(RECURRENT_CONVERTERS)}; "
-            "export the bundle again"
+            f"next.{state.name} is not {state.name} changed in place by a kernel; export the bundle again"
         )
     return following
 
 
 def _activation(forward: ForwardPass, name: str) -> Activation:
+    if not forward.is_defined(name):
+        raise CompileError(f"the graph computes no {name}; export the bundle again")
     value = forward.get(name)
-    assert isinstance(value, Activation)
+    if not isinstance(value, Activation):
+        raise CompileError(f"{name} of the graph is {value!r}, which no kernel computes; export the bundle again")
     return value

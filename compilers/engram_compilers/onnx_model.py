@@ -32,6 +32,10 @@ class Node:
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
 
+    def has(self, place: int) -> bool:
+        """Return whether the input at a place is given; ONNX leaves one out by an empty name."""
+        return place < len(self.inputs) and bool(self.inputs[place])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxModel:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from engram_compilers.forward_pass import Converters, ForwardPass
+from engram_compilers.forward_pass import Converters, ForwardPass, scale_of, unbatched
 from engram_compilers.kernels import activation, recurrent
 from engram_compilers.kernels.intrinsics import Expr
 from engram_compilers.onnx_model import Node, Weight
-from engram_compilers.values import Activation, Batched, Value
+from engram_compilers.values import Batched, Value
 from engram_runtime.errors import CompileError
 
 ACTIVATIONS: Mapping[str, Callable[[Expr], Expr]] = {"silu": activation.silu, "none": lambda x: x}
@@ -14,55 +14,41 @@ ACTIVATIONS: Mapping[str, Callable[[Expr], Expr]] = {"silu": activation.silu, "n
 
 def linear_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower the gated delta rule with one decay and one beta per value head."""
-    query, key, value, log_decay, beta = (_unbatched(forward, node, index) for index in (0, 1, 2, 4, 5))
+    query, key, value, log_decay, beta = (unbatched(forward, node, index) for index in (0, 1, 2, 4, 5))
     state = forward.activation(node, 3)
-    rule, scale = node.attributes["update_rule"].decode(), node.attributes["scale"]
     tokens, (_, heads, key_dim, value_dim) = query.shape[0], state.shape
     key_heads = node.attributes["q_num_heads"]
     found = [part.shape for part in (query, key, value, log_decay, beta)]
     narrow, wide = (tokens, key_heads * key_dim), (tokens, heads * value_dim)
-    if rule != "gated_delta" or heads % key_heads or found != [narrow, narrow, wide, (tokens, heads), (tokens, heads)]:
+    alike = node.attributes["kv_num_heads"] == heads and heads % key_heads == 0
+    if not alike or found != [narrow, narrow, wide, (tokens, heads), (tokens, heads)]:
         raise CompileError(
-            f"{node.operator} has rule {rule}, {key_heads} heads and inputs {found} for a state {state.shape}; kernels "
-            "need gated_delta, value heads in equal groups over key heads, and a decay and a beta per value head"
+            f"{node.operator} has {key_heads} heads and inputs {found} for a state {state.shape}; kernels need value "
+            "heads in equal groups over key heads, and a decay and a beta per value head"
         )
+    scale = scale_of(node)
     sizes = (tokens, key_heads, heads, key_dim, value_dim)
     name = f"gated_delta_{'_'.join(map(str, sizes))}_{scale}"
     kernel = forward.kernels.get(name, lambda: recurrent.gated_delta(*sizes, scale))
     inputs = [part.expr for part in (query, key, value, log_decay, beta)]
-    out, following = forward.call_in_place(kernel, inputs, state, value.shape)
+    following, out = forward.call_in_place(kernel, inputs, [state], [value.shape])
     return [Batched(out), following]
 
 
 def causal_conv_with_state(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a depthwise causal convolution, channels last and without a bias."""
-    x, window = _unbatched(forward, node, 0), _unbatched(forward, node, 3)
+    x, window = unbatched(forward, node, 0), unbatched(forward, node, 3)
     weight, name = forward.get(node.inputs[1]), node.attributes["activation"].decode()
-    if (
-        not isinstance(weight, Weight)
-        or node.inputs[2]
-        or name not in ACTIVATIONS
-        or not node.attributes["channels_last"]
-    ):
-        raise CompileError(
-            f"{node.operator} by {node.inputs[1]} with bias {node.inputs[2]!r}, activation {name} and attributes "
-            f"{node.attributes} is not supported; kernels need a stored weight, no bias and channels last"
-        )
+    if not isinstance(weight, Weight):
+        raise CompileError(f"{node.operator} by {node.inputs[1]} is not supported; kernels need a stored weight")
     tokens, channels = x.shape
     sizes = (tokens, channels, weight.shape[2], node.attributes["dilation"])
     kernel = forward.kernels.get(
         f"causal_conv_{'_'.join(map(str, sizes))}_{name}", lambda: recurrent.causal_conv(*sizes, ACTIVATIONS[name])
     )
     taps = forward.packed_weight(weight, lambda: {"taps": forward.model.read(weight)[:, 0].T})
-    out, following = forward.call_in_place(kernel, [x.expr, *taps], window, x.shape)
+    following, out = forward.call_in_place(kernel, [x.expr, *taps], [window], [x.shape])
     return [Batched(out), Batched(following)]
-
-
-def _unbatched(forward: ForwardPass, node: Node, index: int) -> Activation:
-    value = forward.get(node.inputs[index])
-    if not isinstance(value, Batched):
-        raise CompileError(f"input {node.inputs[index]} of {node.operator} has no leading axis of one; unsqueeze it")
-    return value.inner
 
 
 RECURRENT_CONVERTERS: Converters = {

@@ -76,7 +76,7 @@ def split(forward: ForwardPass, node: Node) -> Sequence[Value]:
     x = forward.activation(node, 0)
     if node.attributes.get("axis", 0) not in (-1, len(x.shape) - 1):
         raise CompileError(f"{node.operator} of axis {node.attributes.get('axis')} is not supported")
-    if len(node.inputs) == 1:
+    if not node.has(1):
         if len(node.outputs) != 2 or x.shape[-1] % 2:
             raise CompileError(f"{node.operator} of {x.shape} into {len(node.outputs)} parts is not supported")
         return [Half(x, 0), Half(x, 1)]
@@ -126,7 +126,7 @@ def unsqueeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def squeeze(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Remove axes of one."""
     value = forward.get(node.inputs[0])
-    axes = constant(forward, node, 1).tolist() if len(node.inputs) > 1 else None
+    axes = constant(forward, node, 1).tolist() if node.has(1) else None
     if isinstance(value, np.ndarray):
         return [np.squeeze(value, None if axes is None else tuple(axes))]
     if isinstance(value, Batched) and axes == [0]:
@@ -183,7 +183,7 @@ def slice_(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Take a range of each given axis."""
     value = forward.get(node.inputs[0])
     starts, ends, axes, steps = (
-        constant(forward, node, index).tolist() if len(node.inputs) > index else None for index in (1, 2, 3, 4)
+        constant(forward, node, index).tolist() if node.has(index) else None for index in (1, 2, 3, 4)
     )
     whole = value.shape if isinstance(value, np.ndarray) else forward.activation(node, 0).shape
     axes = list(range(len(starts or []))) if axes is None else axes
@@ -213,7 +213,7 @@ def transpose(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def clip(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Clip to constant bounds."""
     x = forward.activation(node, 0)
-    bounds = [float(scalar(constant(forward, node, i))) if _given(node, i) else None for i in (1, 2)]
+    bounds = [float(scalar(constant(forward, node, i))) if node.has(i) else None for i in (1, 2)]
     low, high = (relax.const(bound, "float32") if bound is not None else None for bound in bounds)
     expr = x.expr
     expr = expr if low is None else relax.op.maximum(expr, low)
@@ -235,10 +235,6 @@ def constant(forward: ForwardPass, node: Node, index: int) -> NDArray[Any]:
     if not isinstance(value, np.ndarray):
         raise CompileError(f"input {node.inputs[index]} of {node.operator} is not known at compile time")
     return value
-
-
-def _given(node: Node, index: int) -> bool:
-    return len(node.inputs) > index and bool(node.inputs[index])
 
 
 STANDARD_CONVERTERS: Converters = {

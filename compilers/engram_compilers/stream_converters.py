@@ -17,7 +17,7 @@ GATE_ACTIVATIONS = {"silu": relax.op.nn.silu, "sigmoid": relax.op.sigmoid}
 def branchwise_rms_norm(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower the norm of each stream."""
     x, branches = forward.activation(node, 0), node.attributes["num_branches"]
-    gain = forward.activation(node, 1) if len(node.inputs) > 1 else None
+    gain = forward.activation(node, 1) if node.has(1) else None
     return [forward.branch_norm(x, gain, node.attributes["epsilon"], branches)]
 
 
@@ -38,10 +38,9 @@ def post_mix(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower the injection of a block's output into every stream."""
     x, out, inject = (forward.activation(node, index) for index in range(3))
     branches, (rows, width) = node.attributes["num_branches"], x.shape
-    if inject.shape != (rows, branches) or len(node.inputs) > 3:
+    if inject.shape != (rows, branches):
         raise CompileError(
-            f"{node.operator} has weights {inject.shape} and {len(node.inputs)} inputs; kernels need one weight a "
-            f"stream and no stream matrix"
+            f"{node.operator} has weights {inject.shape}; kernels need one for each of {branches} streams"
         )
     sizes = (rows, branches, width // branches)
     kernel = forward.kernels.get(f"post_mix_{'_'.join(map(str, sizes))}", lambda: streams.post_mix(*sizes))

@@ -31,7 +31,6 @@ def group_query_attention(
     num_heads: int,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate, append to the cache and attend causally.
 
@@ -41,7 +40,6 @@ def group_query_attention(
         position: ``[1]`` int64.
         cos: ``[S, rotary_dim / 2]``. ``sin`` alike.
         window: tokens a query sees, itself included; None for all before it.
-        softcap: scores become ``softcap * tanh(score / softcap)``.
 
     Returns:
         ``[T, H * hd]`` and the caches with T more entries.
@@ -51,7 +49,7 @@ def group_query_attention(
         out, keys, values = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             (qkv[None], None, None, key_cache, value_cache, total - 1, total.squeeze(0), cos, sin),
-            {"do_rotary": 1, **_attributes(key_cache, num_heads, scale, window, softcap)},
+            {"do_rotary": 1, **_attributes(key_cache, num_heads, scale, window)},
             dtypes=(qkv.dtype, key_cache.dtype, value_cache.dtype),
             shapes=((1, qkv.shape[0], num_heads * key_cache.shape[-1]), key_cache.shape, value_cache.shape),
             version=1,
@@ -59,7 +57,7 @@ def group_query_attention(
         return out.squeeze(0), keys, values
     positions = eager.positions_of(qkv, position)
     query, keys, values = eager.append(qkv, key_cache, value_cache, positions, cos, sin, num_heads)
-    return eager.attend(query, keys, values, eager.visible(positions, window), scale, softcap), keys, values
+    return eager.attend(query, keys, values, eager.visible(positions, window), scale), keys, values
 
 
 def shared_attention(
@@ -73,7 +71,6 @@ def shared_attention(
     num_heads: int,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """Rotate queries and attend over the caches another layer has extended by the same T tokens.
 
@@ -88,8 +85,8 @@ def shared_attention(
         node: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::SharedAttention",
             (query, keys, values, position, cos, sin),
-            # A function's attributes have no defaults, so absent ones are written as onnxruntime's neutral values.
-            {"local_window_size": -1, "softcap": 0.0, **_attributes(keys, num_heads, scale, window, softcap)},
+            # A function's attributes have no defaults, so no window is written as onnxruntime's -1.
+            {"local_window_size": -1, **_attributes(keys, num_heads, scale, window)},
             dtype=query.dtype,
             shape=query.shape,
             version=1,
@@ -97,7 +94,7 @@ def shared_attention(
         return node
     positions = eager.positions_of(query, position)
     rotated = eager.rotate(eager.split_heads(query, keys.shape[-1]), cos[positions], sin[positions])
-    return eager.attend(rotated, keys, values, eager.visible(positions, window), scale, softcap)
+    return eager.attend(rotated, keys, values, eager.visible(positions, window), scale)
 
 
 def indexed_attention(
@@ -145,7 +142,7 @@ def indexed_attention(
     caches = (key_cache, value_cache, index_cache)
     if torch.compiler.is_exporting():
         attributes: Attributes = {
-            **_attributes(key_cache, num_heads, scale, None, None),
+            **_attributes(key_cache, num_heads, scale, None),
             "index_heads": index_qk.shape[1] // index_cache.shape[-1] - 1,
             "rotary_dim": 2 * cos.shape[1],
             "budget": budget,
@@ -168,13 +165,11 @@ def indexed_attention(
     index_query = eager.rotate(normed, cos[positions], sin[positions])
     seen = eager.visible(positions, None) & eager.selected(index_query, index, positions, budget // block, block)
     query, keys, values = eager.append(qkv, key_cache, value_cache, positions, cos, sin, num_heads)
-    return eager.attend(query, keys, values, seen, scale, None), keys, values, index
+    return eager.attend(query, keys, values, seen, scale), keys, values, index
 
 
-def _attributes(keys: Tensor, num_heads: int, scale: float, window: int | None, softcap: float | None) -> Attributes:
+def _attributes(keys: Tensor, num_heads: int, scale: float, window: int | None) -> Attributes:
     attributes: Attributes = {"num_heads": num_heads, "kv_num_heads": keys.shape[1], "scale": scale}
     if window is not None:
         attributes["local_window_size"] = window
-    if softcap is not None:
-        attributes["softcap"] = softcap
     return attributes

@@ -41,13 +41,11 @@ def visible(positions: Tensor, window: int | None) -> Tensor:
     return (distance >= 0) & (distance < (window or len(distance[0])))
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Attend with ``[H, T, hd]`` over cache rows where ``visible [T, L]``; return ``[T, H * hd]``."""
     group = query.shape[0] // keys.shape[1]
     keys, values = (cache[0, :, : visible.shape[1]].repeat_interleave(group, dim=0) for cache in (keys, values))
     scores = query @ keys.transpose(1, 2) * scale  # [H, T, L]
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     return (weights @ values).transpose(0, 1).flatten(1)
 

@@ -14,7 +14,7 @@ DOMAIN_VERSION = 1
 # An empty key and value tell GroupQueryAttention that the caches already hold this pass's tokens.
 _SHARED_ATTENTION = """
 <domain: "engram", opset_import: ["" : 23, "com.microsoft" : 1]>
-SharedAttention <num_heads, kv_num_heads, scale, local_window_size, softcap>
+SharedAttention <num_heads, kv_num_heads, scale, local_window_size>
 (query, keys, values, position, cos, sin) => (out)
 {
     zero = Constant <value_ints = [0]> ()
@@ -33,7 +33,7 @@ SharedAttention <num_heads, kv_num_heads, scale, local_window_size, softcap>
     batched = Unsqueeze (query, zero)
     attended = com.microsoft.GroupQueryAttention <
         num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale, do_rotary = 1,
-        local_window_size: int = @local_window_size, softcap: float = @softcap
+        local_window_size: int = @local_window_size
     > (batched, none, none, keys, values, last_int, total_scalar, cos, sin)
     out = Squeeze (attended, zero)
 }

@@ -22,7 +22,8 @@ def sigmoid(x: Expr) -> Expr:
     """Return 1 / (1 + exp(-x)) of 16 lanes; exp only ever sees -|x|, so nothing overflows."""
 
     def quotient(decay: Expr, x: Expr) -> Expr:
-        return T.Select(x >= splat(0.0), splat(1.0), decay) / (decay + splat(1.0))
+        value = T.Select(x >= splat(0.0), splat(1.0), decay) / (decay + splat(1.0))
+        return T.Select(T.fabs(x) <= splat(math.inf), value, x)  # a nan stays one
 
     return let(x, lambda x: let(exp16(splat(0.0) - T.fabs(x)), lambda decay: quotient(decay, x)))
 

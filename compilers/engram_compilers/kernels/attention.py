@@ -14,6 +14,7 @@ from engram_compilers.kernels.loops import LANES, loop_over
 from engram_compilers.kernels.online_softmax import AttentionShape, Operands, attend_all, live_words
 from engram_compilers.kernels.packing import require_indexable
 from engram_compilers.kernels.rotary import ROTATED_PER_US, rotate
+from engram_runtime.errors import CompileError
 
 
 def rope_append(
@@ -69,14 +70,19 @@ def attend(
     capacity: int,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
 ) -> tirx.PrimFunc:
     """Build ``(q f32 [T, H*hd], k_cache, v_cache f32 [1, Hkv, S, hd], position i64 [1]) -> out f32 [T, H*hd]``.
 
-    out[t] = softmax(scale * q[t] . K) V over cache rows 0..position+t, or the last ``window`` of them. With a softcap
-    it is softmax(softcap * tanh(scale * q[t] . K / softcap)). The order is that of `online_softmax`, the same for
-    every T.
+    out[t] = softmax(scale * q[t] . K) V over cache rows 0..position+t, or the last ``window`` of them. The order is
+    that of `online_softmax`, the same for every T.
+
+    Raises:
+        CompileError: the window holds no token.
     """
+    if window is not None and window < 1:
+        raise CompileError(
+            f"attention has a window of {window} tokens, kernels need at least 1; export the model again"
+        )
     shape = AttentionShape(
         tokens=tokens,
         heads=heads,
@@ -84,8 +90,7 @@ def attend(
         head_dim=head_dim,
         capacity=capacity,
         scale=scale,
-        window=window or capacity,
-        softcap=softcap,
+        window=capacity if window is None else window,
     )
     require_indexable("the key cache", kv_heads, capacity, head_dim)
 

@@ -1,10 +1,10 @@
 """Attention in one pass over the keys: a running softmax whose order of sums no number of tokens changes.
 
-A score sums lane i over dimensions i, i+16, ... ascending by fma, then adds the lanes in the tree of `lane_sums`; with
-a softcap it becomes tanh(score * scale / softcap). Keys go in blocks of 64 aligned to position 0. A block updates the
-running peak, then with c = exp((peak before - peak) * s) and p = exp((score - peak) * s), s being the scale or the
-softcap, the running total = fma(total, c, tree sum of p) and output = output * c, output = fma(p, v, output) key by
-key ascending. At the end out = output / total. Keys that are not live have p = 0: leaving them out changes no bit.
+A score sums lane i over dimensions i, i+16, ... ascending by fma, then adds the lanes in the tree of `lane_sums`. Keys
+go in blocks of 64 aligned to position 0. A block updates the running peak, then with
+c = exp((peak before - peak) * scale) and p = exp((score - peak) * scale) the running total = fma(total, c, tree sum of
+p) and output = output * c, output = fma(p, v, output) key by key ascending. At the end out = output / total. Keys that
+are not live have p = 0: leaving them out changes no bit.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from itertools import product
 from tvm.script import tirx as T
 
 from engram_compilers.kernels import loops
-from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_max, lane_sum, lane_sums, lanes, let, splat
+from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
 from engram_compilers.kernels.loops import LANES
 
 KEY_BLOCK = 64  # keys between two updates of the running softmax
@@ -40,7 +40,6 @@ class AttentionShape:
     capacity: int
     scale: float
     window: int
-    softcap: float | None = None
 
     @property
     def vectors(self) -> int:
@@ -189,8 +188,6 @@ def _score_block(
             T.buffer_store(running.scores, splat(_MINUS_INFINITY), [g, lanes(i)])
         with T.serial(low // LANES, high // LANES + 1) as step, _if_live(operands, token, step):
             scores = _dots(shape, operands.q, token, head + g, operands.k_cache, step * LANES)
-            if shape.softcap is not None:
-                scores = _tanh16(scores * splat(shape.scale / shape.softcap))
             masked = T.Select(_live(operands, token, step, low, high), scores, splat(_MINUS_INFINITY))
             T.buffer_store(running.scores, masked, [g, lanes(step * LANES % KEY_BLOCK)])
 
@@ -203,16 +200,6 @@ def _live(operands: Operands, token: Expr, step: Expr, low: Expr, high: Expr) ->
         return in_reach
     bits = T.bitwise_and(T.shift_right(splat(operands.live[token, step]), lanes(0)), splat(1))
     return T.And(in_reach, bits != splat(0))
-
-
-def _tanh16(x: Expr) -> Expr:
-    """Return tanh(x) on float32x16 to about 2^-23; exp only ever sees -|x|, so nothing overflows."""
-
-    def signed(x: Expr, decay: Expr) -> Expr:
-        size = (splat(1.0) - decay) / (splat(1.0) + decay)
-        return T.Select(x < splat(0.0), splat(0.0) - size, size)
-
-    return let(x, lambda x: let(exp16(T.fabs(x) * splat(-2.0)), lambda decay: signed(x, decay)))
 
 
 def _dots(shape: AttentionShape, q: Expr, token: Expr, head: Expr, k_cache: Expr, key: Expr) -> Expr:
@@ -230,7 +217,7 @@ def _dots(shape: AttentionShape, q: Expr, token: Expr, head: Expr, k_cache: Expr
 
 def _softmax_step(shape: AttentionShape, running: _Running, first_row: Expr) -> None:
     """Raise the peak to the block's, turn its scores into exponentials and add them to the total."""
-    scale = T.float32(shape.scale if shape.softcap is None else shape.softcap)
+    scale = T.float32(shape.scale)
     with T.serial(shape.together) as g:
         row = first_row + g
         best = T.Bind(T.max(running.peak[row], lane_max(_fold_block(running.scores, g, T.max))))

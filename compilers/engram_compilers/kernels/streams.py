@@ -90,7 +90,7 @@ def gate_value(rows: int, streams: int, columns: int) -> tirx.PrimFunc:
                     sums[i] = fma(key[row, edge], query[row, edge], sums[i])
                 score: T.let = lane_sum(sums[lanes(0)]) * T.float32(columns**-0.5)
                 root: T.let = T.sqrt(T.max(T.fabs(score), T.float32(GATE_FLOOR)))
-                signed: T.let = T.Select(score > 0.0, root, T.Select(score < 0.0, -root, T.float32(0.0)))
+                signed: T.let = T.Select(score > 0.0, root, T.Select(score < 0.0, -root, score))  # a nan stays one
                 gate[lanes(0)] = sigmoid(splat(signed))
                 for column in T.serial(columns):
                     y[row, first + column] = gate[0] * value[row, column]
