@@ -142,8 +142,8 @@ class LLM:
     def _prefill(self, prompt_ids: Sequence[int]) -> tuple[NDArray[np.float32], int]:
         """Make the session hold the prompt; returns logits ``[V]`` and how many tokens were computed."""
         shared = _common_length(self.session.token_ids, prompt_ids[:-1])
-        self.session.trim(len(self.session) - shared)
-        return self.session.prefill(prompt_ids[shared:]), len(prompt_ids) - shared
+        again = self.session.trim(len(self.session) - shared)
+        return self.session.prefill(prompt_ids[shared:]), again + len(prompt_ids) - shared
 
     def _finish_reason(self, token_ids: Sequence[int], stopped: str | None, max_tokens: int) -> str:
         if stopped is not None:
