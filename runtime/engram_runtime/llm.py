@@ -14,7 +14,7 @@ from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
 from engram_runtime.generation import Generation, decode_tokens
 from engram_runtime.sampling import SamplingOptions, make_sampler
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -44,7 +44,7 @@ class LLM:
         """
         self.bundle = Bundle.open(Path(bundle))
         self.executor = load_executor(executor, self.bundle, threads=threads)
-        self.session = Session(self.bundle, self.executor, open_sites(self.bundle), tables_on=tables_on)
+        self.session = Session.open(self.bundle, self.executor, tables_on=tables_on)
         self._tokenizer: TextTokenizer | None = None
         self.last: Generation | None = None
 

@@ -1,5 +1,6 @@
 """One sequence: token ids in, logits out, with rows fetched and caches kept."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -36,8 +37,21 @@ class Site:
 
 
 def open_sites(bundle: Bundle) -> list[Site]:
-    """Open every table of a bundle; the caller closes their stores."""
-    return [Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec)) for spec in bundle.manifest.tables]
+    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores."""
+    with contextlib.ExitStack() as opened:
+        sites = []
+        for spec in bundle.manifest.tables:
+            site = Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec))
+            opened.callback(site.table.close)
+            sites.append(site)
+        opened.pop_all()
+    return sites
+
+
+def close_sites(sites: Sequence[Site]) -> None:
+    """Close the tables of sites."""
+    for site in sites:
+        site.table.close()
 
 
 class Session:
@@ -59,6 +73,16 @@ class Session:
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
         self._stale = False  # whether states may hold other tokens than `token_ids`
+
+    @classmethod
+    def open(cls, bundle: Bundle, executor: Executor, *, tables_on: bool = True) -> Self:
+        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start."""
+        with contextlib.ExitStack() as opened:
+            sites = open_sites(bundle)
+            opened.callback(close_sites, sites)
+            session = cls(bundle, executor, sites, tables_on=tables_on)
+            opened.pop_all()
+        return session
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -167,8 +191,7 @@ class Session:
 
     def close(self) -> None:
         """Close the tables."""
-        for site in self._sites:
-            site.table.close()
+        close_sites(self._sites)
 
     def __enter__(self) -> Self:
         return self
