@@ -1,4 +1,4 @@
-"""A session's states follow its tokens, whatever interrupts a step, and its tables don't outlive it."""
+"""A session's states follow its tokens, whatever interrupts a step, and fit the machine's memory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +8,11 @@ import pytest
 from numpy.typing import NDArray
 from tests.test_manifest import sound_manifest
 
+from engram_runtime import executor as executors
 from engram_runtime.bundle import Bundle
-from engram_runtime.executor import Step, StepInputs
-from engram_runtime.manifest import Manifest
+from engram_runtime.errors import RequestError
+from engram_runtime.executor import Step, StepInputs, allocate_states
+from engram_runtime.manifest import Manifest, StateSpec
 from engram_runtime.session import Session
 
 RECURRENT = {"name": "state.0", "dtype": "float32", "shape": [1, 2, 4, 4], "kind": "recurrent"}
@@ -94,3 +96,28 @@ def test_states_with_an_entry_per_position_are_written_over_after_an_interruptio
     assert session.trim(1) == 0
     session.prefill([10])
     assert executor.steps == [(2, 1)]
+
+
+def states(*positions: int) -> list[StateSpec]:
+    """Return caches of a KiB per position."""
+    return [
+        StateSpec(name=f"key.{i}", dtype="float32", shape=(1, 1, count, 256), kind="positional")
+        for i, count in enumerate(positions)
+    ]
+
+
+def test_states_that_together_are_larger_than_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "physical_memory", lambda: 3 << 30)
+    with pytest.raises(RequestError) as caught:
+        allocate_states(states(2 << 20, (1 << 20) + (1 << 19)))
+    assert str(caught.value) == (
+        "the states need 3.5 GiB, this machine has 3.0 GiB of memory; export with a smaller --context"
+    )
+
+
+def test_states_as_large_as_memory_are_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "physical_memory", lambda: 5 << 10)
+    assert {name: state.shape for name, state in allocate_states(states(2, 3)).items()} == {
+        "key.0": (1, 1, 2, 256),
+        "key.1": (1, 1, 3, 256),
+    }
