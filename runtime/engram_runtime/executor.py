@@ -99,7 +99,7 @@ def allocate_states(specs: Sequence[StateSpec]) -> dict[str, NDArray[np.float32]
 
 
 def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:
-    """Return ``[T, C, d]`` zeros: with them a site adds nothing to the model."""
+    """Return ``[T, C, d]`` zeros, which switch an Engram site off; see `Session`."""
     return np.zeros((count, table.keyer.columns, table.record.columns), dtype=np.float32)
 
 

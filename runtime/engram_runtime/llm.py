@@ -35,7 +35,7 @@ class LLM:
         Args:
             executor: ``tvm`` or ``onnxruntime``.
             threads: worker threads, or None for the executor's own choice.
-            tables_on: False runs the model as if it had no tables.
+            tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
 
         Raises:
             BundleError: the bundle is damaged.

@@ -61,7 +61,8 @@ class Session:
         """Start an empty sequence.
 
         Args:
-            tables_on: False feeds zero rows, so the model runs as if it had no tables.
+            tables_on: False feeds zero rows. Engram sites then add nothing; Gemma's per-layer inputs are left with the
+                projection of the token's embedding, at the scale it has beside rows.
         """
         self._model = bundle.manifest.model
         specs = bundle.manifest.decoder.states
