@@ -250,6 +250,34 @@ def test_sites_open_without_a_decoder_and_sessions_do_not(folder: Path) -> None:
     )
 
 
+def open_files() -> set[Path]:
+    return set(Path("/proc/self/fd").iterdir())
+
+
+def test_tables_are_closed_where_a_later_one_cant_be_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESIDENT_LIMIT_BYTES", 0)
+    sound = manifest_json(contents())["tables"][0]
+    missing = row_range(file=str(tmp_path / "gone"), external=True, identity="a")
+    damaged = sound | {"site": "layer_2", "parts": [{"row_bytes": COLUMNS + 2, "ranges": [missing]}]}
+    change_manifest(folder, "graphs", value={})
+    change_manifest(folder, "tables", value=[sound, damaged])
+    bundle, before = Bundle.open(folder), open_files()
+    with pytest.raises(TableError, match="gone can't be opened"):
+        open_sites(bundle)
+    assert open_files() == before
+
+
+def test_tables_are_closed_where_a_session_cant_begin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESIDENT_LIMIT_BYTES", 0)
+    change_manifest(folder, "graphs", value={})
+    bundle, before = Bundle.open(folder), open_files()
+    with pytest.raises(BundleError, match="no decoder"):
+        Session.open(bundle, ScriptedExecutor(scripted_logits([1])))
+    assert open_files() == before
+
+
 def test_every_identity_of_an_external_file_is_checked(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_bytes(contents()[TABLE])

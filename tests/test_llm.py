@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.tiny import CONTEXT, VOCAB
+from tests.tiny import CONTEXT, VOCAB, TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, random_ids, stepwise_logits
 
 from engram_runtime import LLM, EngramError, Generation, SamplingOptions
@@ -86,15 +86,20 @@ def test_a_prompt_that_begins_like_the_last_one_gives_what_a_fresh_model_gives(
         found = used.generate(f"{PROMPT} and the rows", max_tokens=12)
     with LLM(workshop.ready().path, executor, threads=THREADS) as fresh:
         expected = fresh.generate(f"{PROMPT} and the rows", max_tokens=12)
-    assert found.prefilled_tokens < expected.prefilled_tokens
+    assert found.prompt_tokens == expected.prompt_tokens
     assert same(found, expected)
 
 
-def test_of_a_repeated_prompt_only_the_last_token_is_computed(llm: LLM) -> None:
-    first, second = (llm.generate(PROMPT, max_tokens=3) for _ in range(2))
-    length = len(llm.tokenizer.encode(PROMPT))
+@pytest.mark.parametrize("window", [False, True])
+def test_of_a_repeated_prompt_only_the_last_token_is_computed_unless_a_window_is_to_go_back(
+    workshop: Workshop, window: bool
+) -> None:
+    bundle = workshop.bundle(workshop.checkpoint(TinyModel(), TinySite(convolution=window)), quant="int8")
+    with LLM(bundle.path, "onnxruntime", threads=THREADS) as llm:
+        first, second = (llm.generate(PROMPT, max_tokens=3) for _ in range(2))
+        length = len(llm.tokenizer.encode(PROMPT))
     assert (first.prompt_tokens, first.prefilled_tokens) == (length, length)
-    assert (second.prompt_tokens, second.prefilled_tokens) == (length, 1)
+    assert (second.prompt_tokens, second.prefilled_tokens) == (length, length if window else 1)
 
 
 def test_a_stream_that_is_left_early_does_not_disturb_the_next(llm: LLM) -> None:

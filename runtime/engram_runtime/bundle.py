@@ -113,13 +113,13 @@ class Bundle:
 
     def _token_map(self, relative: str) -> NDArray[np.int64]:
         vocab_size = self.manifest.model.vocab_size
-        data = np.fromfile(self.file(relative), dtype=np.uint8)
-        if len(data) != 4 * vocab_size:
+        size = self.file(relative).stat().st_size
+        if size != 4 * vocab_size:
             raise BundleError(
-                f"token map {relative} holds {len(data)} bytes, a vocabulary of {vocab_size} needs {4 * vocab_size}; "
+                f"token map {relative} holds {size} bytes, a vocabulary of {vocab_size} needs {4 * vocab_size}; "
                 f"export again"
             )
-        values = data.view("<i4").astype(np.int64)
+        values = np.fromfile(self.file(relative), dtype="<i4", count=vocab_size).astype(np.int64)
         if (smallest := values.min()) < 0:
             raise BundleError(
                 f"token map {relative} maps token {values.argmin()} to {smallest}, expected ids from 0; export again"

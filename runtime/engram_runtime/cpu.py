@@ -1,4 +1,4 @@
-"""What this machine's processor can do, read from the operating system, never from model names."""
+"""What this machine's processor can do and its memory holds, read from the operating system, never from model names."""
 
 import os
 import platform
@@ -22,6 +22,11 @@ def cpu_flags() -> frozenset[str]:
 def machine() -> str:
     """Return the instruction set architecture, e.g. ``x86_64`` or ``aarch64``."""
     return platform.machine()
+
+
+def physical_memory() -> int:
+    """Return the bytes of memory this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_cpus() -> list[int]:

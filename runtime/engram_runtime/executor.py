@@ -1,6 +1,7 @@
 """What runs a graph: the protocol, and the executors by name."""
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
+from engram_runtime.cpu import physical_memory
 from engram_runtime.errors import RequestError
 from engram_runtime.manifest import StateSpec
 from engram_runtime.table_spec import TableSpec
@@ -81,12 +83,23 @@ def load_executor(name: str, bundle: Bundle, *, threads: int | None) -> Executor
 
 
 def allocate_states(specs: Sequence[StateSpec]) -> dict[str, NDArray[np.float32]]:
-    """Return zeroed, aligned states by name; pages are touched only as positions are used."""
+    """Return zeroed, aligned states by name; pages are touched only as positions are used.
+
+    Raises:
+        RequestError: they are larger than the machine's memory.
+    """
+    # All are summed first, as the system may grant each by itself and end the process once they fill.
+    needed, memory = sum(4 * math.prod(spec.shape) for spec in specs), physical_memory()
+    if needed > memory:
+        raise RequestError(
+            f"the states need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB of memory; "
+            f"export with a smaller --context"
+        )
     return {spec.name: aligned_zeros(spec.shape) for spec in specs}
 
 
 def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:
-    """Return ``[T, C, d]`` zeros: with them a site adds nothing to the model."""
+    """Return ``[T, C, d]`` zeros, which switch an Engram site off; see `Session`."""
     return np.zeros((count, table.keyer.columns, table.record.columns), dtype=np.float32)
 
 

@@ -16,7 +16,7 @@ class Generation:
 
     Attributes:
         finish_reason: ``stop`` for an end token, ``stop_string``, ``length`` for max_tokens, or ``context``.
-        prefilled_tokens: prompt tokens that were computed; the others were in the cache already.
+        prefilled_tokens: prompt tokens that were computed, be it again; the states held the others already.
         ttft_s: seconds from the request to the first token.
         decode_s: seconds from the first token to the last.
     """

@@ -1,5 +1,6 @@
 """How a manifest describes keyers: constants as data, parsed by their ``kind``."""
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -137,13 +138,16 @@ class NgramKeyerSpec:
         """Refuse constants that contradict each other."""
         ascending = list(self.orders) == sorted(set(self.orders))
         if not self.orders or not ascending or self.orders[0] < 1 or self.orders[-1] > 16:
-            raise BundleError(f"n-gram orders are {list(self.orders)}, expected ascending lengths from 1 to 16")
+            raise BundleError(
+                f"n-gram orders are {reprlib.repr(list(self.orders))}, expected ascending lengths from 1 to 16"
+            )
         if len(self.multipliers) != max(self.orders) or min(self.multipliers) < 1:
-            raise BundleError(f"keyer has multipliers {list(self.multipliers)}, expected {max(self.orders)} positive")
+            found = reprlib.repr(list(self.multipliers))
+            raise BundleError(f"keyer has multipliers {found}, expected {max(self.orders)} positive")
         self._check_columns()
         for name, ids in (("barrier_ids", self.barrier_ids), ("silent_ids", self.silent_ids)):
             if list(ids) != sorted(set(ids)) or min(ids, default=0) < 0:
-                raise BundleError(f"keyer has {name} {list(ids)}, expected ascending ids from 0")
+                raise BundleError(f"keyer has {name} {reprlib.repr(list(ids))}, expected ascending ids from 0")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse ids with a part of their own that no token has."""
@@ -157,7 +161,7 @@ class NgramKeyerSpec:
                 f"keyer has {len(self.primes)} primes and {len(self.offsets)} offsets, expected {columns} of each"
             )
         if min(self.primes) < 2:
-            raise BundleError(f"keyer has primes {list(self.primes)}, expected numbers from 2")
+            raise BundleError(f"keyer has primes {reprlib.repr(list(self.primes))}, expected numbers from 2")
         running = 0
         for prime, offset in zip(self.primes, self.offsets, strict=True):
             if offset != running:

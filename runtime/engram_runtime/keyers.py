@@ -22,17 +22,12 @@ class Keyer(Protocol):
         ...
 
     @property
-    def min_rows(self) -> int:
-        """Rows a table must have for every row id to lie in it."""
-        ...
-
-    @property
     def context(self) -> int:
         """How many earlier tokens a row id depends on."""
         ...
 
     def row_ids(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return ``[T, C]`` row ids in ``[0, min_rows)`` or `NO_ROW`.
+        """Return ``[T, C]`` row ids in ``[0, min_rows)`` of the keyer's spec, or `NO_ROW`.
 
         Args:
             history: raw ids before ``token_ids``; only the last `context` matter.
@@ -57,11 +52,6 @@ class TokenKeyer:
     def columns(self) -> int:
         """See `Keyer.columns`."""
         return 1
-
-    @property
-    def min_rows(self) -> int:
-        """See `Keyer.min_rows`."""
-        return self.vocab_size
 
     @property
     def context(self) -> int:
@@ -105,11 +95,6 @@ class NgramKeyer:
     def columns(self) -> int:
         """See `Keyer.columns`."""
         return len(self.primes)
-
-    @property
-    def min_rows(self) -> int:
-        """See `Keyer.min_rows`: the sum of the primes."""
-        return int(self.primes.sum())
 
     @property
     def context(self) -> int:

@@ -14,7 +14,7 @@ from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
 from engram_runtime.generation import Generation, decode_tokens
 from engram_runtime.sampling import SamplingOptions, make_sampler
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -35,7 +35,7 @@ class LLM:
         Args:
             executor: ``tvm`` or ``onnxruntime``.
             threads: worker threads, or None for the executor's own choice.
-            tables_on: False runs the model as if it had no tables.
+            tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
 
         Raises:
             BundleError: the bundle is damaged.
@@ -44,7 +44,7 @@ class LLM:
         """
         self.bundle = Bundle.open(Path(bundle))
         self.executor = load_executor(executor, self.bundle, threads=threads)
-        self.session = Session(self.bundle, self.executor, open_sites(self.bundle), tables_on=tables_on)
+        self.session = Session.open(self.bundle, self.executor, tables_on=tables_on)
         self._tokenizer: TextTokenizer | None = None
         self.last: Generation | None = None
 
@@ -142,8 +142,8 @@ class LLM:
     def _prefill(self, prompt_ids: Sequence[int]) -> tuple[NDArray[np.float32], int]:
         """Make the session hold the prompt; returns logits ``[V]`` and how many tokens were computed."""
         shared = _common_length(self.session.token_ids, prompt_ids[:-1])
-        self.session.trim(len(self.session) - shared)
-        return self.session.prefill(prompt_ids[shared:]), len(prompt_ids) - shared
+        again = self.session.trim(len(self.session) - shared)
+        return self.session.prefill(prompt_ids[shared:]), again + len(prompt_ids) - shared
 
     def _finish_reason(self, token_ids: Sequence[int], stopped: str | None, max_tokens: int) -> str:
         if stopped is not None:

@@ -88,7 +88,8 @@ class StateSpec:
         fields.finish()
         sound = 2 <= len(spec.shape) <= 8 and min(spec.shape) > 0 and math.prod(spec.shape) <= MAX_STATE_VALUES
         if spec.kind not in STATE_KINDS or spec.dtype != "float32" or not sound:
-            raise BundleError(f"state {spec.name} is {spec.dtype} {list(spec.shape)} {spec.kind}, which can't be held")
+            shape = reprlib.repr(list(spec.shape))
+            raise BundleError(f"state {spec.name} is {spec.dtype} {shape} {spec.kind}, which can't be held")
         return spec
 
 
@@ -184,12 +185,13 @@ class Manifest:
 
     def check(self) -> None:
         """Refuse references to files that the manifest does not list, and names that stand twice."""
-        listed = [entry.path for entry in self.files]
+        paths = [entry.path for entry in self.files]
+        listed = set(paths)
         graph_files = [path for graph in self.graphs.values() for path in (graph.file, graph.weights)]
         for path in [*graph_files, *(path for table in self.tables for path in table.files)]:
             if path not in listed:
                 raise BundleError(f"manifest refers to {path!r}, which is not among its files")
-        _refuse_twice(listed, "file")
+        _refuse_twice(paths, "file")
         _refuse_twice([table.site for table in self.tables], "table site")
         for table in self.tables:
             table.keyer.check_vocabulary(self.model.vocab_size)
@@ -205,7 +207,9 @@ class Manifest:
         elif name in sites:
             _check_site_graph(name, graph, sites[name])
         else:
-            raise BundleError(f"graph {name!r} is unknown; expected {DECODER!r} or one of {sorted(sites)}")
+            raise BundleError(
+                f"graph {name!r} is unknown; expected {DECODER!r} or one of {reprlib.repr(sorted(sites))}"
+            )
         for state in graph.states:
             if state.rolls_back and state.shape[-2] != self.model.context_length:
                 raise BundleError(
@@ -221,10 +225,12 @@ class Manifest:
             *(_rows_input(table) for table in self.tables),
         ]
         if (found := _interfaces(decoder.inputs)) != inputs:
-            raise BundleError(f"the graph's inputs are {found}, its tables call for {inputs}")
+            raise BundleError(
+                f"the graph's inputs are {reprlib.repr(found)}, its tables call for {reprlib.repr(inputs)}"
+            )
         outputs: list[Interface] = [("logits", "float32", ("R", self.model.vocab_size))]
         if (found := _interfaces(decoder.outputs)) != outputs:
-            raise BundleError(f"the graph's outputs are {found}, its vocabulary calls for {outputs}")
+            raise BundleError(f"the graph's outputs are {reprlib.repr(found)}, its vocabulary calls for {outputs}")
 
 
 Interface = tuple[str, str, tuple[int | str, ...]]  # name, dtype, shape of a tensor
@@ -242,7 +248,7 @@ def _check_site_graph(name: str, graph: GraphSpec, table: TableSpec) -> None:
     rows = _rows_input(table)
     found = [tensor for tensor in _interfaces(graph.inputs) if tensor[0].startswith("rows.")]
     if found != [rows]:
-        raise BundleError(f"graph {name} takes rows {found}, its table gives {[rows]}")
+        raise BundleError(f"graph {name} takes rows {reprlib.repr(found)}, its table gives {[rows]}")
 
 
 def _check_version(version: int) -> None:

@@ -1,5 +1,6 @@
 """One sequence: token ids in, logits out, with rows fetched and caches kept."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -36,8 +37,21 @@ class Site:
 
 
 def open_sites(bundle: Bundle) -> list[Site]:
-    """Open every table of a bundle; the caller closes their stores."""
-    return [Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec)) for spec in bundle.manifest.tables]
+    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores."""
+    with contextlib.ExitStack() as opened:
+        sites = []
+        for spec in bundle.manifest.tables:
+            site = Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec))
+            opened.callback(site.table.close)
+            sites.append(site)
+        opened.pop_all()
+    return sites
+
+
+def close_sites(sites: Sequence[Site]) -> None:
+    """Close the tables of sites."""
+    for site in sites:
+        site.table.close()
 
 
 class Session:
@@ -47,16 +61,29 @@ class Session:
         """Start an empty sequence.
 
         Args:
-            tables_on: False feeds zero rows, so the model runs as if it had no tables.
+            tables_on: False feeds zero rows. Engram sites then add nothing; Gemma's per-layer inputs are left with the
+                projection of the token's embedding, at the scale it has beside rows.
         """
         self._model = bundle.manifest.model
-        self._specs = bundle.manifest.decoder.states
+        specs = bundle.manifest.decoder.states
         self._executor = executor
         self._sites = sites
         self._tables_on = tables_on
-        self._states = allocate_states(self._specs)
-        self._step = executor.bind(self._states)
+        states = allocate_states(specs)
+        self._one_way = [states[spec.name] for spec in specs if not spec.rolls_back]
+        self._step = executor.bind(states)
         self._token_ids: list[int] = []
+        self._stale = False  # whether states may hold other tokens than `token_ids`
+
+    @classmethod
+    def open(cls, bundle: Bundle, executor: Executor, *, tables_on: bool = True) -> Self:
+        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start."""
+        with contextlib.ExitStack() as opened:
+            sites = open_sites(bundle)
+            opened.callback(close_sites, sites)
+            session = cls(bundle, executor, sites, tables_on=tables_on)
+            opened.pop_all()
+        return session
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -94,41 +121,62 @@ class Session:
         """Add tokens and yield the logits of every position, ``[chunk, V]`` at a time."""
         return self._forward(token_ids, every_position=True)
 
-    def trim(self, count: int) -> None:
-        """Forget the last ``count`` tokens, as if they had never been added.
+    def trim(self, count: int) -> int:
+        """Forget the last ``count`` tokens, as if they had never been added; returns how many were computed again.
 
-        States without an entry per position can't step back, so the kept tokens are computed again.
+        States without an entry per position can't step back, so with them the kept tokens are computed again.
         """
         if not 0 <= count <= len(self):
             raise RequestError(f"can't trim {count} tokens of a sequence of {len(self)}")
-        kept = self._token_ids[: len(self) - count]
-        if count == 0 or all(spec.rolls_back for spec in self._specs):
-            self._token_ids = kept
-            return
-        self._token_ids = []
-        for spec in self._specs:
-            if not spec.rolls_back:
-                self._states[spec.name][...] = 0
-        if kept:
-            self.prefill(kept)
+        if count:
+            self._stale = True
+            self._token_ids = self._token_ids[:-count]
+        return self._restore()
 
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)
-        start = 0
-        for size in self._executor.chunks(len(ids)):
-            chunk = ids[start : start + size]
-            wanted = np.arange(size) if every_position else np.array([size - 1])
-            inputs = StepInputs(
-                token_ids=chunk, position=len(self), logit_rows=wanted.astype(np.int64), rows=self._rows(chunk)
-            )
+        self._restore()
+        for chunk in self._chunks(ids):
+            inputs = self._inputs(self._token_ids, chunk, every_position=every_position)
+            self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
             logits = self._step(inputs)
             self._token_ids += chunk.tolist()
-            start += size
+            self._stale = False
             yield logits
 
-    def _rows(self, token_ids: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:
+    def _restore(self) -> int:
+        """Make the states hold `token_ids` alone; returns how many tokens were computed again for that."""
+        if not self._stale:
+            return 0
+        for state in self._one_way:
+            state[...] = 0
+        again = self._token_ids if self._one_way else []
+        start = 0
+        for chunk in self._chunks(np.asarray(again, dtype=np.int64)):
+            self._step(self._inputs(again[:start], chunk, every_position=False))
+            start += len(chunk)
+        self._stale = False
+        return len(again)
+
+    def _chunks(self, token_ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        start = 0
+        for size in self._executor.chunks(len(token_ids)):
+            yield token_ids[start : start + size]
+            start += size
+
+    def _inputs(self, history: Sequence[int], token_ids: NDArray[np.int64], *, every_position: bool) -> StepInputs:
+        """Return the inputs of a pass over ``token_ids [T]`` after ``history``."""
+        count = len(token_ids)
+        return StepInputs(
+            token_ids=token_ids,
+            position=len(history),
+            logit_rows=np.arange(0 if every_position else count - 1, count, dtype=np.int64),
+            rows=self._rows(history, token_ids),
+        )
+
+    def _rows(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:
         if self._tables_on:
-            return {site.name: site.rows(self._token_ids, token_ids) for site in self._sites}
+            return {site.name: site.rows(history, token_ids) for site in self._sites}
         return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
@@ -144,8 +192,7 @@ class Session:
 
     def close(self) -> None:
         """Close the tables."""
-        for site in self._sites:
-            site.table.close()
+        close_sites(self._sites)
 
     def __enter__(self) -> Self:
         return self

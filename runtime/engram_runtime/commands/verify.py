@@ -15,7 +15,7 @@ from engram_runtime.executor import load_executor
 from engram_runtime.golden import Golden, check_logits, check_tables
 from engram_runtime.library import find_library, verify_library
 from engram_runtime.manifest import DECODER
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import Session, close_sites, open_sites
 
 CHECKPOINT_PARITY = "engram_export.parity"  # needs the export extra; only asked for with --against
 
@@ -49,7 +49,7 @@ def verify(
         _parity().check_checkpoint(against)
     _check_digests(opened)
     if DECODER not in opened.manifest.graphs and against is None:
-        _check_rows(opened)
+        _check_rows(opened, Golden.read(opened))
         report: dict[str, Any] = {"digests": "ok", "tables": "ok", "decoder": "none"}
         click.echo(json.dumps(report) if as_json else _table(report))
         return
@@ -57,13 +57,12 @@ def verify(
         verify_library(*find_library(opened))  # before any of its machine code is loaded
     loaded = load_executor(executor, opened, threads=threads)
     golden = Golden.read(opened)
-    sites = open_sites(opened)
-    check_tables(golden, sites)
-    with Session(opened, loaded, sites) as session:
+    _check_rows(opened, golden)
+    with Session.open(opened, loaded) as session:
         report = {"digests": "ok", "tables": "ok", "executor": executor}
         report["golden"] = check_logits(golden, session)
     if against is not None:
-        with Session(opened, loaded, open_sites(opened), tables_on=tables == "on") as session:
+        with Session.open(opened, loaded, tables_on=tables == "on") as session:
             report["against tables"] = tables
             report["against"] = _parity().compare_with_transformers(session, opened, against, text, tokens)
     click.echo(json.dumps(report) if as_json else _table(report))
@@ -75,12 +74,12 @@ def _check_digests(bundle: Bundle) -> None:
         bundle.verify_digests(bar.update)
 
 
-def _check_rows(bundle: Bundle) -> None:
-    """Hold the tables against the golden rows, where there is nothing to run."""
+def _check_rows(bundle: Bundle, golden: Golden) -> None:
     sites = open_sites(bundle)
-    check_tables(Golden.read(bundle), sites)
-    for site in sites:
-        site.table.close()
+    try:
+        check_tables(golden, sites)
+    finally:
+        close_sites(sites)
 
 
 def _parity() -> Any:

@@ -1,0 +1,123 @@
+"""A session's states follow its tokens, whatever interrupts a step, and fit the machine's memory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.test_manifest import sound_manifest
+
+from engram_runtime import executor as executors
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import RequestError
+from engram_runtime.executor import Step, StepInputs, allocate_states
+from engram_runtime.manifest import Manifest, StateSpec
+from engram_runtime.session import Session
+
+RECURRENT = {"name": "state.0", "dtype": "float32", "shape": [1, 2, 4, 4], "kind": "recurrent"}
+POSITIONAL = RECURRENT | {"shape": [1, 2, 32, 4], "kind": "positional"}
+
+
+class InterruptedSum:
+    """Sums all token ids into its one state, two tokens at a time; the logits are that sum.
+
+    Attributes:
+        steps: positions of the steps so far, and how many tokens each had.
+        interrupt: how many more steps run whole; the one after them is interrupted when it has changed its state.
+    """
+
+    name, threads = "interrupted sum", 1
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []
+        self.interrupt = -1
+
+    def chunks(self, count: int) -> Sequence[int]:
+        return [2] * (count // 2) + [1] * (count % 2)
+
+    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> Step:
+        (state,) = states.values()
+
+        def step(inputs: StepInputs) -> NDArray[np.float32]:
+            self.steps.append((inputs.position, len(inputs.token_ids)))
+            state[...] += inputs.token_ids.sum()
+            self.interrupt -= 1
+            if self.interrupt == -1:
+                raise KeyboardInterrupt
+            return np.full((len(inputs.logit_rows), 1), state.flat[0])
+
+        return step
+
+
+def interrupted(executor: InterruptedSum, state: Mapping[str, object]) -> Session:
+    """Return a session of tokens 1, 2, 3 whose next token, 4, was interrupted."""
+    raw = sound_manifest()
+    raw["graphs"]["decoder"]["states"] = [state]
+    session = Session(Bundle(Path(), Manifest.from_dict(raw)), executor, [])
+    session.prefill([1, 2, 3])
+    executor.interrupt = 0
+    with pytest.raises(KeyboardInterrupt):
+        session.prefill([4])
+    executor.steps.clear()
+    return session
+
+
+@pytest.mark.parametrize("token_ids", [[10], [10, 20, 30]])
+def test_after_an_interrupted_step_the_kept_tokens_are_computed_again(token_ids: list[int]) -> None:
+    executor = InterruptedSum()
+    session = interrupted(executor, RECURRENT)
+    assert session.prefill(token_ids) == [6 + sum(token_ids)]
+    assert session.token_ids == [1, 2, 3, *token_ids]
+    assert executor.steps[:3] == [(0, 2), (2, 1), (3, min(2, len(token_ids)))]
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 6), (1, 3), (3, 0)])
+def test_trimming_after_an_interrupted_step_leaves_the_states_of_the_kept_tokens(count: int, total: int) -> None:
+    session = interrupted(InterruptedSum(), RECURRENT)
+    assert session.trim(count) == 3 - count
+    assert session.trim(0) == 0
+    assert session.prefill([10]) == [total + 10]
+
+
+def test_tokens_whose_second_computation_is_interrupted_are_kept() -> None:
+    executor = InterruptedSum()
+    session = interrupted(executor, RECURRENT)
+    executor.interrupt = 1
+    with pytest.raises(KeyboardInterrupt):
+        session.prefill([10])
+    assert session.token_ids == [1, 2, 3]
+    assert session.prefill([10]) == [16]
+
+
+def test_states_with_an_entry_per_position_are_written_over_after_an_interruption() -> None:
+    executor = InterruptedSum()
+    session = interrupted(executor, POSITIONAL)
+    assert session.trim(1) == 0
+    session.prefill([10])
+    assert executor.steps == [(2, 1)]
+
+
+def states(*positions: int) -> list[StateSpec]:
+    """Return caches of a KiB per position."""
+    return [
+        StateSpec(name=f"key.{i}", dtype="float32", shape=(1, 1, count, 256), kind="positional")
+        for i, count in enumerate(positions)
+    ]
+
+
+def test_states_that_together_are_larger_than_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "physical_memory", lambda: 3 << 30)
+    with pytest.raises(RequestError) as caught:
+        allocate_states(states(2 << 20, (1 << 20) + (1 << 19)))
+    assert str(caught.value) == (
+        "the states need 3.5 GiB, this machine has 3.0 GiB of memory; export with a smaller --context"
+    )
+
+
+def test_states_as_large_as_memory_are_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "physical_memory", lambda: 5 << 10)
+    assert {name: state.shape for name, state in allocate_states(states(2, 3)).items()} == {
+        "key.0": (1, 1, 2, 256),
+        "key.1": (1, 1, 3, 256),
+    }
