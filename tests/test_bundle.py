@@ -804,6 +804,7 @@ class ScriptedExecutor:
 
     name = "scripted"
     threads = 1
+    expert_bytes_read = None
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self._logits = logits  # [T, V]

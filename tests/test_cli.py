@@ -198,6 +198,7 @@ def test_bench_measures_executors_in_turn(workshop: Workshop, command: Command) 
     figures = list(outcome.json["executors"].values())
     sizes_used = [(each["prompt_tokens"], each["decode_tokens"], each["rounds"]) for each in figures]
     assert sizes_used == [(5, 3, 2)] * 2
+    assert [each["expert_bytes_per_token"] for each in figures] == [None, None]
     measured = ("load_ms", "prefill_tok_s", "decode_tok_s", "threads")
     assert min(each[key] for each in figures for key in measured) > 0
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.conftest import Command
 from tests.reference import transformers_logits
 from tests.tiny_families import (
     END_ID,
@@ -328,6 +329,22 @@ def test_of_512_experts_only_the_routed_ones_are_read(workshop: Workshop) -> Non
         expert_bytes * sum(len(np.unique(layer[end - size : end])) for layer in chosen)
         for end, size in zip(ends, PIECES, strict=True)
     ]
+
+
+def test_timing_threads_when_loading_reads_no_experts(workshop: Workshop) -> None:
+    assert load_tvm(compiled(workshop, MANY_EXPERTS, "none"), threads=None).expert_bytes_read == 0
+
+
+def test_bench_tells_the_bytes_of_the_experts_a_token_takes(workshop: Workshop, command: Command) -> None:
+    bundle = compiled(workshop, MANY_EXPERTS, "none")
+    sizes = ("--prompt-tokens", 8, "--decode-tokens", 3, "--rounds", 2, "--threads", 1)
+    line = ("engram", "bench", bundle.path, *sizes, "--executor", "tvm", "--executor", "onnxruntime")
+    figures = command(*line, "--json").json["executors"]
+    expected = bundle.manifest.model.num_layers * 10 * 3 * 32 * 64 * 4
+    assert [each["expert_bytes_per_token"] for each in figures.values()] == [expected, None]
+    tvm, peer = command(*line).out.splitlines()[1:]
+    assert tvm.endswith(f" tok/s   experts {expected:,} bytes a token")
+    assert peer.endswith(" tok/s")
 
 
 def bytes_by_piece(bundle: Bundle, executor: TvmExecutor, texts: Sequence[Sequence[int]]) -> list[int]:

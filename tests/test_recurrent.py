@@ -414,7 +414,7 @@ def test_an_operator_without_its_leading_axis_is_refused(tmp_path: Path) -> None
 class RunningSum:
     """An executor whose one state is the sum of all token ids so far; the logits are that sum."""
 
-    name, threads = "running sum", 1
+    name, threads, expert_bytes_read = "running sum", 1, None
 
     def chunks(self, count: int) -> Sequence[int]:
         return [count]

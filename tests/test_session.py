@@ -27,7 +27,7 @@ class InterruptedSum:
         interrupt: how many more steps run whole; the one after them is interrupted when it has changed its state.
     """
 
-    name, threads = "interrupted sum", 1
+    name, threads, expert_bytes_read = "interrupted sum", 1, None
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int]] = []

@@ -90,7 +90,23 @@ def test_the_commands_take_a_bundle_without_a_decoder(tiny: TinyDeepseek, tmp_pa
     facts = command("engram", "inspect", out, "--json").json
     assert facts["graphs"] == "site.layer_1, site.layer_3"
     assert [table["record"] for table in facts["tables"]] == ["float8_e4m3 x 64, scale e8m0"] * 2
-    assert command("engram", "verify", out, "--json").json == {"digests": "ok", "tables": "ok", "decoder": "none"}
+    assert command("engram", "verify", out, "--json").json == {
+        "digests": "ok",
+        "tables": "ok",
+        "decoder": "none",
+        "sites": "not run",
+    }
+
+
+@pytest.mark.parametrize(("name", "value"), [("executor", "tvm"), ("threads", 1), ("tables", "on")])
+def test_verify_refuses_options_of_a_decoder_where_there_is_none(
+    exported: tuple[TinyDeepseek, Bundle], command: Command, name: str, value: object
+) -> None:
+    outcome = command("engram", "verify", exported[1].path, f"--{name}", value)
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"engram: --{name} is for running a decoder, this bundle holds tables and sites only; leave it out\n",
+    )
 
 
 def test_inspect_says_what_of_a_checkpoint_is_supported(tiny: TinyDeepseek, command: Command) -> None:

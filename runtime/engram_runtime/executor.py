@@ -49,6 +49,11 @@ class Executor(Protocol):
     name: str
     threads: int
 
+    @property
+    def expert_bytes_read(self) -> int | None:
+        """Bytes of experts' weights read by all steps so far, or None where that isn't counted."""
+        ...
+
     def chunks(self, count: int) -> Sequence[int]:
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
         ...

@@ -63,8 +63,9 @@ def bench(
 
 
 def _line(result: BenchResult, prompt_tokens: int, decode_tokens: int) -> str:
+    experts = "" if (size := result.expert_bytes_per_token) is None else f"   experts {size:,} bytes a token"
     return (
         f"{result.executor:12} {result.threads} threads   load {result.load_s * 1e3:6.0f} ms   "
         f"prefill {prompt_tokens} tokens {result.prefill_tok_s:7.1f} tok/s   "
-        f"decode {decode_tokens} tokens {result.decode_tok_s:7.1f} tok/s"
+        f"decode {decode_tokens} tokens {result.decode_tok_s:7.1f} tok/s{experts}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
@@ -18,6 +19,7 @@ from engram_runtime.manifest import DECODER
 from engram_runtime.session import Session, close_sites, open_sites
 
 CHECKPOINT_PARITY = "engram_export.parity"  # needs the export extra; only asked for with --against
+DECODER_OPTIONS = ("executor", "threads", "tables")
 
 
 @click.command()
@@ -41,16 +43,23 @@ def verify(
     tables: str,
     as_json: bool,
 ) -> None:
-    """Check BUNDLE: every file's digest, the golden rows and logits, and a checkpoint with --against."""
+    """Check BUNDLE: every file's digest, the golden rows and logits, and a checkpoint with --against.
+
+    Without a decoder there are rows alone to check: graphs of sites are not run.
+    """
     if against is None and text is not None:
         raise RequestError("--text is compared on with --against CHECKPOINT only; give both or neither")
     opened = Bundle.open(bundle)
+    tables_only = DECODER not in opened.manifest.graphs and against is None
+    if tables_only:
+        _refuse_decoder_options()
     if against is not None:
         _parity().check_checkpoint(against)
     _check_digests(opened)
-    if DECODER not in opened.manifest.graphs and against is None:
+    if tables_only:
         _check_rows(opened, Golden.read(opened))
-        report: dict[str, Any] = {"digests": "ok", "tables": "ok", "decoder": "none"}
+        sites = "not run" if opened.manifest.graphs else "none"
+        report: dict[str, Any] = {"digests": "ok", "tables": "ok", "decoder": "none", "sites": sites}
         click.echo(json.dumps(report) if as_json else _table(report))
         return
     if executor == "tvm":
@@ -66,6 +75,15 @@ def verify(
             report["against tables"] = tables
             report["against"] = _parity().compare_with_transformers(session, opened, against, text, tokens)
     click.echo(json.dumps(report) if as_json else _table(report))
+
+
+def _refuse_decoder_options() -> None:
+    context = click.get_current_context()
+    for name in DECODER_OPTIONS:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise RequestError(
+                f"--{name} is for running a decoder, this bundle holds tables and sites only; leave it out"
+            )
 
 
 def _check_digests(bundle: Bundle) -> None:

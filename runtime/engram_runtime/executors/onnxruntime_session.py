@@ -33,6 +33,7 @@ class OnnxRuntimeExecutor:
     """An onnxruntime session over a bundle's decoder graph."""
 
     name = "onnxruntime"
+    expert_bytes_read = None
 
     def __init__(self, session: "ort.InferenceSession", threads: int) -> None:
         self._session = session

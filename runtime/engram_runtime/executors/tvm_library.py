@@ -52,7 +52,7 @@ class TvmExecutor:
 
     def __init__(self, folder: Path, info: LibraryInfo, machine_code: Any) -> None:
         self.threads = 0
-        self.expert_bytes_read = 0  # weights of experts, by all calls so far; the rest is read whole by each call
+        self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self._expert_bytes = info.expert_bytes
         self._cpus = available_cpus()  # before TVM's pool begins, which pins the calling thread until it is configured
         self._passes = info.passes
@@ -149,6 +149,7 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
     machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
     executor = TvmExecutor(folder, info, machine_code)
     executor.use_threads(threads or fastest_threads(executor, bundle))
+    executor.expert_bytes_read = 0  # what the timed tokens have read is no sequence's
     return executor
 
 
