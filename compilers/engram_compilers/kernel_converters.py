@@ -30,8 +30,7 @@ def matmul_nbits(forward: ForwardPass, node: Node) -> Sequence[Value]:
     outputs, columns, bits = (node.attributes[name] for name in ("N", "K", "bits"))
     if not isinstance(codes, Weight) or codes.shape != (outputs, columns // BLOCK, BLOCK * bits // 8):
         raise CompileError(
-            f"{node.operator} by {node.inputs[1]} has no weight of {outputs} x {columns} in blocks of {BLOCK} and "
-            f"{bits} bits"
+            f"{node.operator} by {node.inputs[1]} is no linear layer of {outputs} x {columns} at {bits} bits"
         )
     zeros = forward.get(node.inputs[3]) if node.has(3) else None
     match bits, zeros, forward.get(node.inputs[2]):
