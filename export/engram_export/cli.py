@@ -45,7 +45,9 @@ class TerminalReporter:
         click.echo(f"  peak memory  {plan.peak_memory_bytes / MIB:9.1f} MiB above the libraries", err=True)
         click.echo(f"  context      {plan.context_length:9,d} tokens", err=True)
         if not plan.tokenizer:
-            click.echo("  tokenizer         none: the bundle will take token ids only", err=True)
+            click.echo(
+                "  tokenizer         none: LLM.logits takes token ids, engram run and chat will not work", err=True
+            )
 
     def step(self, title: str) -> None:
         """See `engram_export.pipeline.Reporter`."""

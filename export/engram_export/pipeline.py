@@ -22,7 +22,7 @@ from engram_export.host_table import TableSource
 from engram_export.journal import Journal, fingerprint
 from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.plan import ExportPlan, plan_export
-from engram_export.source import ModelSource, open_source
+from engram_export.source import ModelSource, has_experts, open_source
 from engram_export.staging import staged_folder
 from engram_export.streamed import BundleRows, ReportedRows
 from engram_export.table_writer import (
@@ -274,7 +274,7 @@ def verify_bundle(
         same_weights = reference_logits(source, token_ids, chosen, encoded=stored, rows=rows, last=last)
     found = exact_logits(bundle, token_ids, rows=last, threads=VERIFY_THREADS)
     graph, model = compare(same_weights, found.last), compare(reference, found.last)
-    check_parity(graph)
+    check_parity(graph, routed=has_experts(source))
     write_golden(bundle, token_ids, found, model)
     return Verification(graph=graph, model=model)
 

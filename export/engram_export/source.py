@@ -17,6 +17,7 @@ from engram_export.checkpoint import Checkpoint, open_checkpoint
 from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
 from engram_export.engram_source import EngramSource, engram_sources, site_name_map, unit_gains
+from engram_export.experts import Experts
 from engram_export.families import Architecture, read_architecture
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
@@ -122,6 +123,11 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
     by_site = {table.site: table for table in tables}
     ordered = [by_site[table.site] for table in skeleton.table_inputs()]
     return ModelSource(checkpoint, architecture, sites, ordered, context_length, weights, computed)
+
+
+def has_experts(source: ModelSource) -> bool:
+    """Return whether tokens of the model choose among experts."""
+    return any(isinstance(module, Experts) for module in source.skeleton(FLOAT).modules())
 
 
 def load_own_parameters(model: Decoder, source: ModelSource) -> None:

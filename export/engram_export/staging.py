@@ -19,8 +19,8 @@ JOURNAL_FILE, STAGED_FOLDER = "journal.jsonl", "bundle"
 def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Journal]:
     """Yield the journal of a folder that becomes ``out`` on success.
 
-    An `EngramError` leaves nothing, as it would come again. What else interrupts leaves the finished files beside
-    ``out`` for the next export with the same fingerprint; any other removes them.
+    An `EngramError` leaves nothing, as it would come again, unless a file could not be read. What else interrupts leaves
+    the finished files beside ``out`` for the next export with the same fingerprint; any other removes them.
 
     Raises:
         RequestError: ``out`` is being exported to, exists and is not a bundle, or is one and ``replace`` is False.
@@ -36,9 +36,14 @@ def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Jou
             _move_into_place(journal.folder, out)
             stream.truncate(0)
         except BaseException as error:
-            if isinstance(error, EngramError) or journal.is_empty:
+            if _comes_again(error) or journal.is_empty:
                 stream.truncate(0)
             raise
+
+
+def _comes_again(error: BaseException) -> bool:
+    """Return whether the same export would end the same way; a file that can't be read may be readable later."""
+    return isinstance(error, EngramError) and not isinstance(error.__cause__, OSError)
 
 
 def workplace(out: Path) -> Path:

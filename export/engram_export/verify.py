@@ -24,15 +24,21 @@ from engram_runtime.session import open_sites
 VERIFY_TEXT = "verify_text.txt"
 VERIFY_TOKENS = 256
 LOGITS_BYTES = 64 << 20  # of float32 logits in an array; comparing takes about six of them
+ROUTED_TOLERANCE, ROUTED_AGREEMENT = 2e-2, 0.9  # of most positions of a model with experts
 FLOAT_TOLERANCE = 2e-3  # largest logit difference of a float graph: other summation orders over some 30 layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """How far two models' logits are apart, over the last positions of a text."""
+    """How far two models' logits are apart, over the last positions of a text.
+
+    Attributes:
+        median_abs: the median over positions of a position's largest difference.
+    """
 
     tokens: int
     max_abs: float
+    median_abs: float
     mean_abs: float
     argmax_agreement: float
 
@@ -134,13 +140,24 @@ def compare(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Parit
     return Parity(
         tokens=len(found),
         max_abs=float(difference.max()),
+        median_abs=float(np.median(difference.max(axis=1))),
         mean_abs=float(difference.mean(dtype=np.float64)),
         argmax_agreement=float((reference.argmax(axis=1) == found.argmax(axis=1)).mean()),
     )
 
 
-def check_parity(parity: Parity) -> None:
-    """Refuse a graph that does not compute what torch computes with the same weights."""
+def check_parity(parity: Parity, *, routed: bool = False) -> None:
+    """Refuse a graph that does not compute what torch computes with the same weights.
+
+    Args:
+        routed: the model has experts. Where two are as good as equal, rounding decides which one a token takes; that
+            token's logits are then far off and later ones a little, so most positions must agree, not all.
+
+    Raises:
+        VerificationError: the logits differ by more than rounding explains.
+    """
+    if routed and parity.median_abs <= ROUTED_TOLERANCE and parity.argmax_agreement >= ROUTED_AGREEMENT:
+        return
     if parity.max_abs > FLOAT_TOLERANCE:
         raise VerificationError(
             f"the graph's logits differ from the model's by {parity.max_abs:.2e} with the same weights, at most "
