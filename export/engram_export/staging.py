@@ -19,8 +19,8 @@ JOURNAL_FILE, STAGED_FOLDER = "journal.jsonl", "bundle"
 def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Journal]:
     """Yield the journal of a folder that becomes ``out`` on success.
 
-    An `EngramError` leaves nothing, as it would come again, unless a file could not be read. What else interrupts leaves
-    the finished files beside ``out`` for the next export with the same fingerprint; any other removes them.
+    An `EngramError` leaves nothing, as it would come again, unless a file could not be read. What else interrupts
+    leaves the finished files beside ``out`` for the next export with the same fingerprint; any other removes them.
 
     Raises:
         RequestError: ``out`` is being exported to, exists and is not a bundle, or is one and ``replace`` is False.
