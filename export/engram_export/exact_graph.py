@@ -7,7 +7,6 @@ decoded to float32 a slice at a time. Slow, but the graph's own arithmetic witho
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,8 +14,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
-from engram_export import weight_map
 from engram_export.moe_operators import keep_float_activations
+from engram_export.weight_map import row_slices
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.executors.onnxruntime_session import REFUSALS, OnnxRuntimeExecutor
@@ -53,11 +52,12 @@ def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:
     """
     model = onnx.load(path, load_external_data=False)
     keep_float_activations(model.graph)
-    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    used = [node for node in model.graph.node if not read.isdisjoint(node.output)]  # the others would run all the same
-    parts = [part for node in used for part in _float_nodes(node)]
-    del model.graph.node[:]
-    model.graph.node.extend(parts)
+    graph = model.graph
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    used = [node for node in graph.node if not read.isdisjoint(node.output)]  # the others would run all the same
+    parts = [part for node in used for part in _float_nodes(node, graph)]
+    del graph.node[:]
+    graph.node.extend(parts)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -75,7 +75,7 @@ def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:
         raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
 
 
-def _float_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+def _float_nodes(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Yield a node that leaves activations in float32, or nodes that compute it a slice of its outputs at a time."""
     kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
     del node.attribute[:]
@@ -84,24 +84,33 @@ def _float_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         yield node
         return
     values = {attribute.name: helper.get_attribute_value(attribute) for attribute in kept}
-    rows, step = values["N"], max(1, weight_map.SLICE_BYTES // (4 * values["K"]))
-    if rows <= step:
+    slices = row_slices((values["N"], values["K"]))
+    if len(slices) == 1:
         yield node
         return
-    outputs = []
-    for start in range(0, rows, step):
-        values["N"] = min(step, rows - start)
-        outputs.append(f"{node.output[0]}.rows.{start}")
-        yield from _sliced(node, outputs[-1], start, values)
+    outputs = [f"{node.output[0]}.{start}" for start, _ in slices]
+    for output, (start, stop) in zip(outputs, slices, strict=True):
+        inputs = [f"{output}.{index}" for index in range(1, len(node.input))]
+        for whole, part in zip(node.input[1:], inputs, strict=True):
+            yield from _rows(graph, whole, part, start, stop)
+        sizes = {**values, "N": stop - start}
+        yield helper.make_node(node.op_type, [node.input[0], *inputs], [output], domain=node.domain, **sizes)
     yield helper.make_node("Concat", outputs, list(node.output), axis=-1)
 
 
-def _sliced(node: onnx.NodeProto, output: str, start: int, values: dict[str, Any]) -> Iterator[onnx.NodeProto]:
-    """Yield nodes for outputs of a MatMulNBits node from ``start`` on; ``values`` are attributes with their number."""
-    bounds = {"start": start, "stop": start + values["N"], "axis": 0}
-    for name, value in bounds.items():
-        yield helper.make_node("Constant", [], [f"{output}.{name}"], value_ints=[value])
-    inputs = [f"{output}.{index}" for index in range(1, len(node.input))]
-    for whole, part in zip(node.input[1:], inputs, strict=True):
-        yield helper.make_node("Slice", [whole, *(f"{output}.{name}" for name in bounds)], [part])
-    yield helper.make_node(node.op_type, [node.input[0], *inputs], [output], domain=node.domain, **values)
+def _rows(graph: onnx.GraphProto, whole: str, part: str, start: int, stop: int) -> Iterator[onnx.NodeProto]:
+    """Name rows of a tensor ``part``: of a weight, which stays in its file, or by nodes that slice what is computed."""
+    weight = next((tensor for tensor in graph.initializer if tensor.name == whole), None)
+    if weight is None:
+        bounds = {f"{part}.start": start, f"{part}.stop": stop, f"{part}.axis": 0}
+        for name, value in bounds.items():
+            yield helper.make_node("Constant", [], [name], value_ints=[value])
+        yield helper.make_node("Slice", [whole, *bounds], [part])
+        return
+    place = {entry.key: entry.value for entry in weight.external_data}
+    row_bytes = int(place["length"]) // weight.dims[0]
+    rows = graph.initializer.add(name=part, data_type=weight.data_type, dims=[stop - start, *weight.dims[1:]])
+    rows.data_location = onnx.TensorProto.EXTERNAL
+    place |= {"offset": str(int(place["offset"]) + start * row_bytes), "length": str((stop - start) * row_bytes)}
+    for key, text in place.items():
+        rows.external_data.add(key=key, value=text)

@@ -62,7 +62,7 @@ def dequantise_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bi
     """Return ``[N, K]`` float32 of codes laid out as for `matmul_nbits`."""
     values = codes if bits == 8 else unpack_nibbles(codes)
     zero = torch.tensor(2.0 ** (bits - 1)) if zeros is None else unpack_nibbles(zeros)[:, : scales.shape[1], None]
-    return ((values.float() - zero) * scales[:, :, None]).flatten(1)
+    return values.float().sub_(zero).mul_(scales[:, :, None]).flatten(1)  # in place: an expert may take hundreds of MB
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:

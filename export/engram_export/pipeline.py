@@ -52,7 +52,7 @@ from engram_runtime.table_spec import TableSpec
 Progress = Callable[[int], None]
 GRAPH_FOLDER, GRAPH_FILE, WEIGHTS_FILE = "graph", "decoder.onnx", "weights.safetensors"
 TABLE_FOLDER = "tables"
-VERIFY_THREADS = 2
+VERIFY_THREADS = 1  # each decodes an expert of its own to float32
 PLACES = ("checkpoint", "engram", "out", "replace")  # options that don't decide what is in the bundle
 
 

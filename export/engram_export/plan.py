@@ -13,7 +13,7 @@ from engram_runtime.manifest import StateSpec
 
 # Of the peak, as measured by benchmarks/export_memory.py.
 TRACING_BYTES, LAYER_BYTES = 120 << 20, 5 << 19  # what tracing takes, and the graph of a layer
-SLICE_COPIES = 4  # of a float32 slice while it is quantised
+SLICE_COPIES, EXPERT_COPIES = 4, 2.5  # of a float32 slice while it is quantised, less of a larger expert
 LOGITS_COPIES = 6  # while they are compared
 TOKENIZER_COPIES = 10  # of tokenizer.json, once it is parsed
 
@@ -87,10 +87,11 @@ def peak_memory(source: ModelSource, skeleton: Decoder) -> int:
     used = [tokens / state.shape[-2] if state.rolls_back else 1 for state in skeleton.state_specs()]
     states = sum(_bytes(state) * share for state, share in zip(skeleton.state_specs(), used, strict=True))
     scales = max(prod(shape) for shape in shapes) // 32 * 4  # onnxruntime decodes them a layer at a time
-    verifying = LOGITS_COPIES * logits + 2 * int(states) + 3 * scales
+    verifying = LOGITS_COPIES * logits + 2 * states + 3 * scales + 2 * max(slices)
+    encoding = max(SLICE_COPIES * min(max(slices), weight_map.SLICE_BYTES), EXPERT_COPIES * max(slices))
     tokenizer = TOKENIZER_COPIES * len(source.checkpoint.tokenizer_json or b"")
     always = TRACING_BYTES + LAYER_BYTES * source.architecture.text.num_layers + tokenizer
-    return always + max(SLICE_COPIES * max(slices), verifying)
+    return always + int(max(encoding, verifying))
 
 
 def _bytes(state: StateSpec) -> int:
