@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import nn
@@ -22,6 +21,7 @@ from engram_export.pipeline import (
     check_scales,
     export_fingerprint,
     finish_manifest,
+    producer,
     report_resumption,
     write_tables,
     write_tokenizer,
@@ -154,6 +154,4 @@ def draft_manifest(
         context_length=text.max_positions,
     )
     tables = tuple(table.spec for table in written)
-    return Manifest(
-        producer=f"engram-edge {version('engram-edge')}", model=model, graphs=graphs, tables=tables, files=()
-    )
+    return Manifest(producer=producer(), model=model, graphs=graphs, tables=tables, files=())
