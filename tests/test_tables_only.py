@@ -199,6 +199,14 @@ def test_no_tokenizer(tiny: TinyDeepseek) -> None:
     assert refused(tiny) == ("checkpoint has no tokenizer.json, which row ids are computed with; download it as well")
 
 
+def test_a_tokenizer_that_can_not_be_read(tiny: TinyDeepseek) -> None:
+    (tiny.folder / "tokenizer.json").write_text("{")
+    assert refused(tiny) == (
+        "the tokenizer of checkpoint can't be used: Cannot instantiate Tokenizer from buffer: EOF while parsing an "
+        "object at line 1 column 1"
+    )
+
+
 def test_rows_that_are_not_the_sum_of_the_primes(tiny: TinyDeepseek) -> None:
     first, second = (site.table.num_rows for site in read(tiny.folder).sites)
     change_text_config(tiny.folder, engram_num_embeddings=[first, second + 1])
