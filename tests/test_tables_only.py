@@ -87,6 +87,8 @@ def test_the_commands_take_a_bundle_without_a_decoder(tiny: TinyDeepseek, tmp_pa
     assert outcome.code == 0, outcome.err
     assert [site["site"] for site in outcome.json["sites"]] == ["layer_1", "layer_3"]
     assert outcome.json["plan"]["formats"] == {"int8": 2}
+    assert outcome.json["plan"]["peak_memory_bytes"] is None
+    assert "peak memory" not in outcome.err
     facts = command("engram", "inspect", out, "--json").json
     assert facts["graphs"] == "site.layer_1, site.layer_3"
     assert [table["record"] for table in facts["tables"]] == ["float8_e4m3 x 64, scale e8m0"] * 2
@@ -309,6 +311,10 @@ def test_a_config_that_can_not_be(tiny: TinyDeepseek, changes: dict[str, Any], m
         (
             {"quant": "keep"},
             "--quant keep takes over integers of a GGUF file, sites have none; use int8 or none",
+        ),
+        (
+            {"quant": "int4"},
+            "--quant int4 is for layers of a decoder, sites have none below int8; use int8 or none",
         ),
     ],
 )
