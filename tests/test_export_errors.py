@@ -23,6 +23,7 @@ from engram_export.engram_source import engram_sources
 from engram_export.families import FAMILIES
 from engram_export.pipeline import Progress, export_bundle
 from engram_export.rope import STATIC_SCALINGS
+from engram_export.source import open_source
 from engram_export.verify import verify_tokens
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CheckpointError
@@ -256,6 +257,20 @@ def test_a_site_that_cant_be_exported_leaves_one_sentence_and_no_file(
     outcome = command("engram-export", workshop.checkpoint(PLAIN), "-o", tmp_path / "out" / "bundle", "--engram", site)
     assert error_line(outcome.err) == f"engram-export: {sentence}"
     assert (outcome.code, left_in(tmp_path / "out")) == (3, [])
+
+
+@pytest.mark.parametrize("name", ["engram.map[", "engram.(map", "engram.map+"])
+def test_the_name_of_a_token_map_may_hold_any_character(workshop: Workshop, tmp_path: Path, name: str) -> None:
+    site = copy_folder(workshop.site_folder(PLAIN, SITE), tmp_path / "site")
+    tensors = safetensors.torch.load_file(site / "engram.safetensors")
+    tensors[name] = tensors.pop("engram.token_map")
+    safetensors.torch.save_file(tensors, site / "engram.safetensors")
+    config = json.loads((site / "config.json").read_text())
+    config["engram"]["hash"]["token_map"] = name
+    (site / "config.json").write_text(json.dumps(config))
+    (table,) = open_source(workshop.checkpoint(PLAIN), engram=site, context=None).tables
+    assert table.token_map is not None
+    assert table.token_map.tolist() == tensors[name].tolist()
 
 
 def test_a_site_with_the_map_of_another_tokenizer_is_refused(

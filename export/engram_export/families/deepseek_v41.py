@@ -214,12 +214,12 @@ def _table(
 
 def _weights(tensors: ScaledTensors, prefix: str, config: MultiStreamConfig) -> WeightSource:
     inputs, size = config.table.columns * config.table.row_dim, config.hidden_size
-    elsewhere, table = rf"(?!{re.escape(prefix)}).*", rf"{re.escape(prefix)}embed\.weight"
     return WeightSource(
         tensors,
         {"key_value.weight": ((config.num_streams + 1) * size, inputs), "gain": (config.num_streams, size)},
         {"key_value.weight": Joined(f"{prefix}wkv.weight"), "gain": Product(f"{prefix}q_weight", f"{prefix}k_weight")},
-        ignored=(elsewhere, table),
+        ignored=(rf"(?!{re.escape(prefix)}).*",),
+        ignored_names=(f"{prefix}embed.weight",),
     )
 
 
