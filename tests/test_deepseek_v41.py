@@ -263,6 +263,13 @@ def test_dead_tokens_are_those_of_the_config(tiny: TinyDeepseek) -> None:
     assert keyer.barrier_ids == keyer.silent_ids == (3, 9)
 
 
+def test_a_config_with_null_for_an_image_token_has_none(tiny: TinyDeepseek) -> None:
+    edit_config(tiny.folder, image_token_id=None, video_token_id=3)
+    assert keyer_of(read(tiny.folder), 0).barrier_ids == (3,)
+    edit_config(tiny.folder, video_token_id=None)
+    assert keyer_of(read(tiny.folder), 0).silent_ids == ()
+
+
 def test_primes_go_on_from_layer_to_layer_and_multipliers_are_the_layers_own(tiny: TinyDeepseek) -> None:
     first, second = keyer_of(read(tiny.folder), 0), keyer_of(read(tiny.folder), 1)
     assert max(first.primes) < min(second.primes)

@@ -1,6 +1,7 @@
 """A checkpoint that can't be exported leaves one sentence, an exit code and no file, through the real command."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,13 +13,20 @@ import safetensors.torch
 import torch
 from gguf import GGMLQuantizationType as Kind
 from tests.conftest import Command
-from tests.tiny import CONTEXT, TinyModel, TinySite, edit_config
+from tests.tiny import CONTEXT, VOCAB, TinyModel, TinySite, edit_config
 from tests.workshop import SilentReporter, Workshop, copy_folder, export_options, files_of
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
+from engram_export.checkpoint import open_checkpoint
+from engram_export.engram_source import engram_sources
 from engram_export.families import FAMILIES
 from engram_export.pipeline import Progress, export_bundle
 from engram_export.rope import STATIC_SCALINGS
+from engram_export.source import open_source
+from engram_export.verify import verify_tokens
 from engram_runtime.bundle import Bundle
+from engram_runtime.errors import CheckpointError
 
 PLAIN = TinyModel()
 UNTIED = TinyModel(tied=False)
@@ -251,6 +259,20 @@ def test_a_site_that_cant_be_exported_leaves_one_sentence_and_no_file(
     assert (outcome.code, left_in(tmp_path / "out")) == (3, [])
 
 
+@pytest.mark.parametrize("name", ["engram.map[", "engram.(map", "engram.map+"])
+def test_the_name_of_a_token_map_may_hold_any_character(workshop: Workshop, tmp_path: Path, name: str) -> None:
+    site = copy_folder(workshop.site_folder(PLAIN, SITE), tmp_path / "site")
+    tensors = safetensors.torch.load_file(site / "engram.safetensors")
+    tensors[name] = tensors.pop("engram.token_map")
+    safetensors.torch.save_file(tensors, site / "engram.safetensors")
+    config = json.loads((site / "config.json").read_text())
+    config["engram"]["hash"]["token_map"] = name
+    (site / "config.json").write_text(json.dumps(config))
+    (table,) = open_source(workshop.checkpoint(PLAIN), engram=site, context=None).tables
+    assert table.token_map is not None
+    assert table.token_map.tolist() == tensors[name].tolist()
+
+
 def test_a_site_with_the_map_of_another_tokenizer_is_refused(
     workshop: Workshop, tmp_path: Path, command: Command
 ) -> None:
@@ -264,6 +286,28 @@ def test_a_site_with_the_map_of_another_tokenizer_is_refused(
         f"engram-export: the engram token map leads to {ids + 1} ids, the config says {ids}; this is another tokenizer"
     )
     assert (outcome.code, left_in(tmp_path)) == (3, ["site"])
+
+
+def test_a_token_map_can_not_be_derived_from_a_tokenizer_that_can_not_be_read(workshop: Workshop) -> None:
+    folder = workshop.site_folder(PLAIN, TinySite(token_map="tokenizer"))
+    (site,) = engram_sources(open_checkpoint(workshop.checkpoint(PLAIN)), folder)
+    with pytest.raises(CheckpointError) as raised:
+        site.token_map(VOCAB, b"{")
+    assert str(raised.value) == (
+        "the engram token map can't be derived, the tokenizer can't be used: Cannot instantiate Tokenizer from "
+        "buffer: EOF while parsing an object at line 1 column 1"
+    )
+
+
+def test_a_tokenizer_that_gives_no_tokens_is_refused(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.checkpoint(PLAIN))
+    silent = dataclasses.replace(checkpoint, tokenizer_json=Tokenizer(BPE()).to_str().encode())
+    with pytest.raises(CheckpointError) as raised:
+        verify_tokens(silent, VOCAB, CONTEXT)
+    assert str(raised.value) == (
+        f"the tokenizer of {checkpoint.source} gives no tokens for the text that bundles are verified on; give the "
+        f"model's own tokenizer.json"
+    )
 
 
 def test_a_scale_that_is_no_number_is_named_before_anything_is_written(

@@ -80,11 +80,13 @@ TABLE_DAMAGE: dict[str, tuple[Damage, str]] = {
     ),
     "a-shorter-last-shard-in-the-middle": (
         tensors(lambda weights: {shard(1): weights[shard(1)][:-1]}),
-        f"{shard(1)} is F32 [37, 16], {FIRST_SHARD} F32 [38, 16]; shards must be equal",
+        f"{shard(1)} is F32 [37, 16], {FIRST_SHARD} F32 [38, 16]; "
+        "shards must be equal, the last alone may have fewer rows",
     ),
     "shards-of-two-dtypes": (
         tensors(lambda weights: {shard(3): weights[shard(3)].half()}),
-        f"{shard(3)} is F16 [38, 16], {FIRST_SHARD} F32 [38, 16]; shards must be equal",
+        f"{shard(3)} is F16 [38, 16], {FIRST_SHARD} F32 [38, 16]; "
+        "shards must be equal, the last alone may have fewer rows",
     ),
     "rows-of-another-width": (config(ple_embed_dim=128), f"{FIRST_SHARD} has shape [38, 16], expected [rows, 32]"),
     "rows-are-not-the-sum-of-the-primes": (

@@ -152,7 +152,16 @@ def per_layer_embeddings() -> Layout:
     return Layout(files=({"rows": rows},), payload=("rows",), values=rows.float(), keyer=TOKENS)
 
 
+def chunked() -> Layout:
+    """Shards as ``torch.chunk`` makes them: 16, 16, 16 and 12 rows."""
+    rows = normal(ROWS, COLUMNS)
+    chunks = [chunk.contiguous() for chunk in torch.split(rows, 16)]
+    shards = {f"shard_{number}": chunk for number, chunk in enumerate(chunks)}
+    return Layout(files=(shards,), payload=tuple(shards), values=rows)
+
+
 LAYOUTS: dict[str, Callable[[], Layout]] = {
+    "chunked": chunked,
     "float32": lambda: single(torch.float32),
     "float16": lambda: single(torch.float16),
     "int8-float16": lambda: int8_with(torch.float16),
@@ -390,7 +399,8 @@ def test_tensors_that_are_no_table_are_refused(tmp_path: Path, layout: Layout, e
 @pytest.mark.parametrize(
     ("second", "found"),
     [
-        (rows_of(29, COLUMNS), "F32 [29, 64]"),
+        (rows_of(31, COLUMNS), "F32 [31, 64]"),
+        (rows_of(30), "F32 [30]"),
         (rows_of(30, 32), "F32 [30, 32]"),
         (rows_of(30, COLUMNS, dtype=torch.float16), "F16 [30, 64]"),
     ],
@@ -401,7 +411,17 @@ def test_shards_that_are_not_alike_are_refused(tmp_path: Path, second: torch.Ten
         payload=("shard_0", "shard_1"),
         values=torch.empty(0),
     )
-    assert refused(layout, tmp_path) == f"shard_1 is {found}, shard_0 F32 [30, 64]; shards must be equal"
+    assert refused(layout, tmp_path) == (
+        f"shard_1 is {found}, shard_0 F32 [30, 64]; shards must be equal, the last alone may have fewer rows"
+    )
+
+
+def test_a_shorter_shard_before_the_last_is_refused(tmp_path: Path) -> None:
+    files = ({"shard_0": rows_of(21, COLUMNS), "shard_1": rows_of(18, COLUMNS), "shard_2": rows_of(21, COLUMNS)},)
+    layout = Layout(files=files, payload=tuple(files[0]), values=torch.empty(0))
+    assert refused(layout, tmp_path) == (
+        "shard_1 is F32 [18, 64], shard_0 F32 [21, 64]; shards must be equal, the last alone may have fewer rows"
+    )
 
 
 def test_shards_of_another_table_are_named_together(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_the_commands_take_a_bundle_without_a_decoder(tiny: TinyDeepseek, tmp_pa
     assert outcome.code == 0, outcome.err
     assert [site["site"] for site in outcome.json["sites"]] == ["layer_1", "layer_3"]
     assert outcome.json["plan"]["formats"] == {"int8": 2}
+    assert outcome.json["plan"]["peak_memory_bytes"] is None
+    assert "peak memory" not in outcome.err
     facts = command("engram", "inspect", out, "--json").json
     assert facts["graphs"] == "site.layer_1, site.layer_3"
     assert [table["record"] for table in facts["tables"]] == ["float8_e4m3 x 64, scale e8m0"] * 2
@@ -199,6 +201,14 @@ def test_no_tokenizer(tiny: TinyDeepseek) -> None:
     assert refused(tiny) == ("checkpoint has no tokenizer.json, which row ids are computed with; download it as well")
 
 
+def test_a_tokenizer_that_can_not_be_read(tiny: TinyDeepseek) -> None:
+    (tiny.folder / "tokenizer.json").write_text("{")
+    assert refused(tiny) == (
+        "the tokenizer of checkpoint can't be used: Cannot instantiate Tokenizer from buffer: EOF while parsing an "
+        "object at line 1 column 1"
+    )
+
+
 def test_rows_that_are_not_the_sum_of_the_primes(tiny: TinyDeepseek) -> None:
     first, second = (site.table.num_rows for site in read(tiny.folder).sites)
     change_text_config(tiny.folder, engram_num_embeddings=[first, second + 1])
@@ -301,6 +311,10 @@ def test_a_config_that_can_not_be(tiny: TinyDeepseek, changes: dict[str, Any], m
         (
             {"quant": "keep"},
             "--quant keep takes over integers of a GGUF file, sites have none; use int8 or none",
+        ),
+        (
+            {"quant": "int4"},
+            "--quant int4 is for layers of a decoder, sites have none below int8; use int8 or none",
         ),
     ],
 )

@@ -42,7 +42,8 @@ class TerminalReporter:
                 err=True,
             )
         click.echo(f"  cache        {plan.cache_bytes_per_token / 1024:9.1f} KiB a token", err=True)
-        click.echo(f"  peak memory  {plan.peak_memory_bytes / MIB:9.1f} MiB above the libraries", err=True)
+        if plan.peak_memory_bytes is not None:
+            click.echo(f"  peak memory  {plan.peak_memory_bytes / MIB:9.1f} MiB above the libraries", err=True)
         click.echo(f"  context      {plan.context_length:9,d} tokens", err=True)
         if not plan.tokenizer:
             click.echo(

@@ -6,12 +6,12 @@ Reference: transformers ``modeling_qwen3_5_moe.py``, ``Qwen3_5MoeGatedDeltaNet``
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engram_export.decoder import Stateful, Step
 from engram_export.formats import WeightFormat
 from engram_export.gate_operators import decay_and_rate, gated_rms_norm
-from engram_export.linear import FloatLinear
+from engram_export.linear import FloatLinear, empty_parameter
 from engram_export.recurrent_operators import causal_conv, gated_delta
 from engram_export.stream_operators import branchwise_rms_norm
 from engram_runtime.manifest import StateSpec
@@ -58,10 +58,10 @@ class GatedDeltaNet(Stateful):
         self.qkv = weights.make_linear(f"{name}.qkv", config.hidden_size, config.conv_width)
         self.gate = weights.make_linear(f"{name}.gate", config.hidden_size, config.value_width)
         self.decay_rate = FloatLinear(f"{name}.decay_rate", config.hidden_size, 2 * config.num_value_heads)
-        self.conv = _parameter(config.conv_width, 1, config.conv_kernel)
-        self.time_bias = _parameter(config.num_value_heads)
-        self.decay_scale = _parameter(config.num_value_heads)  # -exp(A_log)
-        self.norm_gain = _parameter(config.value_head_dim)
+        self.conv = empty_parameter(config.conv_width, 1, config.conv_kernel)
+        self.time_bias = empty_parameter(config.num_value_heads)
+        self.decay_scale = empty_parameter(config.num_value_heads)  # -exp(A_log)
+        self.norm_gain = empty_parameter(config.value_head_dim)
         self.output = weights.make_linear(f"{name}.output", config.value_width, config.hidden_size)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
@@ -104,7 +104,3 @@ def _states(layer: int, config: DeltaNetConfig) -> tuple[StateSpec, StateSpec]:
         StateSpec(name=f"conv.{layer}", dtype="float32", shape=window, kind="window"),
         StateSpec(name=f"delta.{layer}", dtype="float32", shape=state, kind="recurrent"),
     )
-
-
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)

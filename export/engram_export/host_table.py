@@ -104,7 +104,8 @@ def table_source(
 
     Args:
         columns: width of a row.
-        payload: tensors ``[rows, columns]`` in row order, all of one dtype and one number of rows.
+        payload: tensors ``[rows, columns]`` in row order, all of one dtype and one number of rows but for a
+            shorter last one, as ``torch.chunk`` makes them.
         scales: tensors ``[rows]`` or ``[rows, groups]`` in row order, likewise.
         factor: a tensor with one number for the whole table, or None.
         row_multiple: what the keyer's rows are rounded up to in this family.
@@ -152,7 +153,7 @@ def numbered_tensors(names: Iterable[str], pattern: str, count: int) -> list[str
 
 @dataclass(frozen=True, slots=True)
 class _Stack:
-    """Tensors of one part of the records, one below the other; ``shape`` is that of each."""
+    """Tensors of one part of the records, one below the other; the last may have fewer rows than ``shape``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -166,9 +167,12 @@ class _Stack:
                 f"{names[0]} is {dtype} {list(shape)}, expected rows in {' or '.join(sorted(dtypes))}"
             )
         for name in names[1:]:
-            if (found := (tensors.dtype(name), tensors.shape(name))) != (dtype, shape):
+            found = tensors.shape(name)
+            alike = _may_be_last(found, shape) if name == names[-1] else found == shape
+            if tensors.dtype(name) != dtype or not alike:
                 raise CheckpointError(
-                    f"{name} is {found[0]} {list(found[1])}, {names[0]} {dtype} {list(shape)}; shards must be equal"
+                    f"{name} is {tensors.dtype(name)} {list(found)}, {names[0]} {dtype} {list(shape)}; shards must be "
+                    f"equal, the last alone may have fewer rows"
                 )
         return cls(dtypes[dtype], shape, tuple(_row_tensor(tensors, name) for name in names))
 
@@ -178,12 +182,17 @@ class _Stack:
 
     @property
     def num_rows(self) -> int:
-        return self.shape[0] * len(self.tensors)
+        return sum(tensor.num_rows for tensor in self.tensors)
 
     @property
     def title(self) -> str:
         first, *others = [tensor.name for tensor in self.tensors]
         return first if not others else f"{first} to {others[-1]}"
+
+
+def _may_be_last(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has the shape of the others, or some of their rows."""
+    return len(found) == len(shape) and found[1:] == shape[1:] and 1 <= found[0] <= shape[0]
 
 
 def _row_tensor(tensors: RawTensors, name: str) -> RowTensor:

@@ -9,12 +9,12 @@ Reference: transformers ``modeling_qwen4_exp.py``, ``Qwen4ExpTextPLELayer``.
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engram_export.decoder import Step, TableInput, TableSite
 from engram_export.formats import WeightFormat
 from engram_export.hyper_connection import StreamsConfig
+from engram_export.linear import empty_parameter
 from engram_export.recurrent_operators import causal_conv
 from engram_export.stream_operators import engram_gate
 from engram_runtime.manifest import StateSpec
@@ -53,8 +53,8 @@ class NgramSite(TableSite):
         width = config.columns * config.row_dim
         self.key = weights.make_linear(f"{name}.key", width, streams.width)
         self.value = weights.make_linear(f"{name}.value", width, streams.hidden_size)
-        self.key_gain, self.query_gain, self.conv_gain = (_parameter(streams.width) for _ in range(3))
-        self.conv = _parameter(streams.width, 1, config.conv_kernel)
+        self.key_gain, self.query_gain, self.conv_gain = (empty_parameter(streams.width) for _ in range(3))
+        self.conv = empty_parameter(streams.width, 1, config.conv_kernel)
 
     def forward(self, streams: Tensor, step: Step) -> Tensor:
         """Add to ``streams [T, G * D]`` what the site's rows ``[T, C, d]`` say."""
@@ -74,7 +74,3 @@ class NgramSite(TableSite):
             normed, self.conv, step.states[window], dilation=self.config.conv_dilation, activation="silu"
         )
         return streams + gated + convolved
-
-
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)

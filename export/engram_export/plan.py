@@ -30,7 +30,12 @@ class SitePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportPlan:
-    """Sizes in bytes; ``formats`` counts the weight matrices of each format."""
+    """Sizes in bytes.
+
+    Attributes:
+        formats: number of weight matrices by format.
+        peak_memory_bytes: above the interpreter and its imports, or None where it was never measured.
+    """
 
     model: str
     family: str
@@ -42,7 +47,7 @@ class ExportPlan:
     tables_mode: str
     cache_bytes_per_token: int
     state_bytes: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     tokenizer: bool
     sites: tuple[SitePlan, ...]
 

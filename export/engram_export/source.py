@@ -181,12 +181,14 @@ def _resolve(
     own: object = checkpoint.tensors
     added = [site.tensors for site in sites if site.tensors is not own]
     tensors = TensorUnion([scaled_tensors(checkpoint), *added])  # type: ignore[list-item]
-    rows = [*(name for table in tables for name in table.tensors), *(site.config.token_map or "" for site in sites)]
+    elsewhere = {name for table in tables for name in table.tensors}
+    elsewhere |= {site.config.token_map for site in sites if site.config.token_map is not None}
     # A tied head may be stored all the same.
-    tied = ("lm_head.weight",) if "lm_head.weight" not in wanted else ()
+    if "lm_head.weight" not in wanted:
+        elsewhere.add("lm_head.weight")
     site_names = {name: Joined(*names) for name, names in site_name_map(sites).items()}
-    ignored = (*architecture.ignored, *(name.replace(".", r"\.") for name in (*rows, *tied)))
-    return WeightSource(tensors, wanted, {**architecture.name_map(), **site_names}, ignored=ignored)
+    name_map = {**architecture.name_map(), **site_names}
+    return WeightSource(tensors, wanted, name_map, ignored=architecture.ignored, ignored_names=elsewhere)
 
 
 def _check_layers(architecture: Architecture, sites: list[EngramSource]) -> None:

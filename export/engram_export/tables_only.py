@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import nn
@@ -22,6 +21,7 @@ from engram_export.pipeline import (
     check_scales,
     export_fingerprint,
     finish_manifest,
+    producer,
     report_resumption,
     write_tables,
     write_tokenizer,
@@ -69,13 +69,15 @@ def check_options(options: ExportOptions) -> None:
         raise RequestError("--engram adds a site to a decoder, --tables-only exports none; leave one of them out")
     if options.context is not None:
         raise RequestError("--context is the length of a decoder's caches, --tables-only exports none; leave it out")
+    if options.quant == "int4":
+        raise RequestError("--quant int4 is for layers of a decoder, sites have none below int8; use int8 or none")
 
 
 def site_format(quant: str) -> WeightFormat:
     """Return the weight format of the sites' linear layers, which are never below int8."""
     if quant == "keep":
         raise CheckpointError("--quant keep takes over integers of a GGUF file, sites have none; use int8 or none")
-    return weight_format("int8" if quant == "int4" else quant, lambda name: None)
+    return weight_format(quant, lambda name: None)
 
 
 def plan_tables(source: TablesSource, chosen: WeightFormat, options: ExportOptions) -> ExportPlan:
@@ -102,7 +104,7 @@ def plan_tables(source: TablesSource, chosen: WeightFormat, options: ExportOptio
         tables_mode=options.tables,
         cache_bytes_per_token=0,
         state_bytes=0,
-        peak_memory_bytes=0,
+        peak_memory_bytes=None,
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=plans,
     )
@@ -154,6 +156,4 @@ def draft_manifest(
         context_length=text.max_positions,
     )
     tables = tuple(table.spec for table in written)
-    return Manifest(
-        producer=f"engram-edge {version('engram-edge')}", model=model, graphs=graphs, tables=tables, files=()
-    )
+    return Manifest(producer=producer(), model=model, graphs=graphs, tables=tables, files=())

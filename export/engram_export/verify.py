@@ -62,7 +62,7 @@ def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) 
     """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer.
 
     Raises:
-        CheckpointError: a tokenizer that can't be read, or one of a model with more tokens.
+        CheckpointError: a tokenizer that can't be read, that gives no tokens, or one of a model with more tokens.
     """
     limit = min(VERIFY_TOKENS, context_length)
     if checkpoint.tokenizer_json is None:
@@ -70,7 +70,12 @@ def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) 
     text = resources.files("engram_export").joinpath(VERIFY_TEXT).read_text(encoding="utf-8")
     with native_errors(CheckpointError, f"the tokenizer of {checkpoint.source} can't be used"):
         token_ids = Tokenizer.from_buffer(checkpoint.tokenizer_json).encode(text).ids[:limit]
-    if (largest := max(token_ids, default=-1)) >= vocab_size:
+    if not token_ids:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.source} gives no tokens for the text that bundles are verified on; give the "
+            f"model's own tokenizer.json"
+        )
+    if (largest := max(token_ids)) >= vocab_size:
         raise CheckpointError(f"the tokenizer gives id {largest}, the model has {vocab_size} tokens")
     return np.array(token_ids, dtype=np.int64)
 

@@ -1,7 +1,7 @@
 """Weights of a module by name: which tensors of the checkpoint each one is made of, and none left over."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -198,12 +198,14 @@ class WeightSource:
         name_map: NameMap,
         *,
         ignored: Sequence[str] = (),
+        ignored_names: Collection[str] = (),
     ) -> None:
         """Resolve every wanted name.
 
         Args:
             wanted: shapes of the module's weights by name, such as ``layers.3.attention.qkv.weight``.
             ignored: regular expressions of tensors that may stay unused.
+            ignored_names: tensors that may stay unused as well, by name.
 
         Raises:
             CheckpointError: tensors are missing, would be dropped or have another shape, by name.
@@ -216,7 +218,7 @@ class WeightSource:
         if missing := sorted(used - available):
             raise CheckpointError(f"the checkpoint lacks {_listed(missing)}; it is incomplete")
         known = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
-        unused = sorted(name for name in available - used if not known.fullmatch(name))
+        unused = sorted(name for name in available.difference(used, ignored_names) if not known.fullmatch(name))
         if unused:
             raise CheckpointError(f"the checkpoint has {_listed(unused)} that this family doesn't know")
         for name in wanted:

@@ -1,7 +1,7 @@
 """DeepSeek-V4.1's Engram memory: its tables and sites; attention, experts and hyper-connections are not exported.
 
-Reference: transformers ``modeling_deepseek_v41.py``. A checkpoint holds neither token map nor multipliers nor primes:
-all of them are derived here and held against the sizes that the config states.
+Reference: the equations of the published inference code. A checkpoint holds neither token map nor multipliers nor
+primes: all of them are derived here and held against the sizes that the config states.
 """
 
 import re
@@ -22,6 +22,7 @@ from engram_export.scaled_tensors import ScaledTensors, weight_block
 from engram_export.site_source import SiteSource, TablesSource
 from engram_export.token_compression import compress_vocabulary
 from engram_export.weight_map import Floats, Joined, WeightSource
+from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError
 from engram_runtime.hashing import column_offsets, derive_multipliers, derive_primes
 from engram_runtime.keyer_spec import NgramKeyerSpec
@@ -99,7 +100,8 @@ def engram_sizes(checkpoint: Checkpoint, part: Checkpoint) -> EngramSizes:
     """Read and bound the sizes; ``part`` is the checkpoint with its text model's config."""
     pad = "engram_pad_token_id" if "engram_pad_token_id" in part.config else "engram_pad_id"
     vocab_size = count(part, "vocab_size")
-    dead = [count(source, key, least=0) for source in (checkpoint, part) for key in DEAD_KEYS if key in source.config]
+    named = [(source, key) for source in (checkpoint, part) for key in DEAD_KEYS if source.config.get(key) is not None]
+    dead = [count(source, key, least=0) for source, key in named]
     sizes = EngramSizes(
         layers=_layers(part),
         max_order=count(part, "engram_max_ngram_size", least=2),
@@ -121,13 +123,15 @@ def read_token_map(checkpoint: Checkpoint, vocab_size: int, compressed_vocab_siz
     """Compress the tokenizer's vocabulary, ``[V]`` raw id -> compressed id.
 
     Raises:
-        CheckpointError: no tokenizer, or one with other numbers of ids: every row id would be another.
+        CheckpointError: no tokenizer, one that can't be read, or one with other numbers of ids: every row id would be
+            another.
     """
     if checkpoint.tokenizer_json is None:
         raise CheckpointError(
             f"{checkpoint.source} has no tokenizer.json, which row ids are computed with; download it as well"
         )
-    token_map = compress_vocabulary(checkpoint.tokenizer_json)
+    with native_errors(CheckpointError, f"the tokenizer of {checkpoint.source} can't be used"):
+        token_map = compress_vocabulary(checkpoint.tokenizer_json)
     advice = "row ids would be wrong, give the model's own tokenizer.json"
     if len(token_map) != vocab_size:
         raise CheckpointError(f"the tokenizer has {len(token_map)} tokens, the config says {vocab_size}; {advice}")
@@ -210,12 +214,12 @@ def _table(
 
 def _weights(tensors: ScaledTensors, prefix: str, config: MultiStreamConfig) -> WeightSource:
     inputs, size = config.table.columns * config.table.row_dim, config.hidden_size
-    elsewhere, table = rf"(?!{re.escape(prefix)}).*", rf"{re.escape(prefix)}embed\.weight"
     return WeightSource(
         tensors,
         {"key_value.weight": ((config.num_streams + 1) * size, inputs), "gain": (config.num_streams, size)},
         {"key_value.weight": Joined(f"{prefix}wkv.weight"), "gain": Product(f"{prefix}q_weight", f"{prefix}k_weight")},
-        ignored=(elsewhere, table),
+        ignored=(rf"(?!{re.escape(prefix)}).*",),
+        ignored_names=(f"{prefix}embed.weight",),
     )
 
 
