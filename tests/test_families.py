@@ -30,12 +30,14 @@ from transformers.models.qwen4_exp.modeling_qwen4_exp import _find_nth_prime_aft
 from engram_export.checkpoint import Checkpoint
 from engram_export.families import read_architecture
 from engram_export.families.qwen4_exp import Qwen4ExpArchitecture
+from engram_export.families.qwen4_memory import read_memories
 from engram_export.formats import weight_format
 from engram_export.source import open_source
 from engram_export.streamed import BundleRows
 from engram_export.verify import reference_logits
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import cpu_flags
+from engram_runtime.errors import CheckpointError
 from engram_runtime.executors.tvm_library import TvmExecutor
 from engram_runtime.executors.tvm_library import load as load_tvm
 from engram_runtime.generation import decode_tokens
@@ -249,6 +251,17 @@ def test_configs_of_published_sizes_are_read(model_type: str, layers: int, exper
     architecture: Any = read_architecture(config_alone(model_type))
     assert architecture.text.num_layers == layers
     assert (architecture.mixture.num_experts, architecture.mixture.top_k) == experts
+
+
+def test_memories_of_more_hash_heads_than_are_worth_searching_primes_for_are_refused() -> None:
+    checkpoint = config_alone("qwen4_exp_text")
+    checkpoint.config.update(ngram_size=16, heads_per_ngram=256, ple_layer_ids=list(range(1, 19)))
+    with pytest.raises(CheckpointError) as raised:
+        read_memories(checkpoint, "model.", ("full_attention",) * 18)
+    assert str(raised.value) == (
+        f"{checkpoint.config_name} has 18 n-gram memories of 3840 hash heads, wanted at most 65536 heads in all; "
+        f"correct the config"
+    )
 
 
 def test_tables_of_published_sizes_have_the_primes_of_transformers() -> None:

@@ -57,15 +57,15 @@ def derive_primes(*, layers: int, rows_per_head: Sequence[int], num_heads: int) 
         rows_per_head: for each order, the size a head's range should at least have.
     """
     seen: set[int] = set()
+    last: dict[int, int] = {}  # prime by size; every prime from the size up to it is seen
     tables: list[NDArray[np.int64]] = []
     for _ in range(layers):
         primes: list[int] = []
         for size in rows_per_head:
-            cursor = size - 1
             for _ in range(num_heads):
-                cursor = _next_unused_prime(cursor, seen)
-                seen.add(cursor)
-                primes.append(cursor)
+                last[size] = _next_unused_prime(last.get(size, size - 1), seen)
+                seen.add(last[size])
+                primes.append(last[size])
         tables.append(np.array(primes, dtype=np.int64))
     return tables
 

@@ -5,6 +5,9 @@ Reference: transformers ``modeling_qwen4_exp.py``, ``Qwen4ExpTextNGramEmbedding`
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engram_export.checkpoint import Checkpoint
 from engram_export.families.reading import count, entries
 from engram_export.host_table import RawTensors, TableSource, numbered_tensors, table_source
@@ -17,6 +20,7 @@ from engram_runtime.keyer_spec import NgramKeyerSpec
 
 DEFAULT_SEED = 1234
 MAX_ORDER = 16
+MAX_PRIMES = 1 << 16  # of all memories together; each has to be searched for
 # Constants some checkpoints carry, checked against the config; other tensors of a memory are weights.
 CONSTANTS = ("layer_multipliers", "ngram_heads_offsets", "ngram_heads_vocab_sizes")
 FACTOR = "ngram_embedding.weight_scale"  # of all rows of an FP8 table
@@ -86,7 +90,10 @@ def read_memories(checkpoint: Checkpoint, prefix: str, layer_types: tuple[str, .
                 f"'ple_layer_ids' in {checkpoint.config_name} has {layer_id!r}, wanted 1 to {len(layer_types)}"
             )
     layers = [layer_id - 1 for layer_id in sorted(set(layer_ids))]
-    return {layer: _memory(checkpoint, prefix, layer, index, len(layers)) for index, layer in enumerate(layers)}
+    if not layers:
+        return {}
+    primes = _primes(checkpoint, len(layers))
+    return {layer: _memory(checkpoint, prefix, layer, index, primes[index]) for index, layer in enumerate(layers)}
 
 
 def memory_names(prefix: str, layer: int) -> dict[str, Recipe]:
@@ -102,10 +109,27 @@ def memory_names(prefix: str, layer: int) -> dict[str, Recipe]:
     }
 
 
-def _memory(checkpoint: Checkpoint, prefix: str, layer: int, index: int, memories: int) -> NgramMemory:
+def _primes(checkpoint: Checkpoint, memories: int) -> list[NDArray[np.int64]]:
+    """Return the moduli of each memory, which go on from one to the next."""
+    order, heads = _order_and_heads(checkpoint)
+    if (columns := (order - 1) * heads) * memories > MAX_PRIMES:
+        raise CheckpointError(
+            f"{checkpoint.config_name} has {memories} n-gram memories of {columns} hash heads, wanted at most "
+            f"{MAX_PRIMES} heads in all; correct the config"
+        )
+    base = count(checkpoint, "ngram_vocab_size_base", least=2)
+    return derive_primes(layers=memories, rows_per_head=[base] * (order - 1), num_heads=heads)
+
+
+def _order_and_heads(checkpoint: Checkpoint) -> tuple[int, int]:
     order, heads = count(checkpoint, "ngram_size", least=2), count(checkpoint, "heads_per_ngram")
     if order > MAX_ORDER:
         raise CheckpointError(f"'ngram_size' in {checkpoint.config_name} is {order}, wanted 2 to {MAX_ORDER}")
+    return order, heads
+
+
+def _memory(checkpoint: Checkpoint, prefix: str, layer: int, index: int, primes: NDArray[np.int64]) -> NgramMemory:
+    order, heads = _order_and_heads(checkpoint)
     columns = (order - 1) * heads
     width = count(checkpoint, "ple_embed_dim", default=count(checkpoint, "hidden_size"))
     if width % columns:
@@ -120,16 +144,15 @@ def _memory(checkpoint: Checkpoint, prefix: str, layer: int, index: int, memorie
             conv_kernel=count(checkpoint, "ple_conv_kernel_size", least=2),
             conv_dilation=order,
         ),
-        keyer=_keyer(checkpoint, order, heads, index, memories),
+        keyer=_keyer(checkpoint, order, heads, index, primes),
         prefix=f"{prefix}layers.{layer}.ple.ple_embedding.",
         shards=count(checkpoint, "split_ngram_parts"),
         row_multiple=count(checkpoint, "make_ngram_vocab_size_divisible_by"),
     )
 
 
-def _keyer(checkpoint: Checkpoint, order: int, heads: int, index: int, memories: int) -> NgramKeyerSpec:
-    base, vocab_size = count(checkpoint, "ngram_vocab_size_base", least=2), count(checkpoint, "vocab_size")
-    primes = derive_primes(layers=memories, rows_per_head=[base] * (order - 1), num_heads=heads)[index]
+def _keyer(checkpoint: Checkpoint, order: int, heads: int, index: int, primes: NDArray[np.int64]) -> NgramKeyerSpec:
+    vocab_size = count(checkpoint, "vocab_size")
     eos = _end_of_text(checkpoint, vocab_size)
     multipliers = derive_splitmix_multipliers(
         vocab_size=vocab_size,
