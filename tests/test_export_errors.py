@@ -109,6 +109,11 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
         5,
         "57600 logits of the checkpoint's own model are not finite numbers",
     ),
+    "heads-in-no-groups": (
+        set_config(num_attention_heads=3),
+        3,
+        "config.json of {checkpoint.name} has 3 query heads over 2 of keys and values, wanted a multiple; correct the config",
+    ),
     "unknown-architecture": (
         set_config(model_type="mamba2"),
         3,

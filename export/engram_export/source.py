@@ -131,7 +131,7 @@ def has_experts(source: ModelSource) -> bool:
 
 
 def load_own_parameters(model: Decoder, source: ModelSource) -> None:
-    """Fill the parameters of a model from the checkpoint, those of a layer while it runs; the model can run once."""
+    """Fill the parameters of a model from the checkpoint, those of a layer while it runs."""
     layers = {name: module for name, module in model.named_modules() if LAYER.fullmatch(name)}
     for name, layer in layers.items():
         layer.register_forward_pre_hook(partial(_load_layer, source, name))
@@ -142,6 +142,8 @@ def load_own_parameters(model: Decoder, source: ModelSource) -> None:
 
 
 def _load_layer(source: ModelSource, prefix: str, layer: nn.Module, inputs: object) -> None:
+    for parameter in layer.parameters():
+        parameter.data.untyped_storage().resize_(parameter.nbytes)
     for name, module in layer.named_modules(prefix=prefix):
         _load(source, name, module)
 
@@ -154,7 +156,7 @@ def _load(source: ModelSource, name: str, module: nn.Module) -> None:
 
 def _drop_parameters(layer: nn.Module, inputs: object, output: object) -> None:
     for parameter in layer.parameters():
-        parameter.data = torch.empty(0)
+        parameter.data.untyped_storage().resize_(0)
 
 
 def _build(

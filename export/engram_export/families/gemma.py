@@ -6,7 +6,7 @@ from typing import Any
 
 from engram_export.checkpoint import Checkpoint
 from engram_export.families.llama import mlp_names, text_names
-from engram_export.families.reading import count, names, rope
+from engram_export.families.reading import check_heads, count, names, rope
 from engram_export.formats import WeightFormat
 from engram_export.gemma_attention import GemmaAttention, GemmaAttentionConfig, GemmaSharedAttention
 from engram_export.gemma_decoder import GemmaConfig
@@ -164,6 +164,15 @@ def _per_layer(checkpoint: Checkpoint, text: TextConfig) -> PerLayerConfig | Non
         vocab_size=count(checkpoint, "vocab_size_per_layer_input"),
         norm_eps=text.rms_norm_eps,
     )
+
+
+def check_attention(
+    checkpoint: Checkpoint, attention: Sequence[GemmaAttentionConfig]
+) -> Sequence[GemmaAttentionConfig]:
+    """Return the sizes of all layers' attention; raises CheckpointError for those that can't be."""
+    for config in attention:
+        check_heads(checkpoint, config.num_heads, config.num_kv_heads, config.head_dim)
+    return attention
 
 
 def layer_kinds(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from engram_export.families.gemma import (
     SUPPORTED,
     GemmaArchitecture,
     caches_of,
+    check_attention,
     gemma_config,
     layer_kinds,
 )
@@ -95,7 +96,7 @@ def read(checkpoint: Checkpoint) -> Gemma3nArchitecture:
         raise CheckpointError(f"{checkpoint.config_name} has no per-layer embeddings; no gemma3n is without them")
     return Gemma3nArchitecture(
         config=config,
-        attention=_attention(checkpoint, head_dim),
+        attention=check_attention(checkpoint, _attention(checkpoint, head_dim)),
         prefix=prefix,
         altup=_altup(checkpoint),
         intermediate_sizes=_intermediate_sizes(checkpoint),

@@ -16,6 +16,7 @@ from engram_export.families.gemma import (
     SUPPORTED,
     GemmaArchitecture,
     caches_of,
+    check_attention,
     gemma_config,
     layer_kinds,
 )
@@ -65,7 +66,7 @@ def read(checkpoint: Checkpoint) -> Gemma4Architecture:
     """Read the architecture of a checkpoint; raises CheckpointError for one with experts."""
     prefix, checkpoint = text_prefix(checkpoint), text_part(checkpoint)
     _check_supported(checkpoint)
-    attention = _attention(checkpoint)
+    attention = check_attention(checkpoint, _attention(checkpoint))
     _check_kinds(checkpoint, attention)
     rope_parameters = ROPE_PARAMETERS
     if checkpoint.config.get("rope_parameters") is not None:
@@ -139,7 +140,11 @@ def _layer_sizes(checkpoint: Checkpoint, layer: int, kind: str) -> Mapping[str, 
 
 
 def _check_kinds(checkpoint: Checkpoint, attention: Sequence[GemmaAttentionConfig]) -> None:
-    """Refuse layers that could not share caches and rotations with others of their kind."""
+    """Refuse layers that could not share caches and rotations with others of their kind, and a last one not full."""
+    if (last := attention[-1].kind) != FULL:
+        raise CheckpointError(
+            f"'layer_types' in {checkpoint.config_name} ends with {last!r}, the last layer of Gemma 4 is {FULL!r}"
+        )
     for kind in (SLIDING, FULL):
         sizes = {(config.num_kv_heads, config.head_dim) for config in attention if config.kind == kind}
         if len(sizes) > 1:

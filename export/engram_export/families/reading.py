@@ -76,6 +76,19 @@ def rope(
     return rotary_embedding(head_dim=head_dim, theta=theta, scaling=dict(given), max_positions=max_positions)
 
 
+def check_heads(checkpoint: Checkpoint, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Refuse sizes of attention that can't be, or that onnxruntime's attention does not take."""
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{checkpoint.config_name} has {num_heads} query heads over {num_kv_heads} of keys and values, wanted a "
+            f"multiple; correct the config"
+        )
+    if head_dim % ROTARY_MULTIPLE:
+        raise CheckpointError(
+            f"{checkpoint.config_name} has heads of {head_dim} dimensions, supported are multiples of {ROTARY_MULTIPLE}"
+        )
+
+
 def rotary_dim(checkpoint: Checkpoint, head_dim: int, *, default: float) -> int:
     """Return how many dimensions of a head are rotated."""
     otherwise = checkpoint.config.get("partial_rotary_factor", default)
@@ -106,7 +119,12 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint of a multimodal model with its text model's config; others as they are."""
     if not isinstance(text := checkpoint.config.get("text_config"), dict):
         return checkpoint
-    return dataclasses.replace(checkpoint, config={**text, "model_type": checkpoint.require("model_type", str)})
+    outer = checkpoint.config
+    # transformers ties the head by the whole model's config.
+    tied = {key: outer[key] for key in ("tie_word_embeddings",) if key in outer}
+    ends = {key: outer[key] for key in ("eos_token_id",) if key in outer}
+    config = {**ends, **text, **tied, "model_type": checkpoint.require("model_type", str)}
+    return dataclasses.replace(checkpoint, config=config)
 
 
 def text_prefix(checkpoint: Checkpoint) -> str:
