@@ -112,7 +112,8 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
     "heads-in-no-groups": (
         set_config(num_attention_heads=3),
         3,
-        "config.json of {checkpoint.name} has 3 query heads over 2 of keys and values, wanted a multiple; correct the config",
+        "config.json of {checkpoint.name} has 3 query heads over 2 of keys and values, wanted a multiple; correct the "
+        "config",
     ),
     "unknown-architecture": (
         set_config(model_type="mamba2"),
