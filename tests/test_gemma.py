@@ -227,6 +227,53 @@ REFUSED: Mapping[str, tuple[str, dict[str, Any], str]] = {
         "'num_kv_shared_layers' in config.json of {folder} leaves no layer with full_attention of its own; correct "
         "the config",
     ),
+    "heads-without-a-share": (
+        "gemma3n",
+        {"num_key_value_heads": 3},
+        "config.json of {folder} has 4 query heads for 3 key and value heads, wanted a multiple; correct the config",
+    ),
+    "heads-of-a-layer-without-a-share": (
+        "gemma4",
+        {"per_layer_config": {"2": {"num_key_value_heads": 3}}},
+        "config.json of {folder} has 4 query heads for 3 key and value heads, wanted a multiple; correct the config",
+    ),
+    "narrow-heads": (
+        "gemma3n",
+        {"head_dim": 24},
+        "config.json of {folder} has heads of 24 dimensions, supported are multiples of 16",
+    ),
+    "flat-rope-parameters": (
+        "gemma4",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "'rope_parameters' in config.json of {folder} has 'default' at 'rope_type', wanted an object; correct the "
+        "config",
+    ),
+    "rope-parameters-of-one-kind": (
+        "gemma4",
+        {"rope_parameters": {"sliding_attention": {"rope_theta": 10000.0}}},
+        "'rope_parameters' in config.json of {folder} has no 'full_attention'; correct the config",
+    ),
+    "rope-parameters-of-a-kind-are-a-list": (
+        "gemma3n",
+        {"rope_parameters": {"full_attention": [1]}},
+        "'rope_parameters' in config.json of {folder} has [1] at 'full_attention', wanted an object; correct the "
+        "config",
+    ),
+    "rope-scaling-is-a-word": (
+        "gemma3n",
+        {"rope_scaling": "linear"},
+        "'rope_scaling' in config.json of {folder} is 'linear', wanted dict; correct the config",
+    ),
+    "sizes-of-a-layer-are-a-list": (
+        "gemma4",
+        {"per_layer_config": {"2": [32]}},
+        "'per_layer_config' in config.json of {folder} has [32] at '2', wanted an object; correct the config",
+    ),
+    "a-switch-that-is-a-word": (
+        "gemma4",
+        {"attention_k_eq_v": "false"},
+        "'attention_k_eq_v' in config.json of {folder} is 'false', wanted bool; correct the config",
+    ),
     "activation": (
         "gemma3n",
         {"hidden_activation": "relu"},
