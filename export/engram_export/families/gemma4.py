@@ -71,7 +71,7 @@ class Gemma4Architecture(GemmaArchitecture):
 
 def read(checkpoint: Checkpoint) -> Gemma4Architecture:
     """Read the architecture of a checkpoint; raises CheckpointError for one with experts."""
-    prefix, checkpoint = text_prefix(checkpoint), text_part(checkpoint)
+    prefix, checkpoint = text_prefix(checkpoint), _with_last_full(text_part(checkpoint))
     _check_supported(checkpoint)
     attention = _attention(checkpoint)
     _check_kinds(checkpoint, attention)
@@ -90,6 +90,12 @@ def read(checkpoint: Checkpoint) -> Gemma4Architecture:
         prefix=prefix,
         intermediate_sizes=_intermediate_sizes(checkpoint),
     )
+
+
+def _with_last_full(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with full attention in its last layer, which transformers' config forces."""
+    kinds = [*layer_kinds(checkpoint)[:-1], FULL]
+    return dataclasses.replace(checkpoint, config={**checkpoint.config, "layer_types": kinds})
 
 
 def _check_supported(checkpoint: Checkpoint) -> None:

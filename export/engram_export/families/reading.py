@@ -136,10 +136,19 @@ def require_values(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint of a multimodal model with its text model's config; others as they are."""
-    if not isinstance(text := checkpoint.config.get("text_config"), dict):
+    """Return the checkpoint of a multimodal model with its text model's config; others as they are.
+
+    As in transformers the whole model says whether its head is tied; its ``eos_token_id`` stands in for the text's.
+    """
+    outer = {key: value for key, value in checkpoint.config.items() if value is not None}
+    if not isinstance(text := outer.get("text_config"), dict):
         return checkpoint
-    return dataclasses.replace(checkpoint, config={**text, "model_type": checkpoint.require("model_type", str)})
+    config = {**text, "model_type": checkpoint.require("model_type", str)}
+    if "tie_word_embeddings" in outer:
+        config["tie_word_embeddings"] = outer["tie_word_embeddings"]
+    if text.get("eos_token_id") is None and "eos_token_id" in outer:
+        config["eos_token_id"] = outer["eos_token_id"]
+    return dataclasses.replace(checkpoint, config=config)
 
 
 def text_prefix(checkpoint: Checkpoint) -> str:
