@@ -109,12 +109,6 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
         5,
         "57600 logits of the checkpoint's own model are not finite numbers",
     ),
-    "heads-in-no-groups": (
-        set_config(num_attention_heads=3),
-        3,
-        "config.json of {checkpoint.name} has 3 query heads over 2 of keys and values, wanted a multiple; correct the "
-        "config",
-    ),
     "unknown-architecture": (
         set_config(model_type="mamba2"),
         3,
@@ -135,6 +129,46 @@ REFUSED: dict[str, tuple[Damage, int, str]] = {
         set_config(num_attention_heads=0),
         3,
         "'num_attention_heads' in config.json of checkpoint is 0, wanted 1 to 4096; correct the config",
+    ),
+    "heads-without-a-share": (
+        set_config(num_key_value_heads=3),
+        3,
+        "config.json of checkpoint has 4 query heads for 3 key and value heads, wanted a multiple; correct the config",
+    ),
+    "rope-scaling-is-a-word": (
+        set_config(rope_parameters=None, rope_scaling="linear"),
+        3,
+        "the rope scaling in config.json of checkpoint is 'linear', wanted an object",
+    ),
+    "theta-is-negative": (
+        set_config(rope_parameters={"rope_type": "default", "rope_theta": -1.0}),
+        3,
+        "'rope_theta' in config.json of checkpoint is -1.0, wanted a positive finite number; correct the config",
+    ),
+    "theta-is-a-word": (
+        set_config(rope_parameters={"rope_type": "default", "rope_theta": "10000"}),
+        3,
+        "'rope_theta' in config.json of checkpoint is '10000', wanted a positive finite number; correct the config",
+    ),
+    "tied-is-a-word": (
+        set_config(tie_word_embeddings="false"),
+        3,
+        "'tie_word_embeddings' in config.json of checkpoint is 'false', wanted bool; correct the config",
+    ),
+    "quantisation-is-a-word": (
+        set_config(quantization_config="fp8"),
+        3,
+        "'quantization_config' is 'fp8', wanted an object; correct the config",
+    ),
+    "quantisation-is-a-list": (
+        set_config(quantization_config=["fp8"]),
+        3,
+        "'quantization_config' is ['fp8'], wanted an object; correct the config",
+    ),
+    "one-block-size": (
+        set_config(quantization_config={"weight_block_size": 5}),
+        3,
+        "'weight_block_size' is 5, wanted two sizes; correct the config",
     ),
     "tokenizer-of-another-model": (shrink_vocabulary, 3, "the tokenizer gives id 294, the model has 250 tokens"),
     "damaged-tokenizer": (

@@ -12,6 +12,12 @@ from tests.tiny import edit_config
 from tests.tiny_families import FAMILIES, Weights, edit_weights, fp8_table, rope
 from tests.workshop import Workshop, copy_folder
 
+from engram_export.checkpoint import open_checkpoint
+from engram_export.families import read_architecture
+from engram_export.formats import FLOAT
+from engram_export.inspection import describe_checkpoint
+from engram_runtime.errors import CheckpointError
+
 Damage = Callable[[Path], None]
 
 MEMORY = "model.layers.0.ple.ple_embedding."
@@ -144,7 +150,17 @@ CONFIG_DAMAGE: dict[str, tuple[str, Damage, str]] = {
     "one-stream": (
         "qwen4_exp",
         config(hc_count=1),
-        "'hc_count' in config.json of checkpoint is 1, wanted 2 to 16777216; correct the config",
+        "'hc_count' in config.json of checkpoint is 1, wanted 2 to 64; correct the config",
+    ),
+    "streams-beyond-reason": (
+        "qwen4_exp",
+        config(hc_count=65),
+        "'hc_count' in config.json of checkpoint is 65, wanted 2 to 64; correct the config",
+    ),
+    "query-heads-without-a-key-head": (
+        "qwen4_exp",
+        config(num_key_value_heads=3),
+        "config.json of checkpoint has 4 query heads for 3 key and value heads, wanted a multiple; correct the config",
     ),
     "no-streams": (
         "qwen4_exp",
@@ -306,6 +322,21 @@ def test_a_config_that_cant_be_right_is_refused_before_anything_is_written(
     workshop: Workshop, tmp_path: Path, command: Command, name: str
 ) -> None:
     assert_refused(workshop, tmp_path, command, *CONFIG_DAMAGE[name])
+
+
+def test_an_engram_site_is_refused_on_several_streams(workshop: Workshop) -> None:
+    architecture = read_architecture(open_checkpoint(workshop.family(FAMILIES["qwen4_exp"][0])))
+    site: Any = object()
+    with pytest.raises(CheckpointError) as caught:
+        architecture.build(16, FLOAT, [site])
+    assert str(caught.value) == (
+        "qwen4_exp has 2 residual streams, an engram site is made for one; export without --engram"
+    )
+
+
+@pytest.mark.parametrize(("family", "engram"), [("qwen4_exp", "yes"), ("mixtral", "no")])
+def test_inspection_says_whether_a_family_brings_tables(workshop: Workshop, family: str, engram: str) -> None:
+    assert describe_checkpoint(workshop.family(FAMILIES[family][0]))["engram"] == engram
 
 
 def assert_refused(

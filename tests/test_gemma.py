@@ -1,5 +1,6 @@
 """Gemma 3n and Gemma 4 compute what transformers does: as a module, as a graph, compiled."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -18,6 +19,7 @@ from tests.workshop import Workshop, bundle_logits, copy_folder, stepwise_logits
 
 from engram_export.checkpoint import open_checkpoint
 from engram_export.families import read_architecture
+from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, weight_format
 from engram_export.source import ModelSource, load_own_parameters, open_source
 from engram_export.table_writer import checkpoint_site, open_rows
@@ -192,6 +194,35 @@ def test_two_thetas_of_older_checkpoints_are_rope_parameters(checkpoint: Checkpo
         np.testing.assert_array_equal(tables[0][name](0, CONTEXT), values(0, CONTEXT))
 
 
+def test_the_last_layer_of_gemma4_has_full_attention_whatever_its_config_says(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    saved = checkpoint("gemma4")
+    sliding = copy_folder(saved, tmp_path / "sliding")
+    kinds = json.loads((saved / "config.json").read_text())["layer_types"]
+    change_config(sliding, layer_types=[*kinds[:-1], "sliding_attention"])
+    found, wanted = (read_architecture(open_checkpoint(path)) for path in (sliding, saved))
+    assert found.attention == wanted.attention  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("outer", "text", "expected"),
+    [
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+        ({"tie_word_embeddings": None}, {"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
+        ({"eos_token_id": 7}, {"eos_token_id": 3}, {"eos_token_id": 3}),
+        ({"eos_token_id": 7}, {"eos_token_id": None}, {"eos_token_id": 7}),
+        ({"eos_token_id": [7, 8]}, {}, {"eos_token_id": [7, 8]}),
+    ],
+)
+def test_the_whole_model_says_whether_it_is_tied_and_may_say_where_texts_end(
+    checkpoint: Checkpoints, outer: dict[str, Any], text: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    plain = open_checkpoint(checkpoint("gemma4"))
+    whole = dataclasses.replace(plain, config={"model_type": "gemma4", "text_config": text, **outer})
+    assert text_part(whole).config == {"model_type": "gemma4", **expected}
+
+
 def change_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **values}
@@ -227,6 +258,53 @@ REFUSED: Mapping[str, tuple[str, dict[str, Any], str]] = {
         "'num_kv_shared_layers' in config.json of {folder} leaves no layer with full_attention of its own; correct "
         "the config",
     ),
+    "heads-without-a-share": (
+        "gemma3n",
+        {"num_key_value_heads": 3},
+        "config.json of {folder} has 4 query heads for 3 key and value heads, wanted a multiple; correct the config",
+    ),
+    "heads-of-a-layer-without-a-share": (
+        "gemma4",
+        {"per_layer_config": {"2": {"num_key_value_heads": 3}}},
+        "config.json of {folder} has 4 query heads for 3 key and value heads, wanted a multiple; correct the config",
+    ),
+    "narrow-heads": (
+        "gemma3n",
+        {"head_dim": 24},
+        "config.json of {folder} has heads of 24 dimensions, supported are multiples of 16",
+    ),
+    "flat-rope-parameters": (
+        "gemma4",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "'rope_parameters' in config.json of {folder} has 'default' at 'rope_type', wanted an object; correct the "
+        "config",
+    ),
+    "rope-parameters-of-one-kind": (
+        "gemma4",
+        {"rope_parameters": {"sliding_attention": {"rope_theta": 10000.0}}},
+        "'rope_parameters' in config.json of {folder} has no 'full_attention'; correct the config",
+    ),
+    "rope-parameters-of-a-kind-are-a-list": (
+        "gemma3n",
+        {"rope_parameters": {"full_attention": [1]}},
+        "'rope_parameters' in config.json of {folder} has [1] at 'full_attention', wanted an object; correct the "
+        "config",
+    ),
+    "rope-scaling-is-a-word": (
+        "gemma3n",
+        {"rope_scaling": "linear"},
+        "'rope_scaling' in config.json of {folder} is 'linear', wanted dict; correct the config",
+    ),
+    "sizes-of-a-layer-are-a-list": (
+        "gemma4",
+        {"per_layer_config": {"2": [32]}},
+        "'per_layer_config' in config.json of {folder} has [32] at '2', wanted an object; correct the config",
+    ),
+    "a-switch-that-is-a-word": (
+        "gemma4",
+        {"attention_k_eq_v": "false"},
+        "'attention_k_eq_v' in config.json of {folder} is 'false', wanted bool; correct the config",
+    ),
     "activation": (
         "gemma3n",
         {"hidden_activation": "relu"},
@@ -236,6 +314,11 @@ REFUSED: Mapping[str, tuple[str, dict[str, Any], str]] = {
         "gemma3n",
         {"final_logit_softcapping": -1.0},
         "'final_logit_softcapping' in config.json of {folder} is -1.0, wanted a positive number or null",
+    ),
+    "streams": (
+        "gemma3n",
+        {"altup_num_inputs": 65},
+        "'altup_num_inputs' in config.json of {folder} is 65, wanted 2 to 64; correct the config",
     ),
     "active-stream": (
         "gemma3n",

@@ -5,8 +5,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from engram_export.checkpoint import TensorSource, open_checkpoint
-from engram_export.families import FAMILIES, TABLE_FAMILIES
+from engram_export.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from engram_export.families import FAMILIES, TABLE_FAMILIES, TABLE_TENSORS
 from engram_export.families.reading import text_part
 from engram_export.gguf_file import GgufTensors
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
@@ -34,9 +34,15 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "parameters": sum(prod(tensors.shape(name)) for name in tensors.names()),
         **{label: sizes[key] for label, key in SIZES.items() if key in sizes},
         "tokenizer": "yes" if checkpoint.tokenizer_json is not None else "no",
-        "engram": "yes" if "engram" in checkpoint.config or model_type in TABLE_FAMILIES else "no",
+        "engram": "yes" if _has_tables(checkpoint, model_type) else "no",
         "tensors": [{"type": name, "count": count} for name, count in types.most_common()],
     }
+
+
+def _has_tables(checkpoint: Checkpoint, model_type: str) -> bool:
+    if "engram" in checkpoint.config or model_type in TABLE_FAMILIES:
+        return True
+    return any(table in name for name in checkpoint.tensors.names() for table in TABLE_TENSORS)
 
 
 def _support(model_type: str) -> str:

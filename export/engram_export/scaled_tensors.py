@@ -107,8 +107,11 @@ class ScaledTensors:
 
 def weight_block(config: Mapping[str, Any], default: tuple[int, int] = HUGGING_FACE_BLOCK) -> tuple[int, int]:
     """Return the tile that shares a scale, from a config's ``quantization_config``; raises CheckpointError."""
-    found = (config.get("quantization_config") or {}).get("weight_block_size") or default
-    if len(found) != 2 or not all(type(size) is int and size > 0 for size in found):
+    quantisation = config.get("quantization_config") or {}
+    if not isinstance(quantisation, Mapping):
+        raise CheckpointError(f"'quantization_config' is {quantisation!r:.80}, wanted an object; correct the config")
+    found = quantisation.get("weight_block_size") or default
+    if not isinstance(found, Sequence) or len(found) != 2 or not all(type(size) is int and size > 0 for size in found):
         raise CheckpointError(f"'weight_block_size' is {found!r}, wanted two sizes; correct the config")
     return found[0], found[1]
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from engram_export.checkpoint import Checkpoint
 from engram_export.decoder import Decoder
 from engram_export.engram_site import EngramSite
-from engram_export.families import deepseek_v41, gemma3n, gemma4, llama, mixture, qwen4_exp
+from engram_export.families import deepseek_v41, gemma, gemma3n, gemma4, llama, mixture, qwen4_exp, qwen4_memory
 from engram_export.formats import WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.site_source import TablesSource
@@ -56,6 +56,8 @@ FAMILIES: dict[str, Callable[[Checkpoint], Architecture]] = {
 }
 # Families of which only tables and sites can be exported.
 TABLE_FAMILIES: dict[str, Callable[[Checkpoint], TablesSource]] = {"deepseek_v41": deepseek_v41.read}
+# What the names of families' own tables contain, in checkpoints that export with their decoder.
+TABLE_TENSORS = (gemma.TABLE, qwen4_memory.TABLE)
 
 
 def read_tables_source(checkpoint: Checkpoint) -> TablesSource:

@@ -6,7 +6,7 @@ from typing import Any
 
 from engram_export.checkpoint import Checkpoint
 from engram_export.families.llama import mlp_names, text_names
-from engram_export.families.reading import check_heads, count, names, rope
+from engram_export.families.reading import count, flag, names, rope
 from engram_export.formats import WeightFormat
 from engram_export.gemma_attention import GemmaAttention, GemmaAttentionConfig, GemmaSharedAttention
 from engram_export.gemma_decoder import GemmaConfig
@@ -125,10 +125,14 @@ def gemma_config(
         num_layers=count(checkpoint, "num_hidden_layers"),
         rms_norm_eps=checkpoint.require("rms_norm_eps", float),
         max_positions=count(checkpoint, "max_position_embeddings"),
-        tied=bool(checkpoint.config.get("tie_word_embeddings", True)),
+        tied=flag(checkpoint, "tie_word_embeddings", default=True),
     )
     capped = checkpoint.config.get("final_logit_softcapping", default_softcap) is not None
     kinds = sorted(set(layer_kinds(checkpoint)))
+    if missing := [kind for kind in kinds if kind not in rope_parameters]:
+        raise CheckpointError(
+            f"'rope_parameters' in {checkpoint.config_name} has no {missing[0]!r}; correct the config"
+        )
     return GemmaConfig(
         text=text,
         logit_softcap=_positive(checkpoint, "final_logit_softcapping", default_softcap) if capped else None,
@@ -164,15 +168,6 @@ def _per_layer(checkpoint: Checkpoint, text: TextConfig) -> PerLayerConfig | Non
         vocab_size=count(checkpoint, "vocab_size_per_layer_input"),
         norm_eps=text.rms_norm_eps,
     )
-
-
-def check_attention(
-    checkpoint: Checkpoint, attention: Sequence[GemmaAttentionConfig]
-) -> Sequence[GemmaAttentionConfig]:
-    """Return the sizes of all layers' attention; raises CheckpointError for those that can't be."""
-    for config in attention:
-        check_heads(checkpoint, config.num_heads, config.num_kv_heads, config.head_dim)
-    return attention
 
 
 def layer_kinds(checkpoint: Checkpoint) -> tuple[str, ...]:

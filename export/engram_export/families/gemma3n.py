@@ -17,11 +17,10 @@ from engram_export.families.gemma import (
     SUPPORTED,
     GemmaArchitecture,
     caches_of,
-    check_attention,
     gemma_config,
     layer_kinds,
 )
-from engram_export.families.reading import count, require_values, text_part, text_prefix
+from engram_export.families.reading import check_heads, count, objects, require_values, text_part, text_prefix
 from engram_export.formats import WeightFormat
 from engram_export.gemma3n_decoder import AltUpLayer, Gemma3nDecoder, Laurel
 from engram_export.gemma_attention import GemmaAttentionConfig
@@ -96,7 +95,7 @@ def read(checkpoint: Checkpoint) -> Gemma3nArchitecture:
         raise CheckpointError(f"{checkpoint.config_name} has no per-layer embeddings; no gemma3n is without them")
     return Gemma3nArchitecture(
         config=config,
-        attention=check_attention(checkpoint, _attention(checkpoint, head_dim)),
+        attention=_attention(checkpoint, head_dim),
         prefix=prefix,
         altup=_altup(checkpoint),
         intermediate_sizes=_intermediate_sizes(checkpoint),
@@ -107,11 +106,13 @@ def read(checkpoint: Checkpoint) -> Gemma3nArchitecture:
 
 def _attention(checkpoint: Checkpoint, head_dim: int) -> list[GemmaAttentionConfig]:
     window = count(checkpoint, "sliding_window")
+    num_heads, num_kv_heads = count(checkpoint, "num_attention_heads"), count(checkpoint, "num_key_value_heads")
+    check_heads(checkpoint, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     return [
         GemmaAttentionConfig(
             hidden_size=count(checkpoint, "hidden_size"),
-            num_heads=count(checkpoint, "num_attention_heads"),
-            num_kv_heads=count(checkpoint, "num_key_value_heads"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             norm_eps=checkpoint.require("rms_norm_eps", float),
             kind=kind,
@@ -164,13 +165,13 @@ def _cutoffs(checkpoint: Checkpoint) -> tuple[float | None, ...]:
 def _rope_parameters(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """Return parameters by kind; checkpoints older than transformers 5 have two thetas instead."""
     config = checkpoint.config
-    scaling = config.get("rope_scaling") or {}
-    given = checkpoint.require("rope_parameters", dict) if config.get("rope_parameters") else {}
+    scaling = {} if config.get("rope_scaling") is None else checkpoint.require("rope_scaling", dict)
+    given = objects(checkpoint, "rope_parameters")
     defaults = {
         SLIDING: {"rope_theta": config.get("rope_local_base_freq", 10_000.0)},
         FULL: {"rope_theta": config.get("rope_theta", 1_000_000.0), **scaling},
     }
-    return {kind: {**default, **(given.get(kind) or {})} for kind, default in defaults.items()}
+    return {kind: {**default, **given.get(kind, {})} for kind, default in defaults.items()}
 
 
 def _layer_names(prefix: str, layer: int) -> dict[str, Recipe]:

@@ -16,11 +16,18 @@ from engram_export.families.gemma import (
     SUPPORTED,
     GemmaArchitecture,
     caches_of,
-    check_attention,
     gemma_config,
     layer_kinds,
 )
-from engram_export.families.reading import count, require_values, text_part, text_prefix
+from engram_export.families.reading import (
+    check_heads,
+    count,
+    flag,
+    objects,
+    require_values,
+    text_part,
+    text_prefix,
+)
 from engram_export.formats import WeightFormat
 from engram_export.gemma_attention import GemmaAttentionConfig
 from engram_export.gemma_decoder import GeluMlp, GemmaDecoder, ScaledLayer
@@ -64,13 +71,13 @@ class Gemma4Architecture(GemmaArchitecture):
 
 def read(checkpoint: Checkpoint) -> Gemma4Architecture:
     """Read the architecture of a checkpoint; raises CheckpointError for one with experts."""
-    prefix, checkpoint = text_prefix(checkpoint), text_part(checkpoint)
+    prefix, checkpoint = text_prefix(checkpoint), _with_last_full(text_part(checkpoint))
     _check_supported(checkpoint)
-    attention = check_attention(checkpoint, _attention(checkpoint))
+    attention = _attention(checkpoint)
     _check_kinds(checkpoint, attention)
-    rope_parameters = ROPE_PARAMETERS
+    rope_parameters: Mapping[str, Mapping[str, Any]] = ROPE_PARAMETERS
     if checkpoint.config.get("rope_parameters") is not None:
-        rope_parameters = checkpoint.require("rope_parameters", dict)
+        rope_parameters = objects(checkpoint, "rope_parameters")
     config = gemma_config(
         checkpoint,
         head_dims={config.kind: config.head_dim for config in attention},
@@ -85,8 +92,14 @@ def read(checkpoint: Checkpoint) -> Gemma4Architecture:
     )
 
 
+def _with_last_full(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with full attention in its last layer, which transformers' config forces."""
+    kinds = [*layer_kinds(checkpoint)[:-1], FULL]
+    return dataclasses.replace(checkpoint, config={**checkpoint.config, "layer_types": kinds})
+
+
 def _check_supported(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.get("enable_moe_block"):
+    if flag(checkpoint, "enable_moe_block", default=False):
         raise CheckpointError(
             f"{checkpoint.config_name} has experts ('enable_moe_block'), of Gemma 4 only dense models are supported"
         )
@@ -97,7 +110,7 @@ def _check_supported(checkpoint: Checkpoint) -> None:
 
 def _attention(checkpoint: Checkpoint) -> list[GemmaAttentionConfig]:
     window = count(checkpoint, "sliding_window")
-    keys_are_values = bool(checkpoint.config.get("attention_k_eq_v"))
+    keys_are_values = flag(checkpoint, "attention_k_eq_v", default=False)
     layers = enumerate(zip(layer_kinds(checkpoint), caches_of(checkpoint), strict=True))
     return [
         GemmaAttentionConfig(
@@ -124,27 +137,29 @@ def _with_layer_sizes(checkpoint: Checkpoint, layer: int, kind: str) -> Checkpoi
             f"{checkpoint.config_name} overrides {unknown[0]!r} for layer {layer}, only {list(LAYER_SIZES)} are "
             f"supported"
         )
-    return dataclasses.replace(checkpoint, config={**checkpoint.config, **overrides})
+    sizes = dataclasses.replace(checkpoint, config={**checkpoint.config, **overrides})
+    check_heads(
+        sizes,
+        num_heads=count(sizes, "num_attention_heads"),
+        num_kv_heads=count(sizes, "num_key_value_heads"),
+        head_dim=count(sizes, "head_dim"),
+    )
+    return sizes
 
 
 def _layer_sizes(checkpoint: Checkpoint, layer: int, kind: str) -> Mapping[str, Any]:
     config = checkpoint.config
     if config.get("per_layer_config") is not None:  # how transformers saves what published configs say in two keys
-        sizes: Mapping[str, Any] = checkpoint.require("per_layer_config", dict).get(str(layer), {})
-        return sizes
+        return objects(checkpoint, "per_layer_config").get(str(layer), {})
     if kind == SLIDING:
         return {}
     head_dim = {"head_dim": config.get("global_head_dim", GLOBAL_HEAD_DIM)}
-    kv_heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
+    kv_heads = config.get("num_global_key_value_heads") if flag(checkpoint, "attention_k_eq_v", default=False) else None
     return head_dim if kv_heads is None else {**head_dim, "num_key_value_heads": kv_heads}
 
 
 def _check_kinds(checkpoint: Checkpoint, attention: Sequence[GemmaAttentionConfig]) -> None:
-    """Refuse layers that could not share caches and rotations with others of their kind, and a last one not full."""
-    if (last := attention[-1].kind) != FULL:
-        raise CheckpointError(
-            f"'layer_types' in {checkpoint.config_name} ends with {last!r}, the last layer of Gemma 4 is {FULL!r}"
-        )
+    """Refuse layers that could not share caches and rotations with others of their kind."""
     for kind in (SLIDING, FULL):
         sizes = {(config.num_kv_heads, config.head_dim) for config in attention if config.kind == kind}
         if len(sizes) > 1:
@@ -156,5 +171,5 @@ def _check_kinds(checkpoint: Checkpoint, attention: Sequence[GemmaAttentionConfi
 
 def _intermediate_sizes(checkpoint: Checkpoint) -> tuple[int, ...]:
     size = count(checkpoint, "intermediate_size")
-    wide = 2 * size if checkpoint.config.get("use_double_wide_mlp") else size
+    wide = 2 * size if flag(checkpoint, "use_double_wide_mlp", default=False) else size
     return tuple(size if layer == source else wide for layer, source in enumerate(caches_of(checkpoint)))

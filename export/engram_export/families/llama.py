@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from engram_export.attention import Attention, AttentionConfig
 from engram_export.checkpoint import Checkpoint
 from engram_export.engram_site import EngramSite
-from engram_export.families.reading import check_heads, count, require_values, rope
+from engram_export.families.reading import check_heads, count, flag, require_values, rope
 from engram_export.formats import WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.rope import RotaryEmbedding
@@ -84,7 +84,7 @@ def text_config(checkpoint: Checkpoint) -> TextConfig:
         num_layers=count(checkpoint, "num_hidden_layers"),
         rms_norm_eps=checkpoint.require("rms_norm_eps", float),
         max_positions=count(checkpoint, "max_position_embeddings"),
-        tied=bool(checkpoint.config.get("tie_word_embeddings", False)),
+        tied=flag(checkpoint, "tie_word_embeddings", default=False),
     )
 
 
@@ -93,9 +93,9 @@ def attention_config(
 ) -> AttentionConfig:
     """Read the sizes of attention."""
     hidden_size, num_heads = count(checkpoint, "hidden_size"), count(checkpoint, "num_attention_heads")
-    num_kv_heads = count(checkpoint, "num_key_value_heads", default=num_heads)
     head_dim = count(checkpoint, "head_dim", default=hidden_size // num_heads)
-    check_heads(checkpoint, num_heads, num_kv_heads, head_dim)
+    num_kv_heads = count(checkpoint, "num_key_value_heads", default=num_heads)
+    check_heads(checkpoint, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     return AttentionConfig(
         hidden_size=hidden_size,
         num_heads=num_heads,

@@ -69,6 +69,11 @@ class Qwen4ExpArchitecture:
 
     def build(self, context_length: int, weights: WeightFormat, sites: Sequence[EngramSite]) -> HyperDecoder:
         """Make the model's module with uninitialised parameters."""
+        if sites:
+            raise CheckpointError(
+                f"qwen4_exp has {self.streams.streams} residual streams, an engram site is made for one; "
+                f"export without --engram"
+            )
         layers = [self._layer(index, context_length, weights) for index in range(self.text.num_layers)]
         return HyperDecoder(
             self.text,

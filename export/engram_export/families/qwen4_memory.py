@@ -22,6 +22,7 @@ DEFAULT_SEED = 1234
 MAX_ORDER = 16
 MAX_PRIMES = 1 << 16  # of all memories together; each has to be searched for
 # Constants some checkpoints carry, checked against the config; other tensors of a memory are weights.
+TABLE = "ngram_embedding.shard_"
 CONSTANTS = ("layer_multipliers", "ngram_heads_offsets", "ngram_heads_vocab_sizes")
 FACTOR = "ngram_embedding.weight_scale"  # of all rows of an FP8 table
 
@@ -47,7 +48,7 @@ class NgramMemory:
         if not isinstance(tensors, SafetensorsFile | SafetensorsShards):
             raise CheckpointError(f"{checkpoint.source} has an n-gram table, but its tensors are not safetensors")
         self._check_constants(tensors)
-        shard = f"{self.prefix}ngram_embedding.shard_{{}}.weight"
+        shard = f"{self.prefix}{TABLE}{{}}.weight"
         payload = numbered_tensors(tensors.names(), shard, self.shards)
         return table_source(
             site=self.site.site,

@@ -1,6 +1,7 @@
 """Read the values of a config that families share, bounded before anything is allocated for them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ LIMITS = {
     "heads_per_ngram": 1 << 8,
     "split_ngram_parts": 1 << 16,
     "ngram_vocab_size_base": 1 << 32,
+    "altup_num_inputs": 64,
+    "hc_count": 64,
 }
 OTHER_LIMIT = 1 << 24
 ROTARY_MULTIPLE = 16  # of head sizes and rotated dimensions, in onnxruntime's attention
@@ -66,27 +69,44 @@ def entries(checkpoint: Checkpoint, key: str) -> list[Any]:
     return [] if checkpoint.config.get(key) is None else checkpoint.require(key, list)
 
 
+def objects(checkpoint: Checkpoint, key: str) -> dict[str, dict[str, Any]]:
+    """Return an object of objects of the config without those that are null, empty where the key is absent or null."""
+    found = {} if checkpoint.config.get(key) is None else checkpoint.require(key, dict)
+    for name, value in found.items():
+        if not isinstance(value, dict | None):
+            raise CheckpointError(
+                f"{key!r} in {checkpoint.config_name} has {value!r:.80} at {name!r}, wanted an object; "
+                f"correct the config"
+            )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def check_heads(checkpoint: Checkpoint, *, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Refuse heads that attention can't share or rotate."""
+    if head_dim % ROTARY_MULTIPLE:
+        raise CheckpointError(
+            f"{checkpoint.config_name} has heads of {head_dim} dimensions, supported are multiples of {ROTARY_MULTIPLE}"
+        )
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{checkpoint.config_name} has {num_heads} query heads for {num_kv_heads} key and value heads, wanted a "
+            f"multiple; correct the config"
+        )
+
+
 def rope(
     checkpoint: Checkpoint, *, head_dim: int, max_positions: int, parameters: Mapping[str, Any] | None = None
 ) -> RotaryEmbedding:
     """Return the rotary embedding of a config; ``parameters`` where a config has several kinds of them."""
     # transformers 5 keeps theta and the scaling in one block, earlier releases in two keys.
-    given = parameters or _rope_parameters(checkpoint)
+    given = _rope_parameters(checkpoint) if parameters is None else parameters
     theta = given.get("rope_theta", checkpoint.config.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise CheckpointError(
+            f"'rope_theta' in {checkpoint.config_name} is {theta!r:.80}, wanted a positive finite number; "
+            f"correct the config"
+        )
     return rotary_embedding(head_dim=head_dim, theta=theta, scaling=dict(given), max_positions=max_positions)
-
-
-def check_heads(checkpoint: Checkpoint, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Refuse sizes of attention that can't be, or that onnxruntime's attention does not take."""
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"{checkpoint.config_name} has {num_heads} query heads over {num_kv_heads} of keys and values, wanted a "
-            f"multiple; correct the config"
-        )
-    if head_dim % ROTARY_MULTIPLE:
-        raise CheckpointError(
-            f"{checkpoint.config_name} has heads of {head_dim} dimensions, supported are multiples of {ROTARY_MULTIPLE}"
-        )
 
 
 def rotary_dim(checkpoint: Checkpoint, head_dim: int, *, default: float) -> int:
@@ -116,14 +136,18 @@ def require_values(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint of a multimodal model with its text model's config; others as they are."""
-    if not isinstance(text := checkpoint.config.get("text_config"), dict):
+    """Return the checkpoint of a multimodal model with its text model's config; others as they are.
+
+    As in transformers the whole model says whether its head is tied; its ``eos_token_id`` stands in for the text's.
+    """
+    outer = {key: value for key, value in checkpoint.config.items() if value is not None}
+    if not isinstance(text := outer.get("text_config"), dict):
         return checkpoint
-    outer = checkpoint.config
-    # transformers ties the head by the whole model's config.
-    tied = {key: outer[key] for key in ("tie_word_embeddings",) if key in outer}
-    ends = {key: outer[key] for key in ("eos_token_id",) if key in outer}
-    config = {**ends, **text, **tied, "model_type": checkpoint.require("model_type", str)}
+    config = {**text, "model_type": checkpoint.require("model_type", str)}
+    if "tie_word_embeddings" in outer:
+        config["tie_word_embeddings"] = outer["tie_word_embeddings"]
+    if text.get("eos_token_id") is None and "eos_token_id" in outer:
+        config["eos_token_id"] = outer["eos_token_id"]
     return dataclasses.replace(checkpoint, config=config)
 
 
