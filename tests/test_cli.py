@@ -453,6 +453,14 @@ def test_the_version_is_that_of_the_package(command: Command) -> None:
     assert command("engram", "--version").out == f"engram, version {version('engram-edge')}\n"
 
 
+def test_golden_values_cant_be_verified_with_tables_off(workshop: Workshop, command: Command) -> None:
+    outcome = command("engram", "verify", workshop.ready().path, "--tables", "off")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "engram: golden values are those with tables on, --tables off acts on --against CHECKPOINT only\n"
+    )
+
+
 def test_no_command_writes_into_a_bundle(workshop: Workshop, command: Command) -> None:
     bundle = workshop.ready().path
     before = files_of(bundle)

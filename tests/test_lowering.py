@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 
 from engram_compilers.lowering import CONVERTERS, lower
 from engram_compilers.onnx_model import Node, OnnxModel
@@ -34,12 +35,12 @@ ATTENDED = ("batched", "", "", "key.0", "value.0", "zero", "zero", "turn", "turn
 ATTRIBUTES = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "scale": 0.25}
 
 
-def lowered(folder: Path, nodes: Sequence[Node], states: Sequence[StateSpec] = ()) -> None:
+def lowered(folder: Path, nodes: Sequence[Node], states: Sequence[StateSpec] = ()) -> tvm.IRModule:
     """Lower a graph for two tokens."""
     model = OnnxModel(tuple(nodes), {"zero": np.array([0])}, {}, np.zeros(0, np.uint8))
     spec = GraphSpec(file="", weights="", inputs=SPEC.inputs, outputs=(), states=tuple(states))
     with PackedWeights(folder / "packed") as packed:
-        lower(model, spec, packed, family="portable", passes=[(2, 1)])
+        return lower(model, spec, packed, family="portable", passes=[(2, 1)]).module
 
 
 def refusal(folder: Path, nodes: Sequence[Node], states: Sequence[StateSpec] = ()) -> str:
@@ -59,7 +60,8 @@ def test_every_operator_with_a_lowering_says_what_it_takes() -> None:
 
 
 def test_caches_are_changed_in_place_by_attention(tmp_path: Path) -> None:
-    lowered(tmp_path, attention(), [KEYS, VALUES])
+    module = lowered(tmp_path, attention(), [KEYS, VALUES])
+    assert str(module["forward_2_1"]).count("call_tir_inplace") == 1
 
 
 @pytest.mark.parametrize("state", [KEYS, WINDOW], ids=["positional", "window"])

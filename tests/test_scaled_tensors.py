@@ -130,6 +130,25 @@ def test_a_scale_that_is_not_finite(tmp_path: Path, value: str) -> None:
     assert str(raised.value) == f"proj.scale has scale {value} at [1, 2], expected finite scales; download it again"
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_scale_that_is_not_finite_is_found_before_its_weight_is_read(tmp_path: Path, value: str) -> None:
+    scales = torch.ones(2, 3)
+    scales[1, 2] = float(value)
+    with pytest.raises(CheckpointError) as raised:
+        opened(tmp_path, {"proj.weight": FLOAT8_WEIGHT, "proj.scale": scales}).shape("proj.weight")
+    assert str(raised.value) == f"proj.scale has scale {value} at [1, 2], expected finite scales; download it again"
+
+
+def test_a_dtype_that_cant_be_read_is_found_before_its_weight_is_read(tmp_path: Path) -> None:
+    tensors = opened(tmp_path, {"proj.weight": torch.ones(4, 6, dtype=torch.float64)})
+    with pytest.raises(CheckpointError) as raised:
+        tensors.shape("proj.weight")
+    assert str(raised.value) == (
+        f"tensor 'proj.weight' of {tmp_path / 'model.safetensors'} has dtype F64, wanted F32, F16 or BF16; convert the "
+        f"checkpoint"
+    )
+
+
 def test_an_exponent_that_is_not_a_number(tmp_path: Path) -> None:
     exponents = torch.full((2, 3), 127, dtype=torch.uint8)
     exponents[0, 1] = 255

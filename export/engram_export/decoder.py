@@ -1,5 +1,6 @@
 """What every family's model is to the export: one forward pass over T tokens, with named states and table rows."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,20 +73,20 @@ class Rotation(nn.Module):
         return self.embedding.tables(start, stop)[1]
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """A causal language model; families implement `hidden` and `logits`."""
 
     def __init__(self, context_length: int, rotations: Mapping[str, RotaryEmbedding]) -> None:
         super().__init__()
         self.rotations = nn.ModuleDict({kind: Rotation(rope, context_length) for kind, rope in rotations.items()})
 
+    @abstractmethod
     def hidden(self, step: Step) -> Tensor:
         """Return the last residual stream ``[T, D]`` before the final norm."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Return ``[R, V]`` for ``hidden [R, D]``."""
-        raise NotImplementedError
 
     def state_specs(self) -> tuple[StateSpec, ...]:
         """Return the states in the order `forward` takes them."""

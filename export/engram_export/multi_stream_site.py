@@ -1,4 +1,4 @@
-"""The Engram site of DeepSeek-V4.1, on G hyper-connection streams (transformers ``modeling_deepseek_v41.py``).
+"""The Engram site of DeepSeek-V4.1, on G hyper-connection streams, after the published inference code.
 
 At one position, with e the concatenated rows and h_g the streams:
     k_1 .. k_G, v = W_kv e

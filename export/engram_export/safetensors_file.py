@@ -75,6 +75,10 @@ class SafetensorsFile:
         """Return the file that holds a tensor and where in it the data lies."""
         return self.path, self._entry(name)
 
+    def check_readable(self, name: str) -> None:
+        """Refuse a tensor that `read` can't convert; raises CheckpointError without reading it."""
+        self._to_float32(name)
+
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
             raise CheckpointError(
@@ -132,6 +136,10 @@ class SafetensorsShards:
     def locate(self, name: str) -> tuple[Path, TensorEntry]:
         """Return the file that holds a tensor and where in it the data lies."""
         return self._file(name).locate(name)
+
+    def check_readable(self, name: str) -> None:
+        """Refuse a tensor that `read` can't convert; raises CheckpointError without reading it."""
+        self._file(name).check_readable(name)
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:

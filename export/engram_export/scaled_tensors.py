@@ -31,6 +31,9 @@ class StoredTensors(TensorSource, Protocol):
     def read_raw_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Read rows of the first axis in the tensor's own dtype, float8 as uint8."""
 
+    def check_readable(self, name: str) -> None:
+        """Refuse a tensor that `read` can't convert, without reading it."""
+
 
 class ScaledTensors:
     """A tensor source whose FP8 weights are read as float32 and whose scales are hidden; the rest is as it was."""
@@ -42,16 +45,24 @@ class ScaledTensors:
         weights = [name for name in known if tensors.dtype(name) == FLOAT8]
         self._scales = {weight: next((name for name in _names(weight) if name in known), None) for weight in weights}
         self._hidden = frozenset(self._scales.values())
+        self._checked: set[str] = set()
 
     def names(self) -> list[str]:
         """List the tensors without the scales."""
         return [name for name in self._tensors.names() if name not in self._hidden]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape; raises CheckpointError for an FP8 weight without scales that fit."""
+        """Return a tensor's shape.
+
+        Raises:
+            CheckpointError: a dtype that can't be read, or an FP8 weight without finite scales that fit.
+        """
         shape = self._tensors.shape(name)
         if name in self._scales:
-            self._tile(name, shape)
+            scales, _ = self._tile(name, shape)
+            self._check_scales(scales)
+        else:
+            self._tensors.check_readable(name)
         return shape
 
     def read(self, name: str) -> NDArray[np.float32]:
@@ -97,6 +108,13 @@ class ScaledTensors:
                 f"{scales} has shape {list(found)}, {weight} {list(shape)} wants one scale for each {list(self._block)}"
             )
         return scales, tile
+
+    def _check_scales(self, name: str) -> None:
+        """Read a weight's scales, which are few beside it, the first time its shape is asked for."""
+        if name not in self._checked:
+            shape = self._tensors.shape(name)
+            _finite(name, 0, self._read_scales(name, 0, shape[0]) if shape else self._tensors.read(name))
+            self._checked.add(name)
 
     def _read_scales(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         if self._tensors.dtype(name) in E8M0:

@@ -53,6 +53,8 @@ def verify(
     tables_only = DECODER not in opened.manifest.graphs and against is None
     if tables_only:
         _refuse_decoder_options()
+    if against is None and tables == "off":
+        raise RequestError("golden values are those with tables on, --tables off acts on --against CHECKPOINT only")
     if against is not None:
         _parity().check_checkpoint(against)
     _check_digests(opened)
