@@ -10,7 +10,7 @@ from engram_compilers.kernels.tiled_packing import pack_block, pack_int4, pack_i
 
 __all__ = ["ISA", "embed_int8", "linear_block", "linear_int4", "linear_int8", "pack_block", "pack_int4", "pack_int8"]
 
-ISA = Isa(dot4=dot4_avx_vnni, weight_bias=128, sums=6, plane_rows=6)
+ISA = Isa(dot4=dot4_avx_vnni, weight_bias=128, sums=6)
 
 linear_int8 = partial(tiled.linear_int8, ISA)
 linear_int4 = partial(tiled.linear_int4, ISA)

@@ -15,11 +15,9 @@ class Isa:
             activations[4i+b], exact. It takes the weights' bytes as its instruction does.
         weight_bias: what an int8 weight's byte is above its value: 128 where ``dot4`` takes unsigned bytes,
             0 where it takes signed ones.
-        sums: sums of 16 lanes to keep in registers, beside weights and activations.
-        plane_rows: rows of planes that take turns with a weight once several tiles fit as well.
+        sums: sums of 16 lanes that fit the registers, beside weights and activations.
     """
 
     dot4: Callable[[Expr, Expr, Expr], Expr]
     weight_bias: int
     sums: int
-    plane_rows: int

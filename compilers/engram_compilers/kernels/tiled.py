@@ -30,6 +30,8 @@ from engram_compilers.kernels.vnni_blocks import (
 from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vectors, each_int4_step
 
 _EMBEDDED_PER_US = 1000.0
+_MOST_TILES = 8  # streams of weights at once
+_SUMS_WORTH_UNPACKING = 16  # products with an int4 weight that take as long as unpacking it, several times over
 
 
 def linear_int8(isa: Isa, rows: int, out_features: int, in_features: int, planes: int) -> tirx.PrimFunc:
@@ -60,16 +62,16 @@ def linear_int8(isa: Isa, rows: int, out_features: int, in_features: int, planes
 
 
 def int8_plan(isa: Isa, rows: int, out_features: int, in_features: int, planes: int) -> Plan:
-    block_rows = min(rows, isa.plane_rows // planes)
-    group_tiles = max(1, isa.sums // (planes * block_rows))
+    """Choose the blocking of `linear_int8`: a few rows need many sums to hide latency, more rows one stream of weights."""
+    sums_of_tile = planes * min(rows, isa.sums // planes)
     return Plan(
         isa=isa,
         rows=rows,
         out_features=out_features,
         in_features=in_features,
         planes=planes,
-        block_rows=block_rows,
-        group_tiles=group_tiles,
+        block_rows=sums_of_tile // planes,
+        group_tiles=min(isa.sums // sums_of_tile, _MOST_TILES) if 2 * sums_of_tile < isa.sums else 1,
     )
 
 
@@ -89,11 +91,12 @@ def linear_int4(isa: Isa, rows: int, out_features: int, in_features: int, planes
 
     ``(planes i8 [P*M, Kp], row_scale f32 [M], plane_offset i32 [P*M], codes u8 [Np/16, Kp/8, 64],
     header u8 [Np/16, Kp/32, 16], channel_scale f32 [N]) -> y f32 [M, N]``: as `linear_int8` with the int8 weight
-    (code - zero) * multiplier. A few rows use each weight as it is unpacked; more rows unpack a tile group once.
+    (code - zero) * multiplier. Blocks of rows unpack for themselves, or where they are small a tile group once for all.
     """
     require_groups(in_features)
     plan = int4_plan(isa, rows, out_features, in_features, planes)
-    body = _int4_direct_body if plan.block_rows == rows else _int4_unpacking_body
+    unpacks_once = plan.block_rows < rows and isa.sums < _SUMS_WORTH_UNPACKING
+    body = _int4_unpacking_body if unpacks_once else _int4_direct_body
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -113,17 +116,15 @@ def linear_int4(isa: Isa, rows: int, out_features: int, in_features: int, planes
 
 
 def int4_plan(isa: Isa, rows: int, out_features: int, in_features: int, planes: int) -> Plan:
-    direct = planes * rows <= isa.sums
-    block_rows = rows if direct else isa.plane_rows // planes
-    group_tiles = max(1, isa.sums // (planes * block_rows))
+    """Choose the blocking of `linear_int4`."""
     return Plan(
         isa=isa,
         rows=rows,
         out_features=out_features,
         in_features=in_features,
         planes=planes,
-        block_rows=block_rows,
-        group_tiles=group_tiles,
+        block_rows=min(rows, isa.sums // planes),
+        group_tiles=2 if rows == 1 else 1,
     )
 
 
@@ -137,17 +138,18 @@ def _int4_direct_body(
     channel_scale: Expr,
     y: Expr,
 ) -> None:
-    def tile_group(first_tile: Expr, num_tiles: int) -> None:
-        block = Block(plan, 0, plan.rows, first_tile, num_tiles)
+    def row_block(block: Block) -> None:
         sums = start_sums(block, plane_offset)
         with T.serial(plan.groups) as group:
-            for t in range(num_tiles):
+            for t in range(block.num_tiles):
                 add = partial(block.add_products, sums, t, planes)
-                each_int4_step(codes, header, first_tile + t, group, add, bias=plan.isa.weight_bias)
-            prefetch_steps(codes, first_tile + num_tiles, num_tiles, code_vectors(group, 4))
+                each_int4_step(codes, header, block.first_tile + t, group, add, bias=plan.isa.weight_bias)
+            if block.is_first:
+                next_tile = block.first_tile + block.num_tiles
+                prefetch_steps(codes, next_tile, block.num_tiles, code_vectors(group, 4))
         store_sums(block, y, sums, channel_scale, row_scale)
 
-    each_tile_group(plan, tile_group)
+    each_tile_group(plan, lambda first_tile, num_tiles: each_row_block(plan, first_tile, num_tiles, row_block))
 
 
 def _int4_unpacking_body(
