@@ -42,7 +42,7 @@ X86_FAMILIES = [
     pytest.param(avx2, id="avx2", marks=needs_avx2),
 ]
 FAMILIES = [pytest.param(portable, id="portable"), *X86_FAMILIES]
-ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
+ROWS = [1, 2, 3, 4, 5, 8, 9, 17, 64]
 PLANES = [1, 2]
 FEW_ROWS = [1, 3, 17]  # for the kernels that share their blocking with others
 OUTPUTS, INPUTS = 201, 160  # 12 whole tiles and one of 9 outputs; inputs are padded to 192
@@ -285,7 +285,7 @@ def test_linear_block_adds_scaled_groups(family: ModuleType, rows: int, bits: in
 
 
 @pytest.mark.parametrize("family", X86_FAMILIES)
-@pytest.mark.parametrize(("kind", "rows"), product(["q4_0", "q8_0"], FEW_ROWS))
+@pytest.mark.parametrize(("kind", "rows"), list(product(["q4_0", "q8_0"], FEW_ROWS)))
 def test_all_families_give_the_same_bits_on_block_formats(family: ModuleType, kind: str, rows: int) -> None:
     x = hard_rows(rows, INPUTS)
     assert same_bits(run_linear(portable, kind, x), run_linear(family, kind, x))
