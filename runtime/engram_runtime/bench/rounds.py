@@ -111,13 +111,13 @@ def measure(
             threads = facts["threads"]
             workers.append(worker)
             results.append(Result(contestant, facts))
+        if settings.profile:
+            results[0].profile = workers[0].ask("profile", depth=settings.prompt_tokens, tokens=settings.prompt_tokens)
         for name, request in settings.measurements().items():
             asks = [partial(worker.ask, **request) for worker in workers]
             _in_turn(results, asks, settings.rounds, name, progress)
         for worker, result in zip(workers, results, strict=True):
             result.memory = worker.ask("memory")
-        if settings.profile:
-            results[0].profile = workers[0].ask("profile", depth=settings.prompt_tokens, tokens=settings.prompt_tokens)
 
     def fresh_start(contestant: Contestant) -> dict[str, Any]:
         with start_worker(contestant.runner) as worker:

@@ -42,9 +42,8 @@ def load(name: str, model: str, options: dict[str, Any]) -> tuple[Any, dict[str,
     runner.prefill([0]).argmax()
     first = time.perf_counter()
     facts = {key: getattr(runner, key) for key in ("name", "build", "threads", "weight_bytes")}
-    counts = {"counts_experts": runner.expert_bytes_read is not None}
     times = {"import_s": imported - started, "load_s": loaded - ready, "first_token_s": first - loaded}
-    return runner, {**facts, **counts, **times}
+    return runner, {**facts, **times}
 
 
 def answer(runner: Any, request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
