@@ -1,5 +1,6 @@
 """``engram bench`` on tiny bundles: what it prints, and how it ends where something is missing."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ FIGURES = ("prefill_tok_s", "decode_tok_s", "ttft_ms", "load_ms", "start_ms", "r
 def small_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read less than a measurement needs."""
     monkeypatch.setattr(bandwidth, "READ_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have llama.cpp appear to be installed."""
+    monkeypatch.setattr("engram_runtime.commands.bench.LLAMA_CPP_PACKAGE", "numpy")
 
 
 def error_of(command: Command, *arguments: object) -> tuple[int, str]:
@@ -74,6 +81,7 @@ def test_a_gguf_without_llama_cpp_is_refused(workshop: Workshop, command: Comman
     )
 
 
+@pytest.mark.usefixtures("llama_cpp")
 def test_a_gguf_that_is_not_there_is_named(workshop: Workshop, command: Command, tmp_path: Path) -> None:
     line = ("bench", workshop.ready().path, *SIZES, "--against", "llama.cpp", "--gguf", tmp_path / "model.gguf")
     assert error_of(command, *line) == (
@@ -82,6 +90,7 @@ def test_a_gguf_that_is_not_there_is_named(workshop: Workshop, command: Command,
     )
 
 
+@pytest.mark.usefixtures("llama_cpp")
 def test_sites_that_llama_cpp_lacks_are_told(workshop: Workshop, command: Command) -> None:
     bundle = workshop.ready().path
     assert error_of(command, "bench", bundle, *SIZES, "--against", "llama.cpp") == (
@@ -91,16 +100,12 @@ def test_sites_that_llama_cpp_lacks_are_told(workshop: Workshop, command: Comman
 
 
 def test_llama_cpp_that_is_not_installed_says_how_to_install_it(
-    workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "llama_cpp.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'llama_cpp'\", name='llama_cpp')"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    bundle = workshop.compiled(workshop.bundle(workshop.checkpoint(TinyModel()), quant="int8"))
-    assert error_of(command, "bench", bundle.path, *SIZES, "--against", "llama.cpp") == (
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert error_of(command, "bench", workshop.ready().path, *SIZES, "--against", "llama.cpp") == (
         4,
-        "engram: llama.cpp needs llama_cpp, which is not installed: pip install 'engram-edge[peers]'",
+        "engram: --against llama.cpp needs llama_cpp: pip install 'engram-edge[export,peers]'",
     )
 
 

@@ -140,7 +140,9 @@ def llama_cpp_logits(path: Path, token_ids: list[int]) -> NDArray[np.float32]:
     return runner.decode(token_ids).copy()
 
 
-@pytest.mark.parametrize("source", [TinyModel(), TinyModel(family="qwen3", tied=False), MIXTURE], ids=["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "source", [TinyModel(), TinyModel(family="qwen3", tied=False), MIXTURE], ids=["llama", "qwen3", "qwen3_moe"]
+)
 def test_llama_cpp_computes_the_same_model(workshop: Workshop, tmp_path: Path, source: TinyModel | TinyFamily) -> None:
     checkpoint = workshop.family(source) if isinstance(source, TinyFamily) else workshop.checkpoint(source)
     bundle, token_ids = workshop.bundle(checkpoint), random_ids(40)

@@ -29,11 +29,7 @@ def load(name: str, model: str, options: dict[str, Any]) -> tuple[Any, dict[str,
     """Return a runner, and how long it took to get to the first token of a prompt of one."""
     engine, driver = RUNNERS[name]
     started = time.perf_counter()
-    try:
-        importlib.import_module(engine)
-    except ModuleNotFoundError as error:
-        message = f"{name} needs {error.name}, which is not installed: pip install 'engram-edge[peers]'"
-        raise importlib.import_module("engram_runtime.errors").TargetError(message) from error
+    importlib.import_module(engine)
     imported = time.perf_counter()
     make = importlib.import_module(driver).load
     ready = time.perf_counter()

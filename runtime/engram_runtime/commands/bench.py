@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from engram_runtime.commands.options import bundle_argument, executor_option, js
 from engram_runtime.errors import CheckpointError, RequestError, TargetError
 
 GGUF_WRITER = "engram_export.gguf_writer"  # needs the export extra; only asked for with --against llama.cpp
+LLAMA_CPP_PACKAGE = "llama_cpp"
 LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"
 
 
@@ -87,23 +89,34 @@ def _contestants(bundle: Bundle, executor: str, against: str | None, gguf: Path 
         yield [own]
     elif against == ONNXRUNTIME:
         yield [own, Contestant(runner=ONNXRUNTIME, model=str(bundle.path))]
-    elif gguf is not None:
-        yield [own, _llama_cpp(gguf)]
     else:
-        with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
-            written = Path(folder) / "model.gguf"
-            _gguf_writer().write_gguf(bundle, written)
-            yield [own, _llama_cpp(written)]
+        with _gguf_file(bundle, gguf) as file:
+            weight_bytes = _gguf_writer().weight_bytes_of_a_token(file)
+            yield [own, Contestant(runner=LLAMA_CPP, model=str(file), weight_bytes=weight_bytes)]
 
 
-def _llama_cpp(gguf: Path) -> Contestant:
-    if not gguf.is_file():
-        raise CheckpointError(f"{gguf} is not a file; give a .gguf file or leave out --gguf to have one written")
-    return Contestant(runner=LLAMA_CPP, model=str(gguf), weight_bytes=_gguf_writer().weight_bytes_of_a_token(gguf))
+@contextlib.contextmanager
+def _gguf_file(bundle: Bundle, given: Path | None) -> Iterator[Path]:
+    """Yield what llama.cpp runs, which is looked for before anything is written for it."""
+    if importlib.util.find_spec(LLAMA_CPP_PACKAGE) is None:
+        raise _needs(LLAMA_CPP_PACKAGE)
+    if given is not None and not given.is_file():
+        raise CheckpointError(f"{given} is not a file; give a .gguf file or leave out --gguf to have one written")
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
+        click.echo("writing the weights for llama.cpp ...", err=True)
+        _gguf_writer().write_gguf(bundle, file := Path(folder) / "model.gguf")
+        yield file
 
 
 def _gguf_writer() -> Any:
     try:
         return importlib.import_module(GGUF_WRITER)
     except ModuleNotFoundError as error:
-        raise TargetError(f"--against llama.cpp needs {error.name}: pip install 'engram-edge[export,peers]'") from error
+        raise _needs(error.name) from error
+
+
+def _needs(package: str | None) -> TargetError:
+    return TargetError(f"--against llama.cpp needs {package}: pip install 'engram-edge[export,peers]'")
