@@ -47,7 +47,7 @@ def main() -> None:
         options = ("--tables", tables, "--max-tokens", "48", "--json")
         answer = command("engram", "run", BUNDLE, QUESTION, *options, capture=True)
         print(f"table {tables}: {json.loads(answer)['text'].strip()}")
-    command("engram", "bench", BUNDLE, "--executor", "tvm", "--executor", "onnxruntime")
+    command("engram", "bench", BUNDLE, "--against", "onnxruntime", "--prompt-tokens", "128", "--depth", "0")
 
 
 if __name__ == "__main__":

@@ -1,71 +1,122 @@
-"""``engram bench``: prefill and decode speed, executors in turn within one run."""
+"""``engram bench``: how fast a bundle runs here, alone or beside a peer on the same weights."""
 
+import contextlib
+import importlib
+import importlib.util
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
-from engram_runtime.bench import BenchResult, measure
+from engram_runtime.bench.bandwidth import read_bandwidth_gb_s
+from engram_runtime.bench.markdown import markdown
+from engram_runtime.bench.report import ratios, report
+from engram_runtime.bench.rounds import Contestant, Settings, measure
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.options import bundle_argument, json_option, tables_option, threads_option
-from engram_runtime.executor import EXECUTORS
+from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
+from engram_runtime.errors import CheckpointError, RequestError, TargetError
+
+GGUF_WRITER = "engram_export.gguf_writer"  # needs the export extra; only asked for with --against llama.cpp
+LLAMA_CPP_PACKAGE = "llama_cpp"
+LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"
 
 
 @click.command()
 @bundle_argument
+@executor_option
+@click.option("--against", type=click.Choice([LLAMA_CPP, ONNXRUNTIME]), help="Measure this peer as well, in turn.")
 @click.option(
-    "--executor",
-    "executors",
-    type=click.Choice(list(EXECUTORS)),
-    multiple=True,
-    default=["tvm"],
-    show_default=True,
-    help="May be given several times: they then take turns.",
+    "--gguf",
+    type=click.Path(path_type=Path),
+    help="What llama.cpp runs.  [default: the bundle's weights, written anew]",
 )
 @threads_option
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--depth",
+    "depths",
+    type=click.IntRange(min=0),
+    multiple=True,
+    default=[0, 512],
+    show_default=True,
+    help="Tokens before those measured; may be given several times, the first one is the figure.",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--profile", is_flag=True, help="Say where the time goes, by kind of kernel.")
 @tables_option
 @json_option
 def bench(
     bundle: Path,
-    executors: tuple[str, ...],
+    executor: str,
+    against: str | None,
+    gguf: Path | None,
     threads: int | None,
-    prompt_tokens: int,
-    decode_tokens: int,
-    rounds: int,
     tables: str,
     as_json: bool,
+    **sizes: Any,
 ) -> None:
-    """Measure BUNDLE; figures are medians over the rounds."""
+    """Measure BUNDLE; figures are medians over the rounds, each of which takes the bundle and its peer in turn."""
+    settings = Settings(**sizes, tables_on=tables == "on")
+    opened = Bundle.open(bundle)
+    settings.check_context(opened.manifest.model.context_length)
     before = os.getloadavg()[0]
-    with click.progressbar(length=rounds * len(executors), label="rounds", file=sys.stderr) as bar:
-        results = measure(
-            Bundle.open(bundle),
-            executors,
-            threads=threads,
-            prompt_tokens=prompt_tokens,
-            decode_tokens=decode_tokens,
-            rounds=rounds,
-            tables_on=tables == "on",
-            progress=lambda: bar.update(1),
-        )
+    with (
+        _contestants(opened, executor, against, gguf) as contestants,
+        click.progressbar(length=settings.steps, label="rounds", file=sys.stderr) as bar,
+    ):
+        results = measure(contestants, settings, threads=threads, progress=lambda: bar.update(1))
+    bandwidth = read_bandwidth_gb_s(results[0].facts["threads"])
+    found = report(results, settings, bandwidth, (before, os.getloadavg()[0]))
     if as_json:
-        figures = {result.executor: result.to_dict() for result in results}
-        click.echo(json.dumps({"load_average": before, "executors": figures}))
+        click.echo(json.dumps(found))
     else:
-        click.echo(f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after")
-        for result in results:
-            click.echo(_line(result, prompt_tokens, decode_tokens))
+        click.echo(markdown(found, settings, ratios(results[0], results[1], settings) if against else None))
 
 
-def _line(result: BenchResult, prompt_tokens: int, decode_tokens: int) -> str:
-    experts = "" if (size := result.expert_bytes_per_token) is None else f"   experts {size:,} bytes a token"
-    return (
-        f"{result.executor:12} {result.threads} threads   load {result.load_s * 1e3:6.0f} ms   "
-        f"prefill {prompt_tokens} tokens {result.prefill_tok_s:7.1f} tok/s   "
-        f"decode {decode_tokens} tokens {result.decode_tok_s:7.1f} tok/s{experts}"
-    )
+@contextlib.contextmanager
+def _contestants(bundle: Bundle, executor: str, against: str | None, gguf: Path | None) -> Iterator[list[Contestant]]:
+    """Yield the bundle and its peer; a GGUF file written for it is gone afterwards."""
+    if gguf is not None and against != LLAMA_CPP:
+        raise RequestError("--gguf is what llama.cpp runs with --against llama.cpp; give both or neither")
+    own = Contestant(runner=executor, model=str(bundle.path))
+    if against is None:
+        yield [own]
+    elif against == ONNXRUNTIME:
+        yield [own, Contestant(runner=ONNXRUNTIME, model=str(bundle.path))]
+    else:
+        with _gguf_file(bundle, gguf) as file:
+            weight_bytes = _gguf_writer().weight_bytes_of_a_token(file)
+            yield [own, Contestant(runner=LLAMA_CPP, model=str(file), weight_bytes=weight_bytes)]
+
+
+@contextlib.contextmanager
+def _gguf_file(bundle: Bundle, given: Path | None) -> Iterator[Path]:
+    """Yield what llama.cpp runs, which is looked for before anything is written for it."""
+    if importlib.util.find_spec(LLAMA_CPP_PACKAGE) is None:
+        raise _needs(LLAMA_CPP_PACKAGE)
+    if given is not None and not given.is_file():
+        raise CheckpointError(f"{given} is not a file; give a .gguf file or leave out --gguf to have one written")
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
+        click.echo("writing the weights for llama.cpp ...", err=True)
+        _gguf_writer().write_gguf(bundle, file := Path(folder) / "model.gguf")
+        yield file
+
+
+def _gguf_writer() -> Any:
+    try:
+        return importlib.import_module(GGUF_WRITER)
+    except ModuleNotFoundError as error:
+        raise _needs(error.name) from error
+
+
+def _needs(package: str | None) -> TargetError:
+    return TargetError(f"--against llama.cpp needs {package}: pip install 'engram-edge[export,peers]'")

@@ -7,7 +7,7 @@ import mmap
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class TvmExecutor:
         """Make the process's one thread pool this executor's, in case another one has used it since."""
         if tvm_ffi.get_global_func("runtime.NumThreads")() != self.threads:
             self._configure_pool()
+
+    def watch(self, watcher: Callable[..., None] | None) -> None:
+        """See `engram_runtime.bench.kernel_times.Watchable`."""
+        self._machine_code["set_instrument"](None if watcher is None else tvm_ffi.convert(watcher))
 
     def count_experts(self, outputs: Sequence[Any]) -> None:
         """Add what a call has read of experts; the last of its outputs say how many experts."""

@@ -1,0 +1,79 @@
+"""A bundle on one of the executors, as a runner."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.bench.kernel_times import kernel_times
+from engram_runtime.bundle import Bundle
+from engram_runtime.executor import Executor, load_executor
+from engram_runtime.library import find_library
+from engram_runtime.session import Session
+
+ROTATIONS, EMBEDDING, HEAD, EXPERTS = "rotations.", "embedding.", "lm_head.", ".experts."
+
+
+class BundleRunner:
+    """A session, and what its executor reads; see `engram_runtime.bench.runner.Runner`."""
+
+    def __init__(self, bundle: Bundle, executor: Executor, session: Session) -> None:
+        self.name = executor.name
+        self.build = f"engram-edge {version('engram-edge')}"
+        self.threads = executor.threads
+        self.vocab_size = bundle.manifest.model.vocab_size
+        self.weight_bytes: int | None = None
+        self._executor = executor
+        self._session = session
+
+    @property
+    def expert_bytes_read(self) -> int | None:
+        """See `Runner`."""
+        return self._executor.expert_bytes_read
+
+    def __len__(self) -> int:
+        return len(self._session)
+
+    def prefill(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """See `Runner`."""
+        return self._session.prefill(token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """See `Runner`."""
+        return self._session.decode(token_ids)
+
+    def trim(self, count: int) -> object:
+        """See `Runner`."""
+        return self._session.trim(count)
+
+    def profile(self, prepare: Callable[[], None], step: Callable[[], object]) -> Mapping[str, Any]:
+        """See `Runner`; raises RequestError where the executor can't tell kernels apart."""
+        return kernel_times(self._executor, prepare, step)
+
+
+def load(name: str, model: str, *, threads: int | None, tables_on: bool, positions: int) -> BundleRunner:
+    """Load a bundle on the executor of that name; its context is the bundle's own, whatever ``positions`` are needed.
+
+    Raises:
+        EngramError: as `engram_runtime.executor.load_executor` and `Session.open`.
+    """
+    bundle = Bundle.open(Path(model))
+    executor = load_executor(name, bundle, threads=threads)
+    runner = BundleRunner(bundle, executor, Session.open(bundle, executor, tables_on=tables_on))
+    if name == "tvm":
+        _, library = find_library(bundle)
+        runner.build += f", library {library.target} by {library.compiler}"
+        runner.weight_bytes = weight_bytes_of_a_token({each.name: each.end - each.offset for each in library.tensors})
+    else:
+        runner.build += f", onnxruntime {version('onnxruntime')}"
+    return runner
+
+
+def weight_bytes_of_a_token(tensors: Mapping[str, int]) -> int:
+    """Sum the bytes of the tensors a token reads whole: not the rows of embeddings and rotations, and not experts."""
+    head = any(name.startswith(HEAD) for name in tensors)  # without one the embedding is the head
+    skipped = (ROTATIONS, EMBEDDING) if head else (ROTATIONS,)
+    return sum(size for name, size in tensors.items() if not name.startswith(skipped) and EXPERTS not in name)

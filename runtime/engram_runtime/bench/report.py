@@ -1,0 +1,129 @@
+"""Figures of a benchmark from the samples of its rounds, as JSON values."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engram_runtime.bench.rounds import VERIFIED_TOKENS, Result, Settings
+
+Tree = dict[str, Any]  # figures by name, some of them trees again
+EXPERT_BYTES = "expert_bytes"
+
+
+def per_round(result: Result, settings: Settings) -> Tree:
+    """Return every figure that was measured in rounds, a list of its values in their order."""
+    samples = result.samples
+    seconds = {name: [answer["seconds"] for answer in answers] for name, answers in samples.items() if name != "start"}
+    forward = {str(tokens): seconds[f"verify@{tokens}"] for tokens in VERIFIED_TOKENS}
+    depths = {
+        str(depth): {
+            "prefill_tok_s": [settings.prompt_tokens / s for s in seconds[f"prefill@{depth}"]],
+            "decode_tok_s": [1 / s for s in seconds[f"decode@{depth}"]],
+        }
+        for depth in settings.depths
+    }
+    first = str(settings.depths[0])
+    return {
+        **depths[first],
+        "verify_cost": {tokens: _ratios(times, forward["1"]) for tokens, times in forward.items() if tokens != "1"},
+        "ttft_ms": [1e3 * s for s in seconds[f"prefill@{first}"]],
+        "load_ms": [1e3 * start["load_s"] for start in samples["start"]],
+        "start_ms": [
+            1e3 * sum(start[key] for key in ("import_s", "load_s", "first_token_s")) for start in samples["start"]
+        ],
+        "verify_ms": {tokens: [1e3 * s for s in times] for tokens, times in forward.items()},
+        "depths": depths,
+    }
+
+
+def figures(result: Result, settings: Settings, bandwidth_gb_s: float) -> Tree:
+    """Return a contestant's figures as JSON values: medians of the rounds, memory, and what ran."""
+    found = medians(per_round(result, settings))
+    experts = expert_bytes_of_a_token(result, settings)
+    read = bytes_of_a_token(result, settings)
+    share = None if read is None else _rounded(read * found["decode_tok_s"] / (bandwidth_gb_s * 1e9))
+    return {
+        "runner": result.facts["name"],
+        "build": result.facts["build"],
+        "threads": result.facts["threads"],
+        **found,
+        **result.memory,
+        "bandwidth_share": share,
+        "bytes_per_token": read,
+        "expert_bytes_per_token": experts,
+    }
+
+
+def ratios(result: Result, peer: Result, settings: Settings) -> Tree:
+    """Return how many times the peer's value each figure is, in each round."""
+    return _both(per_round(result, settings), per_round(peer, settings), _ratios)
+
+
+def medians(tree: Tree) -> Tree:
+    """Return the medians of a tree of lists."""
+    return _each(tree, lambda values: _rounded(statistics.median(values)))
+
+
+def expert_bytes_of_a_token(result: Result, settings: Settings) -> int | None:
+    """Return the mean bytes of experts a decoded token reads; None without experts or where they aren't counted."""
+    answers = result.samples[f"decode@{settings.depths[0]}"]
+    return round(statistics.mean(answer[EXPERT_BYTES] for answer in answers)) or None
+
+
+def bytes_of_a_token(result: Result, settings: Settings) -> int | None:
+    """Return the bytes of weights a decoded token reads, experts included; None where that isn't known."""
+    weights = result.contestant.weight_bytes
+    if weights is None:
+        weights = result.facts["weight_bytes"]
+    return None if weights is None else weights + (expert_bytes_of_a_token(result, settings) or 0)
+
+
+def report(results: Sequence[Result], settings: Settings, bandwidth_gb_s: float, load_average: Sequence[float]) -> Tree:
+    """Return the whole report as JSON values.
+
+    Args:
+        results: the bundle's and, where there is one, the peer's.
+        load_average: of the last minute, before and after.
+    """
+    first, *peers = results
+    found: Tree = {
+        **figures(first, settings, bandwidth_gb_s),
+        "bandwidth_gb_s": _rounded(bandwidth_gb_s),
+        "prompt_tokens": settings.prompt_tokens,
+        "decode_tokens": settings.decode_tokens,
+        "rounds": settings.rounds,
+        "load_average": load_average[0],
+        "load_average_after": load_average[1],
+    }
+    if first.profile is not None:
+        found["profile"] = first.profile
+    for peer in peers:
+        found["against"] = figures(peer, settings, bandwidth_gb_s)
+        once = {
+            key: _ratio(found[key], found["against"][key]) for key in ("rss_anon_mb", "rss_file_mb", "bandwidth_share")
+        }
+        found["against"]["ratios"] = {**medians(ratios(first, peer, settings)), **once}
+    return found
+
+
+def _ratio(value: float | None, by: float | None) -> float | None:
+    return None if value is None or not by else _rounded(value / by)
+
+
+def _ratios(values: Sequence[float], by: Sequence[float]) -> list[float]:
+    return [value / other for value, other in zip(values, by, strict=True)]
+
+
+def _each(tree: Tree, change: Callable[[Any], Any]) -> Tree:
+    return {key: _each(value, change) if isinstance(value, dict) else change(value) for key, value in tree.items()}
+
+
+def _both(tree: Tree, other: Tree, join: Callable[[Any, Any], Any]) -> Tree:
+    return {
+        key: _both(value, other[key], join) if isinstance(value, dict) else join(value, other[key])
+        for key, value in tree.items()
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

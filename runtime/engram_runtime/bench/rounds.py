@@ -1,0 +1,155 @@
+"""Which measurements there are, and taking them in turn, so that a busy machine slows all runners alike."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from engram_runtime.bench.process import Worker
+from engram_runtime.errors import RequestError
+
+VERIFIED_TOKENS = (1, 2, 4, 8, 16)
+WARM_UP_TOKENS = 1  # decoded before those that count
+SETTLE_S = 0.02  # idle threads of the one before still spin for some milliseconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Sizes of what is measured, in tokens; ``depths`` are how many tokens stand before."""
+
+    prompt_tokens: int
+    decode_tokens: int
+    depths: tuple[int, ...]
+    rounds: int
+    tables_on: bool
+    profile: bool
+
+    @property
+    def positions(self) -> int:
+        """Return how long the longest sequence gets."""
+        deepest = max(self.depths) + max(self.prompt_tokens, WARM_UP_TOKENS + self.decode_tokens)
+        return max(deepest, self.prompt_tokens + max(VERIFIED_TOKENS))
+
+    @property
+    def steps(self) -> int:
+        """Return how often `measure` tells of progress."""
+        return (len(self.measurements()) + 1) * (1 + self.rounds)
+
+    def check_context(self, context_length: int) -> None:
+        """Raise RequestError where the measurements need more than the model's context."""
+        if self.positions > context_length:
+            raise RequestError(
+                f"these measurements need {self.positions} tokens, the context holds {context_length}; give a smaller "
+                f"--prompt-tokens, --decode-tokens or --depth"
+            )
+
+    def measurements(self) -> dict[str, dict[str, Any]]:
+        """Return what the workers are asked, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        for depth in self.depths:
+            found[f"prefill@{depth}"] = {"what": "prefill", "depth": depth, "tokens": self.prompt_tokens}
+            found[f"decode@{depth}"] = {"what": "decode", "depth": depth, "tokens": self.decode_tokens}
+        for tokens in VERIFIED_TOKENS:
+            found[f"verify@{tokens}"] = {"what": "verify", "depth": self.prompt_tokens, "tokens": tokens}
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    """What is measured: a runner's name, what it is told to load, and what only the caller knows of that.
+
+    ``weight_bytes`` are those each token reads, or None to believe the runner.
+    """
+
+    runner: str
+    model: str
+    weight_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """What a contestant's worker answered.
+
+    Attributes:
+        facts: on loading in the process that all but the starts are measured in.
+        samples: those of the counted rounds; ``start`` are of a fresh process each.
+    """
+
+    contestant: Contestant
+    facts: Mapping[str, Any]
+    samples: dict[str, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
+    memory: Mapping[str, float] = field(default_factory=dict)
+    profile: Mapping[str, Any] | None = None
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    settings: Settings,
+    *,
+    threads: int | None,
+    progress: Callable[[], None],
+    start_worker: Callable[[str], Worker] = Worker,
+) -> list[Result]:
+    """Measure all, each in a process of its own, round by round.
+
+    Args:
+        threads: or None for what the first contestant chooses; the others get the same number.
+        progress: called after each round of a measurement.
+        start_worker: makes the process of a runner of that name.
+
+    Raises:
+        EngramError: as a worker answers.
+    """
+    with ExitStack() as opened:
+        workers, results = [], []
+        for contestant in contestants:
+            worker = opened.enter_context(start_worker(contestant.runner))
+            facts = _load(worker, contestant, settings, threads)
+            threads = facts["threads"]
+            workers.append(worker)
+            results.append(Result(contestant, facts))
+        if settings.profile:
+            results[0].profile = workers[0].ask("profile", depth=settings.prompt_tokens, tokens=settings.prompt_tokens)
+        for name, request in settings.measurements().items():
+            asks = [partial(worker.ask, **request) for worker in workers]
+            _in_turn(results, asks, settings.rounds, name, progress)
+        for worker, result in zip(workers, results, strict=True):
+            result.memory = worker.ask("memory")
+
+    def fresh_start(contestant: Contestant) -> dict[str, Any]:
+        with start_worker(contestant.runner) as worker:
+            return _load(worker, contestant, settings, threads)
+
+    _in_turn(results, [partial(fresh_start, each) for each in contestants], settings.rounds, "start", progress)
+    return results
+
+
+def _load(worker: Worker, contestant: Contestant, settings: Settings, threads: int | None) -> dict[str, Any]:
+    return worker.ask(
+        "load",
+        runner=contestant.runner,
+        model=contestant.model,
+        threads=threads,
+        tables_on=settings.tables_on,
+        positions=settings.positions,
+    )
+
+
+def _in_turn(
+    results: Sequence[Result],
+    takes: Sequence[Callable[[], dict[str, Any]]],
+    rounds: int,
+    name: str,
+    progress: Callable[[], None],
+) -> None:
+    """Take a measurement of each in every round; the first round isn't counted."""
+    for counted in [False, *[True] * rounds]:
+        for result, take in zip(results, takes, strict=True):
+            time.sleep(SETTLE_S)
+            answer = take()
+            if counted:
+                result.samples[name].append(answer)
+        progress()

@@ -1,0 +1,120 @@
+"""What is measured, and the measurements themselves; they run in the runner's own process."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+WARM_UP, REPEATS = 1, 5  # passes of a verification before those that count, and those
+
+
+class Runner(Protocol):
+    """One sequence of a loaded model, as `engram_runtime.session.Session` has it.
+
+    Attributes:
+        name: what it is called in the report.
+        build: one line that says what runs: versions and instruction sets.
+        threads: worker threads.
+        vocab_size: how many token ids there are.
+        weight_bytes: of the weights each token reads, experts left out; None where that isn't known.
+    """
+
+    name: str
+    build: str
+    threads: int
+    vocab_size: int
+    weight_bytes: int | None
+
+    @property
+    def expert_bytes_read(self) -> int | None:
+        """Bytes of experts' weights read so far, or None where that isn't counted."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def prefill(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Add tokens and return the logits ``[V]`` after the last one."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Add k tokens at once and return the logits ``[k, V]`` after each of them."""
+        ...
+
+    def trim(self, count: int) -> object:
+        """Forget the last ``count`` tokens."""
+        ...
+
+    def profile(self, prepare: Callable[[], None], step: Callable[[], object]) -> Mapping[str, Any]:
+        """Say what each kind of kernel takes of ``step``; see `engram_runtime.bench.kernel_times`."""
+        ...
+
+
+def prefill(runner: Runner, *, depth: int, tokens: int) -> dict[str, float]:
+    """Time a prompt after ``depth`` tokens up to the choice of the next one."""
+    _go_to(runner, depth)
+    token_ids = text(runner, depth, tokens)
+    started = time.perf_counter()
+    runner.prefill(token_ids).argmax()
+    return {"seconds": time.perf_counter() - started}
+
+
+def decode(runner: Runner, *, depth: int, tokens: int) -> dict[str, float]:
+    """Time tokens one by one after ``depth`` others; the median, and the mean bytes of experts read."""
+    _go_to(runner, depth)
+    first, *others = text(runner, depth, WARM_UP + tokens)
+    runner.decode([first])
+    before = runner.expert_bytes_read or 0
+    seconds = []
+    for token_id in others:
+        started = time.perf_counter()
+        runner.decode([token_id])
+        seconds.append(time.perf_counter() - started)
+    read = (runner.expert_bytes_read or 0) - before
+    return {"seconds": statistics.median(seconds), "expert_bytes": read / tokens}
+
+
+def verify(runner: Runner, *, depth: int, tokens: int) -> dict[str, float]:
+    """Time forward passes over ``tokens`` tokens with all their logits, each after the same ``depth`` others."""
+    seconds = []
+    for _ in range(WARM_UP + REPEATS):
+        _go_to(runner, depth)
+        token_ids = text(runner, depth, tokens)
+        started = time.perf_counter()
+        runner.decode(token_ids)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds[WARM_UP:])}
+
+
+def profile(runner: Runner, *, depth: int, tokens: int) -> dict[str, Any]:
+    """Say where the time of a decode step after ``depth`` tokens goes, and of a prompt of ``tokens`` after as many."""
+    one, prompt = text(runner, depth, 1), text(runner, depth, tokens)
+    return {
+        "decode": runner.profile(lambda: _go_to(runner, depth), lambda: runner.decode(one)),
+        "prefill": runner.profile(lambda: _go_to(runner, depth), lambda: runner.prefill(prompt)),
+    }
+
+
+def text(runner: Runner, start: int, count: int) -> list[int]:
+    """Return the ids at places ``start`` to ``start + count`` of a fixed random text, the same for every runner."""
+    ids: list[int] = np.random.default_rng(0).integers(0, runner.vocab_size, size=start + count).tolist()
+    return ids[start:]
+
+
+def _go_to(runner: Runner, depth: int) -> None:
+    """Make the sequence hold the first ``depth`` tokens of the text."""
+    held = len(runner)
+    if held > depth:
+        runner.trim(held - depth)
+    elif held < depth:
+        runner.prefill(text(runner, held, depth - held))
+
+
+MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "prefill": prefill,
+    "decode": decode,
+    "verify": verify,
+    "profile": profile,
+}

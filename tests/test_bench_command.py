@@ -1,0 +1,117 @@
+"""``engram bench`` on tiny bundles: what it prints, and how it ends where something is missing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import Command
+from tests.tiny import TinyModel
+from tests.workshop import Workshop
+
+from engram_runtime.bench import bandwidth
+
+SIZES = ("--prompt-tokens", 5, "--decode-tokens", 3, "--depth", 0, "--depth", 7, "--rounds", 2, "--threads", 1)
+FIGURES = ("prefill_tok_s", "decode_tok_s", "ttft_ms", "load_ms", "start_ms", "rss_anon_mb", "rss_file_mb")
+
+
+@pytest.fixture(autouse=True)
+def small_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read less than a measurement needs."""
+    monkeypatch.setattr(bandwidth, "READ_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have llama.cpp appear to be installed."""
+    monkeypatch.setattr("engram_runtime.commands.bench.LLAMA_CPP_PACKAGE", "numpy")
+
+
+def error_of(command: Command, *arguments: object) -> tuple[int, str]:
+    outcome = command("engram", *arguments)
+    assert outcome.out == ""
+    return outcome.code, outcome.err.splitlines()[-1]
+
+
+def test_bench_measures_both_executors(workshop: Workshop, command: Command) -> None:
+    found = command("engram", "bench", workshop.ready().path, *SIZES, "--against", "onnxruntime", "--json").json
+    for figures, runner in ((found, "tvm"), (found["against"], "onnxruntime")):
+        assert (figures["runner"], figures["threads"]) == (runner, 1)
+        assert list(figures["verify_cost"]) == ["2", "4", "8", "16"]
+        assert list(figures["depths"]) == ["0", "7"]
+        assert min(figures[key] for key in FIGURES) > 0
+    assert found["bandwidth_share"] > 0
+    assert found["against"]["bandwidth_share"] is None
+    assert {*FIGURES, "verify_cost", "depths", "bandwidth_share"} <= found["against"]["ratios"].keys()
+    assert (found["prompt_tokens"], found["decode_tokens"], found["rounds"]) == (5, 3, 2)
+    assert min(found["load_average"], found["load_average_after"]) >= 0
+
+
+def test_bench_alone_prints_a_table_and_where_the_time_goes(workshop: Workshop, command: Command) -> None:
+    outcome = command("engram", "bench", workshop.ready().path, *SIZES, "--profile")
+    lines = outcome.out.splitlines()
+    assert "|  | tvm |" in lines
+    assert [line.split(",")[0] for line in lines if "| calls |" in line] == ["| decode", "| prefill"]
+    assert sum(line.startswith("| outside kernels |") for line in lines) == 2
+    assert any(line.startswith("| linear_int8 |") for line in lines)
+
+
+def test_bench_takes_bundles_without_a_tokenizer(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for path in workshop.checkpoint(TinyModel()).iterdir():
+        if not path.name.startswith("tokenizer"):
+            (checkpoint / path.name).write_bytes(path.read_bytes())
+    bundle = workshop.bundle(checkpoint)
+    found = command("engram", "bench", bundle.path, *SIZES, "--executor", "onnxruntime", "--json").json
+    assert found["decode_tok_s"] > 0
+
+
+def test_only_tvm_tells_kernels_apart(workshop: Workshop, command: Command) -> None:
+    line = ("bench", workshop.ready().path, *SIZES, "--executor", "onnxruntime", "--profile")
+    assert error_of(command, *line) == (
+        2,
+        "engram: the onnxruntime executor can't tell kernels apart; give --profile with --executor tvm",
+    )
+
+
+def test_a_gguf_without_llama_cpp_is_refused(workshop: Workshop, command: Command) -> None:
+    assert error_of(command, "bench", workshop.ready().path, *SIZES, "--gguf", "model.gguf") == (
+        2,
+        "engram: --gguf is what llama.cpp runs with --against llama.cpp; give both or neither",
+    )
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_a_gguf_that_is_not_there_is_named(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    line = ("bench", workshop.ready().path, *SIZES, "--against", "llama.cpp", "--gguf", tmp_path / "model.gguf")
+    assert error_of(command, *line) == (
+        3,
+        f"engram: {tmp_path / 'model.gguf'} is not a file; give a .gguf file or leave out --gguf to have one written",
+    )
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_sites_that_llama_cpp_lacks_are_told(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready().path
+    assert error_of(command, "bench", bundle, *SIZES, "--against", "llama.cpp") == (
+        3,
+        f"engram: bundle {bundle} has Engram sites, which llama.cpp's llama has not; export it without --engram",
+    )
+
+
+def test_llama_cpp_that_is_not_installed_says_how_to_install_it(
+    workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert error_of(command, "bench", workshop.ready().path, *SIZES, "--against", "llama.cpp") == (
+        4,
+        "engram: --against llama.cpp needs llama_cpp: pip install 'engram-edge[export,peers]'",
+    )
+
+
+def test_measurements_that_do_not_fit_the_context_are_refused(workshop: Workshop, command: Command) -> None:
+    assert error_of(command, "bench", workshop.ready().path, "--prompt-tokens", 190, "--depth", 0) == (
+        2,
+        "engram: these measurements need 206 tokens, the context holds 192; give a smaller --prompt-tokens, "
+        "--decode-tokens or --depth",
+    )
