@@ -9,6 +9,7 @@ and ``down``, and within each key and value head are permuted.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SEED = 0
 
 
-def permute(model: nn.Module) -> None:
+def permute(model: Any) -> None:
     """Permute a Llama of transformers in place."""
     config, generator = model.config, torch.Generator().manual_seed(SEED)
 
@@ -34,7 +35,7 @@ def permute(model: nn.Module) -> None:
         _permute_layer(layer, hidden, order(config.intermediate_size), order(config.head_dim))
 
 
-def _permute_layer(layer: nn.Module, hidden: Tensor, between: Tensor, head: Tensor) -> None:
+def _permute_layer(layer: Any, hidden: Tensor, between: Tensor, head: Tensor) -> None:
     attention, mlp = layer.self_attn, layer.mlp
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         _reorder(norm.weight, lambda values: values[hidden])
@@ -46,8 +47,8 @@ def _permute_layer(layer: nn.Module, hidden: Tensor, between: Tensor, head: Tens
         _reorder(linear.weight, lambda values: values[between])
     _reorder(mlp.down_proj.weight, lambda values: values[:, between])
     size = len(head)
-    _reorder(attention.v_proj.weight, lambda values: values.unflatten(0, (-1, size))[:, head].flatten(0, 1))
-    _reorder(attention.o_proj.weight, lambda values: values.unflatten(1, (-1, size))[:, :, head].flatten(1))
+    _reorder(attention.v_proj.weight, lambda values: values.reshape(-1, size, values.shape[1])[:, head].flatten(0, 1))
+    _reorder(attention.o_proj.weight, lambda values: values.reshape(len(values), -1, size)[:, :, head].flatten(1))
 
 
 def _reorder(parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:

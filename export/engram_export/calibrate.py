@@ -8,7 +8,6 @@ int8 or with the inputs of one role in one plane. A role is a linear layer's pla
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,11 +18,13 @@ from engram_export.calibration_text import Windows
 from engram_export.gptq import quantise_gptq
 from engram_export.layerwise import LayerwiseModel, ObservedLinear, open_layers
 from engram_export.linear import int4_arrays
+from engram_export.operators import TWO_PLANES
 from engram_export.quantise import quantise_int8
 from engram_export.smoothing import layer_folds, weight_scales
 from engram_export.source import ModelSource
 from engram_export.verify import compared_rows
 from engram_export.weights_file import SafetensorsWriter
+from engram_runtime.errors import VerificationError
 
 Floats = NDArray[np.float32]
 Progress = Callable[[int], None]
@@ -51,16 +52,16 @@ class InputStatistics:
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """One role in another format than all others, and the streams ``[T, D]`` of the held-out windows with it."""
+    """Roles in other formats than int4, and the streams ``[T, D]`` of the held-out windows under them."""
 
-    formats: Mapping[str, str]  # by role; other roles are int4
+    formats: Mapping[str, str]  # by role
     fact: str  # what its divergence is noted as
     hidden: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibrating:
-    """A calibration under way."""
+    """A calibration under way: the model, and how far the text has come through it."""
 
     model: LayerwiseModel
     windows: Windows
@@ -143,8 +144,10 @@ def _observe(run: Calibrating, index: int) -> dict[str, InputStatistics]:
     for role, linear in linears.items():
         linear.observe = statistics[role].add
     run.model.run(index, run.hidden, run.windows.calibration)
-    for linear in linears.values():
-        linear.observe = lambda x: None
+    for role, linear in linears.items():
+        linear.observe = None
+        if not statistics[role].largest.isfinite().all():
+            raise VerificationError(f"inputs of layers.{index}.{role} are not finite numbers on the calibration text")
     return statistics
 
 
@@ -162,7 +165,7 @@ def _choose(
 ) -> None:
     for role, linear in roles(run.model, index).items():
         label = formats.get(role, INT4)
-        linear.planes = 1 if label == ONE_PLANE else 2
+        linear.planes = 1 if label == ONE_PLANE else TWO_PLANES
         linear.weight.data = torch.from_numpy(variants[role][INT4 if label == ONE_PLANE else label])
 
 

@@ -22,6 +22,7 @@ from engram_export.operators import TWO_PLANES
 from engram_export.safetensors_file import SafetensorsFile
 from engram_export.smoothing import Fold, layer_folds, weight_scales
 from engram_export.source import ModelSource
+from engram_export.text_decoder import Layer
 from engram_export.verify import compared_rows, reference_logits
 from engram_export.weights_file import SafetensorsWriter, TensorPlan
 
@@ -142,7 +143,7 @@ def _measure(source: ModelSource, calibrated: ModelSource, weights: WeightFormat
 
 
 def _folds(source: ModelSource) -> list[Fold]:
-    layers: Sequence[torch.nn.Module] = source.skeleton(FLOAT).layers  # type: ignore[assignment]
+    layers: Sequence[Layer] = source.skeleton(FLOAT).layers  # type: ignore[assignment]
     return [fold for index, layer in enumerate(layers) for fold in layer_folds(f"layers.{index}", layer)]
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -93,7 +92,8 @@ def _split(name: str, token_ids: Sequence[int], window: int) -> Windows:
             f"calibration text {name} has {len(token_ids)} tokens, wanted {2 * window} to {MAX_WINDOWS * window}; "
             f"give a longer one"
         )
-    windows = list(torch.from_numpy(np.array(token_ids[: count * window], dtype=np.int64)).split(window))
+    ids = torch.tensor(token_ids[: count * window], dtype=torch.int64)
+    windows = list(ids.reshape(count, window))
     held_out = windows[::HELD_OUT]
     del windows[::HELD_OUT]
     return Windows(name=name, calibration=windows, held_out=held_out)

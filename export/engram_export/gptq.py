@@ -29,8 +29,8 @@ def quantise_gptq(weight: Floats, products: NDArray[np.float64]) -> Int4Weight:
         codes[block], errors[block] = _round_block(columns[block], corrected, feedback[block, block], step, offset)
         multipliers.append(multiplier)
         zeros.append(zero)
-    joined = (np.concatenate(parts, axis=1) for parts in (multipliers, zeros))
-    return Int4Weight(np.ascontiguousarray(codes.T), *joined, scale)
+    multiplier, zero = np.concatenate(multipliers, axis=1), np.concatenate(zeros, axis=1)
+    return Int4Weight(np.ascontiguousarray(codes.T), multiplier, zero, scale)
 
 
 def error_feedback(products: NDArray[np.float64]) -> Floats:

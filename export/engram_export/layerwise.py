@@ -13,6 +13,7 @@ from engram_export.decoder import Stateful, Step
 from engram_export.engram_site import EngramSite
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.linear import FloatLinear
+from engram_export.operators import TWO_PLANES
 from engram_export.source import ModelSource, load_parameters
 from engram_export.streamed import streamed_format
 from engram_export.text_decoder import Layer, TextDecoder
@@ -20,15 +21,21 @@ from engram_export.verify import checkpoint_rows
 
 
 class ObservedLinear(FloatLinear):
-    """A float layer that tells its inputs ``[T, K]``, or rounds them to one plane of int8."""
+    """A float layer that tells its inputs ``[T, K]``, or rounds them to one plane of int8.
+
+    Attributes:
+        observe: is given the inputs, where it is set.
+        planes: of two, inputs are left as they are: what two lose can't be measured.
+    """
 
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__(name, in_features, out_features)
-        self.observe: Callable[[Tensor], None] = _ignore
-        self.planes = 2  # the second one makes rounding negligible: inputs are left as they are
+        self.observe: Callable[[Tensor], None] | None = None
+        self.planes = TWO_PLANES
 
     def forward(self, x: Tensor) -> Tensor:
-        self.observe(x)
+        if self.observe is not None:
+            self.observe(x)
         return functional.linear(one_plane(x) if self.planes == 1 else x, self.weight)
 
 
@@ -70,20 +77,14 @@ class LayerwiseModel:
         return [self._run_window(index, x, ids) for x, ids in zip(hidden, token_ids, strict=True)]
 
     def _run_window(self, index: int, x: Tensor, token_ids: Tensor) -> Tensor:
-        layer = self.layer(index)
-        site = self.module.sites[str(index)] if str(index) in self.module.sites else None
-        specs = [
-            spec
-            for part in (site, layer)
-            if part is not None
-            for module in part.modules()
-            if isinstance(module, Stateful)
-            for spec in module.state_specs
-        ]
+        layer, sites = self.layer(index), self.module.sites
+        site: EngramSite | None = sites[str(index)] if str(index) in sites else None  # type: ignore[assignment]  # noqa: SIM401
+        modules = [*layer.modules(), *([] if site is None else site.modules())]
+        specs = [spec for module in modules if isinstance(module, Stateful) for spec in module.state_specs]
         step = Step(
             token_ids=token_ids,
             position=torch.zeros(1, dtype=torch.int64),
-            rows={} if site is None else self._rows(site, token_ids.numpy()),  # type: ignore[arg-type]
+            rows={} if site is None else self._rows(site, token_ids.numpy()),
             states={spec.name: torch.zeros(spec.shape) for spec in specs},
             rotations=self.module.rotation_tables(),
         )
@@ -116,7 +117,3 @@ def _layerwise_format(source: ModelSource) -> WeightFormat:
         return make(name, in_features, out_features)
 
     return WeightFormat(linear, streamed.make_embedding, streamed.make_expert_linear)
-
-
-def _ignore(x: Tensor) -> None:
-    pass

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_export.calibration import CALIBRATION_FILE, Calibrated, calibrate, read_calibration
-from engram_export.calibration_text import BUILT_IN, NONE, check_calibration
+from engram_export.calibration_text import BUILT_IN, NONE, Windows, check_calibration
 from engram_export.checkpoint import Checkpoint
 from engram_export.exact_graph import exact_logits
 from engram_export.families.reading import text_part
@@ -103,10 +103,11 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     check_calibration(options.quant, options.calibration)
     source = open_source(options.checkpoint, engram=options.engram, context=options.context)
     chosen = weight_format(options.quant, source.kept_type)
-    plan = plan_export(source, chosen, options.tables, options.table_dtype)
+    text = read_calibration(source, options.quant, options.calibration)
+    calibrating = isinstance(text, Windows)
+    plan = plan_export(source, chosen, options.tables, options.table_dtype, calibrated=calibrating)
     check_kept(options.quant, plan)
     token_ids = verify_tokens(source.checkpoint, source.architecture.text.vocab_size, source.context_length)
-    text = read_calibration(source, options.quant, options.calibration)
     check_scales(source.tables, reporter)
     with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
         reporter.plan(plan)

@@ -69,8 +69,8 @@ def _round_rows(weight: Floats) -> tuple[Codes, Codes, Codes, Floats]:
     blocks = weight.reshape(len(weight), -1, BLOCK)
     scale = row_scale(blocks)
     multiplier, zero = search_blocks(blocks, scale)
-    step, offset = (multiplier * scale)[:, :, None], zero.astype(np.float32)[:, :, None]
-    codes = np.clip(np.rint(blocks / nonzero(step)) + offset, 0, MAX_CODE)
+    steps = blocks / nonzero(scale)[:, :, None] / multiplier[:, :, None]
+    codes = np.clip(np.rint(steps) + zero[:, :, None], 0, MAX_CODE)
     return codes.reshape(weight.shape).astype(np.uint8), multiplier, zero, scale
 
 
@@ -91,7 +91,7 @@ def row_scale(blocks: Floats) -> Floats:
 
 
 def search_blocks(blocks: Floats, scale: Floats) -> tuple[Codes, Codes]:
-    """Return the multipliers and zeros ``[N, G]`` that round each block of ``[N, G, 32]`` with the least squared error."""
+    """Return the multipliers and zeros ``[N, G]`` with the least squared error for ``[N, G, 32]``."""
     scaled = blocks / nonzero(scale)[:, :, None]
     low = np.minimum(scaled.min(axis=2), 0)
     best = np.full(low.shape, np.inf, dtype=np.float32)

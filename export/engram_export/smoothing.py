@@ -44,12 +44,17 @@ class Fold:
     def factors(self, inputs: Floats, weights: Sequence[Floats]) -> Floats:
         """Return the factors for the largest magnitudes ``[K]`` of inputs and the consumers' ``[N, K]``."""
         columns = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
-        largest = np.zeros((2, self.size), dtype=np.float32)
-        np.maximum.at(largest, (slice(None), self.places), np.stack([inputs, columns]))
-        with np.errstate(divide="ignore"):
-            exponents = np.rint((np.log2(largest[0]) - np.log2(largest[1])) / 2)
-        used = (largest > 0).all(axis=0)
-        return np.exp2(np.where(used, exponents, 0).clip(-MAX_EXPONENT, MAX_EXPONENT), dtype=np.float32)
+        largest_input, largest_weight = (self._largest(values) for values in (inputs, columns))
+        used = (largest_input > 0) & (largest_weight > 0)
+        ratios = np.divide(largest_input, largest_weight, out=np.ones_like(largest_input), where=used)
+        exponents = np.rint(np.log2(ratios) / 2).clip(-MAX_EXPONENT, MAX_EXPONENT)
+        values: Floats = np.exp2(exponents, dtype=np.float32)
+        return values
+
+    def _largest(self, columns: Floats) -> Floats:
+        largest = np.zeros(self.size, dtype=np.float32)
+        np.maximum.at(largest, self.places, columns)
+        return largest
 
 
 def is_dense(layer: nn.Module) -> TypeGuard[Layer]:
@@ -58,12 +63,12 @@ def is_dense(layer: nn.Module) -> TypeGuard[Layer]:
 
 
 def layer_folds(name: str, layer: Layer) -> list[Fold]:
-    """Return what can be smoothed in a layer of attention and SwiGLU, whose linear layers have a float ``weight``."""
+    """Return what can be smoothed in a layer of attention and SwiGLU."""
     mixer, feed_forward = layer.mixer, layer.feed_forward
     assert isinstance(mixer, Attention)
     assert isinstance(feed_forward, Mlp)
     config = mixer.config
-    hidden, between = np.arange(config.hidden_size), np.arange(feed_forward.down.weight.shape[1])
+    hidden, between = np.arange(config.hidden_size), np.arange(feed_forward.intermediate_size)
     qkv = [f"{name}.mixer.qkv", *([f"{name}.mixer.gate"] if config.output_gate else [])]
     values = np.arange(config.num_kv_heads * config.head_dim).reshape(config.num_kv_heads, 1, config.head_dim)
     shared = values.repeat(config.num_heads // config.num_kv_heads, axis=1).reshape(-1)  # by the heads of a group
