@@ -109,9 +109,7 @@ def _calibrate_layer(run: Calibrating, index: int, writer: SafetensorsWriter, pr
             writer.write(f"{name}.{key}", values)
             progress(values.nbytes)
         variants[role] = {FLOAT32: weight, INT4: int4.dequantise(), INT8: quantise_int8(weight).dequantise()}
-        error = variants[role][INT4] - weight
-        facts[f"weight_error.{name}"] = float(np.linalg.norm(error) / np.linalg.norm(weight))
-        facts[f"output_error.{name}"] = (_energy(error, products[role]) / _energy(weight, products[role])) ** 0.5
+        facts |= _errors(name, weight, variants[role][INT4], products[role])
     _advance(run, index, variants)
     model.drop(index)
     return facts
@@ -169,9 +167,18 @@ def _choose(
         linear.weight.data = torch.from_numpy(variants[role][INT4 if label == ONE_PLANE else label])
 
 
-def _energy(weight: Floats, products: NDArray[np.float64]) -> float:
-    """Return the sum of squares of what ``weight [N, K]`` makes of inputs with these products."""
-    return float(((weight @ products.astype(np.float32)) * weight).sum(dtype=np.float64))
+def _errors(name: str, weight: Floats, found: Floats, products: NDArray[np.float64]) -> dict[str, float]:
+    """Return the relative errors of a weight ``[N, K]`` and of its outputs for inputs with these products."""
+    single = products.astype(np.float32)
+
+    def ratio(error: NDArray[np.float32], size: NDArray[np.float32]) -> float:
+        return float(np.sqrt(max(error.sum(dtype=np.float64), 0) / (size.sum(dtype=np.float64) or 1)))
+
+    error = found - weight
+    return {
+        f"weight_error.{name}": ratio(error * error, weight * weight),
+        f"output_error.{name}": ratio((error @ single) * error, (weight @ single) * weight),
+    }
 
 
 def _divergences(run: Calibrating) -> dict[str, float]:
