@@ -25,7 +25,7 @@ from tests.workshop import SilentReporter, Workshop, copy_folder, export, export
 from engram_export import calibration, weight_map
 from engram_export.calibration import CALIBRATION_FILE, choose_formats
 from engram_export.calibration_text import BUILT_IN, HELD_OUT, MAX_WINDOWS, calibration_windows
-from engram_export.formats import FLOAT
+from engram_export.formats import FLOAT, weight_format
 from engram_export.gptq import DAMPING, error_feedback, quantise_gptq
 from engram_export.layerwise import one_plane
 from engram_export.operators import PLANES_KEY
@@ -242,7 +242,7 @@ def test_without_a_gain_everything_is_int4_in_two_planes(source: ModelSource) ->
 def test_a_role_becomes_int8_where_that_is_worth_its_bytes(source: ModelSource, share: float, label: str) -> None:
     report = choose_formats(source, BASE)[-1]
     assert report.int8_bytes == DOWN_GROWTH
-    skeleton = source.skeleton(calibration.weight_format("int4", lambda name: None))
+    skeleton = source.skeleton(weight_format("int4", lambda name: None))
     growth = DOWN_GROWTH / sum(parameter.nbytes for parameter in skeleton.parameters())
     gain = calibration.PROMOTION_GAIN * growth * share
     assert chosen(source, BASE | {"kl.int8.feed_forward.down": 0.1 - gain})["feed_forward.down"] == (label, 2)

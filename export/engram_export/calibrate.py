@@ -98,9 +98,10 @@ def _candidates(model: LayerwiseModel, held_out: Sequence[Tensor]) -> list[Candi
 
 
 def _calibrate_layer(run: Calibrating, index: int, writer: SafetensorsWriter, progress: Progress) -> dict[str, float]:
-    model, facts = run.model, {}
+    model = run.model
     model.load(index, model.source)
     products = _smooth(run, index, writer)
+    facts: dict[str, float] = {}
     variants: dict[str, dict[str, Floats]] = {}
     for role, linear in roles(model, index).items():
         name, weight = f"layers.{index}.{role}", linear.weight.numpy()
