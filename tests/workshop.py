@@ -46,9 +46,16 @@ class SilentReporter:
 
 
 def export_options(checkpoint: Path, out: Path, **changes: Any) -> ExportOptions:
-    """Return the options of a float export, or what ``changes`` make of them."""
+    """Return the options of a float export, or what ``changes`` make of them; int4 is rounded without calibration."""
     options = ExportOptions(
-        checkpoint=checkpoint, out=out, quant="none", tables="copy", context=None, engram=None, replace=False
+        checkpoint=checkpoint,
+        out=out,
+        quant="none",
+        calibration="none",
+        tables="copy",
+        context=None,
+        engram=None,
+        replace=False,
     )
     return dataclasses.replace(options, **changes)
 

@@ -15,6 +15,7 @@ from engram_runtime.command_line import run_command
 from engram_runtime.errors import TargetError
 
 if TYPE_CHECKING:
+    from engram_export.calibration_report import CalibrationReport
     from engram_export.pipeline import Progress
     from engram_export.plan import ExportPlan
     from engram_export.site_verify import SiteVerification
@@ -85,6 +86,12 @@ class TerminalReporter:
     help="Weight format; keep takes over Q4_0 and Q8_0 of a GGUF exactly.",
 )
 @click.option(
+    "--calibration",
+    default="built-in",
+    show_default=True,
+    help="UTF-8 text that --quant int4 is calibrated on, 5,120 tokens at most; none rounds without.",
+)
+@click.option(
     "--tables",
     type=click.Choice(["copy", "reference", "repack"]),
     default="copy",
@@ -105,6 +112,7 @@ def export(
     checkpoint: Path,
     out: Path,
     quant: str,
+    calibration: str,
     tables: str,
     table_dtype: str | None,
     context: int | None,
@@ -124,6 +132,7 @@ def export(
         checkpoint=checkpoint,
         out=out,
         quant=quant,
+        calibration=calibration,
         tables=tables,
         table_dtype=table_dtype,
         context=context,
@@ -159,6 +168,7 @@ def _parities(verification: "Verification") -> dict[str, Any]:
         "graph_parity": asdict(verification.graph),
         "parity": asdict(verification.model),
         "row_errors": {site: asdict(errors) for site, errors in verification.rows.items()},
+        "calibration": None if verification.calibration is None else asdict(verification.calibration),
     }
 
 
@@ -177,8 +187,23 @@ def _print_verification(verification: "Verification") -> None:
     click.echo(f"logits over {model.tokens} tokens          max |difference|  mean |difference|  argmax agreement")
     click.echo(_row("graph, torch, same weights", graph.max_abs, graph.mean_abs, graph.argmax_agreement))
     click.echo(_row("bundle, float32 checkpoint", model.max_abs, model.mean_abs, model.argmax_agreement))
+    if verification.calibration is not None:
+        _print_calibration(verification.calibration)
     for site, errors in verification.rows.items():
         click.echo(f"{errors.num_rows} repacked rows of {site} are off by {errors.mean:.3%}, at most {errors.max:.3%}")
+
+
+def _print_calibration(report: "CalibrationReport") -> None:
+    if report.reason is not None:
+        click.echo(f"int4 by plain rounding: {report.reason}")
+        return
+    click.echo(
+        f"int4 calibrated on {report.tokens} tokens of the {report.text} text: KL(float32 || bundle) is "
+        f"{report.chosen:.4f} nats on {report.held_out_tokens} others"
+    )
+    click.echo(f"  {report.int4:.4f} with all layers in int4, and    format  planes  KL in int8  KL in one plane")
+    for role in report.roles:
+        click.echo(f"    {role.role:34}  {role.format:>6}  {role.planes:6}  {role.int8:10.4f}  {role.one_plane:15.4f}")
 
 
 def _row(title: str, largest: float, mean: float, agreement: float) -> str:

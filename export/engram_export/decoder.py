@@ -96,6 +96,10 @@ class Decoder(nn.Module, ABC):
         """Return the table rows in the order `forward` takes them."""
         return tuple(module.table_input for module in self.modules() if isinstance(module, TableSite))
 
+    def rotation_tables(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return cosine and sine ``[S, rotary_dim / 2]`` by kind of attention."""
+        return {kind: (rotation.cos, rotation.sin) for kind, rotation in self.rotations.items()}  # type: ignore[misc]
+
     def computed(self) -> dict[str, ReadRows]:
         """Return the parameters that no checkpoint holds, by name, to be computed a few rows at a time."""
         rows: dict[str, ReadRows] = {}
@@ -129,7 +133,7 @@ class Decoder(nn.Module, ABC):
             position=position,
             rows={table.site: values for table, values in zip(self.table_inputs(), rows, strict=True)},
             states={spec.name: state for spec, state in zip(specs, states, strict=True)},
-            rotations={kind: (rotation.cos, rotation.sin) for kind, rotation in self.rotations.items()},  # type: ignore[misc]
+            rotations=self.rotation_tables(),
         )
         logits = self.logits(self.hidden(step).index_select(0, logit_rows))
         return logits, *(step.states[spec.name] for spec in specs)

@@ -1,5 +1,6 @@
 """The quantisations of ``--quant``: which weight format each part of a model gets."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,27 @@ class WeightFormat:
 
 
 FLOAT = WeightFormat(FloatLinear, FloatEmbedding, FloatExpertLinear)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """Of a linear layer: ``label`` is that of the weight, ``planes`` of int8 hold a row of its inputs."""
+
+    label: str
+    planes: int
+
+
+def calibrated_format(formats: Callable[[str], LinearFormat | None]) -> WeightFormat:
+    """Return int4 with the layers that were calibrated, by name, as they were found to need."""
+    plain = weight_format("int4", lambda name: None)
+
+    def linear(name: str, in_features: int, out_features: int) -> nn.Module:
+        if (found := formats(name)) is None:
+            return plain.make_linear(name, in_features, out_features)
+        make = Int8Linear if found.label == Int8Linear.label else Int4Linear
+        return make(name, in_features, out_features, found.planes)
+
+    return dataclasses.replace(plain, make_linear=linear)
 
 
 def weight_format(quant: str, kept_type: Callable[[str], str | None]) -> WeightFormat:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engram_export.operators import gather_int8, matmul_nbits
-from engram_export.quantise import BLOCK, quantise_int4, quantise_int8
+from engram_export.operators import TWO_PLANES, gather_int8, matmul_nbits
+from engram_export.quantise import BLOCK, Int4Weight, quantise_int4, quantise_int8
 from engram_runtime.errors import CheckpointError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -53,9 +53,10 @@ class Int8Linear(nn.Module):
 
     label = "int8"
 
-    def __init__(self, name: str, in_features: int, out_features: int) -> None:
+    def __init__(self, name: str, in_features: int, out_features: int, planes: int = TWO_PLANES) -> None:
         super().__init__()
         blocks = num_blocks(name, in_features)
+        self.planes = planes
         self.codes = empty_parameter(out_features, blocks, BLOCK, dtype=torch.uint8)
         self.scale = empty_parameter(out_features, 1)
 
@@ -65,7 +66,7 @@ class Int8Linear(nn.Module):
         return {"codes": quantised.codes.reshape(len(weight), -1, BLOCK), "scale": quantised.scale}
 
     def forward(self, x: Tensor) -> Tensor:
-        return matmul_nbits(x, self.codes, self.scale.expand(self.codes.shape[:2]), None, bits=8)
+        return matmul_nbits(x, self.codes, self.scale.expand(self.codes.shape[:2]), None, bits=8, planes=self.planes)
 
 
 class Int4Linear(nn.Module):
@@ -73,9 +74,10 @@ class Int4Linear(nn.Module):
 
     label = "int4"
 
-    def __init__(self, name: str, in_features: int, out_features: int) -> None:
+    def __init__(self, name: str, in_features: int, out_features: int, planes: int = TWO_PLANES) -> None:
         super().__init__()
         blocks = num_blocks(name, in_features)
+        self.planes = planes
         self.codes = empty_parameter(out_features, blocks, BLOCK // 2, dtype=torch.uint8)
         self.multiplier = empty_parameter(out_features, blocks, dtype=torch.uint8)
         self.zero = empty_parameter(out_features, (blocks + 1) // 2, dtype=torch.uint8)
@@ -83,17 +85,11 @@ class Int4Linear(nn.Module):
 
     def encode(self, weight: NDArray[np.float32]) -> Arrays:
         """See `WeightModule`."""
-        quantised = quantise_int4(weight)
-        return {
-            "codes": pack_nibbles(quantised.codes).reshape(len(weight), -1, BLOCK // 2),
-            "multiplier": quantised.multiplier,
-            "zero": pack_nibbles(quantised.zero),
-            "scale": quantised.scale,
-        }
+        return int4_arrays(quantise_int4(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         scales = self.multiplier.float() * self.scale
-        return matmul_nbits(x, self.codes, scales, self.zero, bits=4)
+        return matmul_nbits(x, self.codes, scales, self.zero, bits=4, planes=self.planes)
 
 
 class BlockLinear(nn.Module):
@@ -149,6 +145,16 @@ class Int8Embedding(Int8Linear):
     def logits(self, x: Tensor) -> Tensor:
         """Return ``[R, V]`` for ``x [R, D]``."""
         return Int8Linear.forward(self, x)
+
+
+def int4_arrays(quantised: Int4Weight) -> Arrays:
+    """Return the parameters of an `Int4Linear`."""
+    return {
+        "codes": pack_nibbles(quantised.codes).reshape(len(quantised.codes), -1, BLOCK // 2),
+        "multiplier": quantised.multiplier,
+        "zero": pack_nibbles(quantised.zero),
+        "scale": quantised.scale,
+    }
 
 
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

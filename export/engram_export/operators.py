@@ -12,15 +12,20 @@ from engram_export.quantise import BLOCK
 
 # onnxruntime quantises activations to int8 in blocks only at this accuracy level; lower ones are 50 times slower.
 ACCURACY_LEVEL = 4
+TWO_PLANES = 2  # of int8 for a row of activations: what kernels do where a node says nothing
+PLANES_KEY = "engram.planes"  # of a node's metadata
 
 
-def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
+def matmul_nbits(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, planes: int = TWO_PLANES
+) -> Tensor:
     """Multiply by a block-quantised weight: ``x [T, K] @ dequantise(codes).T -> [T, N]``.
 
     Args:
         codes: ``[N, K / 32, 32 * bits / 8]`` uint8, two 4-bit codes a byte, the even one in the low half.
         scales: ``[N, K / 32]`` float32.
         zeros: 4-bit zero points packed to ``[N, ceil(K / 64)]`` uint8, or None for 2 ** (bits - 1).
+        planes: of int8 that kernels round a row of ``x`` to; torch leaves it as it is.
     """
     out_features, blocks = scales.shape
     if torch.compiler.is_exporting():
@@ -38,6 +43,7 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None,
             dtype=x.dtype,
             shape=(*x.shape[:-1], out_features),
             version=1,
+            metadata_props={} if planes == TWO_PLANES else {PLANES_KEY: str(planes)},
         )
         return node
     return functional.linear(x, dequantise_blocks(codes, scales, zeros, bits=bits))

@@ -13,10 +13,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_export.calibration import CALIBRATION_FILE, Calibrated, calibrate, read_calibration
+from engram_export.calibration_text import BUILT_IN, NONE, Windows, check_calibration
 from engram_export.checkpoint import Checkpoint
 from engram_export.exact_graph import exact_logits
 from engram_export.families.reading import text_part
-from engram_export.formats import FLOAT, KEPT_BITS, WeightFormat, weight_format
+from engram_export.formats import FLOAT, KEPT_BITS, weight_format
 from engram_export.golden import write_golden
 from engram_export.host_table import TableSource
 from engram_export.journal import Journal, fingerprint
@@ -68,6 +70,7 @@ class ExportOptions:
     context: int | None
     engram: Path | None
     replace: bool
+    calibration: str = BUILT_IN
 
 
 class Reporter(Protocol):
@@ -97,33 +100,42 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         VerificationError: the bundle does not compute what the checkpoint's model does.
     """
     check_table_options(options.tables, options.table_dtype)
+    check_calibration(options.quant, options.calibration)
     source = open_source(options.checkpoint, engram=options.engram, context=options.context)
     chosen = weight_format(options.quant, source.kept_type)
-    plan = plan_export(source, chosen, options.tables, options.table_dtype)
+    text = read_calibration(source, options.quant, options.calibration)
+    calibrating = isinstance(text, Windows)
+    plan = plan_export(source, chosen, options.tables, options.table_dtype, calibrated=calibrating)
     check_kept(options.quant, plan)
     token_ids = verify_tokens(source.checkpoint, source.architecture.text.vocab_size, source.context_length)
     check_scales(source.tables, reporter)
     with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
         reporter.plan(plan)
         report_resumption(journal, reporter)
+        calibrated = calibrate(source, chosen, text, journal, reporter)
         reporter.step("tracing the graph")
-        graph = trace(lambda: source.build(chosen))
-        decoder = write_graph(source, graph, journal, reporter)
+        graph = trace(lambda: calibrated.source.build(calibrated.weights))
+        decoder = write_graph(calibrated.source, graph, journal, reporter)
         written = write_tables(source.tables, options.tables, options.table_dtype, journal, reporter)
         write_tokenizer(source.checkpoint, journal.folder)
         manifest = draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written))
         bundle = Bundle(journal.folder, manifest)
         repacked = options.table_dtype is not None
-        verification = verify_bundle(source, bundle, chosen, token_ids, reporter, repacked=repacked)
+        verification = verify_bundle(source, bundle, calibrated, token_ids, reporter, repacked=repacked)
+        if calibrated.report is not None:
+            calibrated.report.write(bundle.path)
+        (journal.folder / CALIBRATION_FILE).unlink(missing_ok=True)
         finish_manifest(bundle, journal, reporter)
     errors = {table.spec.site: table.errors for table in written if table.errors is not None}
-    return dataclasses.replace(verification, rows=errors)
+    return dataclasses.replace(verification, rows=errors, calibration=calibrated.report)
 
 
 def export_fingerprint(options: ExportOptions) -> str:
     """Return what tells whether another export writes the same bundle."""
-    folders = [options.checkpoint, *([options.engram] if options.engram is not None else [])]
-    files = itertools.chain.from_iterable(_files(folder) for folder in folders)
+    places = [options.checkpoint, *([options.engram] if options.engram is not None else [])]
+    if options.calibration not in (BUILT_IN, NONE):
+        places.append(Path(options.calibration))
+    files = itertools.chain.from_iterable(_files(place) for place in places)
     asked = {key: str(value) for key, value in dataclasses.asdict(options).items() if key not in PLACES}
     return fingerprint({"producer": producer(), **asked}, files)
 
@@ -247,7 +259,7 @@ def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: 
 def verify_bundle(
     source: ModelSource,
     bundle: Bundle,
-    chosen: WeightFormat,
+    calibrated: Calibrated,
     token_ids: NDArray[np.int64],
     reporter: Reporter,
     *,
@@ -268,10 +280,12 @@ def verify_bundle(
         reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress), last=last)
     reporter.step("running the graph")
     same_weights = reference
-    if repacked or chosen is not FLOAT:
-        stored = BundleRows.open(source, bundle.file(bundle.manifest.decoder.weights))
+    if repacked or calibrated.weights is not FLOAT:
+        stored = BundleRows.open(calibrated.source, bundle.file(bundle.manifest.decoder.weights))
         rows = bundle_rows(bundle, token_ids) if repacked else None
-        same_weights = reference_logits(source, token_ids, chosen, encoded=stored, rows=rows, last=last)
+        same_weights = reference_logits(
+            calibrated.source, token_ids, calibrated.weights, encoded=stored, rows=rows, last=last
+        )
     found = exact_logits(bundle, token_ids, rows=last, threads=VERIFY_THREADS)
     graph, model = compare(same_weights, found.last), compare(reference, found.last)
     check_parity(graph, routed=has_experts(source))

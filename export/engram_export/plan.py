@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from math import prod
 
 from engram_export import verify, weight_map
+from engram_export.calibration_text import MAX_WINDOWS, WINDOW
 from engram_export.decoder import Decoder
 from engram_export.formats import WeightFormat
+from engram_export.linear import Int4Linear
 from engram_export.source import ModelSource
 from engram_export.table_writer import written_format
 from engram_runtime.manifest import StateSpec
@@ -15,6 +17,7 @@ from engram_runtime.manifest import StateSpec
 TRACING_BYTES, LAYER_BYTES = 120 << 20, 5 << 19  # what tracing takes, and the graph of a layer
 SLICE_COPIES, EXPERT_COPIES = 4, 2.5  # of a float32 slice while it is quantised, less of a larger expert
 LOGITS_COPIES = 6  # while they are compared
+FLOAT_COPIES, PRODUCT_COPIES = 5, 4  # of a layer, and of the products of one linear layer's inputs, by calibration
 TOKENIZER_COPIES = 10  # of tokenizer.json, once it is parsed
 
 
@@ -52,8 +55,15 @@ class ExportPlan:
     sites: tuple[SitePlan, ...]
 
 
-def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, table_dtype: str | None) -> ExportPlan:
-    """Work out sizes from shapes alone."""
+def plan_export(
+    source: ModelSource,
+    chosen: WeightFormat,
+    tables_mode: str,
+    table_dtype: str | None,
+    *,
+    calibrated: bool = False,
+) -> ExportPlan:
+    """Work out sizes from shapes alone; calibration may then give a role of int4 layers int8."""
     skeleton = source.skeleton(chosen)
     states = skeleton.state_specs()
     sites = tuple(
@@ -76,7 +86,7 @@ def plan_export(source: ModelSource, chosen: WeightFormat, tables_mode: str, tab
         tables_mode=tables_mode,
         cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),
         state_bytes=sum(_bytes(state) for state in states if not state.rolls_back),
-        peak_memory_bytes=peak_memory(source, skeleton),
+        peak_memory_bytes=max(peak_memory(source, skeleton), calibration_memory(source, skeleton) * calibrated),
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,
     )
@@ -97,6 +107,18 @@ def peak_memory(source: ModelSource, skeleton: Decoder) -> int:
     tokenizer = TOKENIZER_COPIES * len(source.checkpoint.tokenizer_json or b"")
     always = TRACING_BYTES + LAYER_BYTES * source.architecture.text.num_layers + tokenizer
     return always + int(max(encoding, verifying))
+
+
+def calibration_memory(source: ModelSource, skeleton: Decoder) -> int:
+    """Predict the same of calibrating int4: one layer's weights, the products of its inputs and the streams."""
+    names = [name for name, module in skeleton.named_modules() if isinstance(module, Int4Linear)]
+    layer = [source.weights.shape(f"{name}.weight") for name in names if name.startswith("layers.0.")]
+    products = [inputs * inputs * 8 for _, inputs in layer]
+    tokens = WINDOW * MAX_WINDOWS * (1 + len(layer))  # every format of every role has a stream of the held-out windows
+    vocab_size = source.architecture.text.vocab_size
+    logits = verify.compared_rows(vocab_size, WINDOW) * vocab_size * 4
+    matrices = FLOAT_COPIES * sum(map(prod, layer)) * 4 + 2 * sum(products) + PRODUCT_COPIES * max(products)
+    return TRACING_BYTES + matrices + tokens * source.architecture.text.hidden_size * 4 + LOGITS_COPIES * logits
 
 
 def _bytes(state: StateSpec) -> int:

@@ -6,7 +6,6 @@ int4:  w[n, k] = (code - zero[n, g]) * multiplier[n, g] * scale[n],  g = k // 32
 """
 
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,9 @@ INT8_ZERO = 128
 MAX_CODE = 15
 MAX_MULTIPLIER = 16
 SEARCH_ROWS = 256  # rows searched at once: bounds the memory of the int4 search
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +50,7 @@ class Int4Weight:
 def quantise_int8(weight: NDArray[np.float32]) -> Int8Weight:
     """Round ``[N, K]`` to int8 with one scale per row, the largest magnitude at 127."""
     scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
-    codes = np.rint(weight / _nonzero(scale)) + INT8_ZERO
+    codes = np.rint(weight / nonzero(scale)) + INT8_ZERO
     return Int8Weight(codes.astype(np.uint8), scale)
 
 
@@ -58,9 +60,18 @@ def quantise_int4(weight: NDArray[np.float32]) -> Int4Weight:
     The scale of a row puts the widest group's step at `MAX_MULTIPLIER`; every group then takes the
     (multiplier, zero) with the least squared error.
     """
-    parts = [_search(weight[start : start + SEARCH_ROWS]) for start in range(0, len(weight), SEARCH_ROWS)]
+    parts = [_round_rows(weight[start : start + SEARCH_ROWS]) for start in range(0, len(weight), SEARCH_ROWS)]
     codes, multiplier, zero, scale = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Int4Weight(codes, multiplier, zero, scale)
+
+
+def _round_rows(weight: Floats) -> tuple[Codes, Codes, Codes, Floats]:
+    blocks = weight.reshape(len(weight), -1, BLOCK)
+    scale = row_scale(blocks)
+    multiplier, zero = search_blocks(blocks, scale)
+    steps = blocks / nonzero(scale)[:, :, None] / multiplier[:, :, None]
+    codes = np.clip(np.rint(steps) + zero[:, :, None], 0, MAX_CODE)
+    return codes.reshape(weight.shape).astype(np.uint8), multiplier, zero, scale
 
 
 def zero_range(multiplier: int) -> tuple[int, int]:
@@ -68,39 +79,39 @@ def zero_range(multiplier: int) -> tuple[int, int]:
     return max(0, MAX_CODE - 127 // multiplier), min(MAX_CODE, 128 // multiplier)
 
 
-def _search(
-    weight: NDArray[np.float32],
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
-    groups = weight.reshape(len(weight), -1, BLOCK)  # [N, G, 32]
-    scale = _row_scale(groups)  # [N, 1]
-    scaled = groups / _nonzero(scale)[:, :, None]
-    low = np.minimum(scaled.min(axis=2), 0)
-    best = np.full(low.shape, np.inf, dtype=np.float32)
-    codes = np.zeros(groups.shape, dtype=np.uint8)
-    multiplier = np.ones(low.shape, dtype=np.uint8)
-    zero = np.zeros(low.shape, dtype=np.uint8)
-    for candidate, step in product(range(1, MAX_MULTIPLIER + 1), (-1, 0, 1)):
-        # A good zero puts the smallest value of the group at code 0, a step more, or a step less and clips it.
-        offset = np.clip(np.floor(-low / candidate) + step, *zero_range(candidate))[:, :, None]
-        trial = np.clip(np.rint(scaled / candidate) + offset, 0, MAX_CODE)
-        error = np.square((trial - offset) * candidate - scaled).sum(axis=2)
-        better = error < best
-        best[better] = error[better]
-        codes[better] = trial[better].astype(np.uint8)
-        multiplier[better], zero[better] = candidate, offset[:, :, 0][better].astype(np.uint8)
-    return codes.reshape(weight.shape), multiplier, zero, scale
-
-
-def _row_scale(groups: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return ``[N, 1]``: one step of the widest group is MAX_MULTIPLIER scales, within what int8 can hold."""
-    high = np.maximum(groups.max(axis=2), 0)
-    low = np.minimum(groups.min(axis=2), 0)
+def row_scale(blocks: Floats) -> Floats:
+    """Return ``[N, 1]`` for ``[N, G, 32]``: one step of the widest block is MAX_MULTIPLIER scales, as int8 can hold."""
+    high = np.maximum(blocks.max(axis=2), 0)
+    low = np.minimum(blocks.min(axis=2), 0)
     step = ((high - low) / MAX_CODE).max(axis=1, keepdims=True)
-    # A group with all its values on one side reaches 15 steps, int8 only 128 / multiplier of them.
+    # A block with all its values on one side reaches 15 steps, int8 only 128 / multiplier of them.
     reach = np.maximum(high, -low).max(axis=1, keepdims=True)
-    scale: NDArray[np.float32] = np.maximum(step / MAX_MULTIPLIER, reach / np.float32(127))
+    scale: Floats = np.maximum(step / MAX_MULTIPLIER, reach / np.float32(127))
     return scale
 
 
-def _nonzero(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+def search_blocks(blocks: Floats, scale: Floats) -> tuple[Codes, Codes]:
+    """Return the multipliers and zeros ``[N, G]`` with the least squared error for ``[N, G, 32]``."""
+    scaled = blocks / nonzero(scale)[:, :, None]
+    low = np.minimum(scaled.min(axis=2), 0)
+    best = np.full(low.shape, np.inf, dtype=np.float32)
+    multiplier, zero = np.ones(low.shape, dtype=np.uint8), np.zeros(low.shape, dtype=np.uint8)
+    error = np.empty_like(scaled)
+    for candidate in range(1, MAX_MULTIPLIER + 1):
+        rounded = np.rint(scaled / np.float32(candidate))
+        for step in (-1, 0, 1):
+            # A good zero puts the smallest value of the block at code 0, a step more, or a step less and clips it.
+            offset = np.clip(np.floor(-low / candidate) + step, *zero_range(candidate))
+            np.minimum(rounded, MAX_CODE - offset[:, :, None], out=error)
+            np.maximum(error, -offset[:, :, None], out=error)
+            np.subtract(np.multiply(error, np.float32(candidate), out=error), scaled, out=error)
+            total = np.einsum("ngk,ngk->ng", error, error)
+            better = total < best
+            best[better] = total[better]
+            multiplier[better], zero[better] = candidate, offset[better].astype(np.uint8)
+    return multiplier, zero
+
+
+def nonzero(scale: Floats) -> Floats:
+    """Return a divisor: one where the scale is zero, and so are the values."""
     return np.where(scale == 0, np.float32(1), scale)

@@ -22,7 +22,8 @@ from engram_export.families import Architecture, read_architecture
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
 from engram_export.host_table import TableSource
-from engram_export.linear import BlockLinear, WeightModule
+from engram_export.linear import BlockLinear, Int4Linear, WeightModule
+from engram_export.safetensors_file import SafetensorsFile
 from engram_export.scaled_tensors import scaled_tensors
 from engram_export.tensor_union import TensorUnion
 from engram_export.weight_map import Joined, ReadRows, Slice, WeightSource, row_slices
@@ -42,6 +43,7 @@ class ModelSource:
     context_length: int
     weights: WeightSource
     computed: Mapping[str, ReadRows]  # parameters no checkpoint holds
+    int4: SafetensorsFile | None = None  # parameters of int4 layers that were calibrated
 
     def build(self, weight_format: WeightFormat, *, context_length: int | None = None) -> Decoder:
         """Make the model's module with uninitialised parameters in a weight format, for another context if given."""
@@ -81,6 +83,8 @@ class ModelSource:
         """Return a module's parameters for rows of its weight, read and encoded now."""
         if isinstance(module, BlockLinear):
             return module.encode_blocks(*self._blocks(f"{name}.weight", start, stop))
+        if isinstance(module, Int4Linear) and self.int4 is not None:
+            return {key: self.int4.read_raw_rows(f"{name}.{key}", start, stop) for key, _ in module.named_parameters()}
         return module.encode(self.weights.read_rows(f"{name}.weight", start, stop))
 
     def _blocks(self, weight: str, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -138,17 +142,18 @@ def load_own_parameters(model: Decoder, source: ModelSource) -> None:
         layer.register_forward_hook(_drop_parameters)
     for name, module in model.named_modules():
         if not any(name == layer or name.startswith(f"{layer}.") for layer in layers):
-            _load(source, name, module)
+            load_parameters(source, name, module)
 
 
 def _load_layer(source: ModelSource, prefix: str, layer: nn.Module, inputs: object) -> None:
     for parameter in layer.parameters():
         parameter.data.untyped_storage().resize_(parameter.nbytes)
     for name, module in layer.named_modules(prefix=prefix):
-        _load(source, name, module)
+        load_parameters(source, name, module)
 
 
-def _load(source: ModelSource, name: str, module: nn.Module) -> None:
+def load_parameters(source: ModelSource, name: str, module: nn.Module) -> None:
+    """Fill the parameters a module of the model owns, those of its parts left out."""
     for key, start, values in source.parameters(name, module):
         parameter = module.get_parameter(key.rpartition(".")[2])
         parameter.data[start : start + len(values)] = torch.from_numpy(values).reshape(-1, *parameter.shape[1:])

@@ -31,6 +31,7 @@ class Mlp(nn.Module):
 
     def __init__(self, name: str, hidden_size: int, intermediate_size: int, weights: WeightFormat) -> None:
         super().__init__()
+        self.intermediate_size = intermediate_size
         self.gate_up = weights.make_linear(f"{name}.gate_up", hidden_size, 2 * intermediate_size)
         self.down = weights.make_linear(f"{name}.down", intermediate_size, hidden_size)
 

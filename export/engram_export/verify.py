@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from engram_export.calibration_report import CalibrationReport
 from engram_export.checkpoint import Checkpoint
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.host_table import TableSource
@@ -51,11 +52,13 @@ class Verification:
         graph: the graph against torch with the same weights.
         model: the graph, activations in float32, against the float32 model.
         rows: by site, the repacked rows against the checkpoint's.
+        calibration: how int4 layers were quantised, or None where there are none.
     """
 
     graph: Parity
     model: Parity
     rows: Mapping[str, RowErrors] = field(default_factory=dict)
+    calibration: CalibrationReport | None = None
 
 
 def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) -> NDArray[np.int64]:
@@ -106,7 +109,7 @@ def reference_logits(
     model = source.build(streamed_format(weights, encoded or source), context_length=tokens)
     load_own_parameters(model, source)
     if rows is None:
-        rows = [_checkpoint_rows(table, source, token_ids) for table in source.tables]
+        rows = [checkpoint_rows(table, source, token_ids) for table in source.tables]
     states = []
     for state in model.state_specs():
         *outer, length, width = state.shape
@@ -170,6 +173,7 @@ def check_parity(parity: Parity, *, routed: bool = False) -> None:
         )
 
 
-def _checkpoint_rows(table: TableSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def checkpoint_rows(table: TableSource, source: ModelSource, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the ``[T, C, d]`` rows of a table for a text, read from the checkpoint."""
     with open_rows(table) as rows:
         return checkpoint_site(table, source.architecture.text.vocab_size, rows).rows([], token_ids)

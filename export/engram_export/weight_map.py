@@ -1,5 +1,6 @@
 """Weights of a module by name: which tensors of the checkpoint each one is made of, and none left over."""
 
+import copy
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,6 +189,20 @@ def one_plus(name: str) -> Mapped:
 NameMap = Mapping[str, Recipe]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scale:
+    """Factors ``rows [N]``, and ``columns [K]`` of a matrix, that a weight is multiplied by as it is read."""
+
+    rows: Floats
+    columns: Floats | None
+
+    def apply(self, values: Floats, start: int, stop: int) -> Floats:
+        """Scale ``values``, rows ``start`` to ``stop`` of the weight."""
+        if self.columns is None:
+            return values * self.rows[start:stop]
+        return values * self.rows[start:stop, None] * self.columns
+
+
 class WeightSource:
     """The weights a module wants, read from the checkpoint when asked for."""
 
@@ -212,6 +227,7 @@ class WeightSource:
         """
         self._tensors = tensors
         self._shapes = dict(wanted)
+        self._scales: Mapping[str, Scale] = {}
         self._recipes = {name: name_map[name] for name in wanted}
         available = set(tensors.names())
         used = {tensor for name in wanted for tensor in self.tensor_names(name)}
@@ -223,6 +239,12 @@ class WeightSource:
             raise CheckpointError(f"the checkpoint has {_listed(unused)} that this family doesn't know")
         for name in wanted:
             self._check_shape(name)
+
+    def scaled(self, scales: Mapping[str, Scale]) -> "WeightSource":
+        """Return a source of the same weights, those of these names scaled."""
+        source = copy.copy(self)
+        source._scales = scales
+        return source
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape."""
@@ -246,7 +268,8 @@ class WeightSource:
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Read ``[stop - start, ...]`` rows of a weight's first axis; only their bytes are read."""
-        return self._recipes[name].read(self._tensors, start, stop).reshape(stop - start, *self._shapes[name][1:])
+        values = self._recipes[name].read(self._tensors, start, stop).reshape(stop - start, *self._shapes[name][1:])
+        return self._scales[name].apply(values, start, stop) if name in self._scales else values
 
     def _check_shape(self, name: str) -> None:
         wanted = self._shapes[name]
