@@ -209,7 +209,9 @@ def expert_cells(family_name: str, rows_list: list[int], shapes: list[str], cpu:
             kernels["linear"] = family.expert_linear_int4(routing, rows, outputs, inputs)
             compiled = build_all(kernels, cpu)
             segments = [tensor(np.zeros(n, np.int32)) for n in (routing.pairs, *2 * [routing.segments + 1], 1)]
-            compiled["route"](tensor(rng.normal(size=(rows, EXPERTS)).astype(np.float32)), *segments, zeros(rows, TOP_K))
+            compiled["route"](
+                tensor(rng.normal(size=(rows, EXPERTS)).astype(np.float32)), *segments, zeros(rows, TOP_K)
+            )
             read = slab_bytes // EXPERTS * int(segments[-1].numpy()[0])
             start = [*quantised(rows, inputs, 2), *segments]
             arguments = with_cold_weight(start, copies, [zeros(routing.pairs, outputs)])

@@ -57,9 +57,7 @@ class Image:
     def symbols(self) -> dict[str, int]:
         """Return the address of every symbol."""
         (offset,), (size, count) = struct.unpack_from("<Q", self.content, 40), self._sizes(58)
-        sections = [
-            struct.unpack_from("<IIQQQQIIQQ", self.content, offset + index * size) for index in range(count)
-        ]
+        sections = [struct.unpack_from("<IIQQQQIIQQ", self.content, offset + index * size) for index in range(count)]
         table = next(section for section in sections if section[1] == SYMBOL_TABLE)
         names = sections[table[6]][4]
         found = {}
@@ -84,8 +82,25 @@ class Arm64Kernels:
         self.assembly: str = compiled.inspect_source("asm")
         compiled.write_to_file(str(folder / "kernels.o"), "o")
         (folder / "stubs.c").write_text(STUBS)
-        command = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-nostdlib", "-static", "-O1"]
-        command += ["-Wl,--entry=TVMBackendFreeWorkspace", "-Wl,--no-gc-sections", "-o", "kernels", "kernels.o", "stubs.c"]
+        command = [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "cc",
+            "-target",
+            "aarch64-linux-musl",
+            "-nostdlib",
+            "-static",
+            "-O1",
+        ]
+        command += [
+            "-Wl,--entry=TVMBackendFreeWorkspace",
+            "-Wl,--no-gc-sections",
+            "-o",
+            "kernels",
+            "kernels.o",
+            "stubs.c",
+        ]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         self.image = Image((folder / "kernels").read_bytes())
         self.symbols = self.image.symbols()

@@ -145,7 +145,9 @@ def test_other_layers_have_the_bits_of_the_portable_ones(family: ModuleType, nam
     assert same_bits(kernels(family)(name, *operands(family, name), *end, y)[-1], expected)
 
 
-@pytest.mark.parametrize(("family", "wanted", "unwanted"), [(neon_dotprod, "sdot", "usdot"), (neon_i8mm, "usdot", "sdot")])
+@pytest.mark.parametrize(
+    ("family", "wanted", "unwanted"), [(neon_dotprod, "sdot", "usdot"), (neon_i8mm, "usdot", "sdot")]
+)
 def test_products_are_the_familys_instruction(family: ModuleType, wanted: str, unwanted: str) -> None:
     mnemonics = [line.split()[0] for line in kernels(family).assembly.splitlines() if line.strip()]
     assert mnemonics.count(wanted) > 1000

@@ -193,7 +193,11 @@ with_layers = pytest.mark.parametrize(
         (portable_experts, "float"),
         (portable_experts, "int8"),
         (portable_experts, "int4"),
-        *(pytest.param(*family.values, kind, marks=family.marks) for family in X86_FAMILIES for kind in ("int8", "int4")),
+        *(
+            pytest.param(*family.values, kind, marks=family.marks)
+            for family in X86_FAMILIES
+            for kind in ("int8", "int4")
+        ),
     ],
     ids=lambda part: part if isinstance(part, str) else part.__name__.rsplit(".", 1)[1],
 )

@@ -64,12 +64,18 @@ def dot4_avx2(total: Expr, weights: Expr, activations: Expr) -> Expr:
     signed = T.Bind(T.reinterpret("int16x32", activations))
     byte = T.broadcast(T.int16(8), 32)
     for part, factor in ((even, T.shift_right(T.shift_left(signed, byte), byte)), (odd, T.shift_right(signed, byte))):
-        total = total + _in_parts(2, _pairs_avx2, T.reinterpret("int16x32", part), factor)
+        total = total + _in_parts(2, pair_sums_avx2, T.reinterpret("int16x32", part), factor)
     return total
 
 
-def _pairs_avx2(a: Expr, b: Expr) -> Expr:
+def pair_sums_avx2(a: Expr, b: Expr) -> Expr:
+    """Return int32x8, the sums of two neighbouring products of int16x16 vectors."""
     return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+
+
+def byte_pair_sums_avx2(unsigned: Expr, signed: Expr) -> Expr:
+    """Return int16x16, the sums of two neighbouring products of uint8x32 and int8x32; they saturate at 16 bits."""
+    return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)
 
 
 def dot4_sdot(total: Expr, weights: Expr, activations: Expr) -> Expr:
@@ -87,7 +93,7 @@ def _dot4_neon(name: str, *vectors: Expr) -> Expr:
 
 
 def _in_parts(count: int, operation: Callable[..., Expr], *vectors: Expr) -> Expr:
-    """Return the joined results of an operation on shorter vectors: on each of ``count`` equal parts of its operands."""
+    """Return the joined results of an operation on each of ``count`` equal parts of its operands."""
     vectors = tuple(T.Bind(vector) for vector in vectors)
 
     def part(vector: Expr, index: int) -> Expr:

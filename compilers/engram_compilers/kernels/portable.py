@@ -200,7 +200,7 @@ def linear_int4(rows: int, out_features: int, in_features: int, planes: int) -> 
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for output in loop_over(out_features, work_us(rows, out_features, in_features, count)):
-                weight = T.alloc_local((padded,), "int8")
+                weight = T.alloc_buffer((padded,), "int8")
                 for group in T.serial(groups):
                     unpack_int4(weight, codes, header[output, group], output, group)
                 for row in T.serial(rows):

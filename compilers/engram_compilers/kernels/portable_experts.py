@@ -105,7 +105,7 @@ def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_featur
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for output in loop_over(out_features, portable.work_us(routing.pairs, out_features, in_features)):
-                weight = T.alloc_local((padded,), "int8")
+                weight = T.alloc_buffer((padded,), "int8")
                 for segment in T.serial(count[0]):
                     weight_row: T.let = T.cast(expert[segment], "int64") * out_features + output
                     for group in T.serial(groups):

@@ -6,6 +6,7 @@ the bits depend neither on blocking, rows or threads nor on the family (see `por
 described in `vnni_layout`, the blocking in `vnni_blocks`.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from tvm import tirx
@@ -29,6 +30,7 @@ from engram_compilers.kernels.vnni_blocks import (
 )
 from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vectors, each_int4_step
 
+INT4_TILES = 2  # streams of int4 weights of one row: unpacking hides their latency
 _EMBEDDED_PER_US = 1000.0
 _MOST_TILES = 8  # streams of weights at once
 _SUMS_WORTH_UNPACKING = 16  # products with an int4 weight that take as long as unpacking it, several times over
@@ -62,7 +64,7 @@ def linear_int8(isa: Isa, rows: int, out_features: int, in_features: int, planes
 
 
 def int8_plan(isa: Isa, rows: int, out_features: int, in_features: int, planes: int) -> Plan:
-    """Choose the blocking of `linear_int8`: a few rows need many sums to hide latency, more rows one stream of weights."""
+    """Choose the blocking of `linear_int8`: a row or two need many sums to hide latency, more rows one stream."""
     sums_of_tile = planes * min(rows, isa.sums // planes)
     return Plan(
         isa=isa,
@@ -93,10 +95,15 @@ def linear_int4(isa: Isa, rows: int, out_features: int, in_features: int, planes
     header u8 [Np/16, Kp/32, 16], channel_scale f32 [N]) -> y f32 [M, N]``: as `linear_int8` with the int8 weight
     (code - zero) * multiplier. Blocks of rows unpack for themselves, or where they are small a tile group once for all.
     """
-    require_groups(in_features)
     plan = int4_plan(isa, rows, out_features, in_features, planes)
     unpacks_once = plan.block_rows < rows and isa.sums < _SUMS_WORTH_UNPACKING
-    body = _int4_unpacking_body if unpacks_once else _int4_direct_body
+    return int4_kernel(plan, _int4_unpacking_body if unpacks_once else _int4_direct_body)
+
+
+def int4_kernel(plan: Plan, body: Callable[..., None]) -> tirx.PrimFunc:
+    """Build the kernel of `linear_int4` with the statements of ``body``."""
+    rows, out_features = plan.rows, plan.out_features
+    require_groups(plan.in_features)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -124,7 +131,7 @@ def int4_plan(isa: Isa, rows: int, out_features: int, in_features: int, planes: 
         in_features=in_features,
         planes=planes,
         block_rows=min(rows, isa.sums // planes),
-        group_tiles=2 if rows == 1 else 1,
+        group_tiles=INT4_TILES if rows == 1 else 1,
     )
 
 

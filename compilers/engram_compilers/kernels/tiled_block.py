@@ -72,7 +72,7 @@ def linear_block(isa: Isa, rows: int, out_features: int, in_features: int, bits:
 
 
 def _block_body(plan: Plan, bits: int, planes: Expr, row_scale: Expr, codes: Expr, block_scale: Expr, y: Expr) -> None:
-    offsets = _group_offsets(plan, planes, _bias(plan.isa, bits))
+    offsets = group_offsets(plan, planes, _bias(plan.isa, bits))
 
     def row_block(block: Block) -> None:
         totals = {(r, t): new_lanes("float32") for r, t in product(range(block.num_rows), range(block.num_tiles))}
@@ -96,7 +96,7 @@ def _bias(isa: Isa, bits: int) -> int:
     return BLOCK_BIAS[4] if bits == 4 else isa.weight_bias
 
 
-def _group_offsets(plan: Plan, planes: Expr, bias: int) -> Expr:
+def group_offsets(plan: Plan, planes: Expr, bias: int) -> Expr:
     """Return int32 [2M, K/32], -bias * sum of a group's activations: with it biased codes act as signed ones."""
     offsets = T.alloc_buffer((plan.plane_rows, plan.groups), "int32")
     with T.grid(plan.plane_rows, plan.groups) as (row, group):

@@ -20,6 +20,7 @@ from engram_compilers.kernels.intrinsics import Expr, lanes, splat
 from engram_compilers.kernels.isa import Isa
 from engram_compilers.kernels.loops import LANES
 from engram_compilers.kernels.packing import Arrays, Bytes, pad, require_groups
+from engram_compilers.kernels.tiled import INT4_TILES
 from engram_compilers.kernels.tiled_packing import pack_int4, pack_int8
 from engram_compilers.kernels.vnni_blocks import (
     PRODUCTS_PER_US,
@@ -100,16 +101,14 @@ def _tiled_scale(scale: NDArray[np.float32]) -> NDArray[np.float32]:
     return pad(scale[None], 1, LANES).reshape(-1, LANES)
 
 
-def expert_linear_int8(
-    isa: Isa, routing: Routing, rows: int, out_features: int, in_features: int
-) -> tirx.PrimFunc:
+def expert_linear_int8(isa: Isa, routing: Routing, rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
     """Build the linear layer of the chosen experts on int8 weights, packed by `pack_expert_int8`.
 
     ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], order, expert, start, count,
     weight u8 [E * Np/16, Kp/4, 64], scale f32 [E * Np/16, 16]) -> y f32 [P, N]``: row p of y is what `linear_int8`
     makes of row p / (P / M) of x and the weight of p's expert; M is T or P. order .. count: `experts.Segments`.
     """
-    plan = _plan(isa, routing, rows, out_features, in_features)
+    plan = _plan(isa, routing, rows, out_features, in_features, isa.sums // _PLANES)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -149,16 +148,14 @@ def _int8_body(
     _each_block(plan, segments, run)
 
 
-def expert_linear_int4(
-    isa: Isa, routing: Routing, rows: int, out_features: int, in_features: int
-) -> tirx.PrimFunc:
+def expert_linear_int4(isa: Isa, routing: Routing, rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
     """Build `expert_linear_int8` for two-level int4 weights, packed by `pack_expert_int4`.
 
     ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], order, expert, start, count,
     codes u8 [E * Np/16, Kp/8, 64], header u8 [E * Np/16, Kp/32, 16], scale f32 [E * Np/16, 16]) -> y f32 [P, N]``
     """
     require_groups(in_features)
-    plan = _plan(isa, routing, rows, out_features, in_features)
+    plan = _plan(isa, routing, rows, out_features, in_features, INT4_TILES)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -206,7 +203,8 @@ def _int4_body(
     _each_block(plan, segments, run)
 
 
-def _plan(isa: Isa, routing: Routing, rows: int, out_features: int, in_features: int) -> ExpertPlan:
+def _plan(isa: Isa, routing: Routing, rows: int, out_features: int, in_features: int, tiles_at_once: int) -> ExpertPlan:
+    """Choose blocks of pairs; ``tiles_at_once`` is for one pair, more of them take one tile."""
     tiles = -(-out_features // LANES)
     block_pairs = min(routing.tokens, isa.sums // _PLANES)
     return ExpertPlan(
@@ -217,7 +215,7 @@ def _plan(isa: Isa, routing: Routing, rows: int, out_features: int, in_features:
         planes=_PLANES,
         block_rows=block_pairs,
         # A divisor, so that no code is needed for a shorter last group.
-        group_tiles=gcd(tiles, isa.sums // (_PLANES * block_pairs)),
+        group_tiles=gcd(tiles, tiles_at_once) if block_pairs == 1 else 1,
         routing=routing,
     )
 

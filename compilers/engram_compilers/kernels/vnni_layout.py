@@ -62,14 +62,12 @@ def each_nibble_step(codes: Expr, tile: Expr, group: Expr, use: UseStep) -> None
         use(step + 1, T.shift_right(vector, T.broadcast(T.uint8(4), VECTOR_BYTES)))
 
 
-def each_int4_step(
-    codes: Expr, header: Expr, tile: Expr, group: Expr, use: UseStep, *, bias: int = INT8_BIAS
-) -> None:
+def each_int4_step(codes: Expr, header: Expr, tile: Expr, group: Expr, use: UseStep, *, bias: int = INT8_BIAS) -> None:
     """Emit use(step, weights) for every step of a group: (code - zero) * multiplier + bias (mod 256) as uint8x64.
 
     ``bias`` is 128 or 0.
     """
-    multiplier = T.Bind(_multiplier(header[tile, group, lanes(0)]))
+    multiplier = T.Bind(multipliers(header[tile, group, lanes(0)]))
     zero_bytes = T.Bind(rebiased(_zero_bytes(header[tile, group, lanes(0)]), INT8_BIAS - bias))
 
     def scale(step: Expr, nibbles: Expr) -> None:
@@ -91,13 +89,18 @@ def _pairs(header: Expr) -> Expr:
     return T.reinterpret("uint16x32", T.bitwise_or(wide, T.shift_left(wide, splat(16))))
 
 
-def _multiplier(header: Expr) -> Expr:
+def multipliers(header: Expr) -> Expr:
     """Return each output's multiplier twice, as uint16x32."""
     return T.bitwise_and(_pairs(header), T.broadcast(T.uint16(15), 32)) + T.broadcast(T.uint16(1), 32)
 
 
+def zeros(header: Expr) -> Expr:
+    """Return each output's zero * multiplier, at most 128, twice, as uint16x32."""
+    return T.shift_right(_pairs(header), T.broadcast(T.uint16(4), 32)) * multipliers(header)
+
+
 def _zero_bytes(header: Expr) -> Expr:
     """Return zero * multiplier in the four bytes of each output, as uint8x64."""
-    scaled = T.shift_right(_pairs(header), T.broadcast(T.uint16(4), 32)) * _multiplier(header)  # at most 128
+    scaled = zeros(header)
     both = T.bitwise_or(scaled, T.shift_left(scaled, T.broadcast(T.uint16(8), 32)))
     return T.reinterpret("uint8x64", both)
