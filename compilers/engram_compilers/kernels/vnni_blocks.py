@@ -152,7 +152,7 @@ def joined(sums: Expr, r: int, t: int) -> Expr:
 def store_sums(block: Block, y: Expr, sums: Expr, channel_scale: Expr, row_scale: Expr) -> None:
     """y = ((256 * f32(H) + f32(L)) * channel_scale) * row_scale"""
     for t in range(block.num_tiles):
-        scale = _load_edge(block.plan, channel_scale, block.first_tile + t)
+        scale = load_edge(block.plan, channel_scale, block.first_tile + t)
         for r in range(block.num_rows):
             row = block.first_row + r
             value = joined(sums, r, t) * scale[lanes(0)] * splat(row_scale[row])
@@ -174,7 +174,7 @@ def store_edge(plan: Plan, y: Expr, row: Expr, tile: Expr, value: Expr) -> None:
                 T.buffer_store(y, edge[i], [row, tile * LANES + i])
 
 
-def _load_edge(plan: Plan, channel_scale: Expr, tile: Expr) -> Expr:
+def load_edge(plan: Plan, channel_scale: Expr, tile: Expr) -> Expr:
     """Return the channel scales of a tile in a local buffer, zeros where there are no outputs."""
     scale = T.alloc_local((LANES,), "float32")
     if plan.edge_lanes == 0:
