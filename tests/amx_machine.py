@@ -44,6 +44,12 @@ def amx() -> ctypes.CDLL:
         path = str(Path(folder) / "amx.so")
         run([*linker(), *_FLAGS, "-o", path, *_SOURCES], check=True)
         library = ctypes.CDLL(path)
+    pointer, stride = ctypes.c_void_p, ctypes.c_int64
+    for product in (library.amx_tdpbssd, library.amx_tdpbsud, library.amx_tdpbusd, library.amx_tdpbuud):
+        product.argtypes = [pointer] * 4 + [stride] * 3
+    library.amx_copy.argtypes = [pointer, pointer, stride]
+    library.amx_zeros.argtypes = [pointer, stride]
+    library.amx_watch.argtypes = [pointer, ctypes.c_uint64]
     library.amx_count.restype = ctypes.c_uint64
     if not NATIVE and library.amx_install() != 0:
         raise OSError("the handler of SIGILL could not be installed")
@@ -55,7 +61,7 @@ class Watch:
 
     def __init__(self, most_loads: int) -> None:
         self._addresses = np.zeros(most_loads, np.uint64)
-        amx().amx_watch(address_of(self._addresses), ctypes.c_uint64(most_loads))
+        amx().amx_watch(address_of(self._addresses), most_loads)
 
     def count(self, kind: Kind) -> int:
         """Return how many instructions of a kind there were."""
@@ -64,13 +70,15 @@ class Watch:
     def loads_from(self, array: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return the offsets in bytes, in order, of the tiles that were loaded from an array."""
         if self.count(Kind.TILELOADD) > len(self._addresses):
-            raise ValueError(f"{self.count(Kind.TILELOADD)} tiles were loaded, there is room for {len(self._addresses)}")
+            raise ValueError(
+                f"{self.count(Kind.TILELOADD)} tiles were loaded, there is room for {len(self._addresses)}"
+            )
         offsets = self._addresses.astype(np.int64) - array.ctypes.data
         return offsets[(offsets >= 0) & (offsets < array.nbytes)]
 
     def close(self) -> None:
         """Forget the array of addresses."""
-        amx().amx_watch(None, ctypes.c_uint64(0))
+        amx().amx_watch(None, 0)
 
 
 def address_of(array: NDArray[np.generic]) -> ctypes.c_void_p:
@@ -85,3 +93,10 @@ def configuration(shapes: dict[int, tuple[int, int]], palette: int = 1) -> NDArr
     for tile, (rows, row_bytes) in shapes.items():
         config[16 + 2 * tile], config[48 + tile] = row_bytes, rows
     return config
+
+
+def stored_configuration() -> NDArray[np.uint8]:
+    """Return the configuration of this thread's tiles, zeros if they have none."""
+    found = np.full(64, 99, np.uint8)
+    amx().amx_configuration(address_of(found))
+    return found

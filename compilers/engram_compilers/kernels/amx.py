@@ -43,7 +43,7 @@ class TilePlan(Plan):
     """The sizes of a linear layer; a block is the rows of x whose planes fill the tiles of activations."""
 
     planes: int
-    shape: Tiles
+    operands: Tiles
 
     @property
     def work_us(self) -> float:
@@ -56,12 +56,12 @@ class TilePlan(Plan):
 
     def first_rows(self, block: Expr) -> list[Expr]:
         """Return the row of the planes where each tile of activations begins."""
-        if self.shape.row_tiles == 1:
+        if self.operands.row_tiles == 1:
             return [0]
         if self.planes == 2:
-            first = self._inside(block * self.shape.rows)
+            first = self._inside(block * self.operands.rows)
             return [first, self.rows + first]
-        return [self._inside((2 * block + q) * self.shape.rows) for q in range(2)]
+        return [self._inside((2 * block + q) * self.operands.rows) for q in range(2)]
 
     def runs(self, first_rows: list[Expr]) -> list[tuple[Expr, list[int]]]:
         """Return, for each run of rows in a block, its first row of x and where its planes' sums begin."""
@@ -71,11 +71,11 @@ class TilePlan(Plan):
 
     @property
     def run_rows(self) -> int:
-        return self.block_rows if self.planes == 2 else self.shape.rows
+        return self.block_rows if self.planes == 2 else self.operands.rows
 
     def _inside(self, first: Expr) -> Expr:
         """Move the last tile up to end with the last row: rows it shares with the one before come out the same."""
-        return T.min(first, self.rows - self.shape.rows) if self.rows % self.shape.rows else first
+        return T.min(first, self.rows - self.operands.rows) if self.rows % self.operands.rows else first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ class Layer:
         """Emit the layer; ``weights_of`` makes the weights of a tile group for its first block and for the others."""
 
         def tile_group(first_tile: Expr, num_tiles: int) -> None:
-            self.plan.shape.shape()
+            self.plan.operands.configure()
             first_weights, weights = weights_of(first_tile, num_tiles)
             self._block(0, first_tile, num_tiles, first_weights)
             if self.plan.blocks > 1:
@@ -105,8 +105,8 @@ class Layer:
 
     def _block(self, block: Expr, first_tile: Expr, num_tiles: int, weights: Weights) -> None:
         plan = self.plan
-        sums, first_rows = plan.shape.new_sums(), plan.first_rows(block)
-        plan.shape.multiply(sums, self.planes, first_rows, num_tiles, weights)
+        sums, first_rows = plan.operands.new_sums(), plan.first_rows(block)
+        plan.operands.multiply(sums, self.planes, first_rows, num_tiles, weights)
         scales = [load_edge(plan, self.channel_scale, first_tile + t)[lanes(0)] for t in range(num_tiles)]
         for first, places in plan.runs(first_rows):
             with T.serial(plan.run_rows) as r:
@@ -216,13 +216,13 @@ def _plan(rows: int, out_features: int, in_features: int, planes: int) -> TilePl
     row_tiles = 1 if planes * rows <= TILE_ROWS else 2
     blocks = -(-planes * rows // (row_tiles * TILE_ROWS))
     tile_rows = -(-planes * rows // (row_tiles * blocks))
-    shape = Tiles(row_tiles, tile_rows)
+    operands = Tiles(row_tiles, tile_rows)
     return TilePlan(
         rows=rows,
         out_features=out_features,
         in_features=in_features,
         block_rows=row_tiles * tile_rows // planes,
-        group_tiles=shape.weight_tiles,
+        group_tiles=operands.weight_tiles,
         planes=planes,
-        shape=shape,
+        operands=operands,
     )

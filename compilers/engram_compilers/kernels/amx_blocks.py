@@ -29,7 +29,6 @@ from engram_compilers.kernels.intrinsics import (
     zero_tile,
 )
 from engram_compilers.kernels.loops import LANES
-from engram_compilers.kernels.packing import GROUP
 from engram_compilers.kernels.vnni_blocks import Plan, prefetch_steps, store_edge
 from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vectors, each_int4_step
 
@@ -59,8 +58,8 @@ class Tiles:
         """Tiles of weights that all tiles of activations are multiplied with."""
         return _SUMS // self.row_tiles
 
-    def shape(self) -> None:
-        """Shape the registers of the running thread."""
+    def configure(self) -> None:
+        """Give the registers of the running thread their shapes."""
         activations, weights = (self.rows, TILE_BYTES), (TILE_ROWS, TILE_BYTES)
         shape_tiles([activations] * (_SUMS + self.row_tiles) + [weights] * (_SUMS - self.row_tiles))
 

@@ -44,7 +44,7 @@ class ExpertTilePlan(Plan):
     """The sizes of one layer of all experts; a block is the pairs whose planes fill the tiles of activations."""
 
     routing: Routing
-    shape: Tiles
+    operands: Tiles
 
     @property
     def per_row(self) -> int:
@@ -84,12 +84,13 @@ class ExpertLayer:
 
     def each_segment(self, first_tile: Expr, weights_of: WeightsOf) -> None:
         """Emit a tile group."""
-        self.plan.shape.shape()
-        self.segments.each(lambda *segment: self._segment(first_tile, *segment, weights_of))
+        self.plan.operands.configure()
+        self.segments.each(lambda *segment: self._segment(first_tile, segment, weights_of))
         release_tiles()
 
-    def _segment(self, first_tile: Expr, segment: Expr, first: Expr, size: Expr, weights_of: WeightsOf) -> None:
+    def _segment(self, first_tile: Expr, place: tuple[Expr, Expr, Expr], weights_of: WeightsOf) -> None:
         plan, segments = self.plan, self.segments
+        segment, first, size = place
         following = T.min(first_tile + plan.group_tiles, plan.tiles - plan.group_tiles)
         next_tile = T.Select(segment + 1 == segments.count[0], following, first_tile)
         weight_tile = T.Bind(segments.weight_row(segment, plan.tiles) + first_tile)
@@ -104,9 +105,9 @@ class ExpertLayer:
 
     def _block(self, first_tile: Expr, weight_tile: Expr, first: Expr, num_pairs: Expr, weights: Weights) -> None:
         plan = self.plan
-        sums = plan.shape.new_sums()
-        first_rows = [_PLANES * first + q * plan.shape.rows for q in range(plan.shape.row_tiles)]
-        plan.shape.multiply(sums, self.gathered, first_rows, plan.group_tiles, weights)
+        sums = plan.operands.new_sums()
+        first_rows = [_PLANES * first + q * plan.operands.rows for q in range(plan.operands.row_tiles)]
+        plan.operands.multiply(sums, self.gathered, first_rows, plan.group_tiles, weights)
         scales = [T.Bind(self.scale[weight_tile + t, lanes(0)]) for t in range(plan.group_tiles)]
         with T.serial(T.min(num_pairs, plan.block_rows)) as r:
             pair = T.Bind(self.segments.order[first + r])
@@ -254,14 +255,14 @@ def _layer(
 
 def _plan(routing: Routing, rows: int, out_features: int, in_features: int) -> ExpertTilePlan:
     most_rows = _PLANES * routing.tokens  # of one expert's planes
-    shape = Tiles(1, most_rows) if most_rows <= TILE_ROWS else Tiles(2, TILE_ROWS)
+    operands = Tiles(1, most_rows) if most_rows <= TILE_ROWS else Tiles(2, TILE_ROWS)
     return ExpertTilePlan(
         rows=rows,
         out_features=out_features,
         in_features=in_features,
-        block_rows=shape.row_tiles * shape.rows // _PLANES,
+        block_rows=operands.row_tiles * operands.rows // _PLANES,
         # A divisor, so that no code is needed for a shorter last group.
-        group_tiles=gcd(-(-out_features // LANES), shape.weight_tiles),
+        group_tiles=gcd(-(-out_features // LANES), operands.weight_tiles),
         routing=routing,
-        shape=shape,
+        operands=operands,
     )

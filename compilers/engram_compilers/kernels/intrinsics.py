@@ -139,7 +139,7 @@ def exp16(x: Expr) -> Expr:
 
 # AMX tiles: registers 0..7 that hold up to 16 rows of 64 bytes each, in a shape their thread has given them.
 
-TILES, TILE_ROWS, TILE_BYTES = 8, 16, 64
+TILE_ROWS, TILE_BYTES = 16, 64
 
 
 def shape_tiles(shapes: Sequence[tuple[int, int]]) -> None:
