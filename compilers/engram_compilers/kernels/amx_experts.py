@@ -3,7 +3,8 @@
 
 The planes are first gathered in the order of the pairs, high and low row of a pair side by side: the pairs of a segment
 are then rows at one distance, as tiles want them. A tile that holds more rows than its segment sums the next one's too,
-and drops them. Calls of one token are the kernels of `avx512_vnni_experts`.
+and drops them; one of a single pair gains little by VNNI (DESIGN.md). Calls of one token are the kernels of
+`avx512_vnni_experts`.
 """
 
 from collections.abc import Callable
