@@ -93,19 +93,20 @@ class Layer:
         """Emit the layer; ``weights_of`` makes the weights of a tile group for its first block and for the others."""
 
         def tile_group(first_tile: Expr, num_tiles: int) -> None:
-            self.plan.operands.configure()
             first_weights, weights = weights_of(first_tile, num_tiles)
-            self._block(0, first_tile, num_tiles, first_weights)
+            sums = self.plan.operands.new_sums()
+            self.plan.operands.configure()
+            self._block(0, first_tile, num_tiles, sums, first_weights)
             if self.plan.blocks > 1:
                 with T.serial(1, self.plan.blocks) as block:
-                    self._block(block, first_tile, num_tiles, weights)
+                    self._block(block, first_tile, num_tiles, sums, weights)
             release_tiles()
 
         each_tile_group(self.plan, tile_group)
 
-    def _block(self, block: Expr, first_tile: Expr, num_tiles: int, weights: Weights) -> None:
+    def _block(self, block: Expr, first_tile: Expr, num_tiles: int, sums: Expr, weights: Weights) -> None:
         plan = self.plan
-        sums, first_rows = plan.operands.new_sums(), plan.first_rows(block)
+        first_rows = plan.first_rows(block)
         plan.operands.multiply(sums, self.planes, first_rows, num_tiles, weights)
         scales = [load_edge(plan, self.channel_scale, first_tile + t)[lanes(0)] for t in range(num_tiles)]
         for first, places in plan.runs(first_rows):

@@ -65,7 +65,7 @@ class Tiles:
 
     def new_sums(self) -> Expr:
         """Allocate int32 [weight tiles, plane rows, 16]."""
-        return T.alloc_local((self.weight_tiles, self.row_tiles * self.rows, LANES), "int32")
+        return T.alloc_buffer((self.weight_tiles, self.row_tiles * self.rows, LANES), "int32")
 
     def multiply(self, sums: Expr, planes: Expr, first_rows: Sequence[Expr], num_tiles: int, weights: Weights) -> None:
         """Write the products of all inputs to ``sums``; row tile q begins at row ``first_rows[q]`` of ``planes``."""
@@ -125,9 +125,7 @@ def unpacked_weights(
 
 def new_scratch(num_tiles: int, steps: int, *, read_again: bool) -> Expr:
     """Allocate bytes for unpacked weights: of all inputs if they are ``read_again``, else of those in work."""
-    if read_again:
-        return T.alloc_buffer((num_tiles, steps, VECTOR_BYTES), "uint8")  # too large for a stack
-    return T.alloc_local((num_tiles, _ALTERNATING, VECTOR_BYTES), "uint8")
+    return T.alloc_buffer((num_tiles, steps if read_again else _ALTERNATING, VECTOR_BYTES), "uint8")
 
 
 def store_row(

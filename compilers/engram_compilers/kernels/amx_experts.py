@@ -85,11 +85,12 @@ class ExpertLayer:
 
     def each_segment(self, first_tile: Expr, weights_of: WeightsOf) -> None:
         """Emit a tile group."""
+        sums = self.plan.operands.new_sums()
         self.plan.operands.configure()
-        self.segments.each(lambda *segment: self._segment(first_tile, segment, weights_of))
+        self.segments.each(lambda *segment: self._segment(first_tile, segment, sums, weights_of))
         release_tiles()
 
-    def _segment(self, first_tile: Expr, place: tuple[Expr, Expr, Expr], weights_of: WeightsOf) -> None:
+    def _segment(self, first_tile: Expr, place: tuple[Expr, Expr, Expr], sums: Expr, weights_of: WeightsOf) -> None:
         plan, segments = self.plan, self.segments
         segment, first, size = place
         following = T.min(first_tile + plan.group_tiles, plan.tiles - plan.group_tiles)
@@ -98,15 +99,16 @@ class ExpertLayer:
         next_weight_tile = T.Bind(segments.weight_row(segment + 1, plan.tiles) + next_tile)
         first_weights, weights = weights_of(weight_tile, next_weight_tile)
 
-        self._block(first_tile, weight_tile, first, size, first_weights)
+        self._block(first_tile, weight_tile, first, size, sums, first_weights)
         if plan.routing.tokens > plan.block_rows:
             with T.serial(1, (size + plan.block_rows - 1) // plan.block_rows) as block:
                 done = T.Bind(block * plan.block_rows)
-                self._block(first_tile, weight_tile, first + done, size - done, weights)
+                self._block(first_tile, weight_tile, first + done, size - done, sums, weights)
 
-    def _block(self, first_tile: Expr, weight_tile: Expr, first: Expr, num_pairs: Expr, weights: Weights) -> None:
+    def _block(
+        self, first_tile: Expr, weight_tile: Expr, first: Expr, num_pairs: Expr, sums: Expr, weights: Weights
+    ) -> None:
         plan = self.plan
-        sums = plan.operands.new_sums()
         first_rows = [_PLANES * first + q * plan.operands.rows for q in range(plan.operands.row_tiles)]
         plan.operands.multiply(sums, self.gathered, first_rows, plan.group_tiles, weights)
         scales = [T.Bind(self.scale[weight_tile + t, lanes(0)]) for t in range(plan.group_tiles)]

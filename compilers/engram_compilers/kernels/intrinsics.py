@@ -148,7 +148,7 @@ def shape_tiles(shapes: Sequence[tuple[int, int]]) -> None:
     config[0] = 1  # the one palette there is
     for tile, (rows, row_bytes) in enumerate(shapes):
         config[16 + 2 * tile], config[48 + tile] = row_bytes, rows
-    words = T.alloc_local((16,), "int32")
+    words = T.alloc_buffer((16,), "int32")
     for i in range(16):
         T.buffer_store(words, int.from_bytes(config[4 * i : 4 * i + 4], "little"), [i])
     _tile_instruction("ldtilecfg", T.address_of(words[0]))
