@@ -116,7 +116,7 @@ def packed_weight(family: Any, kind: str, outputs: int, inputs: int) -> list[NDA
 def linear_prim_func(family: Any, kind: str, rows: int, outputs: int, inputs: int) -> Any:
     if kind.startswith("q"):
         return family.linear_block(rows, outputs, inputs, int(kind[1]))
-    return getattr(family, f"linear_{kind}")(rows, outputs, inputs)
+    return getattr(family, f"linear_{kind}")(rows, outputs, inputs, 2)
 
 
 def linear_cells(family: Any, kind: str, rows_list: list[int], shapes: list[str]) -> Iterator[Cell]:

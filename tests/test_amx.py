@@ -120,7 +120,7 @@ def extreme_planes(rows: int, planes: int, inputs: int = INPUTS) -> list[Array]:
 def test_two_planes_give_the_integer_sums_scaled_in_the_stated_order(kind: str, rows: int) -> None:
     activations = extreme_planes(rows, 2, CUT_INPUTS if kind == "cut" else INPUTS)
     weight = integer_weight(kind)
-    expected = joined(activations[0], weight) * channel_scale(len(weight)) * activations[1][:, None]
+    expected = joined(activations[0], weight, rows) * channel_scale(len(weight)) * activations[1][:, None]
     assert same_bits(run_linear(linears()[kind, rows, 2], kind, activations), expected)
 
 
@@ -135,9 +135,9 @@ def test_one_plane_gives_the_integer_sums_scaled_in_the_stated_order(kind: str, 
 
 @cache
 def vnni_linears() -> dict[Any, Callable[..., None]]:
-    kernels = {("int8", rows): avx512_vnni.linear_int8(rows, OUTPUTS, INPUTS) for rows in FEW_ROWS}
+    kernels = {("int8", rows): avx512_vnni.linear_int8(rows, OUTPUTS, INPUTS, 2) for rows in FEW_ROWS}
     return compile_kernels(
-        kernels | {("int4", rows): avx512_vnni.linear_int4(rows, OUTPUTS, INPUTS) for rows in FEW_ROWS}
+        kernels | {("int4", rows): avx512_vnni.linear_int4(rows, OUTPUTS, INPUTS, 2) for rows in FEW_ROWS}
     )
 
 

@@ -15,16 +15,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
-from tests.test_kernels import HAS_VNNI, LEGAL_GROUPS, call, compile_kernels, floats, same_bits
+from tests.test_kernels import (
+    LEGAL_GROUPS,
+    call,
+    compile_kernels,
+    floats,
+    needs_avx2,
+    needs_avx_vnni,
+    needs_vnni,
+    processor,
+    same_bits,
+)
 
-from engram_compilers.kernels import avx512_vnni_experts, experts, float_linear, loops, portable_experts, quantise
+from engram_compilers.kernels import (
+    avx2_experts,
+    avx512_vnni_experts,
+    avx_vnni_experts,
+    experts,
+    float_linear,
+    loops,
+    portable_experts,
+    quantise,
+)
 from engram_compilers.kernels.experts import Routing
 from engram_runtime.errors import CompileError
 
 Array = NDArray[Any]
 
 TOKENS, EXPERTS, TOP_K = 9, 7, 3
-needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this machine's /proc/cpuinfo lists no avx512_vnni")
+X86_FAMILIES = [
+    pytest.param(avx512_vnni_experts, marks=needs_vnni),
+    pytest.param(avx_vnni_experts, marks=needs_avx_vnni),
+    pytest.param(avx2_experts, marks=needs_avx2),
+]
 ROUTINGS = [Routing(1, 8, 2), Routing(5, 7, 3), Routing(3, 4, 4), Routing(64, 512, 10)]
 OUTPUTS, INPUTS = 40, 96  # two whole tiles and one of 8 outputs; inputs are padded to 128
 
@@ -151,7 +174,7 @@ def linears(family: ModuleType, kind: str) -> dict[Any, Any]:
             routing = Routing(tokens, EXPERTS, TOP_K)
             kernels[tokens, tokens] = make(routing, tokens, OUTPUTS, INPUTS)
         kernels[TOKENS, routing.pairs] = make(routing, routing.pairs, OUTPUTS, INPUTS)
-    return compile_kernels(kernels)
+    return compile_kernels(kernels, processor(family))
 
 
 def apply(family: ModuleType, kind: str, x: Array, chosen: Array, packed: Sequence[Array]) -> Array:
@@ -170,8 +193,7 @@ with_layers = pytest.mark.parametrize(
         (portable_experts, "float"),
         (portable_experts, "int8"),
         (portable_experts, "int4"),
-        pytest.param(avx512_vnni_experts, "int8", marks=needs_vnni),
-        pytest.param(avx512_vnni_experts, "int4", marks=needs_vnni),
+        *(pytest.param(*family.values, kind, marks=family.marks) for family in X86_FAMILIES for kind in ("int8", "int4")),
     ],
     ids=lambda part: part if isinstance(part, str) else part.__name__.rsplit(".", 1)[1],
 )
@@ -200,15 +222,26 @@ def test_a_tokens_bits_do_not_depend_on_the_others(family: ModuleType, kind: str
     assert same_bits(apply(family, kind, x[:tokens], routed(tokens), packed), together[: tokens * TOP_K])
 
 
-@needs_vnni
+@pytest.mark.parametrize("family", X86_FAMILIES)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_both_families_give_the_same_bits(kind: str) -> None:
+def test_all_families_give_the_same_bits(family: ModuleType, kind: str) -> None:
     x = floats(TOKENS, INPUTS)
-    portable, vnni = (
-        apply(family, kind, x, routed(TOKENS), layer(kind).packed(family))
-        for family in (portable_experts, avx512_vnni_experts)
+    expected, found = (
+        apply(each, kind, x, routed(TOKENS), layer(kind).packed(each)) for each in (portable_experts, family)
     )
-    assert same_bits(portable, vnni)
+    assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize("family", [portable_experts, *X86_FAMILIES])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_expert_may_have_any_number_of_pairs(family: ModuleType, kind: str) -> None:
+    """The first tokens share their experts: blocks of pairs of all sizes, and all that can be left over."""
+    packed, x = layer(kind).packed(family), floats(TOKENS, INPUTS)
+    for shared in range(1, TOKENS + 1):
+        chosen = routed(TOKENS)
+        chosen[:shared] = [5, 3, 1]
+        alone = [apply(family, kind, x[t : t + 1], chosen[t : t + 1], packed) for t in range(TOKENS)]
+        assert same_bits(apply(family, kind, x, chosen, packed), np.concatenate(alone))
 
 
 @with_layers
@@ -221,11 +254,12 @@ def test_experts_no_token_chose_can_hold_anything(family: ModuleType, kind: str)
     assert same_bits(apply(family, kind, x, chosen, packed), expected)
 
 
-@pytest.mark.parametrize("family", [portable_experts, pytest.param(avx512_vnni_experts, marks=needs_vnni)])
+@pytest.mark.parametrize("family", [portable_experts, *X86_FAMILIES])
 def test_a_slab_may_have_more_elements_than_32_bits_count(family: ModuleType, tmp_path: Path) -> None:
     """A sparse file of 2049 experts of 1 MiB, of which the last one is written and read."""
     count, outputs, inputs = 2049, 16, 65536
-    kernel = compile_kernels({0: family.expert_linear_int8(Routing(1, count, 1), 1, outputs, inputs)})[0]
+    prim_func = family.expert_linear_int8(Routing(1, count, 1), 1, outputs, inputs)
+    kernel = compile_kernels({0: prim_func}, processor(family))[0]
     weight = np.random.default_rng(0).integers(0, 256, (outputs, inputs)).astype(np.uint8)
     slices = family.pack_expert_int8(weight, np.ones(outputs, np.float32)).values()
     slabs = []

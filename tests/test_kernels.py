@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 from itertools import product
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,38 +15,54 @@ from tvm.script import tirx as T
 from engram_compilers.kernels import (
     activation,
     attention,
+    avx2,
     avx512_vnni,
+    avx_vnni,
     intrinsics,
     loops,
     normalise,
     portable,
     quantise,
 )
+from engram_runtime.cpu import cpu_flags
 from engram_runtime.errors import CompileError
 
 Array = NDArray[Any]
 
-HAS_VNNI = "avx512_vnni" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
-FAMILIES = [
-    pytest.param(portable, id="portable"),
-    pytest.param(
-        avx512_vnni,
-        id="avx512_vnni",
-        marks=pytest.mark.skipif(not HAS_VNNI, reason="this machine's /proc/cpuinfo lists no avx512_vnni"),
-    ),
+CPU_FLAGS = cpu_flags()
+HAS_VNNI = {"avx512_vnni", "avx512vl"} <= CPU_FLAGS
+needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this machine's processor has no avx512_vnni")
+needs_avx_vnni = pytest.mark.skipif(
+    not (HAS_VNNI or "avx_vnni" in CPU_FLAGS), reason="this machine's processor has neither avx_vnni nor avx512_vnni"
+)
+needs_avx2 = pytest.mark.skipif(not {"avx2", "fma"} <= CPU_FLAGS, reason="this machine's processor has no avx2")
+X86_FAMILIES = [
+    pytest.param(avx512_vnni, id="avx512_vnni", marks=needs_vnni),
+    pytest.param(avx_vnni, id="avx_vnni", marks=needs_avx_vnni),
+    pytest.param(avx2, id="avx2", marks=needs_avx2),
 ]
-ROWS = [1, 2, 3, 4, 8, 17, 64]
+FAMILIES = [pytest.param(portable, id="portable"), *X86_FAMILIES]
+ROWS = [1, 2, 3, 4, 5, 8, 9, 17, 64]
+PLANES = [1, 2]
 FEW_ROWS = [1, 3, 17]  # for the kernels that share their blocking with others
 OUTPUTS, INPUTS = 201, 160  # 12 whole tiles and one of 9 outputs; inputs are padded to 192
 LEGAL_GROUPS = np.array([(m, z) for m in range(1, 17) for z in range(16) if (15 - z) * m <= 127 and z * m <= 128])
 
 
-def compile_kernels(kernels: dict[Any, Any]) -> dict[Any, Callable[..., None]]:
+def processor(family: ModuleType) -> str:
+    """Return what to compile a family for: AVX2 on its own, the others for this machine."""
+    return "haswell" if family.__name__.rsplit(".", 1)[1].startswith("avx2") else host_processor()
+
+
+def host_processor() -> str:
+    return str(tvm.target.codegen.llvm_get_system_cpu())
+
+
+def compile_kernels(kernels: dict[Any, Any], mcpu: str | None = None) -> dict[Any, Callable[..., None]]:
     """Compile PrimFuncs for this machine in one module; the keys come back with callables."""
     names = {key: f"kernel_{i}" for i, key in enumerate(kernels)}
     module = tvm.IRModule({names[key]: f.with_attr("global_symbol", names[key]) for key, f in kernels.items()})
-    cpu = tvm.target.codegen.llvm_get_system_cpu()
-    executable = tvm.compile(module, tvm.target.Target({"kind": "llvm", "mcpu": cpu}))
+    executable = tvm.compile(module, tvm.target.Target({"kind": "llvm", "mcpu": mcpu or host_processor()}))
     return {key: executable[name] for key, name in names.items()}
 
 
@@ -76,11 +91,21 @@ def hard_rows(rows: int, columns: int) -> Array:
     return x
 
 
-def joined(planes: Array, weight: Array) -> Array:
-    """256 * f32(H) + f32(L) for integer weights ``[N, K]``."""
-    sums = planes[:, : weight.shape[1]].astype(np.int64) @ weight.astype(np.int64).T
-    high, low = np.split(sums.astype(np.int32).astype(np.float32), 2)
-    return high * np.float32(256) + low
+def quantised_rows(x: Array, planes: int) -> list[Array]:
+    """State the planes, scales and offsets of rows in one or two planes."""
+    if planes == 2:
+        return list(quantise.quantise_rows_numpy(x))
+    peak = np.maximum(np.abs(x).max(axis=1), np.float32(1e-30))
+    plane = np.zeros((len(x), loops.round_up(x.shape[1], 64)), np.int8)
+    plane[:, : x.shape[1]] = np.rint(x * (np.float32(127) / peak)[:, None])
+    return [plane, peak / np.float32(127), -128 * plane.sum(axis=1, dtype=np.int32)]
+
+
+def joined(planes: Array, weight: Array, rows: int) -> Array:
+    """f32(S), or 256 * f32(H) + f32(L) of two planes, for integer weights ``[N, K]``."""
+    sums = (planes[:, : weight.shape[1]].astype(np.int64) @ weight.astype(np.int64).T).astype(np.int32)
+    parts = sums.astype(np.float32).reshape(-1, rows, len(weight))
+    return np.asarray(parts[0] if len(parts) == 1 else parts[0] * np.float32(256) + parts[1])
 
 
 # Quantising activations
@@ -141,17 +166,16 @@ def cut_int8(rows: int) -> tuple[int, int, int]:
 @cache
 def linears(family: ModuleType) -> dict[Any, Callable[..., None]]:
     kernels: dict[Any, Any] = {}
-    for rows in ROWS:
-        size = linear_sizes(rows)
-        kernels["int8", rows] = family.linear_int8(*size)
-        kernels["int4", rows] = family.linear_int4(*size)
+    for rows, planes in product(ROWS, PLANES):
+        kernels["int8", rows, planes] = family.linear_int8(*linear_sizes(rows), planes)
+        kernels["int4", rows, planes] = family.linear_int4(*linear_sizes(rows), planes)
     for rows in FEW_ROWS:
-        size = linear_sizes(rows)
-        kernels["int8 cut", rows] = family.linear_int8(*cut_int8(rows))
-        kernels["q4_0", rows] = family.linear_block(*size, bits=4)
-        kernels["q8_0", rows] = family.linear_block(*size, bits=8)
+        kernels["int8 cut", rows, 1] = family.linear_int8(*cut_int8(rows), 1)
+        kernels["int8 cut", rows, 2] = family.linear_int8(*cut_int8(rows), 2)
+        kernels["q4_0", rows, 2] = family.linear_block(*linear_sizes(rows), bits=4)
+        kernels["q8_0", rows, 2] = family.linear_block(*linear_sizes(rows), bits=8)
     kernels["embed"] = family.embed_int8(5, OUTPUTS, 70)
-    return compile_kernels(kernels)
+    return compile_kernels(kernels, processor(family))
 
 
 def int8_weight(outputs: int, inputs: int) -> Array:
@@ -178,11 +202,16 @@ def channel_scale(outputs: int) -> Array:
     return np.random.default_rng(5).uniform(0.001, 0.1, outputs).astype(np.float32)
 
 
-def run_linear(family: ModuleType, kind: str, x: Array) -> Array:
+def run_linear(family: ModuleType, kind: str, x: Array, planes: int = 2) -> Array:
     """Quantise ``x`` with numpy and run one linear layer of a family on it."""
-    rows, inputs = x.shape
+    return run_quantised(family, kind, quantised_rows(x, planes), x.shape[1])
+
+
+def run_quantised(family: ModuleType, kind: str, quantised_x: list[Array], inputs: int) -> Array:
+    """Run one linear layer of a family on the planes, scales and offsets of its rows."""
+    planes, row_scale, plane_offset = quantised_x
+    rows = len(row_scale)
     outputs = cut_int8(rows)[1] if kind == "int8 cut" else OUTPUTS
-    planes, row_scale, plane_offset = quantise.quantise_rows_numpy(x)
     weights: list[Array]
     if kind.startswith("int8"):
         packed = family.pack_int8(int8_weight(outputs, inputs))
@@ -193,39 +222,51 @@ def run_linear(family: ModuleType, kind: str, x: Array) -> Array:
         bits = int(kind[1])
         weights = list(family.pack_block(*block_weight(bits), bits).values())
     y = np.full((rows, outputs), np.nan, np.float32)
-    return call(linears(family)[kind, rows], planes, row_scale, *weights, y)[-1]
+    return call(linears(family)[kind, rows, len(planes) // rows], planes, row_scale, *weights, y)[-1]
+
+
+def stated_linear(kind: str, quantised_x: list[Array], inputs: int) -> Array:
+    """State what the int8 and int4 layers compute."""
+    planes, row_scale, _ = quantised_x
+    if kind == "int4":
+        codes, multiplier, zero = (a.astype(np.int64) for a in int4_weight())
+        weight = (codes - zero.repeat(32, axis=1)) * multiplier.repeat(32, axis=1)
+    else:
+        outputs = cut_int8(1)[1] if kind == "int8 cut" else OUTPUTS
+        weight = int8_weight(outputs, inputs).astype(np.int64) - 128
+    return np.asarray(joined(planes, weight, len(row_scale)) * channel_scale(len(weight)) * row_scale[:, None])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_linear_int8_is_the_integer_sum_scaled_in_the_stated_order(family: ModuleType, rows: int) -> None:
-    x = hard_rows(rows, INPUTS)
-    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
-    weight = int8_weight(OUTPUTS, INPUTS).astype(np.int64) - 128
-    expected = joined(planes, weight) * channel_scale(OUTPUTS) * row_scale[:, None]
-    assert same_bits(run_linear(family, "int8", x), expected)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_linear_layers_are_integer_sums_scaled_in_the_stated_order(
+    family: ModuleType, kind: str, rows: int, planes: int
+) -> None:
+    quantised_x = quantised_rows(hard_rows(rows, INPUTS), planes)
+    assert same_bits(run_quantised(family, kind, quantised_x, INPUTS), stated_linear(kind, quantised_x, INPUTS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("rows", FEW_ROWS)
-def test_linear_int8_takes_sizes_that_fill_no_vector(family: ModuleType, rows: int) -> None:
-    _, outputs, inputs = cut_int8(rows)
-    x = hard_rows(rows, inputs)
-    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
-    weight = int8_weight(outputs, inputs).astype(np.int64) - 128
-    expected = joined(planes, weight) * channel_scale(outputs) * row_scale[:, None]
-    assert same_bits(run_linear(family, "int8 cut", x), expected)
+def test_linear_int8_takes_sizes_that_fill_no_vector(family: ModuleType, rows: int, planes: int) -> None:
+    _, _, inputs = cut_int8(rows)
+    quantised_x = quantised_rows(hard_rows(rows, inputs), planes)
+    found = run_quantised(family, "int8 cut", quantised_x, inputs)
+    assert same_bits(found, stated_linear("int8 cut", quantised_x, inputs))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_linear_int4_is_code_minus_zero_times_multiplier(family: ModuleType, rows: int) -> None:
-    x = hard_rows(rows, INPUTS)
-    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
-    codes, multiplier, zero = (a.astype(np.int64) for a in int4_weight())
-    weight = (codes - zero.repeat(32, axis=1)) * multiplier.repeat(32, axis=1)
-    expected = joined(planes, weight) * channel_scale(OUTPUTS) * row_scale[:, None]
-    assert same_bits(run_linear(family, "int4", x), expected)
+@pytest.mark.parametrize("planes", PLANES)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_largest_products_of_both_signs_are_exact(family: ModuleType, kind: str, planes: int) -> None:
+    """The first outputs have the lowest and highest weights throughout; rows are -128, 127 and both in turn."""
+    plane = np.zeros((3 * planes, 192), np.int8)
+    plane[:, :INPUTS] = np.resize([[-128, -128], [127, 127], [-128, 127]], (3 * planes, 2)).repeat(80, axis=1)
+    quantised_x = [plane, np.ones(3, np.float32), -128 * plane.sum(axis=1, dtype=np.int32)]
+    assert same_bits(run_quantised(family, kind, quantised_x, INPUTS), stated_linear(kind, quantised_x, INPUTS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,40 +284,41 @@ def test_linear_block_adds_scaled_groups(family: ModuleType, rows: int, bits: in
     assert np.all(error <= 7 * 2.0**-24 * bound)  # one rounding each: 5 groups, the row scale, and one to spare
 
 
-@pytest.mark.skipif(not HAS_VNNI, reason="this machine's /proc/cpuinfo lists no avx512_vnni")
-@pytest.mark.parametrize(
-    ("kind", "rows"),
-    [*product(["int8", "int4"], ROWS), *product(["int8 cut", "q4_0", "q8_0"], FEW_ROWS)],
-)
-def test_both_families_give_the_same_bits(kind: str, rows: int) -> None:
-    x = hard_rows(rows, 70 if kind == "int8 cut" else INPUTS)
-    assert same_bits(run_linear(portable, kind, x), run_linear(avx512_vnni, kind, x))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("kind", "rows"), [*product(["int8", "int4"], ROWS[1:]), *product(["q4_0", "q8_0"], FEW_ROWS[1:])]
-)
-def test_a_row_of_a_linear_layer_does_not_depend_on_its_neighbours(family: ModuleType, kind: str, rows: int) -> None:
+@pytest.mark.parametrize("family", X86_FAMILIES)
+@pytest.mark.parametrize(("kind", "rows"), list(product(["q4_0", "q8_0"], FEW_ROWS)))
+def test_all_families_give_the_same_bits_on_block_formats(family: ModuleType, kind: str, rows: int) -> None:
     x = hard_rows(rows, INPUTS)
-    alone = [run_linear(family, kind, x[row : row + 1]) for row in range(rows)]
-    assert same_bits(run_linear(family, kind, x), np.concatenate(alone))
+    assert same_bits(run_linear(portable, kind, x), run_linear(family, kind, x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["linear_int8", "linear_int4"])
-def test_threads_do_not_change_a_bit(family: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rows", "planes"),
+    [*product(["int8", "int4"], ROWS[1:], PLANES), *product(["q4_0", "q8_0"], FEW_ROWS[1:], [2])],
+)
+def test_a_row_of_a_linear_layer_does_not_depend_on_its_neighbours(
+    family: ModuleType, kind: str, rows: int, planes: int
+) -> None:
+    x = hard_rows(rows, INPUTS)
+    alone = [run_linear(family, kind, x[row : row + 1], planes) for row in range(rows)]
+    assert same_bits(run_linear(family, kind, x, planes), np.concatenate(alone))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "planes"), [("linear_int8", 2), ("linear_int4", 2), ("linear_int4", 1)])
+def test_threads_do_not_change_a_bit(
+    family: ModuleType, name: str, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernels = {}
     for limit_us in (0.0, np.inf):
         monkeypatch.setattr(loops, "PARALLEL_FROM_US", limit_us)
-        kernels[limit_us] = getattr(family, name)(8, OUTPUTS, INPUTS)
+        kernels[limit_us] = getattr(family, name)(8, OUTPUTS, INPUTS, planes)
     assert ["T.parallel" in kernels[limit_us].script() for limit_us in (0.0, np.inf)] == [True, False]
-    planes, row_scale, plane_offset = quantise.quantise_rows_numpy(hard_rows(8, INPUTS))
     packed = (
         family.pack_int8(int8_weight(OUTPUTS, INPUTS)) if name == "linear_int8" else family.pack_int4(*int4_weight())
     )
-    arrays = [planes, row_scale, plane_offset, *packed.values(), channel_scale(OUTPUTS)]
-    compiled = compile_kernels(kernels)
+    arrays = [*quantised_rows(hard_rows(8, INPUTS), planes), *packed.values(), channel_scale(OUTPUTS)]
+    compiled = compile_kernels(kernels, processor(family))
     parallel, serial = (
         call(compiled[limit_us], *arrays, np.zeros((8, OUTPUTS), np.float32))[-1] for limit_us in (0.0, np.inf)
     )
@@ -309,13 +351,13 @@ def test_int4_groups_that_leave_int8_are_refused_by_name(family: ModuleType, mul
 @pytest.mark.parametrize("family", FAMILIES)
 def test_grouped_weights_refuse_inputs_that_are_not_whole_groups(family: ModuleType) -> None:
     with pytest.raises(CompileError, match="in_features is 70, grouped weights need a multiple of 32"):
-        family.linear_int4(1, 16, 70)
+        family.linear_int4(1, 16, 70, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_beyond_32_bit_indices_are_refused(family: ModuleType) -> None:
     with pytest.raises(CompileError, match="the weight has 2147483648 elements"):
-        family.linear_int8(1, 2**21, 1024)
+        family.linear_int8(1, 2**21, 1024, 2)
 
 
 # Normalisation and activation

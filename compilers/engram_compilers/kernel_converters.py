@@ -51,7 +51,7 @@ def _linear_int8(forward: ForwardPass, x: Activation, codes: Weight, scale: Weig
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
-        f"linear_int8_{rows}_{outputs}_{columns}", lambda: family.linear_int8(rows, outputs, columns)
+        f"linear_int8_{rows}_{outputs}_{columns}", lambda: family.linear_int8(rows, outputs, columns, 2)
     )
     weight = forward.packed_weight(codes, lambda: _pack_int8(forward, codes))
     channel_scale = _flat_scale(forward, scale)
@@ -64,7 +64,7 @@ def _linear_int4(
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
-        f"linear_int4_{rows}_{outputs}_{columns}", lambda: family.linear_int4(rows, outputs, columns)
+        f"linear_int4_{rows}_{outputs}_{columns}", lambda: family.linear_int4(rows, outputs, columns, 2)
     )
 
     def pack() -> Mapping[str, NDArray[Any]]:

@@ -12,7 +12,7 @@ from engram_runtime.errors import TargetError
 
 NATIVE = "native"
 KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "llvm"}
-KERNEL_FAMILIES = ("amx", "avx512_vnni", "portable")
+KERNEL_FAMILIES = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm", "portable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,13 +42,12 @@ WeightsOf = Callable[[Expr, int], tuple[Weights, Weights]]
 class TilePlan(Plan):
     """The sizes of a linear layer; a block is the rows of x whose planes fill the tiles of activations."""
 
-    planes: int
     operands: Tiles
 
     @property
     def work_us(self) -> float:
         weights = self.out_features * self.in_features
-        return max(weights / WEIGHTS_PER_US, self.planes * self.rows * weights / (2 * PRODUCTS_PER_US))
+        return max(weights / WEIGHTS_PER_US, self.plane_rows * weights / PRODUCTS_PER_US)
 
     @property
     def blocks(self) -> int:
@@ -122,21 +121,17 @@ class Layer:
                 store_row(plan, self.y, row, first_tile, planes, scales, self.row_scale[row])
 
 
-def linear_int8(rows: int, out_features: int, in_features: int, planes: int = 2) -> tirx.PrimFunc:
-    """Build `avx512_vnni.linear_int8` on tiles, for activations of one or two planes.
-
-    ``(planes i8 [PM, Kp], row_scale f32 [M], plane_offset i32 [PM], weight u8 [Np/16, Kp/4, 64],
-    channel_scale f32 [N]) -> y f32 [M, N]``; of one plane y[m, n] = (f32(S) * channel_scale[n]) * row_scale[m].
-    """
-    if rows == 1 and planes == 2:
-        return avx512_vnni.linear_int8(rows, out_features, in_features)
+def linear_int8(rows: int, out_features: int, in_features: int, planes: int) -> tirx.PrimFunc:
+    """Build `tiled.linear_int8` on tiles: the same arguments, the same bits."""
+    if rows == 1:
+        return avx512_vnni.linear_int8(rows, out_features, in_features, planes)
     plan = _plan(rows, out_features, in_features, planes)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((plan.planes * rows, plan.padded_inputs), "int8"),
+        planes: T.Buffer((plan.plane_rows, plan.padded_inputs), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((plan.planes * rows,), "int32"),
+        plane_offset: T.Buffer((plan.plane_rows,), "int32"),
         weight: T.Buffer((plan.tiles, plan.steps, VECTOR_BYTES), "uint8"),
         channel_scale: T.Buffer((out_features,), "float32"),
         y: T.Buffer((rows, out_features), "float32"),
@@ -162,22 +157,18 @@ def _int8_body(
     layer.each_tile_group(weights_of)
 
 
-def linear_int4(rows: int, out_features: int, in_features: int, planes: int = 2) -> tirx.PrimFunc:
-    """Build `avx512_vnni.linear_int4` on tiles, for activations of one or two planes.
-
-    ``(planes i8 [PM, Kp], row_scale f32 [M], plane_offset i32 [PM], codes u8 [Np/16, Kp/8, 64],
-    header u8 [Np/16, Kp/32, 16], channel_scale f32 [N]) -> y f32 [M, N]``. Every weight is unpacked once.
-    """
+def linear_int4(rows: int, out_features: int, in_features: int, planes: int) -> tirx.PrimFunc:
+    """Build `tiled.linear_int4` on tiles: the same arguments, the same bits. Every weight is unpacked once."""
     require_groups(in_features)
-    if rows == 1 and planes == 2:
-        return avx512_vnni.linear_int4(rows, out_features, in_features)
+    if rows == 1:
+        return avx512_vnni.linear_int4(rows, out_features, in_features, planes)
     plan = _plan(rows, out_features, in_features, planes)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((plan.planes * rows, plan.padded_inputs), "int8"),
+        planes: T.Buffer((plan.plane_rows, plan.padded_inputs), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((plan.planes * rows,), "int32"),
+        plane_offset: T.Buffer((plan.plane_rows,), "int32"),
         codes: T.Buffer((plan.tiles, plan.steps // 2, VECTOR_BYTES), "uint8"),
         header: T.Buffer((plan.tiles, plan.groups, LANES), "uint8"),
         channel_scale: T.Buffer((out_features,), "float32"),
@@ -219,6 +210,7 @@ def _plan(rows: int, out_features: int, in_features: int, planes: int) -> TilePl
     tile_rows = -(-planes * rows // (row_tiles * blocks))
     operands = Tiles(row_tiles, tile_rows)
     return TilePlan(
+        isa=avx512_vnni.ISA,
         rows=rows,
         out_features=out_features,
         in_features=in_features,

@@ -34,7 +34,7 @@ from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vector
 
 TILE_STEPS = TILE_BYTES // STEP  # steps in a tile of weights
 WEIGHTS_PER_US = 15_000.0  # from memory
-PRODUCTS_PER_US = 500_000.0  # of a weight and a 16-bit activation
+PRODUCTS_PER_US = 1_000_000.0  # of a weight and an 8-bit activation
 
 _SUMS = 4
 _ALTERNATING = 2 * TILE_STEPS  # steps of scratch for weights in use and those unpacked next

@@ -26,6 +26,7 @@ from engram_compilers.kernels.amx_blocks import (
     stored_weights,
     unpacked_weights,
 )
+from engram_compilers.kernels.avx512_vnni import ISA
 from engram_compilers.kernels.avx512_vnni_experts import pack_expert_int4, pack_expert_int8
 from engram_compilers.kernels.experts import Routing, Segments
 from engram_compilers.kernels.intrinsics import TILE_ROWS, Expr, lanes, release_tiles, splat
@@ -64,7 +65,8 @@ class ExpertTilePlan(Plan):
     @property
     def work_us(self) -> float:
         weights = self.out_features * self.in_features
-        return max(self.routing.segments * weights / WEIGHTS_PER_US, self.routing.pairs * weights / PRODUCTS_PER_US)
+        products = _PLANES * self.routing.pairs * weights
+        return max(self.routing.segments * weights / WEIGHTS_PER_US, products / PRODUCTS_PER_US)
 
 
 # (first tile of the weights, first one needed next) -> weights of a segment, for its first block and for the others
@@ -126,7 +128,7 @@ class ExpertLayer:
 
 
 def expert_linear_int8(routing: Routing, rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
-    """Build `avx512_vnni_experts.expert_linear_int8` on tiles: the same arguments, the same bits."""
+    """Build `tiled_experts.expert_linear_int8` on tiles: the same arguments, the same bits."""
     if routing.tokens == 1:
         return avx512_vnni_experts.expert_linear_int8(routing, rows, out_features, in_features)
     plan = _plan(routing, rows, out_features, in_features)
@@ -174,7 +176,7 @@ def _int8_body(
 
 
 def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
-    """Build `avx512_vnni_experts.expert_linear_int4` on tiles: the same arguments, the same bits."""
+    """Build `tiled_experts.expert_linear_int4` on tiles: the same arguments, the same bits."""
     require_groups(in_features)
     if routing.tokens == 1:
         return avx512_vnni_experts.expert_linear_int4(routing, rows, out_features, in_features)
@@ -260,6 +262,8 @@ def _plan(routing: Routing, rows: int, out_features: int, in_features: int) -> E
     most_rows = _PLANES * routing.tokens  # of one expert's planes
     operands = Tiles(1, most_rows) if most_rows <= TILE_ROWS else Tiles(2, TILE_ROWS)
     return ExpertTilePlan(
+        isa=ISA,
+        planes=_PLANES,
         rows=rows,
         out_features=out_features,
         in_features=in_features,

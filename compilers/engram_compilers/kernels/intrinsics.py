@@ -50,6 +50,54 @@ def dot4_vnni(total: Expr, weights: Expr, activations: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, weights, activations)
 
 
+def dot4_avx_vnni(total: Expr, weights: Expr, activations: Expr) -> Expr:
+    """Do what `dot4_vnni` does, in two vectors of 256 bits; LLVM writes it as AVX-VNNI or as AVX512-VL."""
+    name = "llvm.x86.avx512.vpdpbusd.256"
+    return _in_parts(2, lambda *parts: T.call_llvm_pure_intrin("int32x8", name, *parts), total, weights, activations)
+
+
+def dot4_avx2(total: Expr, weights: Expr, activations: Expr) -> Expr:
+    """Do what `dot4_vnni` does, by products of 16 bits: those of 8 bits that AVX2 has would saturate."""
+    wide = T.Bind(T.reinterpret("uint16x32", weights))
+    even = T.bitwise_and(wide, T.broadcast(T.uint16(255), 32))
+    odd = T.shift_right(wide, T.broadcast(T.uint16(8), 32))
+    signed = T.Bind(T.reinterpret("int16x32", activations))
+    byte = T.broadcast(T.int16(8), 32)
+    for part, factor in ((even, T.shift_right(T.shift_left(signed, byte), byte)), (odd, T.shift_right(signed, byte))):
+        total = total + _in_parts(2, _pairs_avx2, T.reinterpret("int16x32", part), factor)
+    return total
+
+
+def _pairs_avx2(a: Expr, b: Expr) -> Expr:
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+
+
+def dot4_sdot(total: Expr, weights: Expr, activations: Expr) -> Expr:
+    """Do what `dot4_vnni` does with signed ``weights``, in four vectors of 128 bits."""
+    return _dot4_neon("llvm.aarch64.neon.sdot.v4i32.v16i8", total, weights, activations)
+
+
+def dot4_usdot(total: Expr, weights: Expr, activations: Expr) -> Expr:
+    """Do what `dot4_vnni` does, in four vectors of 128 bits."""
+    return _dot4_neon("llvm.aarch64.neon.usdot.v4i32.v16i8", total, weights, activations)
+
+
+def _dot4_neon(name: str, *vectors: Expr) -> Expr:
+    return _in_parts(4, lambda *parts: T.call_llvm_pure_intrin("int32x4", name, *parts), *vectors)
+
+
+def _in_parts(count: int, operation: Callable[..., Expr], *vectors: Expr) -> Expr:
+    """Return the joined results of an operation on shorter vectors: on each of ``count`` equal parts of its operands."""
+    vectors = tuple(T.Bind(vector) for vector in vectors)
+
+    def part(vector: Expr, index: int) -> Expr:
+        size = vector.ty.dtype.lanes // count
+        return T.Shuffle([vector], list(range(index * size, (index + 1) * size)))
+
+    results = [operation(*(part(vector, i) for vector in vectors)) for i in range(count)]
+    return T.Shuffle(results, list(range(LANES)))
+
+
 def prefetch(buffer: Expr, *indices: Expr) -> None:
     """Ask for the cache line of ``buffer[indices]``; an address past the end is harmless."""
     read, keep_in_l2, data = T.int32(0), T.int32(2), T.int32(1)

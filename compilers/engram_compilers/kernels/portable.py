@@ -1,7 +1,7 @@
 # mypy: disable-error-code="valid-type, untyped-decorator"
 """Linear layers for any machine LLVM knows: weights row by row, one output after the other.
 
-The functions, arguments and results are those of `avx512_vnni`, bit for bit; only the packed layout differs.
+The functions, arguments and results are those of the tiled families, bit for bit; only the packed layout differs.
 Sums of products are integers, exact in any order.
 """
 
@@ -26,7 +26,7 @@ from engram_compilers.kernels.packing import (
 )
 from engram_compilers.kernels.quantise import PLANE_MULTIPLE
 
-_PRODUCTS_PER_US = 5_000.0  # of a weight and a 16-bit activation
+_PRODUCTS_PER_US = 10_000.0  # of a weight and an 8-bit activation
 _EMBEDDED_PER_US = 2000.0
 
 
@@ -99,17 +99,17 @@ def unpack_int4(weight: Expr, codes: Expr, header: Expr, output: Expr, group: Ex
 
 
 def add_products(sums: Expr, weights: Expr, planes: Expr, rows: int, row: Expr, column: Expr) -> None:
-    """Add weights * activations of 16 inputs to both planes' sums, int32 [2, 16]."""
+    """Add weights * activations of 16 inputs to the sums of all planes, int32 [P, 16]."""
     weights = T.Bind(weights)
-    for plane in range(2):
+    for plane in range(int(sums.shape[0])):
         activations = widened(planes[plane * rows + row, lanes(column)])
         T.buffer_store(sums, sums[plane, lanes(0)] + weights * activations, [plane, lanes(0)])
 
 
-def new_sums() -> Expr:
-    """Return a local buffer int32 [2, 16] of zeros: a plane's sums a row."""
-    sums = T.alloc_local((2, LANES), "int32")
-    for plane in range(2):
+def new_sums(planes: int = 2) -> Expr:
+    """Return a buffer int32 [P, 16] of zeros: a plane's sums a row."""
+    sums = T.alloc_buffer((planes, LANES), "int32")
+    for plane in range(planes):
         T.buffer_store(sums, splat(0), [plane, lanes(0)])
     return sums
 
@@ -122,74 +122,76 @@ def _add_block(
         add_products(sums, part - splat(BLOCK_BIAS[bits]), planes, rows, row, group * GROUP + half * LANES)
 
 
-def joined(high: Expr, low: Expr) -> Expr:
-    """Return 256 * f32(high) + f32(low); the product is exact, so there is one rounding."""
-    return fma(T.cast(high, "float32"), T.float32(256.0), T.cast(low, "float32"))
+def add_offsets(sums: Expr, plane_offset: Expr, rows: int, row: Expr) -> None:
+    """Add the offset of each plane of a row to its sums."""
+    for plane in range(int(sums.shape[0])):
+        T.buffer_store(sums, sums[plane, 0] + plane_offset[plane * rows + row], [plane, 0])
 
 
-def work_us(rows: int, out_features: int, in_features: int) -> float:
+def joined(sums: Expr) -> Expr:
+    """Return f32(S), or of two planes 256 * f32(H) + f32(L); the product is exact, so there is one rounding."""
+    parts = [T.cast(lane_sum(sums[plane, lanes(0)]), "float32") for plane in range(int(sums.shape[0]))]
+    return parts[0] if len(parts) == 1 else fma(parts[0], T.float32(256.0), parts[1])
+
+
+def work_us(rows: int, out_features: int, in_features: int, planes: int = 2) -> float:
     """Estimate a linear layer's time on one thread."""
-    return rows * out_features * in_features / _PRODUCTS_PER_US
+    return planes * rows * out_features * in_features / _PRODUCTS_PER_US
 
 
-def linear_int8(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
-    """Build the linear layer on int8 weights, packed as `pack_int8` returns them.
+def linear_int8(rows: int, out_features: int, in_features: int, planes: int) -> tirx.PrimFunc:
+    """Build the linear layer on int8 weights, packed as `pack_int8` returns them; ``planes`` (P) is 1 or 2.
 
-    ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], weight u8 [N, Kp], channel_scale f32 [N])
+    ``(planes i8 [P*M, Kp], row_scale f32 [M], plane_offset i32 [P*M], weight u8 [N, Kp], channel_scale f32 [N])
     -> y f32 [M, N]``:
-    y[m, n] = ((256 * f32(H) + f32(L)) * channel_scale[n]) * row_scale[m], where H and L are the int32 sums of the
-    high and the low plane, plane_offset[p] + sum_k planes[p, k] * weight[n, k].
+    y[m, n] = (f32(S) * channel_scale[n]) * row_scale[m] of one plane, ((256 * f32(H) + f32(L)) * channel_scale[n]) *
+    row_scale[m] of two. S, or H of the high and L of the low plane, are the int32 sums
+    plane_offset[p] + sum_k planes[p, k] * weight[n, k].
     """
-    padded = round_up(in_features, PLANE_MULTIPLE)
+    padded, count = round_up(in_features, PLANE_MULTIPLE), planes
     require_indexable("the weight", out_features, padded)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((2 * rows, padded), "int8"),
+        planes: T.Buffer((count * rows, padded), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((2 * rows,), "int32"),
+        plane_offset: T.Buffer((count * rows,), "int32"),
         weight: T.Buffer((out_features, padded), "uint8"),
         channel_scale: T.Buffer((out_features,), "float32"),
         y: T.Buffer((rows, out_features), "float32"),
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, work_us(rows, out_features, in_features)):
+            for output in loop_over(out_features, work_us(rows, out_features, in_features, count)):
                 for row in T.serial(rows):
-                    sums = new_sums()
+                    sums = new_sums(count)
                     for step in T.serial(padded // LANES):
                         add_products(
                             sums, widened(weight[output, lanes(step * LANES)]), planes, rows, row, step * LANES
                         )
-                    y[row, output] = (
-                        joined(
-                            lane_sum(sums[0, lanes(0)]) + plane_offset[row],
-                            lane_sum(sums[1, lanes(0)]) + plane_offset[rows + row],
-                        )
-                        * channel_scale[output]
-                        * row_scale[row]
-                    )
+                    add_offsets(sums, plane_offset, rows, row)
+                    y[row, output] = joined(sums) * channel_scale[output] * row_scale[row]
 
     return kernel
 
 
-def linear_int4(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
+def linear_int4(rows: int, out_features: int, in_features: int, planes: int) -> tirx.PrimFunc:
     """Build `linear_int8` for two-level int4 weights, packed as `pack_int4` returns them.
 
-    ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], codes u8 [N, Kp/2], header u8 [N, Kp/32],
+    ``(planes i8 [P*M, Kp], row_scale f32 [M], plane_offset i32 [P*M], codes u8 [N, Kp/2], header u8 [N, Kp/32],
     channel_scale f32 [N]) -> y f32 [M, N]``; the int8 weight is (code - zero) * multiplier.
     ``plane_offset`` is not needed here: it stands in the signature because other families bias these weights.
     """
-    padded = round_up(in_features, PLANE_MULTIPLE)
+    padded, count = round_up(in_features, PLANE_MULTIPLE), planes
     groups = padded // GROUP
     require_groups(in_features)
     require_indexable("the weight", out_features, padded)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((2 * rows, padded), "int8"),
+        planes: T.Buffer((count * rows, padded), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((2 * rows,), "int32"),
+        plane_offset: T.Buffer((count * rows,), "int32"),
         codes: T.Buffer((out_features, padded // 2), "uint8"),
         header: T.Buffer((out_features, groups), "uint8"),
         channel_scale: T.Buffer((out_features,), "float32"),
@@ -197,19 +199,15 @@ def linear_int4(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, work_us(rows, out_features, in_features)):
+            for output in loop_over(out_features, work_us(rows, out_features, in_features, count)):
                 weight = T.alloc_local((padded,), "int8")
                 for group in T.serial(groups):
                     unpack_int4(weight, codes, header[output, group], output, group)
                 for row in T.serial(rows):
-                    sums = new_sums()
+                    sums = new_sums(count)
                     for step in T.serial(padded // LANES):
                         add_products(sums, widened(weight[lanes(step * LANES)]), planes, rows, row, step * LANES)
-                    y[row, output] = (
-                        joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)]))
-                        * channel_scale[output]
-                        * row_scale[row]
-                    )
+                    y[row, output] = joined(sums) * channel_scale[output] * row_scale[row]
 
     return kernel
 
@@ -238,17 +236,13 @@ def linear_block(rows: int, out_features: int, in_features: int, bits: int) -> t
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for output in loop_over(out_features, work_us(rows, out_features, in_features)):
-                total = T.alloc_local((1,), "float32")
+                total = T.alloc_buffer((1,), "float32")
                 for row in T.serial(rows):
                     total[0] = T.float32(0.0)
                     for group in T.serial(padded // GROUP):
                         sums = new_sums()
                         _add_block(sums, codes, bits, planes, rows, row, output, group)
-                        total[0] = fma(
-                            joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)])),
-                            block_scale[output, group],
-                            total[0],
-                        )
+                        total[0] = fma(joined(sums), block_scale[output, group], total[0])
                     y[row, output] = total[0] * row_scale[row]
 
     return kernel

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="valid-type, untyped-decorator"
-"""Linear layers of routed experts for any machine LLVM knows: those of `avx512_vnni_experts`, bit for bit."""
+"""Linear layers of routed experts for any machine LLVM knows: those of `tiled_experts`, bit for bit."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 
 from engram_compilers.kernels import portable
 from engram_compilers.kernels.experts import Routing
-from engram_compilers.kernels.intrinsics import lane_sum, lanes
+from engram_compilers.kernels.intrinsics import lanes
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_compilers.kernels.packing import GROUP, Arrays, Bytes, require_groups
 from engram_compilers.kernels.portable import add_products, new_sums, unpack_int4, widened
@@ -71,9 +71,8 @@ def expert_linear_int8(routing: Routing, rows: int, out_features: int, in_featur
                         for step in T.serial(padded // LANES):
                             weights = widened(weight[weight_row, lanes(step * LANES)])
                             add_products(sums, weights, planes, rows, row, step * LANES)
-                        high: T.let = lane_sum(sums[0, lanes(0)]) + plane_offset[row]
-                        low: T.let = lane_sum(sums[1, lanes(0)]) + plane_offset[rows + row]
-                        y[pair, output] = portable.joined(high, low) * scale[weight_row] * row_scale[row]
+                        portable.add_offsets(sums, plane_offset, rows, row)
+                        y[pair, output] = portable.joined(sums) * scale[weight_row] * row_scale[row]
 
     return kernel
 
@@ -118,7 +117,7 @@ def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_featur
                         for step in T.serial(padded // LANES):
                             weights = widened(weight[lanes(step * LANES)])
                             add_products(sums, weights, planes, rows, row, step * LANES)
-                        total: T.let = portable.joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)]))
+                        total: T.let = portable.joined(sums)
                         y[pair, output] = total * scale[weight_row] * row_scale[row]
 
     return kernel

@@ -1,4 +1,4 @@
-"""How `avx512_vnni` cuts a linear layer into the parts it sums in registers, and the steps all its layers share.
+"""How the tiled families cut a linear layer into the parts they sum in registers, and the steps its layers share.
 
 A tile group shares the activations it loads, a row block the weights. Row blocks run inside the tile group, so a
 call reads its weights from memory once; while the first block runs, the weights of the next group are prefetched.
@@ -10,29 +10,38 @@ from itertools import product
 
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, dot4_vnni, fma, lanes, prefetch, splat
+from engram_compilers.kernels.intrinsics import Expr, fma, lanes, prefetch, splat
+from engram_compilers.kernels.isa import Isa
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_compilers.kernels.packing import GROUP, require_indexable
 from engram_compilers.kernels.quantise import PLANE_MULTIPLE
-from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES
+from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, rebiased
 
 _UNROLLED = 4  # weight vectors of a tile per turn of the int8 loop
 WEIGHTS_PER_US = 25_000.0  # from memory
-PRODUCTS_PER_US = 100_000.0  # of a weight and a 16-bit activation
+PRODUCTS_PER_US = 200_000.0  # of a weight and an 8-bit activation
+
+Sums = dict[tuple[int, int, int], Expr]  # (plane, row of the block, tile of the block) -> int32 [16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The sizes of a linear layer and how many rows and tiles are summed at once."""
 
+    isa: Isa
     rows: int
     out_features: int
     in_features: int
+    planes: int
     block_rows: int
     group_tiles: int
 
     def __post_init__(self) -> None:
         require_indexable("the weight", self.out_features, self.padded_inputs)
+
+    @property
+    def plane_rows(self) -> int:
+        return self.planes * self.rows
 
     @property
     def padded_inputs(self) -> int:
@@ -58,7 +67,7 @@ class Plan:
     @property
     def work_us(self) -> float:
         weights = self.out_features * self.in_features
-        return max(weights / WEIGHTS_PER_US, self.rows * weights / PRODUCTS_PER_US)
+        return max(weights / WEIGHTS_PER_US, self.plane_rows * weights / PRODUCTS_PER_US)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +89,14 @@ class Block:
         """Return the row of the planes that holds a plane of the block's row ``r``."""
         return plane * self.plan.rows + self.row(r)
 
-    def add_products(self, sums: Expr, t: int, planes: Expr, step: Expr, weights: Expr) -> None:
-        """Add weights * activations of a step to ``sums[plane, r, t]``, for both planes of every row."""
+    def add_products(self, sums: Sums, t: int, planes: Expr, step: Expr, weights: Expr) -> None:
+        """Add weights * activations of a step to ``sums[plane, r, t]``, for all planes of every row."""
         weights = T.Bind(weights)
-        for plane, r in product(range(2), range(self.num_rows)):
+        for plane, r in product(range(self.plan.planes), range(self.num_rows)):
             four = T.reinterpret("int32", planes[self.plane_row(plane, r), lanes(step * STEP, STEP)])
-            activations = T.reinterpret("int8x64", T.broadcast(four, LANES))
-            index = [plane, r, t, lanes(0)]
-            T.buffer_store(sums, dot4_vnni(sums[index], weights, activations), index)
+            activations = T.Bind(T.reinterpret("int8x64", T.broadcast(four, LANES)))
+            total = sums[plane, r, t]
+            T.buffer_store(total, self.plan.isa.dot4(total[lanes(0)], weights, activations), [lanes(0)])
 
 
 def each_tile_group(plan: Plan, run: Callable[[Expr, int], None]) -> None:
@@ -115,26 +124,48 @@ def each_row_block(plan: Plan, first_tile: Expr, num_tiles: int, run: Callable[[
         run(Block(plan, plan.rows - last_rows, last_rows, first_tile, num_tiles, is_first=False))
 
 
-def start_sums(block: Block, plane_offset: Expr) -> Expr:
-    """Allocate int32 sums [2, rows, tiles, 16] that start at the offset of their plane."""
-    sums = T.alloc_local((2, block.num_rows, block.num_tiles, LANES), "int32")
-    for plane, r, t in product(range(2), range(block.num_rows), range(block.num_tiles)):
-        T.buffer_store(sums, splat(plane_offset[block.plane_row(plane, r)]), [plane, r, t, lanes(0)])
+def new_lanes(dtype: str) -> Expr:
+    """Allocate one vector of 16 lanes. Of scope "global" and small, it becomes registers; "local" goes to the heap."""
+    return T.alloc_buffer((LANES,), dtype)
+
+
+def start_sums(block: Block, plane_offset: Expr) -> Sums:
+    """Allocate sums that start at the offset of their plane, which cancels the bias of unsigned weights."""
+    biased = block.plan.isa.weight_bias > 0
+    return new_sums(block, lambda plane, r: plane_offset[block.plane_row(plane, r)] if biased else 0)
+
+
+def new_sums(block: Block, first: Callable[[int, int], Expr], *, num_tiles: int | None = None) -> Sums:
+    """Allocate the sums of a block, those of a row starting at first(plane, r)."""
+    tiles = block.num_tiles if num_tiles is None else num_tiles
+    sums = {}
+    for plane, r, t in product(range(block.plan.planes), range(block.num_rows), range(tiles)):
+        sums[plane, r, t] = new_lanes("int32")
+        T.buffer_store(sums[plane, r, t], splat(first(plane, r)), [lanes(0)])
     return sums
 
 
 def add_int8_products(
-    block: Block, sums: Expr, planes: Expr, weight: Expr, first_weight_tile: Expr, next_weight_tile: Expr
+    block: Block, sums: Sums, planes: Expr, weight: Expr, first_weight_tile: Expr, next_weight_tile: Expr
 ) -> None:
-    """Add the products of all steps with weights laid out [tiles, Kp/4, 64]; prefetch those of the next tiles."""
-    tiles = range(block.num_tiles)
+    """Add the products of all steps with packed weights [tiles, Kp/4, 64]; prefetch those of the next tiles."""
+    bias = block.plan.isa.weight_bias
     with T.serial(block.plan.steps // _UNROLLED) as turn:
         steps = [turn * _UNROLLED + u for u in range(_UNROLLED)]
-        for step, t in product(steps, tiles):
-            block.add_products(sums, t, planes, step, weight[first_weight_tile + t, step, lanes(0, VECTOR_BYTES)])
+        for step, t in product(steps, range(block.num_tiles)):
+            weights = weight[first_weight_tile + t, step, lanes(0, VECTOR_BYTES)]
+            block.add_products(sums, t, planes, step, rebiased(weights, bias))
         # Last, for between the products a prefetch would keep LLVM from sharing their loads.
         if block.is_first:
             prefetch_steps(weight, next_weight_tile, block.num_tiles, steps)
+
+
+def add_unpacked_products(block: Block, sums: Sums, planes: Expr, weight: Expr) -> None:
+    """Add the products of all steps with weights as `each_int4_step` makes them, [tiles, Kp/4, 64]."""
+    with T.serial(block.plan.steps // _UNROLLED) as turn:
+        for u, t in product(range(_UNROLLED), range(block.num_tiles)):
+            step = turn * _UNROLLED + u
+            block.add_products(sums, t, planes, step, weight[t, step, lanes(0, VECTOR_BYTES)])
 
 
 def prefetch_steps(weight: Expr, first_tile: Expr, num_tiles: int, steps: list[Expr]) -> None:
@@ -143,20 +174,21 @@ def prefetch_steps(weight: Expr, first_tile: Expr, num_tiles: int, steps: list[E
         prefetch(weight, first_tile + t, step, 0)
 
 
-def joined(sums: Expr, r: int, t: int) -> Expr:
-    """Return 256 * f32(H) + f32(L) of a row and tile; the product is exact, so there is one rounding."""
-    high, low = (T.cast(sums[plane, r, t, lanes(0)], "float32x16") for plane in range(2))
-    return fma(high, splat(256.0), low)
+def joined(sums: Sums, planes: int, r: int, t: int) -> Expr:
+    """Return f32(S), or of two planes 256 * f32(H) + f32(L); the product is exact, so there is one rounding."""
+    parts = [T.cast(sums[plane, r, t][lanes(0)], "float32x16") for plane in range(planes)]
+    return parts[0] if planes == 1 else fma(parts[0], splat(256.0), parts[1])
 
 
-def store_sums(block: Block, y: Expr, sums: Expr, channel_scale: Expr, row_scale: Expr) -> None:
-    """y = ((256 * f32(H) + f32(L)) * channel_scale) * row_scale"""
+def store_sums(block: Block, y: Expr, sums: Sums, channel_scale: Expr, row_scale: Expr) -> None:
+    """y = (joined sums * channel_scale) * row_scale"""
+    plan = block.plan
     for t in range(block.num_tiles):
-        scale = load_edge(block.plan, channel_scale, block.first_tile + t)
+        scale = load_edge(plan, channel_scale, block.first_tile + t)
         for r in range(block.num_rows):
             row = block.first_row + r
-            value = joined(sums, r, t) * scale[lanes(0)] * splat(row_scale[row])
-            store_edge(block.plan, y, row, block.first_tile + t, value)
+            value = joined(sums, plan.planes, r, t) * scale[lanes(0)] * splat(row_scale[row])
+            store_edge(plan, y, row, block.first_tile + t, value)
 
 
 def store_edge(plan: Plan, y: Expr, row: Expr, tile: Expr, value: Expr) -> None:
@@ -168,7 +200,7 @@ def store_edge(plan: Plan, y: Expr, row: Expr, tile: Expr, value: Expr) -> None:
         with T.Then():
             T.buffer_store(y, value, [row, lanes(tile * LANES)])
         with T.Else():
-            edge = T.alloc_local((LANES,), "float32")
+            edge = new_lanes("float32")
             T.buffer_store(edge, value, [lanes(0)])
             for i in range(plan.edge_lanes):
                 T.buffer_store(y, edge[i], [row, tile * LANES + i])
@@ -176,7 +208,7 @@ def store_edge(plan: Plan, y: Expr, row: Expr, tile: Expr, value: Expr) -> None:
 
 def load_edge(plan: Plan, channel_scale: Expr, tile: Expr) -> Expr:
     """Return the channel scales of a tile in a local buffer, zeros where there are no outputs."""
-    scale = T.alloc_local((LANES,), "float32")
+    scale = new_lanes("float32")
     if plan.edge_lanes == 0:
         T.buffer_store(scale, channel_scale[lanes(tile * LANES)], [lanes(0)])
         return scale

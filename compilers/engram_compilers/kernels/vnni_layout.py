@@ -1,4 +1,4 @@
-"""How `avx512_vnni` lays weights out in memory: the packers' side in numpy and the kernels' side in vectors.
+"""How the tiled families lay weights out in memory: the packers' side in numpy and the kernels' side in vectors.
 
 A *tile* is 16 outputs, a *step* 4 inputs: one vector of 64 bytes holds a step of a tile, byte 4i + b being output
 i of the tile, input b of the step. Nibbles hold two neighbouring steps in one vector, the first in the low ones.
@@ -62,10 +62,15 @@ def each_nibble_step(codes: Expr, tile: Expr, group: Expr, use: UseStep) -> None
         use(step + 1, T.shift_right(vector, T.broadcast(T.uint8(4), VECTOR_BYTES)))
 
 
-def each_int4_step(codes: Expr, header: Expr, tile: Expr, group: Expr, use: UseStep) -> None:
-    """Emit use(step, weights) for every step of a group: (code - zero) * multiplier + 128 as uint8x64."""
+def each_int4_step(
+    codes: Expr, header: Expr, tile: Expr, group: Expr, use: UseStep, *, bias: int = INT8_BIAS
+) -> None:
+    """Emit use(step, weights) for every step of a group: (code - zero) * multiplier + bias (mod 256) as uint8x64.
+
+    ``bias`` is 128 or 0.
+    """
     multiplier = T.Bind(_multiplier(header[tile, group, lanes(0)]))
-    zero_bytes = T.Bind(_zero_bytes(header[tile, group, lanes(0)]))
+    zero_bytes = T.Bind(rebiased(_zero_bytes(header[tile, group, lanes(0)]), INT8_BIAS - bias))
 
     def scale(step: Expr, nibbles: Expr) -> None:
         # A 16-bit lane scales its two codes at once: 15 * 16 fits a byte, so nothing carries over.
@@ -73,6 +78,11 @@ def each_int4_step(codes: Expr, header: Expr, tile: Expr, group: Expr, use: UseS
         use(step, T.reinterpret("uint8x64", scaled) - zero_bytes)
 
     each_nibble_step(codes, tile, group, scale)
+
+
+def rebiased(weights: Expr, bias: int) -> Expr:
+    """Return uint8x64 with a bias of 128 taken off (mod 256) if ``bias`` is 0, as it is if that is 128."""
+    return weights if bias == INT8_BIAS else T.bitwise_xor(weights, T.broadcast(T.uint8(INT8_BIAS), VECTOR_BYTES))
 
 
 def _pairs(header: Expr) -> Expr:
@@ -87,7 +97,7 @@ def _multiplier(header: Expr) -> Expr:
 
 
 def _zero_bytes(header: Expr) -> Expr:
-    """Return zero * multiplier - 128 (mod 256) in the four bytes of each output, as uint8x64."""
+    """Return zero * multiplier in the four bytes of each output, as uint8x64."""
     scaled = T.shift_right(_pairs(header), T.broadcast(T.uint16(4), 32)) * _multiplier(header)  # at most 128
     both = T.bitwise_or(scaled, T.shift_left(scaled, T.broadcast(T.uint16(8), 32)))
-    return T.bitwise_xor(T.reinterpret("uint8x64", both), T.broadcast(T.uint8(INT8_BIAS), VECTOR_BYTES))
+    return T.reinterpret("uint8x64", both)
