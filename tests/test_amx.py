@@ -222,7 +222,8 @@ def test_every_share_of_a_call_configures_the_tiles_of_its_thread_and_gives_them
 
 # Experts
 
-TOKENS = [2, 8, 9, 24]  # two rows of a tile, all of one, some of two, more than two
+# A few rows of a tile, all of one, some of two, more than two; once, the pairs of a token share its row of x.
+TOKENS_AND_SHARING = [(2, 1), (8, 1), (9, 1), (9, TOP_K), (24, 1)]
 
 
 @cache
@@ -231,13 +232,10 @@ def expert_linears(family: ModuleType) -> dict[Any, Callable[..., None]]:
     kernels = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loops, "PARALLEL_FROM_US", 0.0)
-        for tokens in TOKENS:
-            routing = Routing(tokens, EXPERTS, TOP_K)
-            for kind in ("int8", "int4"):
-                for per_row in (1, TOP_K):
-                    make = getattr(family, f"expert_linear_{kind}")
-                    sizes = (routing.pairs // per_row, test_expert_kernels.OUTPUTS, test_expert_kernels.INPUTS)
-                    kernels[kind, tokens, per_row] = make(routing, *sizes)
+        for kind, (tokens, per_row) in product(("int8", "int4"), TOKENS_AND_SHARING):
+            routing, make = Routing(tokens, EXPERTS, TOP_K), getattr(family, f"expert_linear_{kind}")
+            sizes = (routing.pairs // per_row, test_expert_kernels.OUTPUTS, test_expert_kernels.INPUTS)
+            kernels[kind, tokens, per_row] = make(routing, *sizes)
     return compile_tiles(kernels)
 
 
@@ -251,10 +249,9 @@ def run_experts(family: ModuleType, kind: str, tokens: int, per_row: int, packed
     return call(expert_linears(family)[kind, tokens, per_row], *activations, *segments, *packed, y)[-1]
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("per_row", [1, TOP_K])
+@pytest.mark.parametrize(("tokens", "per_row"), TOKENS_AND_SHARING)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_experts_on_tiles_give_the_bits_of_avx512_vnni(kind: str, per_row: int, tokens: int) -> None:
+def test_experts_on_tiles_give_the_bits_of_avx512_vnni(kind: str, tokens: int, per_row: int) -> None:
     packed = test_expert_kernels.layer(kind).packed(avx512_vnni_experts)
     tiles, vnni = (run_experts(family, kind, tokens, per_row, packed) for family in (amx_experts, avx512_vnni_experts))
     assert same_bits(tiles, vnni)
