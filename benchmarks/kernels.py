@@ -1,8 +1,10 @@
-"""Time the kernels one by one, with weights from memory, beside a plain read of memory in the same run.
+"""Time the kernels one by one, with weights from memory, beside a plain read of memory and products of registers.
 
-    TVM_NUM_THREADS=1 python benchmarks/kernels.py [--family avx512_vnni] [--only int8] [--rounds 15]
+    TVM_NUM_THREADS=1 python benchmarks/kernels.py [--family avx512_vnni] [--only int8] [--planes 2] [--rounds 15]
 
-Cells are timed in interleaved rounds, so a slow moment of the machine hits all of them; the median counts.
+Cells are timed in interleaved rounds, so a slow moment of the machine hits all of them; the median counts. On a
+machine that others use too the best times say more, and only ratios of them; the last two columns are of those: the
+share of what memory gives, and of the products of bytes that one thread makes of registers alone.
 """
 
 import argparse
@@ -19,8 +21,11 @@ import tvm
 from numpy.typing import NDArray
 from tvm.script import tirx as T
 
-from engram_compilers.kernels import activation, attention, normalise, quantise
+from engram_compilers.kernels import activation, attention, experts, normalise, quantise
+from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.intrinsics import lanes, splat
+from engram_compilers.kernels.isa import Isa
+from engram_targets import load_profile, profile_names
 
 SHAPES = ["960x576", "576x576", "3072x576", "576x1536", "49152x576", "2048x2048"]  # outputs x inputs
 ROWS = [1, 4, 8, 64]
@@ -30,6 +35,9 @@ HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 9, 3, 64, 576, 1536
 STREAM_ROWS, STREAM_PARTS = 64, 8
 STREAM_COLUMNS = COLD_BYTES // STREAM_PARTS // STREAM_ROWS // 4
 SAMPLE_US = 2000.0
+TILED_FAMILIES = ["avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm"]
+PEAK_SUMS, PEAK_TURNS, DOT_PRODUCTS = 12, 4096, 64
+EXPERTS, TOP_K = 16, 4
 
 
 @dataclass
@@ -40,6 +48,7 @@ class Cell:
     kernel: Callable[..., None]
     arguments: Iterator[list[Any]]
     bytes_read: int
+    products: int = 0
     calls: int = 1
     us: list[float] = field(default_factory=list)
 
@@ -56,9 +65,13 @@ class Cell:
             self.kernel(*next(self.arguments))
         self.us.append((time.perf_counter() - start) * 1e6 / self.calls)
 
-    def line(self) -> str:
-        middle = median(self.us)
-        return f"{self.name:34} {middle:10.1f} {min(self.us):10.1f} {self.bytes_read / middle / 1e3:8.1f}"
+    def line(self, read: "Cell", peak: "Cell") -> str:
+        """Return times, and shares of a plain read and of products of registers."""
+        best = min(self.us)
+        of_read = self.bytes_read / best / (read.bytes_read / min(read.us))
+        of_peak = self.products / best / (peak.products / min(peak.us))
+        rate = self.bytes_read / best / 1e3
+        return f"{self.name:34} {median(self.us):10.1f} {best:10.1f} {rate:8.1f} {of_read:8.0%} {of_peak:8.0%}"
 
 
 def tensor(array: NDArray[Any]) -> Any:
@@ -73,8 +86,7 @@ def zeros(*shape: int) -> Any:
     return tensor(np.zeros(shape, np.float32))
 
 
-def build_all(kernels: dict[str, Any]) -> dict[str, Callable[..., None]]:
-    cpu = tvm.target.codegen.llvm_get_system_cpu()
+def build_all(kernels: dict[str, Any], cpu: str) -> dict[str, Callable[..., None]]:
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in kernels.items()})
     executable = tvm.compile(module, tvm.target.Target({"kind": "llvm", "mcpu": cpu}))
     return {name: executable[name] for name in kernels}
@@ -101,6 +113,39 @@ def stream_read() -> Any:
     return kernel
 
 
+def register_products(isa: Isa) -> Any:
+    """Build ``(x u8 [64], y i32 [12, 16]) -> ``: products of registers alone, as many as the unit makes."""
+
+    @T.prim_func(s_tir=True, private=True)  # type: ignore[untyped-decorator]
+    def kernel(x: T.Buffer((64,), "uint8"), y: T.Buffer((PEAK_SUMS, 16), "int32")) -> None:  # type: ignore[valid-type]
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True})
+        with T.sblock("root"):
+            add_register_products(isa, x, y)
+
+    return kernel
+
+
+def add_register_products(isa: Isa, x: Any, y: Any) -> None:
+    count = min(PEAK_SUMS, isa.sums)
+    sums = [T.alloc_buffer((16,), "int32") for _ in range(count)]
+    for i, total in enumerate(sums):
+        T.buffer_store(total, y[i, lanes(0)], [lanes(0)])
+    weights = T.Bind(x[lanes(0, 64)])
+    activations = T.Bind(T.reinterpret("int8x64", T.broadcast(T.reinterpret("int32", x[lanes(0, 4)]), 16)))
+    with T.serial(PEAK_TURNS):
+        for total in sums:
+            T.buffer_store(total, isa.dot4(total[lanes(0)], weights, activations), [lanes(0)])
+    for i, total in enumerate(sums):
+        T.buffer_store(y, total[lanes(0)], [i, lanes(0)])
+
+
+def peak_cell(family: Any, cpu: str) -> Cell:
+    kernel = build_all({"products": register_products(family.ISA)}, cpu)["products"]
+    arguments = [tensor(np.ones(64, np.uint8)), tensor(np.zeros((PEAK_SUMS, 16), np.int32))]
+    products = PEAK_TURNS * min(PEAK_SUMS, family.ISA.sums) * DOT_PRODUCTS
+    return Cell("products of registers", kernel, itertools.repeat(arguments), 0, products)
+
+
 def packed_weight(family: Any, kind: str, outputs: int, inputs: int) -> list[NDArray[Any]]:
     rng = np.random.default_rng(1)
     if kind == "int8":
@@ -113,30 +158,66 @@ def packed_weight(family: Any, kind: str, outputs: int, inputs: int) -> list[NDA
     return list(family.pack_block(codes, scale, int(kind[1])).values())
 
 
-def linear_prim_func(family: Any, kind: str, rows: int, outputs: int, inputs: int) -> Any:
+def linear_prim_func(family: Any, kind: str, rows: int, outputs: int, inputs: int, planes: int) -> Any:
     if kind.startswith("q"):
         return family.linear_block(rows, outputs, inputs, int(kind[1]))
-    return getattr(family, f"linear_{kind}")(rows, outputs, inputs, 2)
+    return getattr(family, f"linear_{kind}")(rows, outputs, inputs, planes)
 
 
-def linear_cells(family: Any, kind: str, rows_list: list[int], shapes: list[str]) -> Iterator[Cell]:
+def quantised(rows: int, inputs: int, planes: int) -> list[Any]:
+    x = np.random.default_rng(2).normal(size=(rows, inputs)).astype(np.float32)
+    both, row_scale, offset = quantise.quantise_rows_numpy(x)
+    return [tensor(array) for array in (both[: planes * rows], row_scale, offset[: planes * rows])]
+
+
+def with_cold_weight(start: list[Any], copies: Iterator[list[Any]], end: list[Any]) -> Iterator[list[Any]]:
+    """Yield argument lists; cells share ``copies``, so that none finds what another has just read."""
+    while True:
+        yield [*start, *next(copies), *end]
+
+
+def linear_cells(
+    family: Any, kind: str, rows_list: list[int], shapes: list[str], planes: int, cpu: str
+) -> Iterator[Cell]:
     for outputs, inputs in (tuple(map(int, shape.split("x"))) for shape in shapes):
-        name = f"{kind} {outputs}x{inputs}"
         weight = packed_weight(family, kind, outputs, inputs)
         weight_bytes = sum(w.nbytes for w in weight)
-        copies = [[tensor(w) for w in weight] for _ in range(-(-COLD_BYTES // weight_bytes))]
-        kernels = build_all({f"m{m}": linear_prim_func(family, kind, m, outputs, inputs) for m in rows_list})
+        copies = itertools.cycle([[tensor(w) for w in weight] for _ in range(-(-COLD_BYTES // weight_bytes))])
+        kernels = {f"m{m}": linear_prim_func(family, kind, m, outputs, inputs, planes) for m in rows_list}
+        compiled = build_all(kernels, cpu)
         scale = [] if kind.startswith("q") else [floats(outputs)]
         for rows in rows_list:
-            x = np.random.default_rng(2).normal(size=(rows, inputs)).astype(np.float32)
-            planes, row_scale, offset = (tensor(a) for a in quantise.quantise_rows_numpy(x))
-            start = [planes, row_scale] if kind.startswith("q") else [planes, row_scale, offset]
-            end = [*scale, zeros(rows, outputs)]
-            arguments = itertools.cycle([[*start, *copy, *end] for copy in copies])
-            yield Cell(f"{name} M={rows}", kernels[f"m{rows}"], arguments, weight_bytes)
+            start = quantised(rows, inputs, planes)[: 2 if kind.startswith("q") else 3]
+            arguments = with_cold_weight(start, copies, [*scale, zeros(rows, outputs)])
+            name = f"{kind} {outputs}x{inputs} M={rows}"
+            yield Cell(name, compiled[f"m{rows}"], arguments, weight_bytes, planes * rows * outputs * inputs)
 
 
-def other_cells() -> Iterator[Cell]:
+def expert_cells(family_name: str, rows_list: list[int], shapes: list[str], cpu: str) -> Iterator[Cell]:
+    """Yield int4 layers of 16 experts, 4 of them a token's."""
+    family = import_module(f"engram_compilers.kernels.{family_name}_experts")
+    rng = np.random.default_rng(3)
+    for outputs, inputs in (tuple(map(int, shape.split("x"))) for shape in shapes):
+        codes, groups = rng.integers(0, 16, (outputs, inputs), np.uint8), np.full((outputs, inputs // 32), 8, np.uint8)
+        packed = family.pack_expert_int4(codes, groups, groups, np.ones(outputs, np.float32))
+        slabs = [np.concatenate([part] * EXPERTS) for part in packed.values()]
+        slab_bytes = sum(slab.nbytes for slab in slabs)
+        copies = itertools.cycle([[tensor(slab) for slab in slabs] for _ in range(-(-COLD_BYTES // slab_bytes))])
+        for rows in rows_list:
+            routing = Routing(rows, EXPERTS, TOP_K)
+            kernels = {"route": experts.route(routing, normalise=True)}
+            kernels["linear"] = family.expert_linear_int4(routing, rows, outputs, inputs)
+            compiled = build_all(kernels, cpu)
+            segments = [tensor(np.zeros(n, np.int32)) for n in (routing.pairs, *2 * [routing.segments + 1], 1)]
+            compiled["route"](tensor(rng.normal(size=(rows, EXPERTS)).astype(np.float32)), *segments, zeros(rows, TOP_K))
+            read = slab_bytes // EXPERTS * int(segments[-1].numpy()[0])
+            start = [*quantised(rows, inputs, 2), *segments]
+            arguments = with_cold_weight(start, copies, [zeros(routing.pairs, outputs)])
+            name = f"experts {outputs}x{inputs} M={rows}"
+            yield Cell(name, compiled["linear"], arguments, read, 2 * routing.pairs * outputs * inputs)
+
+
+def other_cells(cpu: str) -> Iterator[Cell]:
     kernels, sizes = {}, (HEADS, KV_HEADS, HEAD_DIM, CAPACITY)
     for m in ROWS:
         kernels[f"attend at {POSITION} M={m}"] = attention.attend(m, *sizes, HEAD_DIM**-0.5)
@@ -146,7 +227,7 @@ def other_cells() -> Iterator[Cell]:
         kernels[f"add {HIDDEN} M={m}"] = activation.add(m, HIDDEN)
         kernels[f"quantise_rows {HIDDEN} M={m}"] = quantise.quantise_rows(m, HIDDEN)
         kernels[f"quantise_rows {INNER} M={m}"] = quantise.quantise_rows(m, INNER)
-    compiled = build_all({name.replace(" ", "_").replace("=", ""): f for name, f in kernels.items()})
+    compiled = build_all({name.replace(" ", "_").replace("=", ""): f for name, f in kernels.items()}, cpu)
     cache, at = [floats(1, KV_HEADS, CAPACITY, HEAD_DIM) for _ in "kv"], tensor(np.array([POSITION]))
     tables = [floats(CAPACITY, HEAD_DIM // 2) for _ in range(2)]
     for name in kernels:
@@ -168,8 +249,8 @@ def other_cells() -> Iterator[Cell]:
         yield Cell(name, kernel, itertools.repeat(arguments), read)
 
 
-def stream_cell() -> Cell:
-    kernel = build_all({"stream": stream_read()})["stream"]
+def stream_cell(cpu: str) -> Cell:
+    kernel = build_all({"stream": stream_read()}, cpu)["stream"]
     y = tensor(np.zeros((STREAM_ROWS, 16), np.int32))
     parts = [[tensor(np.ones((STREAM_ROWS, STREAM_COLUMNS), np.int32)), y] for _ in range(STREAM_PARTS)]
     return Cell("plain read of memory", kernel, itertools.cycle(parts), COLD_BYTES // STREAM_PARTS)
@@ -182,22 +263,31 @@ def run(cells: list[Cell], rounds: int) -> None:
         for cell in cells:
             cell.time_once()
     for cell in cells:
-        print(cell.line(), flush=True)
+        print(cell.line(*cells[:2]), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="avx512_vnni", choices=["avx512_vnni", "portable"])
-    parser.add_argument("--only", nargs="*", default=["int8", "int4", "q4_0", "q8_0", "other"])
+    parser.add_argument("--family", default="avx512_vnni", choices=TILED_FAMILIES)
+    parser.add_argument("--only", nargs="*", default=["int8", "int4", "q4_0", "q8_0", "experts", "other"])
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
+    parser.add_argument("--planes", type=int, choices=[1, 2], default=2, help="of the int8 and int4 layers")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs")
     options = parser.parse_args()
     family = import_module(f"engram_compilers.kernels.{options.family}")
-    print(f"{'kernel, M rows':34} {'us median':>10} {'us best':>10} {'GB/s':>8}")
+    cpu = next(profile.mcpu for profile in map(load_profile, profile_names()) if profile.kernels == options.family)
+    print(f"{'kernel, M rows':34} {'us median':>10} {'us best':>10} {'GB/s':>8} {'of read':>8} {'of peak':>8}")
     for kind in options.only:
-        made = other_cells() if kind == "other" else linear_cells(family, kind, options.rows, options.shapes)
-        run([stream_cell(), *made], options.rounds)
+        match kind:
+            case "other":
+                made = other_cells(cpu)
+            case "experts":
+                made = expert_cells(options.family, options.rows, options.shapes, cpu)
+            case _:
+                planes = 2 if kind.startswith("q") else options.planes
+                made = linear_cells(family, kind, options.rows, options.shapes, planes, cpu)
+        run([stream_cell(cpu), peak_cell(family, cpu), *made], options.rounds)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo
 from engram_targets import TargetProfile, detect_native, load_profile, profile_names
 from engram_targets.profile import KERNEL_FAMILIES
 
+V2_FLAGS = ("ssse3", "sse4_1", "sse4_2")
 V3_FLAGS = ("avx2", "fma", "f16c", "bmi2")
 AVX512_FLAGS = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
-MACHINE = "x86_64"
+DOTPROD_FLAGS = ("asimd", "asimdhp", "asimddp", "atomics")
+MACHINE, ARM = "x86_64", "aarch64"
 
 
 def raw_profile(**changes: Any) -> dict[str, Any]:
@@ -185,21 +187,29 @@ def test_token_counts_ascend_from_one(decode: list[int], prefill: list[int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("architecture", "flags", "expected"),
     [
-        (V3_FLAGS, "x86-64-v3"),
-        (AVX512_FLAGS, "x86-64-avx512-vnni"),
-        ((*V3_FLAGS, *AVX512_FLAGS), "x86-64-avx512-vnni"),
-        ((*V3_FLAGS, *AVX512_FLAGS[:-1]), "x86-64-v3"),
+        (MACHINE, V2_FLAGS, "x86-64-v2"),
+        (MACHINE, V3_FLAGS, "x86-64-v3"),
+        (MACHINE, (*V2_FLAGS, *V3_FLAGS), "x86-64-v3"),
+        (MACHINE, (*V2_FLAGS, *V3_FLAGS, "avx_vnni"), "x86-64-avx-vnni"),
+        (MACHINE, AVX512_FLAGS, "x86-64-avx512-vnni"),
+        (MACHINE, (*V2_FLAGS, *V3_FLAGS, "avx_vnni", *AVX512_FLAGS), "x86-64-avx512-vnni"),
+        (MACHINE, (*V3_FLAGS, *AVX512_FLAGS[:-1]), "x86-64-v3"),
+        (ARM, DOTPROD_FLAGS, "aarch64-dotprod"),
+        (ARM, (*DOTPROD_FLAGS, "i8mm", "sve"), "aarch64-i8mm"),
     ],
 )
-def test_native_is_the_most_demanding_profile_a_machine_can_run(flags: tuple[str, ...], expected: str) -> None:
-    assert detect_native(MACHINE, flags).name == expected
+def test_native_is_the_most_demanding_profile_a_machine_can_run(
+    architecture: str, flags: tuple[str, ...], expected: str
+) -> None:
+    assert detect_native(architecture, flags).name == expected
 
 
 @settings(deadline=None)
 @given(
-    flags=st.sets(st.sampled_from((*V3_FLAGS, *AVX512_FLAGS, "sse2"))), architecture=st.sampled_from([MACHINE, "s390x"])
+    flags=st.sets(st.sampled_from((*V2_FLAGS, *V3_FLAGS, *AVX512_FLAGS, *DOTPROD_FLAGS, "avx_vnni", "i8mm"))),
+    architecture=st.sampled_from([MACHINE, ARM, "s390x"]),
 )
 def test_native_is_found_if_and_only_if_a_profile_fits(flags: set[str], architecture: str) -> None:
     profiles = [load_profile(name) for name in profile_names()]
