@@ -1,11 +1,15 @@
 """What this machine's processor can do and its memory holds, read from the operating system, never from model names."""
 
+import ctypes
 import os
 import platform
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 FLAG_KEYS = ("flags", "Features")  # as x86 and Arm kernels spell it
+TILE_FLAGS = frozenset({"amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex"})
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux's Documentation/arch/x86/xstate.rst
 
 
 def cpu_flags() -> frozenset[str]:
@@ -17,6 +21,25 @@ def cpu_flags() -> frozenset[str]:
         if key.strip() in FLAG_KEYS:
             return frozenset(value.split())
     return frozenset()
+
+
+def usable_cpu_flags() -> frozenset[str]:
+    """Return `cpu_flags` without those of AMX where the kernel keeps tiles from this process."""
+    flags = cpu_flags()
+    return flags if "amx_tile" not in flags or request_tiles() else flags - TILE_FLAGS
+
+
+def request_tiles() -> bool:
+    """Ask the kernel to let this process use AMX tiles; without its leave the first tile instruction ends the process.
+
+    The answer holds for all threads and is the same at every call.
+    """
+    return system_call(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+
+
+def system_call(number: int, *arguments: int) -> int:
+    """Make an x86-64 Linux system call; returns -1 where it fails."""
+    return int(ctypes.CDLL(None).syscall(number, *map(ctypes.c_long, arguments)))
 
 
 def machine() -> str:

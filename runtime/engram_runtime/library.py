@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engram_runtime.bundle import Bundle, file_sha256
-from engram_runtime.cpu import cpu_flags, machine
+from engram_runtime.cpu import TILE_FLAGS, cpu_flags, machine, request_tiles
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import ALIGNMENT_BYTES
 from engram_runtime.manifest import contained_path
@@ -130,6 +130,8 @@ class LibraryInfo:
             return f"{self.target} is for {self.machine}, this machine is {machine()}"
         if lacking := sorted(set(self.cpu_flags) - cpu_flags()):
             return f"{self.target} needs CPU features {lacking} this machine lacks"
+        if TILE_FLAGS & set(self.cpu_flags) and not request_tiles():
+            return f"{self.target} needs AMX tiles, which the kernel keeps from this process (arch_prctl is denied)"
         return None
 
 

@@ -7,12 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from engram_runtime.cpu import cpu_flags, machine
+from engram_runtime.cpu import machine, usable_cpu_flags
 from engram_runtime.errors import TargetError
 
 NATIVE = "native"
 KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "llvm"}
-KERNEL_FAMILIES = ("avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm", "portable")
+KERNEL_FAMILIES = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm", "portable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ def load_profile(name: str) -> TargetProfile:
         TargetError: no such profile, or none fits.
     """
     if name == NATIVE:
-        return detect_native(machine(), cpu_flags())
+        return detect_native(machine(), usable_cpu_flags())
     if name not in profile_names():
         raise TargetError(f"target {name!r} is unknown; there are {[NATIVE, *profile_names()]}")
     text = (resources.files("engram_targets") / "profiles" / f"{name}.toml").read_text(encoding="utf-8")

@@ -189,3 +189,49 @@ def exp16(x: Expr) -> Expr:
         return let(clamped, lambda c: let(T.nearbyint(c * splat(_LOG2_E)), lambda step: reduced(c, step)))
 
     return let(x, lambda value: T.Select(value >= splat(_EXP_LOWEST), clamp_and_reduce(value), splat(0.0)))
+
+
+# AMX tiles: registers 0..7 that hold up to 16 rows of 64 bytes each, in a shape their thread has given them.
+
+TILE_ROWS, TILE_BYTES = 16, 64
+
+
+def shape_tiles(shapes: Sequence[tuple[int, int]]) -> None:
+    """Give the running thread's tiles their (rows, bytes of a row), one after the other, and zero them."""
+    config = bytearray(64)
+    config[0] = 1  # the one palette there is
+    for tile, (rows, row_bytes) in enumerate(shapes):
+        config[16 + 2 * tile], config[48 + tile] = row_bytes, rows
+    words = T.alloc_buffer((16,), "int32")
+    for i in range(16):
+        T.buffer_store(words, int.from_bytes(config[4 * i : 4 * i + 4], "little"), [i])
+    _tile_instruction("ldtilecfg", T.address_of(words[0]))
+
+
+def release_tiles() -> None:
+    """Give the running thread's tiles back, so that the system need not keep them."""
+    _tile_instruction("tilerelease")
+
+
+def zero_tile(tile: int) -> None:
+    """Fill a tile with zeros."""
+    _tile_instruction("tilezero", T.uint8(tile))
+
+
+def load_tile(tile: int, buffer: Expr, indices: Sequence[Expr], row_bytes: int) -> None:
+    """Load a tile whose first row begins at ``buffer[indices]`` and whose rows are ``row_bytes`` apart."""
+    _tile_instruction("tileloadd64", T.uint8(tile), T.address_of(buffer[tuple(indices)]), T.int64(row_bytes))
+
+
+def store_tile(tile: int, buffer: Expr, indices: Sequence[Expr], row_bytes: int) -> None:
+    """Store a tile to where `load_tile` would load it from."""
+    _tile_instruction("tilestored64", T.uint8(tile), T.address_of(buffer[tuple(indices)]), T.int64(row_bytes))
+
+
+def dot_tiles(sums: int, activations: int, weights: int) -> None:
+    """sums[m, n] += sum over k and b of activations[m, 4k + b] (int8) * weights[k, 4n + b] (uint8), as int32."""
+    _tile_instruction("tdpbsud", T.uint8(sums), T.uint8(activations), T.uint8(weights))
+
+
+def _tile_instruction(name: str, *operands: Expr) -> None:
+    T.evaluate(T.call_llvm_intrin("int32", f"llvm.x86.{name}", *operands))

@@ -184,7 +184,7 @@ def store_sums(block: Block, y: Expr, sums: Sums, channel_scale: Expr, row_scale
     """y = (joined sums * channel_scale) * row_scale"""
     plan = block.plan
     for t in range(block.num_tiles):
-        scale = _load_edge(plan, channel_scale, block.first_tile + t)
+        scale = load_edge(plan, channel_scale, block.first_tile + t)
         for r in range(block.num_rows):
             row = block.first_row + r
             value = joined(sums, plan.planes, r, t) * scale[lanes(0)] * splat(row_scale[row])
@@ -206,7 +206,7 @@ def store_edge(plan: Plan, y: Expr, row: Expr, tile: Expr, value: Expr) -> None:
                 T.buffer_store(y, edge[i], [row, tile * LANES + i])
 
 
-def _load_edge(plan: Plan, channel_scale: Expr, tile: Expr) -> Expr:
+def load_edge(plan: Plan, channel_scale: Expr, tile: Expr) -> Expr:
     """Return the channel scales of a tile in a local buffer, zeros where there are no outputs."""
     scale = new_lanes("float32")
     if plan.edge_lanes == 0:
