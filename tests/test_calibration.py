@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.test_quantise import levels
 from tests.tiny import TinyModel, TinySite
 from tests.tiny_families import TinyFamily
 from tests.workshop import SilentReporter, Workshop, copy_folder, export, export_options, files_of, random_ids
+from transformers import AutoModelForCausalLM
 
 from engram_export import calibration, weight_map
 from engram_export.calibration import CALIBRATION_FILE, choose_formats
@@ -380,3 +382,22 @@ def test_a_model_that_gives_no_numbers_is_refused(workshop: Workshop, tmp_path: 
     with pytest.raises(VerificationError) as caught:
         export(checkpoint, tmp_path / "bundle", quant="int4", calibration=BUILT_IN)
     assert str(caught.value) == "inputs of layers.1.mixer.qkv are not finite numbers on the calibration text"
+
+
+def test_a_permuted_copy_computes_the_same(workshop: Workshop) -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "permuted_copy.py"
+    spec = importlib.util.spec_from_file_location("permuted_copy", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    model = AutoModelForCausalLM.from_pretrained(workshop.checkpoint(QWEN), dtype=torch.float32)
+    ids = torch.tensor([random_ids(30)])
+    with torch.no_grad():
+        expected = model(ids).logits
+        before = [layer.self_attn.o_proj.weight.clone() for layer in model.model.layers]
+        benchmark.permute(model)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+    assert not any(
+        torch.equal(layer.self_attn.o_proj.weight, old) for layer, old in zip(model.model.layers, before, strict=True)
+    )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from engram_export.quantise import BLOCK, MAX_CODE, Codes, Floats, Int4Weight, nonzero, row_scale, search_blocks
 
-DAMPING = 0.01  # of the mean of the diagonal, added to it: inputs never seen must not move weights far
+DAMPING = 0.05  # of the mean of the diagonal, added to it: the paper's 0.01 fits a text of 5,000 tokens too closely
 
 
 def quantise_gptq(weight: Floats, products: NDArray[np.float64]) -> Int4Weight:

@@ -86,7 +86,7 @@ def plan_export(
         tables_mode=tables_mode,
         cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),
         state_bytes=sum(_bytes(state) for state in states if not state.rolls_back),
-        peak_memory_bytes=max(peak_memory(source, skeleton), calibration_memory(source, skeleton) * calibrated),
+        peak_memory_bytes=max(peak_memory(source, skeleton), calibration_memory(source, skeleton) if calibrated else 0),
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,
     )

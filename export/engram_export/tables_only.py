@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engram_export.calibration_text import check_calibration
 from engram_export.checkpoint import open_checkpoint
 from engram_export.families import read_tables_source
 from engram_export.formats import WeightFormat, weight_format
@@ -65,6 +66,7 @@ def export_tables(options: ExportOptions, reporter: Reporter) -> list[SiteVerifi
 def check_options(options: ExportOptions) -> None:
     """Refuse what has no effect without a decoder; raises RequestError."""
     check_table_options(options.tables, options.table_dtype)
+    check_calibration(options.quant, options.calibration)
     if options.engram is not None:
         raise RequestError("--engram adds a site to a decoder, --tables-only exports none; leave one of them out")
     if options.context is not None:
