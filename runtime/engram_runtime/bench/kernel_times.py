@@ -64,7 +64,7 @@ def kind_of(kernel: str) -> str:
 
 
 def _total_ms(kernels: Mapping[str, Mapping[str, Any]]) -> float:
-    return sum(kind["ms"] for kind in kernels.values())
+    return float(sum(kind["ms"] for kind in kernels.values()))
 
 
 def _plain_ms(prepare: Callable[[], None], step: Callable[[], object]) -> float:
