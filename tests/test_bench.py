@@ -250,7 +250,7 @@ class FakeRunner:
     def trim(self, count: int) -> None:
         del self.token_ids[len(self.token_ids) - count :]
 
-    def profile(self, prepare: Callable[[], None], step: Callable[[], object]) -> dict[str, int]:
+    def profile(self, prepare: Callable[[], None], step: Callable[[], object], passes: int) -> dict[str, int]:
         prepare()
         before = len(self.token_ids)
         step()
@@ -291,7 +291,7 @@ class WatchableExecutor:
 
 def test_kernels_are_counted_by_kind_and_watched_no_longer_than_a_step() -> None:
     executor = WatchableExecutor()
-    found = kernel_times(executor, lambda: None, executor.step)  # type: ignore[arg-type]
+    found = kernel_times(executor, lambda: None, executor.step, 2)  # type: ignore[arg-type]
     assert {kind: times["calls"] for kind, times in found["kernels"].items()} == {"linear_int8": 2}
     assert executor.watcher is None
 
