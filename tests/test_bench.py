@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ def measured(start_worker: StartWorker, *names: str, threads: int | None = None)
 
 
 def log_of(folder: Path) -> list[tuple[str, dict[str, object]]]:
-    return [tuple(json.loads(line)) for line in (folder / "log").read_text().splitlines()]  # type: ignore[misc]
+    return [tuple(json.loads(line)) for line in (folder / "log").read_text().splitlines()]
 
 
 def test_runners_take_turns_round_by_round(start_worker: StartWorker, tmp_path: Path) -> None:
@@ -226,7 +226,8 @@ def test_measurements_beyond_the_context_are_refused() -> None:
 class FakeRunner:
     """Keeps its tokens, and how many had been added before each call."""
 
-    name, build, threads, vocab_size, weight_bytes = "fake", "fake 1.0", 1, 1000, None
+    name, build, threads, vocab_size = "fake", "fake 1.0", 1, 1000
+    weight_bytes: int | None = None
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -236,10 +237,11 @@ class FakeRunner:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def prefill(self, token_ids: list[int]) -> NDArray[np.float32]:
-        return self.decode(token_ids)[-1]
+    def prefill(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        last: NDArray[np.float32] = self.decode(token_ids)[-1]
+        return last
 
-    def decode(self, token_ids: list[int]) -> NDArray[np.float32]:
+    def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self.calls.append((len(self.token_ids), len(token_ids)))
         self.token_ids += token_ids
         self.expert_bytes_read += 10 * len(token_ids)
@@ -248,7 +250,7 @@ class FakeRunner:
     def trim(self, count: int) -> None:
         del self.token_ids[len(self.token_ids) - count :]
 
-    def profile(self, prepare: Callable[[], None], step: Callable[[], object]) -> dict[str, int]:
+    def profile(self, prepare: Callable[[], None], step: Callable[[], object], passes: int) -> dict[str, int]:
         prepare()
         before = len(self.token_ids)
         step()
@@ -289,7 +291,7 @@ class WatchableExecutor:
 
 def test_kernels_are_counted_by_kind_and_watched_no_longer_than_a_step() -> None:
     executor = WatchableExecutor()
-    found = kernel_times(executor, lambda: None, executor.step)  # type: ignore[arg-type]
+    found = kernel_times(executor, lambda: None, executor.step, 2)  # type: ignore[arg-type]
     assert {kind: times["calls"] for kind, times in found["kernels"].items()} == {"linear_int8": 2}
     assert executor.watcher is None
 

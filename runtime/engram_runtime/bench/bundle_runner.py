@@ -49,9 +49,9 @@ class BundleRunner:
         """See `Runner`."""
         return self._session.trim(count)
 
-    def profile(self, prepare: Callable[[], None], step: Callable[[], object]) -> Mapping[str, Any]:
+    def profile(self, prepare: Callable[[], None], step: Callable[[], object], passes: int) -> Mapping[str, Any]:
         """See `Runner`; raises RequestError where the executor can't tell kernels apart."""
-        return kernel_times(self._executor, prepare, step)
+        return kernel_times(self._executor, prepare, step, passes)
 
 
 def load(name: str, model: str, *, threads: int | None, tables_on: bool, positions: int) -> BundleRunner:

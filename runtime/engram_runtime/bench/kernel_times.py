@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor
 
-PASSES = 15
 SHAPE = re.compile(r"_\d.*")  # what follows the kind in the name of a kernel of ours, as in linear_int8_1_960_576
 SERIAL = re.compile(r"\d+(?=_|$)")  # by which TVM tells kernels apart that it made, as in fused_multiply6_tir_sqrt1
 BUILTIN = "vm.builtin."  # the virtual machine's own functions: shapes checked, memory taken
@@ -27,8 +26,10 @@ class Watchable(Protocol):
         ...
 
 
-def kernel_times(executor: Executor, prepare: Callable[[], None], step: Callable[[], object]) -> dict[str, Any]:
-    """Run ``step`` several times, ``prepare`` before each, and return what its kernels took.
+def kernel_times(
+    executor: Executor, prepare: Callable[[], None], step: Callable[[], object], passes: int
+) -> dict[str, Any]:
+    """Run ``step`` twice a pass, unwatched and watched, ``prepare`` before each, and return what its kernels took.
 
     Returns:
         Of the fastest passes, which other work delayed least: ``step_ms``, without watching; ``outside_ms``, what of it
@@ -40,9 +41,9 @@ def kernel_times(executor: Executor, prepare: Callable[[], None], step: Callable
     """
     if not isinstance(executor, Watchable):
         raise RequestError(f"the {executor.name} executor can't tell kernels apart; give --profile with --executor tvm")
-    passes = [(_plain_ms(prepare, step), by_kind(_watched_calls(executor, prepare, step))) for _ in range(PASSES)]
-    step_ms = min(plain_ms for plain_ms, _ in passes)
-    kernels = min((kernels for _, kernels in passes), key=_total_ms)
+    taken = [(_plain_ms(prepare, step), by_kind(_watched_calls(executor, prepare, step))) for _ in range(passes)]
+    step_ms = min(plain_ms for plain_ms, _ in taken)
+    kernels = min((kernels for _, kernels in taken), key=_total_ms)
     return {"step_ms": round(step_ms, 3), "outside_ms": round(step_ms - _total_ms(kernels), 3), "kernels": kernels}
 
 
@@ -64,7 +65,7 @@ def kind_of(kernel: str) -> str:
 
 
 def _total_ms(kernels: Mapping[str, Mapping[str, Any]]) -> float:
-    return sum(kind["ms"] for kind in kernels.values())
+    return float(sum(kind["ms"] for kind in kernels.values()))
 
 
 def _plain_ms(prepare: Callable[[], None], step: Callable[[], object]) -> float:

@@ -56,7 +56,7 @@ class LlamaCppRunner:
             raise RequestError(f"llama.cpp can't forget the last {count} tokens of this model")
         self._length = start
 
-    def profile(self, prepare: Callable[[], None], step: Callable[[], object]) -> Mapping[str, Any]:
+    def profile(self, prepare: Callable[[], None], step: Callable[[], object], passes: int) -> Mapping[str, Any]:
         """Raise RequestError: there is no hook around its kernels."""
         raise RequestError("llama.cpp can't tell kernels apart; --profile is for the bundle")
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+DECODE_PASSES, PREFILL_PASSES = 51, 5  # of a profile: short steps are the ones that noise spoils
 WARM_UP, REPEATS = 1, 5  # passes of a verification before those that count, and those
 
 
@@ -47,7 +48,7 @@ class Runner(Protocol):
         """Forget the last ``count`` tokens."""
         ...
 
-    def profile(self, prepare: Callable[[], None], step: Callable[[], object]) -> Mapping[str, Any]:
+    def profile(self, prepare: Callable[[], None], step: Callable[[], object], passes: int) -> Mapping[str, Any]:
         """Say what each kind of kernel takes of ``step``; see `engram_runtime.bench.kernel_times`."""
         ...
 
@@ -92,8 +93,8 @@ def profile(runner: Runner, *, depth: int, tokens: int) -> dict[str, Any]:
     """Say where the time of a decode step after ``depth`` tokens goes, and of a prompt of ``tokens`` after as many."""
     one, prompt = text(runner, depth, 1), text(runner, depth, tokens)
     return {
-        "decode": runner.profile(lambda: _go_to(runner, depth), lambda: runner.decode(one)),
-        "prefill": runner.profile(lambda: _go_to(runner, depth), lambda: runner.prefill(prompt)),
+        "decode": runner.profile(lambda: _go_to(runner, depth), lambda: runner.decode(one), DECODE_PASSES),
+        "prefill": runner.profile(lambda: _go_to(runner, depth), lambda: runner.prefill(prompt), PREFILL_PASSES),
     }
 
 
