@@ -33,7 +33,7 @@ from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vector
 INT4_TILES = 2  # streams of int4 weights of one row: unpacking hides their latency
 _EMBEDDED_PER_US = 1000.0
 _MOST_TILES = 8  # streams of weights at once
-_SUMS_WORTH_UNPACKING = 16  # products with an int4 weight that take as long as unpacking it, several times over
+_SUMS_WORTH_UNPACKING = 8  # whose products with an int4 weight take longer than unpacking it does
 
 
 def linear_int8(isa: Isa, rows: int, out_features: int, in_features: int, planes: int) -> tirx.PrimFunc:
