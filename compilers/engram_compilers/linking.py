@@ -1,4 +1,4 @@
-"""Link object files and the thread pool: by the system's C compiler, else by the one the package ziglang brings."""
+"""Link object files with threads and scratch memory: by the system's C compiler, else by the one of ziglang."""
 
 import importlib.util
 import shutil
@@ -13,17 +13,17 @@ from engram_runtime.cpu import machine
 from engram_runtime.errors import CompileError
 
 SYSTEM_COMPILERS = ("cc", "gcc", "clang")
-THREAD_POOL = Path(__file__).with_name("thread_pool.c")
+BACKEND = tuple(str(Path(__file__).with_name(name)) for name in ("thread_pool.c", "scratch_memory.c"))
 
 
 def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, *, mtriple: str) -> None:
-    """Link the objects with the thread pool that runs their parallel loops, as TVM's ``export_library`` asks for it.
+    """Link the objects with what their kernels call for threads and memory, as TVM's ``export_library`` asks for it.
 
     Raises:
         CompileError: there is no linker, or it failed.
     """
-    pool = ["-std=gnu11", "-O2", "-pthread", f"-I{libinfo.find_include_path()}", str(THREAD_POOL)]
-    command = [*linker(mtriple), "-shared", "-fPIC", "-o", output, *objects, *pool, *(options or [])]
+    backend = ["-std=gnu11", "-O2", "-pthread", f"-I{libinfo.find_include_path()}", *BACKEND]
+    command = [*linker(mtriple), "-shared", "-fPIC", "-o", output, *objects, *backend, *(options or [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"{command[0]} failed to link {output}: {done.stderr.strip()[-500:]}")

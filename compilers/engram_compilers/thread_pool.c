@@ -29,10 +29,6 @@ typedef struct {
   int32_t num_task;
 } TVMParallelGroupEnv;
 typedef int (*Lambda)(int task, TVMParallelGroupEnv *env, void *closure);
-typedef int (*Launch)(Lambda lambda, void *closure, int num_task);
-
-/* The slot through which generated code launches; TVM's runtime fills it each time the library is opened. */
-__attribute__((weak)) Launch __TVMBackendParallelLaunch;
 
 /* What is written by different threads stands in different cache lines. */
 static struct {
@@ -191,6 +187,9 @@ static int launch(Lambda lambda, void *closure, int num_task) {
   return status;
 }
 
+/* The slot generated code calls through; hidden, or TVM's runtime would fill it when the library is opened. */
+__attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(Lambda, void *, int) = launch;
+
 /* A child after fork has none of the workers, and whatever they were doing is lost to it. */
 static void forget_workers(void) {
   pthread_mutex_init(&starting, NULL);
@@ -217,7 +216,6 @@ int __tvm_ffi_use_threads(void *handle, const TVMFFIAny *args, int32_t num_args,
   int failed = 0;
   unsigned wanted = (unsigned)(args[0].v_int64 < MAX_THREADS ? args[0].v_int64 : MAX_THREADS) - 1;
   pthread_mutex_lock(&starting);
-  if (__TVMBackendParallelLaunch != launch) __TVMBackendParallelLaunch = launch;
   if (wanted != atomic_load(&pool.wanted)) {
     atomic_store(&pool.wanted, wanted);
     wake_all(&pool.wanted);
