@@ -52,6 +52,7 @@ class TvmExecutor:
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
+        self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
         module = load_module(folder / info.library)
         self._use_threads = module.get_function("use_threads", query_imports=True)
         self._machine_code = module["vm_load_executable"]()
@@ -61,7 +62,7 @@ class TvmExecutor:
     def chunks(self, count: int) -> Sequence[int]:
         """See `Executor.chunks`: compiled sizes only, the largest first, so nothing is padded."""
         chunks: list[int] = []
-        for size in sorted({tokens for tokens, _ in self._passes}, reverse=True):
+        for size in self._sizes:
             times, count = divmod(count, size)
             chunks += [size] * times
         return chunks
