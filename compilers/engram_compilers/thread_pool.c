@@ -2,10 +2,11 @@
  *
  * A launch is a job of more tasks than threads. The calling thread and the workers claim tasks one by one, and the
  * caller waits only for tasks a worker has begun: a worker the system doesn't run, because another process has its
- * core, holds up nothing. Who waits spins for SPIN_NS and then sleeps.
+ * core, holds up nothing. Who waits spins for SPIN_NS, letting others have the core, and then sleeps.
  */
 #include <limits.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
@@ -21,7 +22,7 @@
 #define MAX_THREADS 256
 #define TASKS_PER_THREAD 8
 #define SPIN_NS 50000
-#define SPINS_PER_LOOK 16  /* at the clock */
+#define SPINS_PER_LOOK 16  /* at the clock, and for others that want the core */
 
 /* As tvm/runtime/c_backend_api.h declares them, for C++ only. */
 typedef struct {
@@ -98,6 +99,7 @@ static void await_change(atomic_uint *word, unsigned seen, atomic_uint *sleeps) 
       if (atomic_load_explicit(word, memory_order_acquire) != seen) return;
       pause_briefly();
     }
+    sched_yield();
   } while (now_ns() < end);
   atomic_store(sleeps, 1);
   if (atomic_load(word) == seen) sleep_while(word, seen);
