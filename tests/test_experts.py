@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tvm import relax
 from engram_compilers.kernels import (
     loops,
 )
+from engram_compilers.linking import link
 from engram_compilers.lowering import lower
 from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
@@ -38,6 +39,7 @@ from engram_export.experts import (
 from engram_export.linear import FloatLinear, Int4Linear, Int8Linear
 from engram_export.moe_operators import FloatExperts, QuantisedExperts, keep_float_activations, mix_experts
 from engram_export.onnx_functions import add_functions
+from engram_runtime.cpu import machine
 from engram_runtime.errors import CheckpointError, CompileError
 from engram_runtime.executor import StepInputs
 from engram_runtime.executors.tvm_library import TvmExecutor
@@ -248,7 +250,7 @@ class Library:
     expert_bytes: int
 
     def __call__(self, x: Array, *, threads: int = 2) -> Array:
-        self.executor.use_threads(threads)
+        self.executor.threads = threads
         nothing = np.zeros(1, np.int64)
         token_ids = np.zeros(len(x), np.int64)
         inputs = StepInputs(token_ids=token_ids, position=0, logit_rows=nothing, rows={"x": x})
@@ -278,13 +280,14 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
         lowered = lower(onnx_model, graph_spec(), packed, family=family, passes=passes)
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
     executable = relax.build(lowered.module, target, relax_pipeline=relax.get_default_pipeline(target))
+    executable.export_library(str(folder / "model.so"), fcompile=partial(link, mtriple=f"{machine()}-linux-gnu"))
     info = LibraryInfo(
         target="here",
         machine="",
         cpu_flags=(),
         graph_sha256="",
         compiler="",
-        library="",
+        library="model.so",
         runtime="",
         weights="packed.bin",
         weights_bytes=packed.bytes,
@@ -292,9 +295,10 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
         passes=passes,
         tensors=tuple(packed.tensors.values()),
         expert_bytes=lowered.expert_bytes,
+        threads=0,
     )
     (expert_bytes,) = lowered.expert_bytes
-    return Library(TvmExecutor(folder, info, relax.VirtualMachine(executable, tvm.cpu())), expert_bytes)
+    return Library(TvmExecutor(folder, info, threads=2), expert_bytes)
 
 
 CASES = {

@@ -345,10 +345,6 @@ def test_of_512_experts_only_the_routed_ones_are_read(workshop: Workshop) -> Non
     ]
 
 
-def test_timing_threads_when_loading_reads_no_experts(workshop: Workshop) -> None:
-    assert load_tvm(compiled(workshop, MANY_EXPERTS, "none"), threads=None).expert_bytes_read == 0
-
-
 def test_bench_tells_the_bytes_of_the_experts_a_token_takes(workshop: Workshop, command: Command) -> None:
     bundle = compiled(workshop, MANY_EXPERTS, "none")
     sizes = ("--prompt-tokens", 8, "--decode-tokens", 3, "--depth", 0, "--rounds", 2, "--threads", 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +35,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
         "kernels": "portable",
         "decode_tokens": [1, 2],
         "prefill_tokens": [4],
+        "threads": "auto",
         "llvm": {"mtriple": "x86_64-linux-gnu", "mcpu": "haswell"},
     } | changes
 
@@ -41,7 +43,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
 def raw_library(**changes: Any) -> dict[str, Any]:
     """Return the JSON of a sound ``compile.json``."""
     return {
-        "version": 2,
+        "version": 3,
         "target": "x86-64-v3",
         "machine": MACHINE,
         "cpu_flags": ["avx2"],
@@ -58,6 +60,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
             {"name": "head:scale", "dtype": "float32", "shape": [18], "offset": 128},
         ],
         "expert_bytes": [96],
+        "threads": 0,
     } | changes
 
 
@@ -139,6 +142,7 @@ def test_a_profile_is_what_its_file_says() -> None:
         "kernels": "portable",
         "decode_tokens": (1, 2),
         "prefill_tokens": (4,),
+        "threads": 0,
         "mtriple": "x86_64-linux-gnu",
         "mcpu": "haswell",
     }
@@ -168,8 +172,9 @@ def test_a_profile_with_other_keys_is_refused() -> None:
     with pytest.raises(TargetError) as caught:
         TargetProfile.from_dict("mine", raw)
     assert str(caught.value) == (
-        "profile mine has keys ['cpu_flags', 'decode_tokens', 'kernels', 'machine', 'prefill_tokens', 'speed'], "
-        "expected ['cpu_flags', 'decode_tokens', 'kernels', 'llvm', 'machine', 'prefill_tokens']"
+        "profile mine has keys ['cpu_flags', 'decode_tokens', 'kernels', 'machine', 'prefill_tokens', 'speed', "
+        "'threads'], "
+        "expected ['cpu_flags', 'decode_tokens', 'kernels', 'llvm', 'machine', 'prefill_tokens', 'threads']"
     )
 
 
@@ -184,6 +189,16 @@ def test_a_profile_with_unknown_kernels_is_refused() -> None:
 def test_token_counts_ascend_from_one(decode: list[int], prefill: list[int]) -> None:
     expected = f"profile mine compiles token counts {decode + prefill}, expected ascending ones from 1"
     assert profile_message(decode_tokens=decode, prefill_tokens=prefill) == expected
+
+
+def test_a_profile_may_name_the_number_of_threads() -> None:
+    assert TargetProfile.from_dict("mine", raw_profile(threads=3)).threads == 3
+
+
+@pytest.mark.parametrize("threads", [0, -1, "all", True, 2.0, None])
+def test_threads_are_auto_or_a_number_from_one(threads: object) -> None:
+    expected = f"profile mine has threads {threads!r}, expected 'auto' or a number from 1"
+    assert profile_message(threads=threads) == expected
 
 
 @pytest.mark.parametrize(
@@ -255,6 +270,64 @@ def test_a_system_without_cpuinfo_has_no_flags(tmp_path: Path, monkeypatch: pyte
     assert cpu.cpu_flags() == frozenset()
 
 
+CORES = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}  # four CPUs on two cores
+
+
+def machine_with(monkeypatch: pytest.MonkeyPatch, root: Path, cpus: list[int], files: dict[str, str]) -> None:
+    """Pretend that this process may use ``cpus`` of `CORES` and finds these files about its control groups."""
+    for number, siblings in CORES.items():
+        files[f"cpus/cpu{number}/topology/thread_siblings_list"] = f"{siblings}\n"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(cpu, "available_cpus", lambda: cpus)
+    for name, place in (("TOPOLOGY", "cpus"), ("CGROUPS", "cgroup"), ("OWN_CGROUPS", "own")):
+        monkeypatch.setattr(cpu, name, root / place)
+
+
+@pytest.mark.parametrize(("cpus", "cores"), [([0, 1, 4, 5], 2), ([0, 4], 1), ([0, 1], 2), ([5], 1), ([0, 1, 7], 3)])
+def test_two_cpus_of_one_core_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpus: list[int], cores: int
+) -> None:
+    machine_with(monkeypatch, tmp_path, cpus, {})
+    assert cpu.available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, math.inf),
+        ({"own": "0::/"}, math.inf),
+        ({"own": "0::/", "cgroup/cpu.max": "max 100000\n"}, math.inf),
+        ({"own": "0::/", "cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        ({"own": "0::/a/b", "cgroup/a/cpu.max": "20000 100000\n", "cgroup/a/b/cpu.max": "max 100000\n"}, 0.2),
+        ({"own": "0::/a", "cgroup/b/cpu.max": "20000 100000\n"}, math.inf),
+        (
+            {
+                "own": "4:memory:/\n3:cpu,cpuacct:/a\n",
+                "cgroup/cpu/a/cpu.cfs_quota_us": "300000\n",
+                "cgroup/cpu/a/cpu.cfs_period_us": "100000\n",
+            },
+            3.0,
+        ),
+        (
+            {
+                "own": "1:cpu:/\n",
+                "cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            math.inf,
+        ),
+    ],
+)
+def test_the_least_quota_of_the_control_groups_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], quota: float
+) -> None:
+    machine_with(monkeypatch, tmp_path, [0, 1, 4, 5], dict(files))
+    assert cpu.cpu_quota() == quota
+    assert cpu.available_cores() == max(1, min(2, int(min(quota, 9))))
+
+
 def test_a_library_equals_itself_after_a_round_trip() -> None:
     info = LibraryInfo.from_dict(raw_library())
     assert json.loads(json.dumps(info.to_dict())) == raw_library()
@@ -271,7 +344,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 3}, "library has version 3, this runtime reads 2; compile again"),
+        ({"version": 2}, "library has version 2, this runtime reads 3; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),
@@ -289,6 +362,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
         ({"passes": [[1, 1], [2]]}, "compile.json has forward pass [2], expected tokens and rows of logits"),
         ({"passes": [[1, 1], []]}, "compile.json has forward pass [], expected tokens and rows of logits"),
         ({"passes": [[1, 1], [0, 0]]}, "compile.json has forward pass [0, 0], expected tokens and rows of logits"),
+        ({"threads": -1}, "compile.json.threads is -1, expected an integer from 0 to 2**53 - 1"),
         ({"expert_bytes": [64, 0]}, "experts have [64, 0] bytes, which can't be; compile again"),
         ({"passes": []}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[2, 2], [2, 1]]}, "library lacks the forward passes [(1, 1)]; compile again"),

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
     target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
     # Bytecode, not exec_mode="compiled": LLVM needs minutes for a function of 500 calls and saves 0.1 us a call.
     executable = relax.build(lowered.module, target, relax_pipeline=relax.get_default_pipeline(target))
-    executable.export_library(str(folder / LIBRARY_FILE), fcompile=link)
+    executable.export_library(str(folder / LIBRARY_FILE), fcompile=partial(link, mtriple=profile.mtriple))
     shutil.copyfile(Path(tvm.__file__).parent / "lib" / RUNTIME_FILE, folder / RUNTIME_FILE)
     return LibraryInfo(
         target=profile.name,
@@ -102,4 +103,5 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
         passes=profile.passes,
         tensors=tuple(packed.tensors.values()),
         expert_bytes=lowered.expert_bytes,
+        threads=profile.threads,
     )

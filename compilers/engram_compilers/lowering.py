@@ -67,7 +67,8 @@ def _lower_pass(
     builder = kernels.builder
     forward = ForwardPass(kernels, weights, model)
     arguments = _define_inputs(forward, spec, tokens, rows)
-    with builder.function(f"forward_{tokens}_{rows}"):
+    # The virtual machine checks the arguments before the weights in each call; weights were mapped to their shapes.
+    with builder.function(f"forward_{tokens}_{rows}", attrs={"num_input": len(arguments)}):
         with builder.dataflow():
             for node in model.nodes:
                 _convert(forward, node)

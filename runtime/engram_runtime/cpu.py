@@ -1,11 +1,15 @@
 """What this machine's processor can do and its memory holds, read from the operating system, never from model names."""
 
 import ctypes
+import math
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+TOPOLOGY = Path("/sys/devices/system/cpu")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 FLAG_KEYS = ("flags", "Features")  # as x86 and Arm kernels spell it
 TILE_FLAGS = frozenset({"amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex"})
 
@@ -55,3 +59,42 @@ def physical_memory() -> int:
 def available_cpus() -> list[int]:
     """Return the ids of the CPUs this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def available_cores() -> int:
+    """Return how many physical cores this process may keep busy: those of its CPUs, within its CPU quota."""
+    cores = {_core(cpu) for cpu in available_cpus()}
+    return max(1, math.floor(min(len(cores), cpu_quota())))
+
+
+def _core(cpu: int) -> str:
+    """Name a CPU's core by the CPUs that share it, or by the CPU itself where the system doesn't tell."""
+    siblings = TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+    return siblings.read_text().strip() if siblings.exists() else str(cpu)
+
+
+def cpu_quota() -> float:
+    """Return how many CPUs' time this process's control groups grant it, infinity where they set no limit."""
+    return min((_quota(folder) for folder in _cpu_groups()), default=math.inf)
+
+
+def _cpu_groups() -> Iterator[Path]:
+    """Yield the folders of this process's groups with a say in CPU time and of all above them."""
+    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "cpu" in controllers.split(","):
+            root = CGROUPS / "cpu" if controllers else CGROUPS
+            group = root / path.lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+
+
+def _quota(group: Path) -> float:
+    unified, quota, period = (group / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    if unified.exists():
+        limit = unified.read_text().split()
+    elif quota.exists():
+        limit = [quota.read_text(), period.read_text()]
+    else:
+        return math.inf
+    return math.inf if limit[0].strip() in ("max", "-1") else int(limit[0]) / int(limit[1])

@@ -3,7 +3,7 @@
 Equations of the n-gram hash: Engram, arXiv 2601.07372, and the demo ``engram_demo_v1.py`` of deepseek-ai/Engram.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,33 +108,25 @@ class NgramKeyer:
 
     def row_ids(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Keyer.row_ids`."""
-        ids, barriers = self._with_context(history, token_ids)
-        count = len(token_ids)
-        row_ids = np.empty((count, self.columns), dtype=np.int64)
-        mixed = np.zeros(count, dtype=np.int64)
-        hidden = np.zeros(count, dtype=np.bool_)
-        for back, multiplier in enumerate(self.multipliers):
-            seen = slice(self.context - back, self.context - back + count)
-            if back > 0:
-                hidden |= barriers[seen]
-            # id < V' and multiplier < (2**63 - 1) // V', so the product can't overflow
-            mixed ^= np.where(hidden, self.pad_id, ids[seen]) * multiplier
-            if back + 1 in self.orders:
-                first = self.orders.index(back + 1) * self.num_heads
-                heads = slice(first, first + self.num_heads)
-                row_ids[:, heads] = mixed[:, None] % self.primes[heads] + self.offsets[heads]
-        row_ids[np.isin(token_ids, self.silent_ids)] = NO_ROW
+        # In plain Python: for the one token of a decoding step numpy's many calls take three times as long.
+        seen = [*history[max(0, len(history) - self.context) :], *token_ids.tolist()]
+        ids = seen if self.token_map is None else self.token_map[seen].tolist()
+        barriers, silent = set(self.barrier_ids.tolist()), set(self.silent_ids.tolist())
+        longest = [order - 1 for order in self.orders for _ in range(self.num_heads)]
+        columns = list(zip(longest, self.primes.tolist(), self.offsets.tolist(), strict=True))
+        row_ids = np.full((len(token_ids), len(columns)), NO_ROW, dtype=np.int64)
+        for row, end in enumerate(range(len(seen) - len(token_ids), len(seen))):
+            if seen[end] not in silent:
+                hashes = self._hashes(seen, ids, end, barriers)
+                row_ids[row] = [hashes[back] % prime + offset for back, prime, offset in columns]
         return row_ids
 
-    def _with_context(
-        self, history: Sequence[int], token_ids: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return the ids to hash and whether each is a barrier, both ``[context + T]``, padded at the front."""
-        recent = np.asarray(history[max(0, len(history) - self.context) :], dtype=np.int64)
-        raw = np.concatenate([recent, token_ids])
-        ids = np.full(self.context + len(token_ids), self.pad_id, dtype=np.int64)
-        barriers = np.zeros(len(ids), dtype=np.bool_)
-        known = slice(self.context - len(recent), None)
-        ids[known] = raw if self.token_map is None else self.token_map[raw]
-        barriers[known] = np.isin(raw, self.barrier_ids)
-        return ids, barriers
+    def _hashes(self, seen: Sequence[int], ids: Sequence[int], end: int, barriers: Set[int]) -> list[int]:
+        """Return the hashes of the 1, 2 ... context + 1 tokens up to place ``end``; ``ids`` are the compressed ones."""
+        hashes, mixed, hidden = [], 0, False
+        for back, multiplier in enumerate(self.multipliers.tolist()):
+            place = end - back
+            hidden = hidden or place < 0 or (back > 0 and seen[place] in barriers)
+            mixed ^= (self.pad_id if hidden else ids[place]) * multiplier
+            hashes.append(mixed)
+        return hashes

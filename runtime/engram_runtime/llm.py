@@ -24,7 +24,7 @@ GREEDY = SamplingOptions()
 class LLM:
     """A loaded bundle with one sequence; what a new prompt shares with the last one is not computed again.
 
-    Use it from one thread at a time and close it, best by ``with``.
+    Use it from any thread, one at a time, and close it, best by ``with``.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LLM:
 
         Args:
             executor: ``tvm`` or ``onnxruntime``.
-            threads: worker threads, or None for the executor's own choice.
+            threads: worker threads, or None for what the target profile says, else one per core.
             tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
 
         Raises:

@@ -115,7 +115,8 @@ class Session:
         Raises:
             RequestError: as for `prefill`.
         """
-        return np.concatenate(list(self._forward(token_ids, every_position=True)))
+        first, *others = self._forward(token_ids, every_position=True)
+        return np.concatenate([first, *others]) if others else first
 
     def logits(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Add tokens and yield the logits of every position, ``[chunk, V]`` at a time."""

@@ -11,7 +11,8 @@ from engram_runtime.cpu import machine, usable_cpu_flags
 from engram_runtime.errors import TargetError
 
 NATIVE = "native"
-KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "llvm"}
+KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "threads", "llvm"}
+AUTO_THREADS = "auto"
 KERNEL_FAMILIES = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm", "portable")
 
 
@@ -25,6 +26,7 @@ class TargetProfile:
         kernels: kernel family, a module of `engram_compilers.kernels`.
         decode_tokens: token counts compiled with logits for every token.
         prefill_tokens: larger token counts, compiled with logits for every token and for the last one only.
+        threads: how many run the library unless told otherwise, 0 for one on each core there is (``auto`` in files).
         mtriple: LLVM target triple. ``mcpu``: LLVM processor name.
     """
 
@@ -34,6 +36,7 @@ class TargetProfile:
     kernels: str
     decode_tokens: tuple[int, ...]
     prefill_tokens: tuple[int, ...]
+    threads: int
     mtriple: str
     mcpu: str
 
@@ -61,6 +64,7 @@ class TargetProfile:
             kernels=raw["kernels"],
             decode_tokens=tuple(raw["decode_tokens"]),
             prefill_tokens=tuple(raw["prefill_tokens"]),
+            threads=_threads(name, raw["threads"]),
             mtriple=raw["llvm"]["mtriple"],
             mcpu=raw["llvm"]["mcpu"],
         )
@@ -75,6 +79,14 @@ class TargetProfile:
     def fits(self, architecture: str, flags: Iterable[str]) -> bool:
         """Whether a machine with these CPU flags can run the code."""
         return self.machine == architecture and set(self.cpu_flags) <= set(flags)
+
+
+def _threads(name: str, value: object) -> int:
+    if value == AUTO_THREADS:
+        return 0
+    if type(value) is not int or value < 1:
+        raise TargetError(f"profile {name} has threads {value!r}, expected {AUTO_THREADS!r} or a number from 1")
+    return value
 
 
 def profile_names() -> list[str]:

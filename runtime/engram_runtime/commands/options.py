@@ -16,7 +16,7 @@ executor_option = click.option(
     "--executor", type=click.Choice(list(EXECUTORS)), default="tvm", show_default=True, help="What runs the graph."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: the fastest now, measured]"
+    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: the profile's, else one per core]"
 )
 tables_option = click.option(
     "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read the tables, or not."

@@ -4,9 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import mmap
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle, file_sha256
-from engram_runtime.cpu import available_cpus
+from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import StepInputs, allocate_states, empty_rows
+from engram_runtime.executor import StepInputs
 from engram_runtime.library import LibraryInfo, PackedTensor, find_library
 
 
@@ -41,41 +39,37 @@ except ModuleNotFoundError as error:
     raise TargetError("the tvm executor needs apache-tvm-ffi: pip install engram-edge") from error
 
 CPU_DEVICE, POOLED_ALLOCATOR = 1, 2  # DLPack's kDLCPU; AllocatorType::kPooled of TVM's virtual machine
-TIMED_TOKENS = 5  # for each number of threads
-SHARE_ALL_CORES = -3  # ThreadGroup::kSpecifyThreadShareAllCore: workers are not pinned, so a busy core stalls nobody
 
 
 class TvmExecutor:
-    """A compiled library with its weights mapped, shared by all sequences."""
+    """A compiled library with its weights mapped, shared by all sequences; results don't depend on ``threads``."""
 
     name = "tvm"
 
-    def __init__(self, folder: Path, info: LibraryInfo, machine_code: Any) -> None:
-        self.threads = 0
+    def __init__(self, folder: Path, info: LibraryInfo, *, threads: int) -> None:
+        """Load a library whose files are those of ``info``; raises TargetError where it can't be loaded."""
+        self.threads = threads
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self._expert_bytes = info.expert_bytes
-        self._cpus = available_cpus()  # before TVM's pool begins, which pins the calling thread until it is configured
         self._passes = info.passes
-        self._machine_code = machine_code
+        self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
+        module = load_module(folder / info.library)
+        self._use_threads = module.get_function("use_threads", query_imports=True)
+        self._machine_code = module["vm_load_executable"]()
+        self._machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
         self._weights = map_weights(folder / info.weights, info)
 
     def chunks(self, count: int) -> Sequence[int]:
         """See `Executor.chunks`: compiled sizes only, the largest first, so nothing is padded."""
         chunks: list[int] = []
-        for size in sorted({tokens for tokens, _ in self._passes}, reverse=True):
+        for size in self._sizes:
             times, count = divmod(count, size)
             chunks += [size] * times
         return chunks
 
-    def use_threads(self, count: int) -> None:
-        """Run with ``count`` threads from now on; results don't depend on it."""
-        self.threads = count
-        self._configure_pool()
-
     def claim_threads(self) -> None:
-        """Make the process's one thread pool this executor's, in case another one has used it since."""
-        if tvm_ffi.get_global_func("runtime.NumThreads")() != self.threads:
-            self._configure_pool()
+        """Make the library's threads as many as this executor's; others may have loaded the same library."""
+        self._use_threads(self.threads)
 
     def watch(self, watcher: Callable[..., None] | None) -> None:
         """See `engram_runtime.bench.kernel_times.Watchable`."""
@@ -86,10 +80,6 @@ class TvmExecutor:
         counts = outputs[len(outputs) - len(self._expert_bytes) :]
         for count, size in zip(counts, self._expert_bytes, strict=True):
             self.expert_bytes_read += int(np.from_dlpack(count)[0]) * size
-
-    def _configure_pool(self) -> None:
-        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-        configure(SHARE_ALL_CORES, self.threads, [str(cpu) for cpu in self._cpus])
 
     def bind(self, states: Mapping[str, NDArray[np.float32]]) -> "TvmStep":
         """See `Executor.bind`."""
@@ -138,48 +128,22 @@ class TvmStep:
 
 
 def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
-    """Load the library that fits this machine; without a number of threads, measure which is fastest now.
+    """Load the library that fits this machine, with as many threads as its profile says unless told otherwise.
 
     Raises:
         TargetError: no library fits, or it can't be loaded.
     """
     folder, info = find_library(bundle)
     load_tvm_runtime(installed_twin(folder / info.runtime, info.sha256["runtime"]))
+    return TvmExecutor(folder, info, threads=threads or info.threads or available_cores())
+
+
+def load_module(path: Path) -> Any:
+    """Open a compiled library; raises TargetError where it can't be loaded."""
     try:
-        module = tvm_ffi.load_module(str(folder / info.library))
+        return tvm_ffi.load_module(str(path), keep_module_alive=False)  # executors hold what they use
     except (RuntimeError, OSError) as error:
-        raise TargetError(f"library {folder / info.library} can't be loaded: {error}; compile it again") from error
-    machine_code = module["vm_load_executable"]()
-    machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
-    executor = TvmExecutor(folder, info, machine_code)
-    executor.use_threads(threads or fastest_threads(executor, bundle))
-    executor.expert_bytes_read = 0  # what the timed tokens have read is no sequence's
-    return executor
-
-
-def fastest_threads(executor: TvmExecutor, bundle: Bundle) -> int:
-    """Time single tokens with one thread and with one per CPU; where another process holds a CPU, one is faster."""
-    step = executor.bind(allocate_states(bundle.manifest.decoder.states))
-    executor.use_threads(1)
-    _time_token(step, bundle)  # faults the weights in
-    alone = statistics.median(_time_token(step, bundle) for _ in range(TIMED_TOKENS))
-    executor.use_threads(every_cpu := len(available_cpus()))
-    together = [_time_token(step, bundle)]
-    while len(together) < TIMED_TOKENS and together[-1] < 2 * alone:
-        together.append(_time_token(step, bundle))
-    return every_cpu if statistics.median(together) < alone else 1
-
-
-def _time_token(step: TvmStep, bundle: Bundle) -> float:
-    token = StepInputs(
-        token_ids=np.zeros(1, dtype=np.int64),
-        position=0,
-        logit_rows=np.zeros(1, dtype=np.int64),
-        rows={table.site: empty_rows(table, 1) for table in bundle.manifest.tables},
-    )
-    started = time.perf_counter()
-    step(token)
-    return time.perf_counter() - started
+        raise TargetError(f"library {path} can't be loaded: {error}; compile it again") from error
 
 
 def installed_twin(path: Path, sha256: str) -> Path:
