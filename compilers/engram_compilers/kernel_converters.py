@@ -10,11 +10,13 @@ from tvm import relax
 from engram_compilers.forward_pass import Converters, ForwardPass
 from engram_compilers.kernels import batched_matmul, float_linear
 from engram_compilers.onnx_model import Node, Weight
+from engram_compilers.signatures import MOST_PLANES, planes_of
 from engram_compilers.values import (
     Activation,
     ChannelScales,
     Half,
     HalfGelu,
+    Rows,
     TransposedWeight,
     TwoLevelScales,
     Value,
@@ -26,7 +28,7 @@ BLOCK = 32  # weights of a block of MatMulNBits
 
 def matmul_nbits(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a quantised linear layer; its scales say which format the weight has."""
-    x, codes = forward.activation(node, 0), forward.get(node.inputs[1])
+    x, codes, planes = forward.rows(node, 0), forward.get(node.inputs[1]), planes_of(node)
     outputs, columns, bits = (node.attributes[name] for name in ("N", "K", "bits"))
     if not isinstance(codes, Weight) or codes.shape != (outputs, columns // BLOCK, BLOCK * bits // 8):
         raise CompileError(
@@ -35,36 +37,38 @@ def matmul_nbits(forward: ForwardPass, node: Node) -> Sequence[Value]:
     zeros = forward.get(node.inputs[3]) if node.has(3) else None
     match bits, zeros, forward.get(node.inputs[2]):
         case 8, None, ChannelScales(scale=scale):
-            return [_linear_int8(forward, x, codes, scale)]
+            return [_linear_int8(forward, x, codes, scale, planes)]
         case 4, Weight(), TwoLevelScales() as scales:
-            return [_linear_int4(forward, x, codes, scales, zeros)]
-        case _, None, Weight() as block_scale:
+            return [_linear_int4(forward, x, codes, scales, zeros, planes)]
+        case _, None, Weight() as block_scale if planes == MOST_PLANES:
             return [_linear_block(forward, x, codes, block_scale, bits)]
         case _, _, scales:
             raise CompileError(
                 f"{node.operator} of {codes.name} has {bits} bits, {'no ' if zeros is None else ''}zero points and "
-                f"{type(scales).__name__}, which is no known format"
+                f"{type(scales).__name__} for {planes} planes of activations, which is no known format"
             )
 
 
-def _linear_int8(forward: ForwardPass, x: Activation, codes: Weight, scale: Weight) -> Activation:
+def _linear_int8(forward: ForwardPass, x: Rows, codes: Weight, scale: Weight, planes: int) -> Activation:
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
-        f"linear_int8_{rows}_{outputs}_{columns}", lambda: family.linear_int8(rows, outputs, columns)
+        f"linear_int8_{rows}_{outputs}_{columns}_{planes}",
+        lambda: family.linear_int8(rows, outputs, columns, planes),
     )
     weight = forward.packed_weight(codes, lambda: _pack_int8(forward, codes))
     channel_scale = _flat_scale(forward, scale)
-    return forward.call(kernel, [*forward.quantised(x), *weight, *channel_scale], (rows, outputs))
+    return forward.call(kernel, [*forward.quantised(x, planes), *weight, *channel_scale], (rows, outputs))
 
 
 def _linear_int4(
-    forward: ForwardPass, x: Activation, codes: Weight, scales: TwoLevelScales, zeros: Weight
+    forward: ForwardPass, x: Rows, codes: Weight, scales: TwoLevelScales, zeros: Weight, planes: int
 ) -> Activation:
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
-        f"linear_int4_{rows}_{outputs}_{columns}", lambda: family.linear_int4(rows, outputs, columns)
+        f"linear_int4_{rows}_{outputs}_{columns}_{planes}",
+        lambda: family.linear_int4(rows, outputs, columns, planes),
     )
 
     def pack() -> Mapping[str, NDArray[Any]]:
@@ -78,10 +82,10 @@ def _linear_int4(
 
     weight = forward.packed_weight(codes, pack)
     channel_scale = _flat_scale(forward, scales.scale)
-    return forward.call(kernel, [*forward.quantised(x), *weight, *channel_scale], (rows, outputs))
+    return forward.call(kernel, [*forward.quantised(x, planes), *weight, *channel_scale], (rows, outputs))
 
 
-def _linear_block(forward: ForwardPass, x: Activation, codes: Weight, block_scale: Weight, bits: int) -> Activation:
+def _linear_block(forward: ForwardPass, x: Rows, codes: Weight, block_scale: Weight, bits: int) -> Activation:
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
@@ -96,7 +100,7 @@ def _linear_block(forward: ForwardPass, x: Activation, codes: Weight, block_scal
         )
         return packed
 
-    planes, row_scale, _ = forward.quantised(x)
+    planes, row_scale, _ = forward.quantised(x, MOST_PLANES)
     return forward.call(kernel, [planes, row_scale, *forward.packed_weight(codes, pack)], (rows, outputs))
 
 

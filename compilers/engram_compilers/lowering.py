@@ -9,7 +9,8 @@ from tvm import relax
 
 from engram_compilers.attention_converters import ATTENTION_CONVERTERS
 from engram_compilers.expert_converters import EXPERT_CONVERTERS
-from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass, KernelCache
+from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass
+from engram_compilers.kernel_cache import KernelCache
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
 from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
@@ -18,7 +19,7 @@ from engram_compilers.signatures import SIGNATURES
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
 from engram_compilers.stream_converters import STREAM_CONVERTERS
 from engram_compilers.sum_converters import SUM_CONVERTERS
-from engram_compilers.values import Activation
+from engram_compilers.values import Activation, Rows
 from engram_runtime.errors import CompileError
 from engram_runtime.manifest import GraphSpec, StateSpec
 
@@ -123,6 +124,6 @@ def _activation(forward: ForwardPass, name: str) -> Activation:
     if not forward.is_defined(name):
         raise CompileError(f"the graph computes no {name}; export the bundle again")
     value = forward.get(name)
-    if not isinstance(value, Activation):
+    if not isinstance(value, Rows):
         raise CompileError(f"{name} of the graph is {value!r}, which no kernel computes; export the bundle again")
-    return value
+    return forward.materialise(value)

@@ -52,6 +52,7 @@ from engram_compilers.kernels.vnni_layout import (
     tile_groups,
     tile_nibbles,
 )
+from engram_runtime.errors import CompileError
 
 _BLOCK_ROWS = 4  # 8 plane rows share a load of a weight vector
 _MOST_DIRECT_ROWS = 8  # that use an int4 weight as it is unpacked
@@ -102,7 +103,12 @@ def pack_block(codes: Bytes, block_scale: NDArray[np.float32], bits: int) -> Arr
     return {"codes": tile_nibbles(padded) if bits == 4 else tile_bytes(padded), "block_scale": tile_groups(scale)}
 
 
-def linear_int8(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
+def _require_two_planes(planes: int) -> None:
+    if planes != 2:
+        raise CompileError(f"avx512_vnni kernels take 2 planes of activations, not {planes}")
+
+
+def linear_int8(rows: int, out_features: int, in_features: int, planes: int = 2) -> tirx.PrimFunc:
     """Build the linear layer on int8 weights, packed as `pack_int8` returns them.
 
     ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], weight u8 [Np/16, Kp/4, 64],
@@ -110,6 +116,7 @@ def linear_int8(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc
     y[m, n] = ((256 * f32(H) + f32(L)) * channel_scale[n]) * row_scale[m], where H and L are the int32 sums of the
     high and the low plane, plane_offset[p] + sum_k planes[p, k] * weight[n, k].
     """
+    _require_two_planes(planes)
     plan = Plan(
         rows=rows,
         out_features=out_features,
@@ -146,13 +153,14 @@ def _int8_body(
     each_tile_group(plan, lambda first_tile, num_tiles: each_row_block(plan, first_tile, num_tiles, row_block))
 
 
-def linear_int4(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
+def linear_int4(rows: int, out_features: int, in_features: int, planes: int = 2) -> tirx.PrimFunc:
     """Build the linear layer on two-level int4 weights, packed as `pack_int4` returns them.
 
     ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], codes u8 [Np/16, Kp/8, 64],
     header u8 [Np/16, Kp/32, 16], channel_scale f32 [N]) -> y f32 [M, N]``: as `linear_int8` with the int8 weight
     (code - zero) * multiplier. Up to 8 rows use each weight as it is unpacked; more rows unpack a tile group once.
     """
+    _require_two_planes(planes)
     require_groups(in_features)
     direct = rows <= _MOST_DIRECT_ROWS
     plan = Plan(

@@ -99,17 +99,17 @@ def unpack_int4(weight: Expr, codes: Expr, header: Expr, output: Expr, group: Ex
 
 
 def add_products(sums: Expr, weights: Expr, planes: Expr, rows: int, row: Expr, column: Expr) -> None:
-    """Add weights * activations of 16 inputs to both planes' sums, int32 [2, 16]."""
+    """Add weights * activations of 16 inputs to each plane's sums, int32 [P, 16]."""
     weights = T.Bind(weights)
-    for plane in range(2):
+    for plane in range(int(sums.shape[0])):
         activations = widened(planes[plane * rows + row, lanes(column)])
         T.buffer_store(sums, sums[plane, lanes(0)] + weights * activations, [plane, lanes(0)])
 
 
-def new_sums() -> Expr:
-    """Return a local buffer int32 [2, 16] of zeros: a plane's sums a row."""
-    sums = T.alloc_local((2, LANES), "int32")
-    for plane in range(2):
+def new_sums(planes: int = 2) -> Expr:
+    """Return a local buffer int32 [P, 16] of zeros: a plane's sums a row."""
+    sums = T.alloc_local((planes, LANES), "int32")
+    for plane in range(planes):
         T.buffer_store(sums, splat(0), [plane, lanes(0)])
     return sums
 
@@ -127,27 +127,36 @@ def joined(high: Expr, low: Expr) -> Expr:
     return fma(T.cast(high, "float32"), T.float32(256.0), T.cast(low, "float32"))
 
 
+def _total(sums: Expr, plane_offset: Expr | None, rows: int, row: Expr) -> Expr:
+    """Return the dot product of a row as float32, of one plane or of both `joined`."""
+    parts = []
+    for plane in range(int(sums.shape[0])):
+        offset = 0 if plane_offset is None else plane_offset[plane * rows + row]
+        parts.append(lane_sum(sums[plane, lanes(0)]) + offset)
+    return joined(*parts) if len(parts) == 2 else T.cast(parts[0], "float32")
+
+
 def work_us(rows: int, out_features: int, in_features: int) -> float:
     """Estimate a linear layer's time on one thread."""
     return rows * out_features * in_features / _PRODUCTS_PER_US
 
 
-def linear_int8(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
+def linear_int8(rows: int, out_features: int, in_features: int, planes: int = 2) -> tirx.PrimFunc:
     """Build the linear layer on int8 weights, packed as `pack_int8` returns them.
 
-    ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], weight u8 [N, Kp], channel_scale f32 [N])
+    ``(planes i8 [P * M, Kp], row_scale f32 [M], plane_offset i32 [P * M], weight u8 [N, Kp], channel_scale f32 [N])
     -> y f32 [M, N]``:
     y[m, n] = ((256 * f32(H) + f32(L)) * channel_scale[n]) * row_scale[m], where H and L are the int32 sums of the
-    high and the low plane, plane_offset[p] + sum_k planes[p, k] * weight[n, k].
+    high and the low plane, plane_offset[p] + sum_k planes[p, k] * weight[n, k]. One plane: (f32(H) * ...) * ....
     """
     padded = round_up(in_features, PLANE_MULTIPLE)
     require_indexable("the weight", out_features, padded)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((2 * rows, padded), "int8"),
+        x: T.Buffer((planes * rows, padded), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((2 * rows,), "int32"),
+        plane_offset: T.Buffer((planes * rows,), "int32"),
         weight: T.Buffer((out_features, padded), "uint8"),
         channel_scale: T.Buffer((out_features,), "float32"),
         y: T.Buffer((rows, out_features), "float32"),
@@ -156,27 +165,18 @@ def linear_int8(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc
         with T.sblock("root"):
             for output in loop_over(out_features, work_us(rows, out_features, in_features)):
                 for row in T.serial(rows):
-                    sums = new_sums()
+                    sums = new_sums(planes)
                     for step in T.serial(padded // LANES):
-                        add_products(
-                            sums, widened(weight[output, lanes(step * LANES)]), planes, rows, row, step * LANES
-                        )
-                    y[row, output] = (
-                        joined(
-                            lane_sum(sums[0, lanes(0)]) + plane_offset[row],
-                            lane_sum(sums[1, lanes(0)]) + plane_offset[rows + row],
-                        )
-                        * channel_scale[output]
-                        * row_scale[row]
-                    )
+                        add_products(sums, widened(weight[output, lanes(step * LANES)]), x, rows, row, step * LANES)
+                    y[row, output] = _total(sums, plane_offset, rows, row) * channel_scale[output] * row_scale[row]
 
     return kernel
 
 
-def linear_int4(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
+def linear_int4(rows: int, out_features: int, in_features: int, planes: int = 2) -> tirx.PrimFunc:
     """Build `linear_int8` for two-level int4 weights, packed as `pack_int4` returns them.
 
-    ``(planes i8 [2M, Kp], row_scale f32 [M], plane_offset i32 [2M], codes u8 [N, Kp/2], header u8 [N, Kp/32],
+    ``(planes i8 [P * M, Kp], row_scale f32 [M], plane_offset i32 [P * M], codes u8 [N, Kp/2], header u8 [N, Kp/32],
     channel_scale f32 [N]) -> y f32 [M, N]``; the int8 weight is (code - zero) * multiplier.
     ``plane_offset`` is not needed here: it stands in the signature because other families bias these weights.
     """
@@ -187,9 +187,9 @@ def linear_int4(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((2 * rows, padded), "int8"),
+        x: T.Buffer((planes * rows, padded), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((2 * rows,), "int32"),
+        plane_offset: T.Buffer((planes * rows,), "int32"),
         codes: T.Buffer((out_features, padded // 2), "uint8"),
         header: T.Buffer((out_features, groups), "uint8"),
         channel_scale: T.Buffer((out_features,), "float32"),
@@ -202,14 +202,10 @@ def linear_int4(rows: int, out_features: int, in_features: int) -> tirx.PrimFunc
                 for group in T.serial(groups):
                     unpack_int4(weight, codes, header[output, group], output, group)
                 for row in T.serial(rows):
-                    sums = new_sums()
+                    sums = new_sums(planes)
                     for step in T.serial(padded // LANES):
-                        add_products(sums, widened(weight[lanes(step * LANES)]), planes, rows, row, step * LANES)
-                    y[row, output] = (
-                        joined(lane_sum(sums[0, lanes(0)]), lane_sum(sums[1, lanes(0)]))
-                        * channel_scale[output]
-                        * row_scale[row]
-                    )
+                        add_products(sums, widened(weight[lanes(step * LANES)]), x, rows, row, step * LANES)
+                    y[row, output] = _total(sums, None, rows, row) * channel_scale[output] * row_scale[row]
 
     return kernel
 
