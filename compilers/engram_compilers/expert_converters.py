@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 
 from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass
-from engram_compilers.kernel_converters import unpack_nibbles
+from engram_compilers.kernel_converters import dtype_of, unpack_nibbles
 from engram_compilers.kernels import experts
 from engram_compilers.kernels.experts import Routing
-from engram_compilers.kernels.float_linear import pack_float
+from engram_compilers.kernels.float_linear import float_dtype, pack_float
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import Activation, ChannelScales, Gated, Rows, Softmax, TwoLevelScales, Value
 from engram_runtime.errors import CompileError
@@ -29,7 +30,7 @@ class ExpertLayer:
 
     shape: E, N and K.
     pack: (expert, rows) -> one expert's weight as the kernel reads it, its rows in that order.
-    make_kernel: (routing, rows of x, N, K) -> kernel.
+    make_kernel: (dtype of the packed weight, routing, rows of x, N, K) -> kernel.
     operands: x -> what the kernel takes of it.
     """
 
@@ -37,7 +38,7 @@ class ExpertLayer:
     kind: str
     shape: tuple[int, int, int]
     pack: Callable[[int, Order], Mapping[str, NDArray[Any]]]
-    make_kernel: Callable[[Routing, int, int, int], tirx.PrimFunc]
+    make_kernel: Callable[[str, Routing, int, int, int], tirx.PrimFunc]
     operands: Callable[[Rows], list[relax.Expr]]
 
 
@@ -64,12 +65,13 @@ def qmoe(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def _float_layer(forward: ForwardPass, node: Node, index: int) -> ExpertLayer:
     weight = _weight(forward, node, index)
     count, outputs, inputs = weight.shape
+    dtype = cache(lambda: float_dtype(forward.model.read(weight)))  # one for all experts, only known by reading them
     return ExpertLayer(
         name=weight.name,
         kind="float",
         shape=(count, outputs, inputs),
-        pack=lambda expert, rows: pack_float(forward.model.read(weight)[expert][rows]),
-        make_kernel=experts.expert_linear_float,
+        pack=lambda expert, rows: pack_float(forward.model.read(weight)[expert][rows], dtype()),
+        make_kernel=lambda dtype, routing, rows, n, k: experts.expert_linear_float(routing, rows, n, k, dtype),
         operands=lambda x: [forward.materialise(x).expr],
     )
 
@@ -99,7 +101,9 @@ def _int8_layer(forward: ForwardPass, codes: Weight, scale: Weight) -> ExpertLay
         return packed
 
     shape = (count, outputs, inputs)
-    return ExpertLayer(codes.name, "int8", shape, pack, family.expert_linear_int8, _two_planes(forward))
+    return ExpertLayer(
+        codes.name, "int8", shape, pack, lambda _, *sizes: family.expert_linear_int8(*sizes), _two_planes(forward)
+    )
 
 
 def _int4_layer(forward: ForwardPass, codes: Weight, scales: TwoLevelScales, zeros: Weight) -> ExpertLayer:
@@ -115,7 +119,9 @@ def _int4_layer(forward: ForwardPass, codes: Weight, scales: TwoLevelScales, zer
         return packed
 
     shape = (count, outputs, 2 * half_inputs)
-    return ExpertLayer(codes.name, "int4", shape, pack, family.expert_linear_int4, _two_planes(forward))
+    return ExpertLayer(
+        codes.name, "int4", shape, pack, lambda _, *sizes: family.expert_linear_int4(*sizes), _two_planes(forward)
+    )
 
 
 def _two_planes(forward: ForwardPass) -> Callable[[Rows], list[relax.Expr]]:
@@ -158,11 +164,12 @@ def _linear(
     """Apply the chosen experts' layer; the parts of its outputs come one after the other."""
     count, outputs, inputs = layer.shape
     rows = np.arange(outputs).reshape(-1, parts).T.reshape(-1)
-    kernel = forward.kernels.get(
-        f"expert_linear_{layer.kind}_{routing.name}_{x.shape[0]}_{outputs}_{inputs}",
-        lambda: layer.make_kernel(routing, x.shape[0], outputs, inputs),
-    )
     weight = forward.arguments.of_slices(_packed_name(layer), count, lambda expert: layer.pack(expert, rows))
+    dtype = dtype_of(weight[0])
+    kernel = forward.kernels.get(
+        f"expert_linear_{layer.kind}_{dtype}_{routing.name}_{x.shape[0]}_{outputs}_{inputs}",
+        lambda: layer.make_kernel(dtype, routing, x.shape[0], outputs, inputs),
+    )
     return forward.call(kernel, [*layer.operands(x), *segments, *weight], (routing.pairs, outputs))
 
 

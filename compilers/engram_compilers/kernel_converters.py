@@ -11,6 +11,7 @@ from engram_compilers.forward_pass import Converters, ForwardPass
 from engram_compilers.kernels import batched_matmul, float_linear
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.signatures import MOST_PLANES, planes_of
+from engram_compilers.standard_converters import take
 from engram_compilers.values import (
     Activation,
     ChannelScales,
@@ -161,11 +162,44 @@ def gemm(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 def _linear_float(forward: ForwardPass, x: Activation, weight: Weight) -> Activation:
     (rows, columns), outputs = x.shape, weight.shape[0]
+    packed, dtype = _packed_float(forward, weight)
     kernel = forward.kernels.get(
-        f"linear_float_{rows}_{outputs}_{columns}", lambda: float_linear.linear_float(rows, outputs, columns)
+        f"linear_float_{rows}_{outputs}_{columns}_{dtype}",
+        lambda: float_linear.linear_float(rows, outputs, columns, dtype),
     )
-    packed = forward.packed_weight(weight, lambda: float_linear.pack_float(forward.model.read(weight)))
-    return forward.call(kernel, [x.expr, *packed], (rows, outputs))
+    return forward.call(kernel, [x.expr, packed], (rows, outputs))
+
+
+def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a float embedding, which shares its packed weight with a tied head; else see `take`."""
+    weight, ids = (forward.get(name) for name in node.inputs)
+    if not isinstance(weight, Weight) or len(weight.shape) != 2 or weight.dtype != "float32":
+        return take(forward, node)
+    if node.attributes.get("axis", 0) != 0 or not isinstance(ids, Activation) or len(ids.shape) != 1:
+        return take(forward, node)
+    (tokens,), (vocabulary, columns) = ids.shape, weight.shape
+    packed, dtype = _packed_float(forward, weight)
+    kernel = forward.kernels.get(
+        f"embed_float_{tokens}_{vocabulary}_{columns}_{dtype}",
+        lambda: float_linear.embed_float(tokens, vocabulary, columns, dtype),
+    )
+    return [forward.call(kernel, [ids.expr, packed], (tokens, columns))]
+
+
+def _packed_float(forward: ForwardPass, weight: Weight) -> tuple[relax.Var, str]:
+    """Return a float weight as kernels read it, and the dtype it has there."""
+
+    def pack() -> Mapping[str, NDArray[Any]]:
+        values = forward.model.read(weight)
+        return float_linear.pack_float(values, float_linear.float_dtype(values))
+
+    (packed,) = forward.packed_weight(weight, pack)
+    return packed, dtype_of(packed)
+
+
+def dtype_of(packed: relax.Var) -> str:
+    """Return the dtype a weight is packed in."""
+    return str(packed.ty.dtype.dtype)
 
 
 def _pack_int8(forward: ForwardPass, codes: Weight) -> Mapping[str, NDArray[Any]]:
@@ -184,6 +218,7 @@ def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 KERNEL_CONVERTERS: Converters = {
+    "Gather": gather,
     "Gelu": gelu,
     "Gemm": gemm,
     "MatMul": matmul,

@@ -158,7 +158,7 @@ def shape(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [np.array(forward.activation(node, 0).shape[begin:end], dtype=np.int64)]
 
 
-def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
+def take(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Take entries of an axis by index."""
     axis = node.attributes.get("axis", 0)
     value, indices = (forward.get(name) for name in node.inputs)
@@ -250,7 +250,6 @@ STANDARD_CONVERTERS: Converters = {
     "Concat": concat,
     "Div": elementwise(relax.op.divide, np.divide),
     "Expand": expand,
-    "Gather": gather,
     "Mul": mul,
     "RMSNormalization": rms_normalization,
     "Relu": elementwise(relax.op.nn.relu, lambda x: np.maximum(x, 0)),

@@ -14,6 +14,11 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def largest_divisor(value: int, most: int) -> int:
+    """Return the largest divisor of ``value`` that is at most ``most``."""
+    return max(divisor for divisor in range(1, most + 1) if value % divisor == 0)
+
+
 def loop_over(extent: int, work_us: float) -> Any:
     """Open the outer loop of a kernel: in parallel if ``work_us`` on one thread is worth it, else serial."""
     return T.parallel(extent) if work_us >= PARALLEL_FROM_US else T.serial(extent)
