@@ -292,6 +292,7 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
         passes=passes,
         tensors=tuple(packed.tensors.values()),
         expert_bytes=lowered.expert_bytes,
+        float16_states=(),
     )
     (expert_bytes,) = lowered.expert_bytes
     return Library(TvmExecutor(folder, info, relax.VirtualMachine(executable, tvm.cpu())), expert_bytes)

@@ -39,7 +39,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
 def raw_library(**changes: Any) -> dict[str, Any]:
     """Return the JSON of a sound ``compile.json``."""
     return {
-        "version": 2,
+        "version": 3,
         "target": "x86-64-v3",
         "machine": MACHINE,
         "cpu_flags": ["avx2"],
@@ -56,6 +56,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
             {"name": "head:scale", "dtype": "float32", "shape": [18], "offset": 128},
         ],
         "expert_bytes": [96],
+        "float16_states": ["key.0"],
     } | changes
 
 
@@ -139,6 +140,7 @@ def test_a_profile_is_what_its_file_says() -> None:
         "prefill_tokens": (4,),
         "mtriple": "x86_64-linux-gnu",
         "mcpu": "haswell",
+        "cache_dtype": "float32",
     }
 
 
@@ -261,7 +263,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 3}, "library has version 3, this runtime reads 2; compile again"),
+        ({"version": 4}, "library has version 4, this runtime reads 3; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),

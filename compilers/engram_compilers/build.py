@@ -76,7 +76,9 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
     model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
-        lowered = lower(model, decoder, packed, family=profile.kernels, passes=profile.passes)
+        lowered = lower(
+            model, decoder, packed, family=profile.kernels, passes=profile.passes, cache_dtype=profile.cache_dtype
+        )
         weights_bytes = packed.bytes
     report(f"generating code for {profile.mcpu}")
     target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
@@ -102,4 +104,5 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
         passes=profile.passes,
         tensors=tuple(packed.tensors.values()),
         expert_bytes=lowered.expert_bytes,
+        float16_states=lowered.float16_states,
     )

@@ -136,19 +136,19 @@ class ForwardPass:
         states: Sequence[Activation],
         shapes: Sequence[Sequence[int]] = (),
     ) -> list[Activation]:
-        """Call a kernel that changes ``states``, its last arguments, and has new outputs of ``shapes``; all float32.
+        """Call a kernel that changes ``states``, its last arguments, and has new float32 outputs of ``shapes``.
 
         Returned are the states, in the same memory with their next contents, then the outputs; nothing may read
         ``states`` themselves any more.
         """
-        results = [state.shape for state in states] + [tuple(shape) for shape in shapes]
+        results = [(state.shape, state.dtype) for state in states] + [(tuple(shape), "float32") for shape in shapes]
         places = [len(inputs) + i for i in range(len(states))] + [-1] * len(shapes)
-        types = [relax.TensorType(shape, "float32") for shape in results]
+        types = [relax.TensorType(shape, dtype) for shape, dtype in results]
         arguments = [*inputs, *(state.expr for state in states)]
         builder = self.kernels.builder
         made = builder.emit(relax.op.call_tir_inplace(kernel, arguments, places, types))
         exprs = [made] if len(results) == 1 else [builder.emit(made[i]) for i in range(len(results))]
-        values = [Activation(expr, shape, "float32") for expr, shape in zip(exprs, results, strict=True)]
+        values = [Activation(expr, shape, dtype) for expr, (shape, dtype) in zip(exprs, results, strict=True)]
         for state, following in zip(states, values, strict=False):  # the outputs come after
             self._held[following] = self._held.get(state, state)
         return values

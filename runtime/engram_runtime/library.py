@@ -14,7 +14,7 @@ from engram_runtime.strict_json import Fields, read_json_object
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
-LIBRARY_INFO_VERSION = 2
+LIBRARY_INFO_VERSION = 3
 LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
@@ -58,6 +58,7 @@ class LibraryInfo:
     position, logit_rows, the rows of each table, the states, then the packed weights, each in manifest order.
     They return the logits, the windows and recurrent states, and for each entry of ``expert_bytes``, a layer with
     experts, how many experts of that size it has read, int32 ``[1]``.
+    States in ``float16_states`` are float16, the others float32.
     ``sha256`` holds the digests of the files named by ``library``, ``runtime`` and ``weights``.
     """
 
@@ -74,6 +75,7 @@ class LibraryInfo:
     passes: tuple[tuple[int, int], ...]
     tensors: tuple[PackedTensor, ...]
     expert_bytes: tuple[int, ...]
+    float16_states: tuple[str, ...]
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
@@ -100,6 +102,7 @@ class LibraryInfo:
                 for i, item in enumerate(fields.items("tensors"))
             ),
             expert_bytes=fields.integers("expert_bytes"),
+            float16_states=fields.texts("float16_states"),
         )
         fields.finish()
         info.check()

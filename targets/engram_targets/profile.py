@@ -12,6 +12,7 @@ from engram_runtime.errors import TargetError
 
 NATIVE = "native"
 KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "llvm"}
+CACHE_DTYPES = ("float32", "float16")
 KERNEL_FAMILIES = ("avx512_vnni", "portable")
 
 
@@ -25,6 +26,7 @@ class TargetProfile:
         kernels: kernel family, a module of `engram_compilers.kernels`.
         decode_tokens: token counts compiled with logits for every token.
         prefill_tokens: larger token counts, compiled with logits for every token and for the last one only.
+        cache_dtype: what attention's keys and values are kept in; files may leave it out.
         mtriple: LLVM target triple. ``mcpu``: LLVM processor name.
     """
 
@@ -36,6 +38,7 @@ class TargetProfile:
     prefill_tokens: tuple[int, ...]
     mtriple: str
     mcpu: str
+    cache_dtype: str = CACHE_DTYPES[0]
 
     @classmethod
     def from_dict(cls, name: str, raw: dict[str, Any]) -> Self:
@@ -47,10 +50,13 @@ class TargetProfile:
 
     @classmethod
     def _from_known(cls, name: str, raw: dict[str, Any]) -> Self:
-        if raw.keys() != KEYS:
+        cache_dtype = raw.get("cache_dtype", CACHE_DTYPES[0])
+        if raw.keys() - {"cache_dtype"} != KEYS:
             raise TargetError(f"profile {name} has keys {sorted(raw)}, expected {sorted(KEYS)}")
         if raw["kernels"] not in KERNEL_FAMILIES:
             raise TargetError(f"profile {name} asks for kernels {raw['kernels']!r}, there are {list(KERNEL_FAMILIES)}")
+        if cache_dtype not in CACHE_DTYPES:
+            raise TargetError(f"profile {name} has cache_dtype {cache_dtype!r}, there are {list(CACHE_DTYPES)}")
         counts = [*raw["decode_tokens"], *raw["prefill_tokens"]]
         if counts[:1] != [1] or any(type(count) is not int for count in counts) or counts != sorted(set(counts)):
             raise TargetError(f"profile {name} compiles token counts {counts}, expected ascending ones from 1")
@@ -63,6 +69,7 @@ class TargetProfile:
             prefill_tokens=tuple(raw["prefill_tokens"]),
             mtriple=raw["llvm"]["mtriple"],
             mcpu=raw["llvm"]["mcpu"],
+            cache_dtype=cache_dtype,
         )
 
     @property

@@ -37,6 +37,12 @@ def splat(value: Expr, count: int = LANES) -> Expr:
     return T.broadcast(value, count)
 
 
+def converted(value: Expr, dtype: str, count: int = LANES) -> Expr:
+    """Return ``count`` floats in another dtype: exact when widened, to the nearest (even) when narrowed."""
+    wanted = dtype if count == 1 else f"{dtype}x{count}"
+    return value if value.ty.dtype == wanted else T.cast(value, wanted)
+
+
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:
     """Return a*b + c with one rounding, on float32 scalars or vectors of one length."""
     return T.call_llvm_pure_intrin(a.ty.dtype, "llvm.fma", a, b, c)

@@ -16,7 +16,7 @@ from itertools import product
 from tvm.script import tirx as T
 
 from engram_compilers.kernels import loops
-from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, converted, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
 from engram_compilers.kernels.loops import LANES
 
 KEY_BLOCK = 64  # keys between two updates of the running softmax
@@ -78,7 +78,7 @@ class Operands:
 
     Attributes:
         q: f32 ``[T, H * hd]``, rotated.
-        k_cache: f32 ``[1, Hkv, S, hd]``. ``v_cache`` alike.
+        k_cache: f32 or f16 ``[1, Hkv, S, hd]``. ``v_cache`` alike.
         position: i64 ``[1]``.
         live: None, or i32 ``[T, words]``: bit i of word w says whether a token attends to key 16 * w + i.
         out: f32 ``[T, H * hd]``.
@@ -210,7 +210,8 @@ def _dots(shape: AttentionShape, q: Expr, token: Expr, head: Expr, k_cache: Expr
         total = splat(0.0)
         for d in range(shape.vectors):
             query = q[token, lanes(head * shape.head_dim + d * LANES)]
-            total = fma(query, k_cache[0, head // shape.group, row, lanes(d * LANES)], total)
+            cached = converted(k_cache[0, head // shape.group, row, lanes(d * LANES)], "float32")
+            total = fma(query, cached, total)
         T.buffer_store(partial, total, [i, lanes(0)])
     return lane_sums([partial[i, lanes(0)] for i in range(LANES)])
 
@@ -257,7 +258,8 @@ def _add_values(
             T.buffer_store(sums, rescaled, [g, d, lanes(0)])
         with _each_key(operands, token, low, high) as key:
             for g, d in every:
-                value = operands.v_cache[0, head // shape.group, key, lanes((first + d) * LANES)]
+                cached = operands.v_cache[0, head // shape.group, key, lanes((first + d) * LANES)]
+                value = converted(cached, "float32")
                 weight = splat(running.scores[g, key % KEY_BLOCK])
                 T.buffer_store(sums, fma(weight, value, sums[g, d, lanes(0)]), [g, d, lanes(0)])
         for g, d in every:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import StepInputs, allocate_states, empty_rows
+from engram_runtime.executor import State, StepInputs, allocate_states, empty_rows
 from engram_runtime.library import LibraryInfo, PackedTensor, find_library
 
 
@@ -53,6 +53,7 @@ class TvmExecutor:
     def __init__(self, folder: Path, info: LibraryInfo, machine_code: Any) -> None:
         self.threads = 0
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
+        self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
         self._cpus = available_cpus()  # before TVM's pool begins, which pins the calling thread until it is configured
         self._passes = info.passes
@@ -87,7 +88,7 @@ class TvmExecutor:
         configure = tvm_ffi.get_global_func("runtime.config_threadpool")
         configure(SHARE_ALL_CORES, self.threads, [str(cpu) for cpu in self._cpus])
 
-    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> "TvmStep":
+    def bind(self, states: Mapping[str, State]) -> "TvmStep":
         """See `Executor.bind`."""
         forward = {(tokens, rows): self._machine_code[f"forward_{tokens}_{rows}"] for tokens, rows in self._passes}
         return TvmStep(self, forward, [as_tensor(array) for array in states.values()], self._weights)
@@ -155,7 +156,7 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
 
 def fastest_threads(executor: TvmExecutor, bundle: Bundle) -> int:
     """Time single tokens with one thread and with one per CPU; where another process holds a CPU, one is faster."""
-    step = executor.bind(allocate_states(bundle.manifest.decoder.states))
+    step = executor.bind(allocate_states(bundle.manifest.decoder.states, executor.float16_states))
     executor.use_threads(1)
     _time_token(step, bundle)  # faults the weights in
     alone = statistics.median(_time_token(step, bundle) for _ in range(TIMED_TOKENS))
