@@ -114,6 +114,22 @@ def lane_sums(vectors: Sequence[Expr]) -> Expr:
     return vectors[0]
 
 
+def transposed(vectors: Sequence[Expr]) -> list[Expr]:
+    """Return 16 vectors of which vector i holds lane i of each of the 16 given; every step is bound."""
+
+    def swapped(first: Expr, second: Expr, width: int) -> tuple[Expr, Expr]:
+        """Swap the lanes of ``first`` whose index has bit ``width`` with those of ``second`` that lack it."""
+        keep = [lane + (LANES - width) * bool(lane & width) for lane in range(LANES)]
+        take = [lane + width + (LANES - width) * bool(lane & width) for lane in range(LANES)]
+        return T.Bind(T.Shuffle([first, second], keep)), T.Bind(T.Shuffle([first, second], take))
+
+    rows = list(vectors)
+    for width in (8, 4, 2, 1):
+        for row in (row for row in range(LANES) if not row & width):
+            rows[row], rows[row + width] = swapped(rows[row], rows[row + width], width)
+    return rows
+
+
 def power_of_two(step: Expr) -> Expr:
     """Return 2**step for whole float32x16 steps in -126..127, by writing the exponent bits."""
     exponent = T.cast(step, "int32x16") + splat(127)
