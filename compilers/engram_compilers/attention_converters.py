@@ -7,8 +7,8 @@ from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass, scale_of, unbatched
 from engram_compilers.kernels import attention, block_selection, rotary
+from engram_compilers.kernels.attention_shape import live_words
 from engram_compilers.kernels.loops import LANES
-from engram_compilers.kernels.online_softmax import live_words
 from engram_compilers.onnx_model import Node
 from engram_compilers.values import Activation, Batched, Value
 from engram_runtime.errors import CompileError

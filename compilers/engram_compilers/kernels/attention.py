@@ -9,9 +9,10 @@ h // (H / Hkv); hd is a multiple of 16. Positions must be valid (position + T <=
 from tvm import tirx
 from tvm.script import tirx as T
 
+from engram_compilers.kernels.attention_shape import AttentionShape, Operands, live_words
 from engram_compilers.kernels.intrinsics import converted, lanes
 from engram_compilers.kernels.loops import LANES, loop_over
-from engram_compilers.kernels.online_softmax import AttentionShape, Operands, attend_all, live_words
+from engram_compilers.kernels.online_softmax import attend_all
 from engram_compilers.kernels.packing import require_indexable
 from engram_compilers.kernels.rotary import ROTATED_PER_US, rotate
 from engram_runtime.errors import CompileError

@@ -16,109 +16,13 @@ from itertools import product
 from tvm.script import tirx as T
 
 from engram_compilers.kernels import loops
-from engram_compilers.kernels.intrinsics import (
-    Expr,
-    converted,
-    exp16,
-    fma,
-    lane_max,
-    lane_sum,
-    lane_sums,
-    lanes,
-    splat,
-    transposed,
-)
+from engram_compilers.kernels.attention_shape import KEY_BLOCK, MOST_ACCUMULATORS, AttentionShape, Operands
+from engram_compilers.kernels.intrinsics import Expr, converted, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
+from engram_compilers.kernels.key_tiles import KeyTile, load_tile, score_tile
 from engram_compilers.kernels.loops import LANES
 
-KEY_BLOCK = 64  # keys between two updates of the running softmax
 _STEPS = KEY_BLOCK // LANES
-_TOKEN_BLOCK = 8  # tokens that read a key block while it is in cache
-_TILED_TOKENS = 16  # tokens that read a transposed key block, which takes as long as the scores of about four
-_HEADS_SCORED, _KEYS_SCORED = 4, 2 * LANES  # whose scores on a transposed block are summed at once
-_QUARTER = LANES // 4
-_MOST_ACCUMULATORS = 16  # vectors of output kept in registers
-_WIDE_TOGETHER = 4  # measured on 16 heads of 256: 4 take 0.6 of the time of 1 at 2,000 tokens, 0.3 at 30,000
-_FEWEST_TASKS = 4  # left to the threads by heads that go together
-_SCORES_PER_US = 250.0  # of 64 dimensions
 _MINUS_INFINITY = float("-inf")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
-    """Sizes of one attention layer, and how its work is cut."""
-
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    capacity: int
-    scale: float
-    window: int
-
-    @property
-    def vectors(self) -> int:
-        """Vectors in a head."""
-        return self.head_dim // LANES
-
-    @property
-    def group(self) -> int:
-        """Query heads that read the same key/value head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def together(self) -> int:
-        """Query heads that share each load of a value: a divisor of the group."""
-        fitting = (n for n in range(2, self.group + 1) if n * self.vectors <= _MOST_ACCUMULATORS or self._pays(n))
-        return max((n for n in fitting if self.group % n == 0), default=1)
-
-    def _pays(self, together: int) -> bool:
-        """Whether wide heads gain by it, though their values are then read a part at a time."""
-        return together <= _WIDE_TOGETHER and self.heads // together * self.token_blocks >= _FEWEST_TASKS
-
-    @property
-    def tiled(self) -> bool:
-        """Whether key blocks are transposed first, for tokens enough to share them."""
-        return self.tokens >= _TILED_TOKENS
-
-    @property
-    def token_block(self) -> int:
-        """Tokens that read a key block together."""
-        return _TILED_TOKENS if self.tiled else _TOKEN_BLOCK
-
-    @property
-    def token_blocks(self) -> int:
-        """Blocks of tokens that read a key block together."""
-        return -(-self.tokens // self.token_block)
-
-    @property
-    def us_per_key(self) -> float:
-        """Time one more key in the cache takes."""
-        return self.tokens * self.heads * (self.head_dim / 64) / _SCORES_PER_US
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operands:
-    """Buffers of one attention layer.
-
-    Attributes:
-        q: f32 ``[T, H * hd]``, rotated.
-        k_cache: f32 or f16 ``[1, Hkv, S, hd]``. ``v_cache`` alike.
-        position: i64 ``[1]``.
-        live: None, or i32 ``[T, words]``: bit i of word w says whether a token attends to key 16 * w + i.
-        out: f32 ``[T, H * hd]``.
-    """
-
-    q: Expr
-    k_cache: Expr
-    v_cache: Expr
-    position: Expr
-    live: Expr | None
-    out: Expr
-
-
-def live_words(capacity: int) -> int:
-    """Return the words of 16 keys in a row of ``live``, whole key blocks."""
-    return loops.round_up(capacity, KEY_BLOCK) // LANES
 
 
 def attend_all(shape: AttentionShape, operands: Operands) -> None:
@@ -137,7 +41,7 @@ def attend_all(shape: AttentionShape, operands: Operands) -> None:
 
 
 def _attend_task(shape: AttentionShape, operands: Operands, task: Expr) -> None:
-    """Attend with up to 8 tokens and the heads of one task, key block by key block."""
+    """Attend with the tokens and heads of one task, key block by key block."""
     head = T.Bind(task // shape.token_blocks * shape.together)
     first_token = T.Bind(task % shape.token_blocks * shape.token_block)
     count = T.Bind(T.min(shape.token_block, shape.tokens - first_token))
@@ -146,7 +50,7 @@ def _attend_task(shape: AttentionShape, operands: Operands, task: Expr) -> None:
     first_block = T.max(first_position + 1 - shape.window, 0) // KEY_BLOCK
     with T.serial(first_block, (first_position + count - 1) // KEY_BLOCK + 1) as key_block:
         start = key_block * KEY_BLOCK
-        tile = _load_tile(shape, operands, head, start) if shape.tiled and operands.live is None else None
+        tile = load_tile(shape, operands, head, start) if shape.tiled and operands.live is None else None
         with T.serial(count) as t:
             token = first_token + t
             low = T.Bind(T.max(T.max(first_position + t + 1 - shape.window, 0), start))
@@ -155,7 +59,7 @@ def _attend_task(shape: AttentionShape, operands: Operands, task: Expr) -> None:
                 if tile is None:
                     _score_block(shape, running, operands, token, head, low, high)
                 else:
-                    _score_tile(shape, running, operands.q, tile.keys, token, head, low - start, high - start)
+                    score_tile(shape, running.scores, operands.q, tile.keys, token, head, low - start, high - start)
                 _softmax_step(shape, running, t * shape.together)
                 _add_values(shape, running, operands, tile, token, t * shape.together, head, low, high)
     with T.serial(count) as t:
@@ -221,73 +125,6 @@ def _score_block(
             T.buffer_store(running.scores, masked, [g, lanes(step * LANES % KEY_BLOCK)])
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """A block of 64 keys and values in float32, in local buffers."""
-
-    keys: Expr  # f32 [hd, 64], transposed
-    values: Expr | None  # f32 [64, hd], or None where the cache holds them as float32
-
-
-def _load_tile(shape: AttentionShape, operands: Operands, head: Expr, start: Expr) -> _Tile:
-    """Load a block; rows past the live ones are read, but not past the cache."""
-    narrow = operands.v_cache.dtype != "float32"
-    keys = T.alloc_local((shape.head_dim, KEY_BLOCK), "float32")
-    values = T.alloc_local((KEY_BLOCK, shape.head_dim), "float32") if narrow else None
-    with T.serial(_STEPS) as step, T.serial(shape.vectors) as d:
-        loaded = []
-        for i in range(LANES):
-            key = start + step * LANES + i
-            row = key if shape.capacity % KEY_BLOCK == 0 else T.min(key, shape.capacity - 1)
-            place = (0, head // shape.group, row, lanes(d * LANES))
-            loaded.append(T.Bind(converted(operands.k_cache[place], "float32")))
-            if values is not None:
-                value = converted(operands.v_cache[place], "float32")
-                T.buffer_store(values, value, [step * LANES + i, lanes(d * LANES)])
-        for i, dimension in enumerate(transposed(loaded)):
-            T.buffer_store(keys, dimension, [d * LANES + i, lanes(step * LANES)])
-    return _Tile(keys, values)
-
-
-def _score_tile(
-    shape: AttentionShape, running: _Running, q: Expr, tile: Expr, token: Expr, head: Expr, low: Expr, high: Expr
-) -> None:
-    """Fill the scores of a block from its transposed keys: those of keys low..high of it, -inf for the rest."""
-    heads = loops.largest_divisor(shape.together, _HEADS_SCORED)
-    parts = T.alloc_local((_QUARTER, heads, _KEYS_SCORED), "float32")
-    with T.serial(0, shape.together, step=heads) as g, T.serial(0, KEY_BLOCK, step=_KEYS_SCORED) as key:
-        with T.serial(_QUARTER) as lane:
-            _score_lanes(shape, parts, q, tile, token, head + g, key, lane)
-        for h, i in product(range(heads), range(0, _KEYS_SCORED, LANES)):
-            first, second, third, fourth = (parts[lane, h, lanes(i)] for lane in range(_QUARTER))
-            score = (first + third) + (second + fourth)
-            in_reach = T.And(lanes(key + i) >= splat(low), lanes(key + i) <= splat(high))
-            T.buffer_store(running.scores, T.Select(in_reach, score, splat(_MINUS_INFINITY)), [g + h, lanes(key + i)])
-
-
-def _score_lanes(
-    shape: AttentionShape, parts: Expr, q: Expr, tile: Expr, token: Expr, head: Expr, key: Expr, lane: Expr
-) -> None:
-    """Store what lanes lane, lane + 8, lane + 4 and lane + 12 of dot products sum, added as `lane_fold` adds them."""
-    places = [(h, i) for h in range(int(parts.shape[1])) for i in range(0, _KEYS_SCORED, LANES)]
-
-    def products(lane: Expr) -> list[Expr]:
-        totals = [splat(0.0) for _ in places]
-        for d in range(0, shape.head_dim, LANES):
-            keys = {i: T.Bind(tile[d + lane, lanes(key + i)]) for _, i in places}
-            queries = {h: T.Bind(splat(q[token, (head + h) * shape.head_dim + d + lane])) for h, _ in places}
-            totals = [T.Bind(fma(queries[h], keys[i], t)) for (h, i), t in zip(places, totals, strict=True)]
-        return totals
-
-    def added(a: list[Expr], b: list[Expr]) -> list[Expr]:
-        return [T.Bind(x + y) for x, y in zip(a, b, strict=True)]
-
-    low = added(products(lane), products(lane + 8))
-    sums = added(low, added(products(lane + 4), products(lane + 12)))
-    for (h, i), total in zip(places, sums, strict=True):
-        T.buffer_store(parts, total, [lane, h, lanes(i)])
-
-
 def _live(operands: Operands, token: Expr, step: Expr, low: Expr, high: Expr) -> Expr:
     """Return which of a step's 16 keys count."""
     key = lanes(step * LANES)
@@ -338,7 +175,7 @@ def _add_values(
     shape: AttentionShape,
     running: _Running,
     operands: Operands,
-    tile: _Tile | None,
+    tile: KeyTile | None,
     token: Expr,
     first_row: Expr,
     head: Expr,
@@ -346,7 +183,7 @@ def _add_values(
     high: Expr,
 ) -> None:
     """Rescale the output and add exponential * value for keys low..high, as many dimensions at a time as fit."""
-    width = min(shape.vectors, _MOST_ACCUMULATORS // shape.together)
+    width = min(shape.vectors, MOST_ACCUMULATORS // shape.together)
     sums = T.alloc_local((shape.together, width, LANES), "float32")
     for first in range(0, shape.vectors, width):
         every = list(product(range(shape.together), range(min(width, shape.vectors - first))))
