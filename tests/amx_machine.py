@@ -42,7 +42,7 @@ def amx() -> ctypes.CDLL:
     """Return the functions of `amx_instructions.c` and `amx_emulator.c`; from now on AMX code runs in this process."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "amx.so")
-        run([*linker(), *_FLAGS, "-o", path, *_SOURCES], check=True)
+        run([*linker("x86_64-linux-gnu"), *_FLAGS, "-o", path, *_SOURCES], check=True)
         library = ctypes.CDLL(path)
     pointer, stride = ctypes.c_void_p, ctypes.c_int64
     for product in (library.amx_tdpbssd, library.amx_tdpbsud, library.amx_tdpbusd, library.amx_tdpbuud):

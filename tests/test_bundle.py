@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engram_runtime import tables
 from engram_runtime.bundle import Bundle, file_identity, manifest_bytes
 from engram_runtime.errors import BundleError, TableError, VerificationError
-from engram_runtime.executor import Step, StepInputs
+from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.golden import Golden, check_logits, check_tables, record_digest
 from engram_runtime.hashing import INT64_MAX
 from engram_runtime.manifest import Manifest
@@ -805,6 +805,7 @@ class ScriptedExecutor:
     name = "scripted"
     threads = 1
     expert_bytes_read = None
+    float16_states = ()
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self._logits = logits  # [T, V]
@@ -812,7 +813,7 @@ class ScriptedExecutor:
     def chunks(self, count: int) -> Sequence[int]:
         return [1] * count
 
-    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> Step:
+    def bind(self, states: Mapping[str, State]) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             return self._logits[[inputs.position]]
 

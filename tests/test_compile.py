@@ -31,7 +31,7 @@ from engram_compilers.lowering import CONVERTERS
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import cpu_flags
 from engram_runtime.errors import BundleError, CompileError, TargetError
-from engram_runtime.executor import StepInputs, allocate_states, load_executor
+from engram_runtime.executor import State, StepInputs, allocate_states, load_executor
 
 UNTIED = TinyModel(tied=False)
 QWEN = TinyModel(family="qwen3", head_dim=32)
@@ -203,7 +203,7 @@ def test_a_step_writes_into_the_callers_own_window(workshop: Workshop, executor:
     assert (steps > 0).tolist() == [False] * 5 + [True] * 4
 
 
-def states_after(bundle: Bundle, executor: str, *, tokens: int) -> dict[str, NDArray[np.float32]]:
+def states_after(bundle: Bundle, executor: str, *, tokens: int) -> dict[str, State]:
     """Return a caller's own states after one step."""
     states = allocate_states(bundle.manifest.decoder.states)
     rows = np.ones((tokens, 4, 16), dtype=np.float32)

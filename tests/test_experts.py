@@ -296,6 +296,7 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
         tensors=tuple(packed.tensors.values()),
         expert_bytes=lowered.expert_bytes,
         threads=0,
+        float16_states=(),
     )
     (expert_bytes,) = lowered.expert_bytes
     return Library(TvmExecutor(folder, info, threads=2), expert_bytes)

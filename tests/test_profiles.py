@@ -36,6 +36,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
         "decode_tokens": [1, 2],
         "prefill_tokens": [4],
         "threads": "auto",
+        "cache_dtype": "float32",
         "llvm": {"mtriple": "x86_64-linux-gnu", "mcpu": "haswell"},
     } | changes
 
@@ -61,6 +62,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
         ],
         "expert_bytes": [96],
         "threads": 0,
+        "float16_states": ["key.0"],
     } | changes
 
 
@@ -145,6 +147,7 @@ def test_a_profile_is_what_its_file_says() -> None:
         "threads": 0,
         "mtriple": "x86_64-linux-gnu",
         "mcpu": "haswell",
+        "cache_dtype": "float32",
     }
 
 
@@ -172,9 +175,9 @@ def test_a_profile_with_other_keys_is_refused() -> None:
     with pytest.raises(TargetError) as caught:
         TargetProfile.from_dict("mine", raw)
     assert str(caught.value) == (
-        "profile mine has keys ['cpu_flags', 'decode_tokens', 'kernels', 'machine', 'prefill_tokens', 'speed', "
-        "'threads'], "
-        "expected ['cpu_flags', 'decode_tokens', 'kernels', 'llvm', 'machine', 'prefill_tokens', 'threads']"
+        "profile mine has keys ['cache_dtype', 'cpu_flags', 'decode_tokens', 'kernels', 'machine', 'prefill_tokens', "
+        "'speed', 'threads'], expected ['cache_dtype', 'cpu_flags', 'decode_tokens', 'kernels', 'llvm', 'machine', "
+        "'prefill_tokens', 'threads']"
     )
 
 
@@ -344,7 +347,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 2}, "library has version 2, this runtime reads 3; compile again"),
+        ({"version": 4}, "library has version 4, this runtime reads 3; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),

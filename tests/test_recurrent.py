@@ -31,7 +31,7 @@ from engram_export.recurrent_operators import causal_conv, gated_delta
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import CompileError
-from engram_runtime.executor import Step, StepInputs, aligned_zeros
+from engram_runtime.executor import State, Step, StepInputs, aligned_zeros
 from engram_runtime.manifest import GraphSpec, Manifest, StateSpec, TensorSpec
 from engram_runtime.session import Session
 
@@ -416,14 +416,14 @@ def test_an_operator_without_its_leading_axis_is_refused(tmp_path: Path) -> None
 class RunningSum:
     """An executor whose one state is the sum of all token ids so far; the logits are that sum."""
 
-    name, threads, expert_bytes_read = "running sum", 1, None
+    name, threads, expert_bytes_read, float16_states = "running sum", 1, None, ()
 
     def chunks(self, count: int) -> Sequence[int]:
         return [count]
 
-    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> Step:
+    def bind(self, states: Mapping[str, State]) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
-            states["state.0"] += inputs.token_ids.sum()
+            states["state.0"][...] += inputs.token_ids.sum()
             return np.full((len(inputs.logit_rows), 1), states["state.0"].flat[0])
 
         return step

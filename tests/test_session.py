@@ -11,7 +11,7 @@ from tests.test_manifest import sound_manifest
 from engram_runtime import executor as executors
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Step, StepInputs, allocate_states
+from engram_runtime.executor import State, Step, StepInputs, allocate_states
 from engram_runtime.manifest import Manifest, StateSpec
 from engram_runtime.session import Session
 
@@ -27,7 +27,7 @@ class InterruptedSum:
         interrupt: how many more steps run whole; the one after them is interrupted when it has changed its state.
     """
 
-    name, threads, expert_bytes_read = "interrupted sum", 1, None
+    name, threads, expert_bytes_read, float16_states = "interrupted sum", 1, None, ()
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int]] = []
@@ -36,7 +36,7 @@ class InterruptedSum:
     def chunks(self, count: int) -> Sequence[int]:
         return [2] * (count // 2) + [1] * (count % 2)
 
-    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> Step:
+    def bind(self, states: Mapping[str, State]) -> Step:
         (state,) = states.values()
 
         def step(inputs: StepInputs) -> NDArray[np.float32]:

@@ -241,7 +241,7 @@ def test_a_library_for_another_architecture_links(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(loops, "PARALLEL_FROM_US", 0.0)
     mtriple = "aarch64-linux-gnu"
     target = tvm.target.Target({"kind": "llvm", "mtriple": mtriple, "mcpu": "cortex-a76"})
-    kernel = portable.linear_int8(1, 64, 64).with_attr("global_symbol", "linear")
+    kernel = portable.linear_int8(1, 64, 64, 2).with_attr("global_symbol", "linear")
     compiled = tvm.compile(tvm.IRModule({"linear": kernel}), target)
     path = tmp_path / "model.so"
     compiled.export_library(str(path), fcompile=partial(link, mtriple=mtriple))

@@ -7,13 +7,18 @@ from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass, scale_of, unbatched
 from engram_compilers.kernels import attention, block_selection, rotary
+from engram_compilers.kernels.attention_shape import live_words
 from engram_compilers.kernels.loops import LANES
-from engram_compilers.kernels.online_softmax import live_words
 from engram_compilers.onnx_model import Node
 from engram_compilers.values import Activation, Batched, Value
 from engram_runtime.errors import CompileError
 
 NO_WINDOW = -1
+CACHE_INPUTS = {  # places of the key and the value cache an operator extends
+    "com.microsoft.GroupQueryAttention": (3, 4),
+    "engram.IndexedAttention": (4, 5),
+}
+_INDEXED_INPUTS = ("qkv", "index_qk", "query_gain", "key_gain", "keys", "values", "index", "position", "cos", "sin")
 
 
 def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -41,16 +46,13 @@ def shared_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 def indexed_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower attention to the blocks an indexer selects; the indexer's cache is changed in place like the others."""
-    names = ("qkv", "index_qk", "query_gain", "key_gain", "keys", "values", "index", "position", "cos", "sin")
-    of = {name: forward.activation(node, index) for index, name in enumerate(names)}
+    of = {name: forward.activation(node, index) for index, name in enumerate(_INDEXED_INPUTS)}
     layer = _layer(node, of["qkv"], of["keys"])
     index_query, index = _extend_index(forward, node, layer.tokens, of)
     live = _select(forward, node, layer.tokens, index_query, index)
     query, keys, values = _append(forward, layer, of["qkv"], of["keys"], of["values"], of["cos"], of["sin"])
-    sizes, scale = layer.sizes, scale_of(node)
-    kernel = forward.kernels.get(
-        f"attend_selected_{_joined(sizes)}_{scale}", lambda: attention.attend_selected(*sizes, scale)
-    )
+    options = (*layer.sizes, scale_of(node), layer.cache_dtype)
+    kernel = forward.kernels.get(f"attend_selected_{_joined(options)}", lambda: attention.attend_selected(*options))
     inputs = [query.expr, keys.expr, values.expr, forward.position, live]
     return [forward.call(kernel, inputs, query.shape), keys, values, index]
 
@@ -62,6 +64,7 @@ class _Layer:
     kv_heads: int
     head_dim: int
     capacity: int
+    cache_dtype: str
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -82,7 +85,14 @@ def _layer(node: Node, queries: Activation, keys: Activation) -> _Layer:
             f"attention has {heads} heads of {head_dim} dimensions over {kv_heads}, kernels need a multiple of {LANES} "
             f"dimensions and of {kv_heads} heads, and so does onnxruntime; export a model that has them"
         )
-    return _Layer(tokens=queries.shape[0], heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity)
+    return _Layer(
+        tokens=queries.shape[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        capacity=capacity,
+        cache_dtype=keys.dtype,
+    )
 
 
 def _append(
@@ -95,10 +105,8 @@ def _append(
     sin: Activation,
 ) -> tuple[Activation, Activation, Activation]:
     """Return rotated queries ``[T, H * hd]`` and both caches, changed in place."""
-    rotary_dim = 2 * cos.shape[1]
-    kernel = forward.kernels.get(
-        f"rope_append_{_joined(layer.sizes)}_{rotary_dim}", lambda: attention.rope_append(*layer.sizes, rotary_dim)
-    )
+    options = (*layer.sizes, 2 * cos.shape[1], layer.cache_dtype)
+    kernel = forward.kernels.get(f"rope_append_{_joined(options)}", lambda: attention.rope_append(*options))
     new_keys, new_values, query = forward.call_in_place(
         kernel,
         [qkv.expr, cos.expr, sin.expr, forward.position],
@@ -112,10 +120,8 @@ def _attend(
     forward: ForwardPass, layer: _Layer, node: Node, query: Activation, keys: Activation, values: Activation
 ) -> Activation:
     window = node.attributes.get("local_window_size", NO_WINDOW)
-    options = (scale_of(node), None if window == NO_WINDOW else window)
-    kernel = forward.kernels.get(
-        f"attend_{_joined(layer.sizes)}_{_joined(options)}", lambda: attention.attend(*layer.sizes, *options)
-    )
+    options = (*layer.sizes, scale_of(node), None if window == NO_WINDOW else window, layer.cache_dtype)
+    kernel = forward.kernels.get(f"attend_{_joined(options)}", lambda: attention.attend(*options))
     return forward.call(kernel, [query.expr, keys.expr, values.expr, forward.position], query.shape)
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from engram_runtime.bundle import Bundle, file_sha256
+from engram_runtime.cpu import machine
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_targets import TargetProfile
@@ -48,8 +49,14 @@ def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lamb
         report: told each step before it begins.
 
     Raises:
-        CompileError: the graph has an operator or a use of one that has no lowering.
+        CompileError: the graph has an operator or a use of one that has no lowering, or the target is a machine of
+            another architecture.
     """
+    if profile.machine != machine():
+        raise CompileError(
+            f"target {profile.name} is for {profile.machine}, compile it there: what is linked to its kernels and "
+            f"TVM's runtime library are those of this {machine()} machine"
+        )
     started = time.monotonic()
     folder = bundle.file(LIBRARY_FOLDER) / profile.name
     scratch = folder.with_name(f".{profile.name}.partial-{os.getpid()}")
@@ -77,7 +84,9 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
     model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
-        lowered = lower(model, decoder, packed, family=profile.kernels, passes=profile.passes)
+        lowered = lower(
+            model, decoder, packed, family=profile.kernels, passes=profile.passes, cache_dtype=profile.cache_dtype
+        )
         weights_bytes = packed.bytes
     report(f"generating code for {profile.mcpu}")
     target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
@@ -104,4 +113,5 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
         tensors=tuple(packed.tensors.values()),
         expert_bytes=lowered.expert_bytes,
         threads=profile.threads,
+        float16_states=lowered.float16_states,
     )

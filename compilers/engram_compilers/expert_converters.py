@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,18 +10,18 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 
 from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass
-from engram_compilers.kernel_converters import unpack_nibbles
+from engram_compilers.kernel_converters import dtype_of, unpack_nibbles
 from engram_compilers.kernels import experts
 from engram_compilers.kernels.experts import Routing
-from engram_compilers.kernels.float_linear import pack_float
+from engram_compilers.kernels.float_linear import float_dtype, pack_float
 from engram_compilers.onnx_model import Node, Weight
-from engram_compilers.values import Activation, ChannelScales, Softmax, TwoLevelScales, Value
+from engram_compilers.values import Activation, ChannelScales, Gated, Rows, Softmax, TwoLevelScales, Value
 from engram_runtime.errors import CompileError
 
 GATE_AND_UP, ALONE = 2, 1  # parts of a layer's outputs, of which the graph stores a row each in turn
 ROUTER_WEIGHTS = 14
 
-Rows = NDArray[np.int64]
+Order = NDArray[np.int64]  # of a weight's rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,16 +30,16 @@ class ExpertLayer:
 
     shape: E, N and K.
     pack: (expert, rows) -> one expert's weight as the kernel reads it, its rows in that order.
-    make_kernel: (routing, rows of x, N, K) -> kernel.
+    make_kernel: (dtype of the packed weight, routing, rows of x, N, K) -> kernel.
     operands: x -> what the kernel takes of it.
     """
 
     name: str
     kind: str
     shape: tuple[int, int, int]
-    pack: Callable[[int, Rows], Mapping[str, NDArray[Any]]]
-    make_kernel: Callable[[Routing, int, int, int], tirx.PrimFunc]
-    operands: Callable[[Activation], list[relax.Expr]]
+    pack: Callable[[int, Order], Mapping[str, NDArray[Any]]]
+    make_kernel: Callable[[str, Routing, int, int, int], tirx.PrimFunc]
+    operands: Callable[[Rows], list[relax.Expr]]
 
 
 def moe(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -55,7 +56,7 @@ def unnormalised_moe(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def qmoe(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a mixture of quantised experts; the scales say which format a weight has."""
     router_weights = forward.get(node.inputs[ROUTER_WEIGHTS])
-    if not isinstance(router_weights, Softmax) or router_weights.whole is not forward.get(node.inputs[1]):
+    if not isinstance(router_weights, Softmax) or router_weights.whole is not forward.activation(node, 1):
         raise CompileError(f"{node.operator} does not weigh experts by the softmax of its router's logits")
     layers = (_quantised_layer(forward, node, *indices) for indices in ((2, 3, 11), (5, 6, 12)))
     return [_mix(forward, node, *layers, normalise=bool(node.attributes["normalize_routing_weights"]))]
@@ -64,13 +65,14 @@ def qmoe(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def _float_layer(forward: ForwardPass, node: Node, index: int) -> ExpertLayer:
     weight = _weight(forward, node, index)
     count, outputs, inputs = weight.shape
+    dtype = cache(lambda: float_dtype(forward.model.read(weight)))  # one for all experts, only known by reading them
     return ExpertLayer(
         name=weight.name,
         kind="float",
         shape=(count, outputs, inputs),
-        pack=lambda expert, rows: pack_float(forward.model.read(weight)[expert][rows]),
-        make_kernel=experts.expert_linear_float,
-        operands=lambda x: [x.expr],
+        pack=lambda expert, rows: pack_float(forward.model.read(weight)[expert][rows], dtype()),
+        make_kernel=lambda dtype, routing, rows, n, k: experts.expert_linear_float(routing, rows, n, k, dtype),
+        operands=lambda x: [forward.materialise(x).expr],
     )
 
 
@@ -92,20 +94,23 @@ def _int8_layer(forward: ForwardPass, codes: Weight, scale: Weight) -> ExpertLay
     family, read = forward.kernels.expert_family, forward.model.read
     count, outputs, inputs = codes.shape
 
-    def pack(expert: int, rows: Rows) -> Mapping[str, NDArray[Any]]:
+    def pack(expert: int, rows: Order) -> Mapping[str, NDArray[Any]]:
         packed: Mapping[str, NDArray[Any]] = family.pack_expert_int8(
             read(codes)[expert][rows], read(scale)[expert][rows, 0]
         )
         return packed
 
-    return ExpertLayer(codes.name, "int8", (count, outputs, inputs), pack, family.expert_linear_int8, forward.quantised)
+    shape = (count, outputs, inputs)
+    return ExpertLayer(
+        codes.name, "int8", shape, pack, lambda _, *sizes: family.expert_linear_int8(*sizes), _two_planes(forward)
+    )
 
 
 def _int4_layer(forward: ForwardPass, codes: Weight, scales: TwoLevelScales, zeros: Weight) -> ExpertLayer:
     family, read = forward.kernels.expert_family, forward.model.read
     count, outputs, half_inputs = codes.shape
 
-    def pack(expert: int, rows: Rows) -> Mapping[str, NDArray[Any]]:
+    def pack(expert: int, rows: Order) -> Mapping[str, NDArray[Any]]:
         multiplier = read(scales.multiplier)[expert][rows]
         zero = unpack_nibbles(read(zeros)[expert][rows])[:, : multiplier.shape[1]]
         packed: Mapping[str, NDArray[Any]] = family.pack_expert_int4(
@@ -113,16 +118,21 @@ def _int4_layer(forward: ForwardPass, codes: Weight, scales: TwoLevelScales, zer
         )
         return packed
 
+    shape = (count, outputs, 2 * half_inputs)
     return ExpertLayer(
-        codes.name, "int4", (count, outputs, 2 * half_inputs), pack, family.expert_linear_int4, forward.quantised
+        codes.name, "int4", shape, pack, lambda _, *sizes: family.expert_linear_int4(*sizes), _two_planes(forward)
     )
 
 
+def _two_planes(forward: ForwardPass) -> Callable[[Rows], list[relax.Expr]]:
+    return lambda x: forward.quantised(x, 2)
+
+
 def _mix(forward: ForwardPass, node: Node, gate_up: ExpertLayer, down: ExpertLayer, *, normalise: bool) -> Activation:
-    x, logits = forward.activation(node, 0), forward.activation(node, 1)
+    x, logits = forward.rows(node, 0), forward.activation(node, 1)
     routing = Routing(x.shape[0], gate_up.shape[0], node.attributes["k"])
     *segments, weight = _route(forward, logits, routing, normalise=normalise)
-    hidden = forward.silu_mul(_linear(forward, gate_up, x, routing, segments, GATE_AND_UP))
+    hidden = Gated(_linear(forward, gate_up, x, routing, segments, GATE_AND_UP), "silu")
     y = _linear(forward, down, hidden, routing, segments, ALONE)
     expert_bytes = sum(forward.arguments.bytes_of(_packed_name(layer)) // routing.experts for layer in (gate_up, down))
     forward.expert_reads.append(ExpertRead(segments[-1], expert_bytes))
@@ -146,7 +156,7 @@ def _route(forward: ForwardPass, logits: Activation, routing: Routing, *, normal
 def _linear(
     forward: ForwardPass,
     layer: ExpertLayer,
-    x: Activation,
+    x: Rows,
     routing: Routing,
     segments: Sequence[relax.Expr],
     parts: int,
@@ -154,11 +164,12 @@ def _linear(
     """Apply the chosen experts' layer; the parts of its outputs come one after the other."""
     count, outputs, inputs = layer.shape
     rows = np.arange(outputs).reshape(-1, parts).T.reshape(-1)
-    kernel = forward.kernels.get(
-        f"expert_linear_{layer.kind}_{routing.name}_{x.shape[0]}_{outputs}_{inputs}",
-        lambda: layer.make_kernel(routing, x.shape[0], outputs, inputs),
-    )
     weight = forward.arguments.of_slices(_packed_name(layer), count, lambda expert: layer.pack(expert, rows))
+    dtype = dtype_of(weight[0])
+    kernel = forward.kernels.get(
+        f"expert_linear_{layer.kind}_{dtype}_{routing.name}_{x.shape[0]}_{outputs}_{inputs}",
+        lambda: layer.make_kernel(dtype, routing, x.shape[0], outputs, inputs),
+    )
     return forward.call(kernel, [*layer.operands(x), *segments, *weight], (routing.pairs, outputs))
 
 

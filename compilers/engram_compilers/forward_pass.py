@@ -2,21 +2,34 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tvm import relax, tirx
+from tvm import relax
 
+from engram_compilers.kernel_cache import KernelCache, MakeKernel
 from engram_compilers.kernels import activation, normalise, quantise
 from engram_compilers.kernels.activation import Function
 from engram_compilers.onnx_model import Node, OnnxModel, Weight
 from engram_compilers.packed_weights import Pack, WeightArguments
-from engram_compilers.values import Activation, Batched, Deferred, Half, HalfGelu, HalfSigmoid, HalfSilu, Softmax, Value
+from engram_compilers.values import (
+    Activation,
+    Batched,
+    Deferred,
+    Gated,
+    Half,
+    HalfGelu,
+    HalfSigmoid,
+    HalfSilu,
+    Normed,
+    Rows,
+    Softmax,
+    Sum,
+    Value,
+)
 from engram_runtime.errors import CompileError
-
-MakeKernel = Callable[[], tirx.PrimFunc]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +38,6 @@ class ExpertRead:
 
     count: relax.Expr
     expert_bytes: int
-
-
-class KernelCache:
-    """The kernels of a library, each generated once for its name."""
-
-    def __init__(self, builder: relax.BlockBuilder, family: ModuleType, expert_family: ModuleType) -> None:
-        self.builder = builder
-        self.family = family  # engram_compilers.kernels.<family>
-        self.expert_family = expert_family  # engram_compilers.kernels.<family>_experts
-        self._known: dict[str, Any] = {}
-
-    def get(self, name: str, make: MakeKernel) -> Any:
-        """Return the global variable of a kernel, generating it the first time."""
-        if name not in self._known:
-            self._known[name] = self.builder.add_func(make(), name)
-        return self._known[name]
 
 
 class ForwardPass:
@@ -53,7 +50,8 @@ class ForwardPass:
         self.position: relax.Expr = None
         self.expert_reads: list[ExpertRead] = []
         self._values: dict[str, Value] = {**model.constants, **model.weights}
-        self._quantised: dict[Activation, list[relax.Expr]] = {}
+        self._computed: dict[Deferred, Activation] = {}
+        self._quantised: dict[tuple[Rows, int], list[relax.Expr]] = {}
         self._held: dict[Activation, Activation] = {}
 
     def set(self, name: str, value: Value) -> None:
@@ -84,21 +82,43 @@ class ForwardPass:
             return Activation(variable, value.shape, value.dtype)
         raise CompileError(f"input {node.inputs[index]} of {node.operator} is {value!r}, which it can't take")
 
-    def materialise(self, value: Deferred) -> Activation:
-        """Compute a value that was put off in the hope of a fused kernel."""
-        if isinstance(value, Half):
-            width = value.whole.shape[-1] // 2
-            begin = value.index * width
-            sliced = relax.op.strided_slice(value.whole.expr, [-1], [begin], [begin + width])
-            return self.emit(sliced, (*value.whole.shape[:-1], width))
-        if isinstance(value, Softmax):
-            return self.emit(relax.op.nn.softmax(value.whole.expr, axis=-1), value.whole.shape)
-        half = self.materialise(value.half)
-        if isinstance(value, HalfGelu):
-            return self.gelu(half)
-        operator = relax.op.sigmoid if isinstance(value, HalfSigmoid) else relax.op.nn.silu
-        assert isinstance(value, HalfSigmoid | HalfSilu)
-        return self.emit(operator(half.expr), half.shape)
+    def rows(self, node: Node, index: int) -> Rows:
+        """Return a node's input ``[M, K]`` for `quantised`, whose kernel may compute what was put off."""
+        value = self.get(node.inputs[index])
+        return value if isinstance(value, Sum | Normed | Gated) else self.activation(node, index)
+
+    def materialise(self, value: Activation | Deferred) -> Activation:
+        """Compute a value that was put off in the hope of a fused kernel, once."""
+        if isinstance(value, Activation):
+            return value
+        if value not in self._computed:
+            self._computed[value] = self._compute(value)
+        return self._computed[value]
+
+    def _compute(self, value: Deferred) -> Activation:
+        match value:
+            case Half(whole=whole, index=index):
+                width = whole.shape[-1] // 2
+                sliced = relax.op.strided_slice(whole.expr, [-1], [index * width], [(index + 1) * width])
+                return self.emit(sliced, (*whole.shape[:-1], width))
+            case HalfSigmoid() | HalfSilu():
+                half = self.materialise(value.half)
+                operator = relax.op.sigmoid if isinstance(value, HalfSigmoid) else relax.op.nn.silu
+                return self.emit(operator(half.expr), half.shape)
+            case HalfGelu():
+                return self.gelu(self.materialise(value.half))
+            case Softmax(whole=whole):
+                return self.emit(relax.op.nn.softmax(whole.expr, axis=-1), whole.shape)
+            case Sum(a=a, b=b):
+                rows, columns = a.shape
+                kernel = self.kernels.get(f"add_{rows}_{columns}", lambda: activation.add(rows, columns))
+                return self.call(kernel, [a.expr, b.expr], a.shape)
+            case Normed(x=x, gain=gain, eps=eps):
+                return self.rms_norm(self.materialise(x), gain, eps)
+            case Gated(gate_up=gate_up, function=name):
+                rows, columns = value.shape
+                make = partial(activation.gated, rows, columns, activation.GATES[name])
+                return self.call(self.kernels.get(f"{name}_mul_{rows}_{columns}", make), [gate_up.expr], value.shape)
 
     def emit(self, expr: relax.Expr, shape: Sequence[int], dtype: str = "float32") -> Activation:
         """Bind an expression of Relax's own operators."""
@@ -116,19 +136,19 @@ class ForwardPass:
         states: Sequence[Activation],
         shapes: Sequence[Sequence[int]] = (),
     ) -> list[Activation]:
-        """Call a kernel that changes ``states``, its last arguments, and has new outputs of ``shapes``; all float32.
+        """Call a kernel that changes ``states``, its last arguments, and has new float32 outputs of ``shapes``.
 
         Returned are the states, in the same memory with their next contents, then the outputs; nothing may read
         ``states`` themselves any more.
         """
-        results = [state.shape for state in states] + [tuple(shape) for shape in shapes]
+        results = [(state.shape, state.dtype) for state in states] + [(tuple(shape), "float32") for shape in shapes]
         places = [len(inputs) + i for i in range(len(states))] + [-1] * len(shapes)
-        types = [relax.TensorType(shape, "float32") for shape in results]
+        types = [relax.TensorType(shape, dtype) for shape, dtype in results]
         arguments = [*inputs, *(state.expr for state in states)]
         builder = self.kernels.builder
         made = builder.emit(relax.op.call_tir_inplace(kernel, arguments, places, types))
         exprs = [made] if len(results) == 1 else [builder.emit(made[i]) for i in range(len(results))]
-        values = [Activation(expr, shape, "float32") for expr, shape in zip(exprs, results, strict=True)]
+        values = [Activation(expr, shape, dtype) for expr, (shape, dtype) in zip(exprs, results, strict=True)]
         for state, following in zip(states, values, strict=False):  # the outputs come after
             self._held[following] = self._held.get(state, state)
         return values
@@ -145,24 +165,52 @@ class ForwardPass:
         """Return the arguments for a weight that the kernel family packs."""
         return self.arguments.of(f"{weight.name}:packed", pack)
 
-    def quantised(self, x: Activation) -> list[relax.Expr]:
-        """Return planes, row scales and plane offsets of ``x [M, K]``, computed once however many layers read it."""
-        if x not in self._quantised:
-            self._quantised[x] = self._quantise(x)
-        return self._quantised[x]
+    def quantised(self, x: Rows, planes: int) -> list[relax.Expr]:
+        """Return `quantise.QuantisedRows` of ``x [M, K]``, computed once however many layers read it.
 
-    def _quantise(self, x: Activation) -> list[relax.Expr]:
+        The rows themselves are not written where this computes them and no other node has read them before.
+        """
+        if (x, planes) not in self._quantised:
+            self._quantised[x, planes] = self._quantise(x, planes)
+        return self._quantised[x, planes]
+
+    def _quantise(self, x: Rows, planes: int) -> list[relax.Expr]:
         rows, columns = x.shape
-        padded = -(-columns // quantise.PLANE_MULTIPLE) * quantise.PLANE_MULTIPLE
-        kernel = self.kernels.get(f"quantise_{rows}_{columns}", lambda: quantise.quantise_rows(rows, columns))
-        types = [
-            relax.TensorType((2 * rows, padded), "int8"),
-            relax.TensorType((rows,), "float32"),
-            relax.TensorType((2 * rows,), "int32"),
-        ]
+        match self._computed.get(x, x) if isinstance(x, Deferred) else x:
+            case Gated(gate_up=gate_up, function=name):
+                make = partial(activation.gated_quantise, rows, columns, activation.GATES[name], planes)
+                return self._call_quantising(f"{name}_quantise", make, [gate_up], x, planes)
+            case Normed(x=Sum(a=a, b=b) as total, gain=gain, eps=eps) if total not in self._computed:
+                make = partial(normalise.add_norm_quantise, rows, columns, eps, planes)
+                name = f"add_norm_quantise_{eps}"
+                written, *results = self._call_quantising(name, make, [a, b, gain], x, planes, [x.shape])
+                self._computed[total] = Activation(written, x.shape, "float32")
+                return results
+            case Normed(x=normed, gain=gain, eps=eps):
+                make = partial(normalise.norm_quantise, rows, columns, eps, planes)
+                inputs = [self.materialise(normed), gain]
+                return self._call_quantising(f"norm_quantise_{eps}", make, inputs, x, planes)
+            case other:
+                make = partial(quantise.quantise_rows, rows, columns, planes)
+                return self._call_quantising("quantise", make, [self.materialise(other)], x, planes)
+
+    def _call_quantising(
+        self,
+        name: str,
+        make: MakeKernel,
+        inputs: Sequence[Activation],
+        x: Rows,
+        planes: int,
+        shapes: Sequence[Sequence[int]] = (),
+    ) -> list[relax.Expr]:
+        """Call a kernel whose results are float32 of ``shapes``, then `quantise.QuantisedRows` of ``x``."""
+        rows, columns = x.shape
+        types = [relax.TensorType(shape, "float32") for shape in shapes]
+        types += [relax.TensorType(*of) for of in quantise.quantised_types(rows, columns, planes)]
+        kernel = self.kernels.get(f"{name}_{rows}_{columns}_{planes}", make)
         builder = self.kernels.builder
-        results = builder.emit(relax.call_tir(kernel, [x.expr], out_ty=types))
-        return [builder.emit(results[index]) for index in range(3)]
+        results = builder.emit(relax.call_tir(kernel, [value.expr for value in inputs], out_ty=types))
+        return [builder.emit(results[index]) for index in range(len(types))]
 
     def rms_norm(self, x: Activation, gain: Activation, eps: float) -> Activation:
         """Normalise over the last axis."""
@@ -179,19 +227,6 @@ class ForwardPass:
         flat = self.reshape(x, (rows, columns))
         return self.reshape(self.call(kernel, [flat.expr, factor], (rows, columns)), x.shape)
 
-    def silu_mul(self, gate_up: Activation) -> Activation:
-        """Return silu(first half) * second half."""
-        return self._gated("silu_mul", activation.silu_mul, gate_up)
-
-    def gelu_mul(self, gate_up: Activation) -> Activation:
-        """Return gelu(first half) * second half."""
-        return self._gated("gelu_mul", activation.gelu_mul, gate_up)
-
-    def _gated(self, name: str, make: Callable[[int, int], tirx.PrimFunc], gate_up: Activation) -> Activation:
-        rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-        kernel = self.kernels.get(f"{name}_{rows}_{columns}", lambda: make(rows, columns))
-        return self.call(kernel, [gate_up.expr], (rows, columns))
-
     def gelu(self, x: Activation) -> Activation:
         """Return gelu of every value, by tanh."""
         return self._each("gelu", activation.gelu, x)
@@ -204,12 +239,6 @@ class ForwardPass:
         size = int(np.prod(x.shape))
         kernel = self.kernels.get(f"{name}_{size}", lambda: activation.each(size, function))
         return self.reshape(self.call(kernel, [self.reshape(x, (size,)).expr], (size,)), x.shape)
-
-    def add(self, a: Activation, b: Activation) -> Activation:
-        """Add two activations of the same shape."""
-        rows, columns = a.shape
-        kernel = self.kernels.get(f"add_{rows}_{columns}", lambda: activation.add(rows, columns))
-        return self.call(kernel, [a.expr, b.expr], a.shape)
 
     def reshape(self, x: Activation, shape: Sequence[int]) -> Activation:
         """Return ``x`` in another shape."""

@@ -10,11 +10,14 @@ from tvm import relax
 from engram_compilers.forward_pass import Converters, ForwardPass
 from engram_compilers.kernels import batched_matmul, float_linear
 from engram_compilers.onnx_model import Node, Weight
+from engram_compilers.signatures import MOST_PLANES, planes_of
+from engram_compilers.standard_converters import take
 from engram_compilers.values import (
     Activation,
     ChannelScales,
     Half,
     HalfGelu,
+    Rows,
     TransposedWeight,
     TwoLevelScales,
     Value,
@@ -26,7 +29,7 @@ BLOCK = 32  # weights of a block of MatMulNBits
 
 def matmul_nbits(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a quantised linear layer; its scales say which format the weight has."""
-    x, codes = forward.activation(node, 0), forward.get(node.inputs[1])
+    x, codes, planes = forward.rows(node, 0), forward.get(node.inputs[1]), planes_of(node)
     outputs, columns, bits = (node.attributes[name] for name in ("N", "K", "bits"))
     if not isinstance(codes, Weight) or codes.shape != (outputs, columns // BLOCK, BLOCK * bits // 8):
         raise CompileError(
@@ -35,36 +38,38 @@ def matmul_nbits(forward: ForwardPass, node: Node) -> Sequence[Value]:
     zeros = forward.get(node.inputs[3]) if node.has(3) else None
     match bits, zeros, forward.get(node.inputs[2]):
         case 8, None, ChannelScales(scale=scale):
-            return [_linear_int8(forward, x, codes, scale)]
+            return [_linear_int8(forward, x, codes, scale, planes)]
         case 4, Weight(), TwoLevelScales() as scales:
-            return [_linear_int4(forward, x, codes, scales, zeros)]
-        case _, None, Weight() as block_scale:
+            return [_linear_int4(forward, x, codes, scales, zeros, planes)]
+        case _, None, Weight() as block_scale if planes == MOST_PLANES:
             return [_linear_block(forward, x, codes, block_scale, bits)]
         case _, _, scales:
             raise CompileError(
                 f"{node.operator} of {codes.name} has {bits} bits, {'no ' if zeros is None else ''}zero points and "
-                f"{type(scales).__name__}, which is no known format"
+                f"{type(scales).__name__} for {planes} planes of activations, which is no known format"
             )
 
 
-def _linear_int8(forward: ForwardPass, x: Activation, codes: Weight, scale: Weight) -> Activation:
+def _linear_int8(forward: ForwardPass, x: Rows, codes: Weight, scale: Weight, planes: int) -> Activation:
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
-        f"linear_int8_{rows}_{outputs}_{columns}", lambda: family.linear_int8(rows, outputs, columns, 2)
+        f"linear_int8_{rows}_{outputs}_{columns}_{planes}",
+        lambda: family.linear_int8(rows, outputs, columns, planes),
     )
     weight = forward.packed_weight(codes, lambda: _pack_int8(forward, codes))
     channel_scale = _flat_scale(forward, scale)
-    return forward.call(kernel, [*forward.quantised(x), *weight, *channel_scale], (rows, outputs))
+    return forward.call(kernel, [*forward.quantised(x, planes), *weight, *channel_scale], (rows, outputs))
 
 
 def _linear_int4(
-    forward: ForwardPass, x: Activation, codes: Weight, scales: TwoLevelScales, zeros: Weight
+    forward: ForwardPass, x: Rows, codes: Weight, scales: TwoLevelScales, zeros: Weight, planes: int
 ) -> Activation:
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
-        f"linear_int4_{rows}_{outputs}_{columns}", lambda: family.linear_int4(rows, outputs, columns, 2)
+        f"linear_int4_{rows}_{outputs}_{columns}_{planes}",
+        lambda: family.linear_int4(rows, outputs, columns, planes),
     )
 
     def pack() -> Mapping[str, NDArray[Any]]:
@@ -78,10 +83,10 @@ def _linear_int4(
 
     weight = forward.packed_weight(codes, pack)
     channel_scale = _flat_scale(forward, scales.scale)
-    return forward.call(kernel, [*forward.quantised(x), *weight, *channel_scale], (rows, outputs))
+    return forward.call(kernel, [*forward.quantised(x, planes), *weight, *channel_scale], (rows, outputs))
 
 
-def _linear_block(forward: ForwardPass, x: Activation, codes: Weight, block_scale: Weight, bits: int) -> Activation:
+def _linear_block(forward: ForwardPass, x: Rows, codes: Weight, block_scale: Weight, bits: int) -> Activation:
     (rows, columns), outputs = x.shape, codes.shape[0]
     family = forward.kernels.family
     kernel = forward.kernels.get(
@@ -96,7 +101,7 @@ def _linear_block(forward: ForwardPass, x: Activation, codes: Weight, block_scal
         )
         return packed
 
-    planes, row_scale, _ = forward.quantised(x)
+    planes, row_scale, _ = forward.quantised(x, MOST_PLANES)
     return forward.call(kernel, [planes, row_scale, *forward.packed_weight(codes, pack)], (rows, outputs))
 
 
@@ -157,11 +162,44 @@ def gemm(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 def _linear_float(forward: ForwardPass, x: Activation, weight: Weight) -> Activation:
     (rows, columns), outputs = x.shape, weight.shape[0]
+    packed, dtype = _packed_float(forward, weight)
     kernel = forward.kernels.get(
-        f"linear_float_{rows}_{outputs}_{columns}", lambda: float_linear.linear_float(rows, outputs, columns)
+        f"linear_float_{rows}_{outputs}_{columns}_{dtype}",
+        lambda: float_linear.linear_float(rows, outputs, columns, dtype),
     )
-    packed = forward.packed_weight(weight, lambda: float_linear.pack_float(forward.model.read(weight)))
-    return forward.call(kernel, [x.expr, *packed], (rows, outputs))
+    return forward.call(kernel, [x.expr, packed], (rows, outputs))
+
+
+def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower a float embedding, which shares its packed weight with a tied head; else see `take`."""
+    weight, ids = (forward.get(name) for name in node.inputs)
+    if not isinstance(weight, Weight) or len(weight.shape) != 2 or weight.dtype != "float32":
+        return take(forward, node)
+    if node.attributes.get("axis", 0) != 0 or not isinstance(ids, Activation) or len(ids.shape) != 1:
+        return take(forward, node)
+    (tokens,), (vocabulary, columns) = ids.shape, weight.shape
+    packed, dtype = _packed_float(forward, weight)
+    kernel = forward.kernels.get(
+        f"embed_float_{tokens}_{vocabulary}_{columns}_{dtype}",
+        lambda: float_linear.embed_float(tokens, vocabulary, columns, dtype),
+    )
+    return [forward.call(kernel, [ids.expr, packed], (tokens, columns))]
+
+
+def _packed_float(forward: ForwardPass, weight: Weight) -> tuple[relax.Var, str]:
+    """Return a float weight as kernels read it, and the dtype it has there."""
+
+    def pack() -> Mapping[str, NDArray[Any]]:
+        values = forward.model.read(weight)
+        return float_linear.pack_float(values, float_linear.float_dtype(values))
+
+    (packed,) = forward.packed_weight(weight, pack)
+    return packed, dtype_of(packed)
+
+
+def dtype_of(packed: relax.Var) -> str:
+    """Return the dtype a weight is packed in."""
+    return str(packed.ty.dtype.dtype)
 
 
 def _pack_int8(forward: ForwardPass, codes: Weight) -> Mapping[str, NDArray[Any]]:
@@ -180,6 +218,7 @@ def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 KERNEL_CONVERTERS: Converters = {
+    "Gather": gather,
     "Gelu": gelu,
     "Gemm": gemm,
     "MatMul": matmul,

@@ -2,14 +2,15 @@
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import relax
 
-from engram_compilers.attention_converters import ATTENTION_CONVERTERS
+from engram_compilers.attention_converters import ATTENTION_CONVERTERS, CACHE_INPUTS
 from engram_compilers.expert_converters import EXPERT_CONVERTERS
-from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass, KernelCache
+from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass
+from engram_compilers.kernel_cache import KernelCache
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
 from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
@@ -18,8 +19,9 @@ from engram_compilers.signatures import SIGNATURES
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
 from engram_compilers.stream_converters import STREAM_CONVERTERS
 from engram_compilers.sum_converters import SUM_CONVERTERS
-from engram_compilers.values import Activation
+from engram_compilers.values import Activation, Rows
 from engram_runtime.errors import CompileError
+from engram_runtime.executor import FLOAT16, FLOAT32
 from engram_runtime.manifest import GraphSpec, StateSpec
 
 CONVERTERS: Converters = {
@@ -35,19 +37,32 @@ CONVERTERS: Converters = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoweredGraph:
-    """A module, and the bytes of one expert of each layer that has them, in graph order."""
+    """A module and what its caller must know of it.
+
+    Attributes:
+        expert_bytes: the bytes of one expert of each layer that has them, in graph order.
+        float16_states: names of the states that are float16; the others are float32.
+    """
 
     module: tvm.IRModule
     expert_bytes: tuple[int, ...]
+    float16_states: tuple[str, ...]
 
 
 def lower(
-    model: OnnxModel, spec: GraphSpec, packed: PackedWeights, *, family: str, passes: Sequence[tuple[int, int]]
+    model: OnnxModel,
+    spec: GraphSpec,
+    packed: PackedWeights,
+    *,
+    family: str,
+    passes: Sequence[tuple[int, int]],
+    cache_dtype: str = FLOAT32,
 ) -> LoweredGraph:
     """Lower every (tokens, rows of logits) of ``passes`` to a function ``forward_<T>_<R>``.
 
     The functions take the graph's inputs, its states, which they update in place, then ``packed``'s tensors in order.
     They return the logits, the windows and recurrent states, and of each layer with experts how many it has read.
+    Keys and values of attention are kept in ``cache_dtype``.
 
     Raises:
         CompileError: an operator, or a use of one, that has no lowering.
@@ -56,9 +71,18 @@ def lower(
     modules = (importlib.import_module(f"engram_compilers.kernels.{name}") for name in (family, f"{family}_experts"))
     kernels = KernelCache(builder, *modules)
     reads: list[ExpertRead] = []
+    spec, narrow = _with_caches(model, spec, cache_dtype)
     for tokens, rows in passes:
         reads = _lower_pass(model, spec, WeightArguments(packed), kernels, tokens, rows)
-    return LoweredGraph(builder.get(), tuple(read.expert_bytes for read in reads))
+    return LoweredGraph(builder.get(), tuple(read.expert_bytes for read in reads), narrow)
+
+
+def _with_caches(model: OnnxModel, spec: GraphSpec, dtype: str) -> tuple[GraphSpec, tuple[str, ...]]:
+    """Return the interface with keys and values of attention in ``dtype``, and the states that are float16 by it."""
+    places = [(node, place) for node in model.nodes for place in CACHE_INPUTS.get(node.operator, ())]
+    caches = {node.inputs[place] for node, place in places if node.has(place)}
+    states = tuple(replace(state, dtype=dtype) if state.name in caches else state for state in spec.states)
+    return replace(spec, states=states), tuple(state.name for state in states if state.dtype == FLOAT16)
 
 
 def _lower_pass(
@@ -124,6 +148,6 @@ def _activation(forward: ForwardPass, name: str) -> Activation:
     if not forward.is_defined(name):
         raise CompileError(f"the graph computes no {name}; export the bundle again")
     value = forward.get(name)
-    if not isinstance(value, Activation):
+    if not isinstance(value, Rows):
         raise CompileError(f"{name} of the graph is {value!r}, which no kernel computes; export the bundle again")
-    return value
+    return forward.materialise(value)

@@ -1,7 +1,8 @@
 """An exported ONNX graph as nodes and lazily read initialisers; its weights stay in their file."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, place: int) -> bool:
         """Return whether the input at a place is given; ONNX leaves one out by an empty name."""
@@ -95,4 +97,5 @@ def _weight(tensor: onnx.TensorProto, file_name: str, file_bytes: int) -> Weight
 def _node(node: onnx.NodeProto) -> Node:
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return Node(operator, tuple(node.input), tuple(node.output), attributes)
+    metadata = {entry.key: entry.value for entry in node.metadata_props}
+    return Node(operator, tuple(node.input), tuple(node.output), attributes, metadata)

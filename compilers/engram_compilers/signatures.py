@@ -15,6 +15,8 @@ Values = Container[Any] | None  # that an attribute may have
 ANY: Values = None
 COUNT = range(1, 2**31)
 FLAG = (0, 1)
+PLANES_KEY = "engram.planes"  # of a linear layer's metadata: 8-bit planes of its activations
+MOST_PLANES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,21 @@ class Signature:
         known = (self.needs, self.takes)
         if more := [name for place, name in enumerate(node.inputs) if name and not any(place in k for k in known)]:
             raise CompileError(f"{node.operator} takes {more}, which has no lowering")
+
+
+def planes_of(node: Node) -> int:
+    """Return how many planes a quantised linear layer takes its activations in; two where the node doesn't say.
+
+    Raises:
+        CompileError: another number than one or two.
+    """
+    planes = node.metadata.get(PLANES_KEY, str(MOST_PLANES))
+    if planes not in ("1", "2"):
+        raise CompileError(
+            f"{node.operator} has {PLANES_KEY} {planes!r} in its metadata, kernels need '1' or '2'; "
+            "export the bundle again"
+        )
+    return int(planes)
 
 
 _ONE, _TWO = Signature(range(1)), Signature(range(2))

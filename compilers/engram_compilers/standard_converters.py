@@ -13,11 +13,14 @@ from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import (
     Batched,
     ChannelScales,
+    Gated,
     Half,
     HalfGelu,
     HalfSigmoid,
     HalfSilu,
+    Normed,
     Softmax,
+    Sum,
     TransposedWeight,
     TwoLevelScales,
     Value,
@@ -45,9 +48,9 @@ def mul(forward: ForwardPass, node: Node) -> Sequence[Value]:
         case [Half() as half, HalfSigmoid(half=gated)] if half == gated:
             return [HalfSilu(half)]
         case [HalfSilu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
-            return [forward.silu_mul(whole)]
+            return [Gated(whole, "silu")]
         case [HalfGelu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
-            return [forward.gelu_mul(whole)]
+            return [Gated(whole, "gelu")]
         case [Weight() as multiplier, Weight() as scale] if scale.shape == (*multiplier.shape[:-1], 1):
             return [TwoLevelScales(multiplier, scale)]
         case _:
@@ -155,7 +158,7 @@ def shape(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [np.array(forward.activation(node, 0).shape[begin:end], dtype=np.int64)]
 
 
-def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
+def take(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Take entries of an axis by index."""
     axis = node.attributes.get("axis", 0)
     value, indices = (forward.get(name) for name in node.inputs)
@@ -222,11 +225,14 @@ def clip(forward: ForwardPass, node: Node) -> Sequence[Value]:
 
 
 def rms_normalization(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Normalise the last axis."""
-    x, gain = forward.activation(node, 0), forward.activation(node, 1)
+    """Normalise the last axis; of rows it is put off, as quantising them may be part of it."""
+    x, gain = forward.rows(node, 0), forward.activation(node, 1)
     if node.attributes.get("axis", -1) not in (-1, len(x.shape) - 1):
         raise CompileError(f"{node.operator} of axis {node.attributes['axis']} is not supported")
-    return [forward.rms_norm(x, gain, node.attributes.get("epsilon", 1e-5))]
+    eps = node.attributes.get("epsilon", 1e-5)
+    if len(x.shape) != 2:
+        return [forward.rms_norm(forward.materialise(x), gain, eps)]
+    return [Normed(x if isinstance(x, Sum) else forward.materialise(x), gain, eps)]
 
 
 def constant(forward: ForwardPass, node: Node, index: int) -> NDArray[Any]:
@@ -244,7 +250,6 @@ STANDARD_CONVERTERS: Converters = {
     "Concat": concat,
     "Div": elementwise(relax.op.divide, np.divide),
     "Expand": expand,
-    "Gather": gather,
     "Mul": mul,
     "RMSNormalization": rms_normalization,
     "Relu": elementwise(relax.op.nn.relu, lambda x: np.maximum(x, 0)),

@@ -14,7 +14,7 @@ from tvm import relax, te, topi
 from engram_compilers.forward_pass import Converter, Converters, ForwardPass
 from engram_compilers.onnx_model import Node
 from engram_compilers.standard_converters import constant, elementwise
-from engram_compilers.values import Activation, Value
+from engram_compilers.values import Rows, Sum, Value
 
 OPAQUE = 8  # TVM's OpPatternKind of a kernel that is fused with no other
 
@@ -30,10 +30,12 @@ def unfused(compute: Callable[..., te.Tensor]) -> Callable[..., relax.Expr]:
 
 
 def add(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Add; two activations of one shape, the residual stream, take the kernel."""
-    a, b = (forward.get(name) for name in node.inputs)
-    if isinstance(a, Activation) and isinstance(b, Activation) and a.shape == b.shape and len(a.shape) == 2:
-        return [forward.add(a, b)]
+    """Add; two activations of one shape, the residual stream, are put off, as a norm may be part of it."""
+    values = [forward.get(name) for name in node.inputs]
+    if all(isinstance(value, Rows) for value in values):
+        a, b = (forward.rows(node, index) for index in range(2))
+        if a.shape == b.shape and len(a.shape) == 2:
+            return [Sum(forward.materialise(a), forward.materialise(b))]
     return elementwise(unfused(topi.add), np.add)(forward, node)
 
 

@@ -83,7 +83,46 @@ class Softmax:
     whole: Activation
 
 
-Deferred = Half | HalfSigmoid | HalfSilu | HalfGelu | Softmax
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """a + b, both ``[M, D]``."""
+
+    a: Activation
+    b: Activation
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.a.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """``x [M, D]`` divided by the root mean square of its rows, times ``gain [D]``."""
+
+    x: "Activation | Sum"
+    gain: Activation
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """function(first half) * second half of the rows of ``gate_up [M, 2F]``; the function is "silu" or "gelu"."""
+
+    gate_up: Activation
+    function: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.gate_up.shape
+        return rows, columns // 2
+
+
+Rows = Activation | Sum | Normed | Gated  # [M, K]; the last three may be quantised as they are computed
+Deferred = Half | HalfSigmoid | HalfSilu | HalfGelu | Softmax | Sum | Normed | Gated
 Value = (
     Activation | Batched | ChannelScales | TwoLevelScales | TransposedWeight | Weight | Deferred | NDArray[Any] | None
 )

@@ -2,9 +2,10 @@
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from engram_runtime.manifest import StateSpec
 from engram_runtime.table_spec import TableSpec
 
 ALIGNMENT_BYTES = 64  # TVM's vector loads need it
+FLOAT32, FLOAT16 = "float32", "float16"  # dtypes of states
+
+State = NDArray[np.float32] | NDArray[np.float16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +54,11 @@ class Executor(Protocol):
     threads: int
 
     @property
+    def float16_states(self) -> Collection[str]:
+        """Names of the states it keeps as float16; the others are float32."""
+        ...
+
+    @property
     def expert_bytes_read(self) -> int | None:
         """Bytes of experts' weights read by all steps so far, or None where that isn't counted."""
         ...
@@ -58,8 +67,8 @@ class Executor(Protocol):
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
         ...
 
-    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> Step:
-        """Bind caller-owned states, by name in their manifest shapes, 64-byte aligned."""
+    def bind(self, states: Mapping[str, State]) -> Step:
+        """Bind caller-owned states, by name in their manifest shapes, 64-byte aligned; see `allocate_states`."""
         ...
 
 
@@ -87,20 +96,25 @@ def load_executor(name: str, bundle: Bundle, *, threads: int | None) -> Executor
     return executor
 
 
-def allocate_states(specs: Sequence[StateSpec]) -> dict[str, NDArray[np.float32]]:
+def allocate_states(specs: Sequence[StateSpec], float16_states: Collection[str] = ()) -> dict[str, State]:
     """Return zeroed, aligned states by name; pages are touched only as positions are used.
+
+    Args:
+        float16_states: names of those that are float16, which the executor knows.
 
     Raises:
         RequestError: they are larger than the machine's memory.
     """
     # All are summed first, as the system may grant each by itself and end the process once they fill.
-    needed, memory = sum(4 * math.prod(spec.shape) for spec in specs), physical_memory()
+    dtypes = {spec.name: FLOAT16 if spec.name in float16_states else FLOAT32 for spec in specs}
+    needed = sum(np.dtype(dtypes[spec.name]).itemsize * math.prod(spec.shape) for spec in specs)
+    memory = physical_memory()
     if needed > memory:
         raise RequestError(
             f"the states need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB of memory; "
             f"export with a smaller --context"
         )
-    return {spec.name: aligned_zeros(spec.shape) for spec in specs}
+    return {spec.name: aligned_zeros(spec.shape, dtypes[spec.name]) for spec in specs}
 
 
 def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:
@@ -108,10 +122,9 @@ def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:
     return np.zeros((count, table.keyer.columns, table.record.columns), dtype=np.float32)
 
 
-def aligned_zeros(shape: Sequence[int]) -> NDArray[np.float32]:
-    """Return float32 zeros whose data begins at a multiple of `ALIGNMENT_BYTES`."""
-    count = int(np.prod(shape, dtype=np.int64))
-    slack = ALIGNMENT_BYTES // 4
-    buffer = np.zeros(count + slack, dtype=np.float32)
-    start = (-buffer.ctypes.data % ALIGNMENT_BYTES) // 4
-    return buffer[start : start + count].reshape(shape)
+def aligned_zeros(shape: Sequence[int], dtype: str = FLOAT32) -> NDArray[Any]:
+    """Return zeros whose data begins at a multiple of `ALIGNMENT_BYTES`, each page taking memory once it is written."""
+    count = math.prod(shape)
+    # Not numpy's zeros: it asks for huge pages, so the first position of each head would take 2 MiB.
+    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
+    return np.frombuffer(pages, dtype=dtype, count=count).reshape(shape)

@@ -59,6 +59,7 @@ class LibraryInfo:
     They return the logits, the windows and recurrent states, and for each entry of ``expert_bytes``, a layer with
     experts, how many experts of that size it has read, int32 ``[1]``.
     ``threads`` is how many run it unless told otherwise, 0 for one on each core this process may use.
+    States in ``float16_states`` are float16, the others float32.
     ``sha256`` holds the digests of the files named by ``library``, ``runtime`` and ``weights``.
     """
 
@@ -76,6 +77,7 @@ class LibraryInfo:
     tensors: tuple[PackedTensor, ...]
     expert_bytes: tuple[int, ...]
     threads: int
+    float16_states: tuple[str, ...]
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
@@ -103,6 +105,7 @@ class LibraryInfo:
             ),
             expert_bytes=fields.integers("expert_bytes"),
             threads=fields.count("threads"),
+            float16_states=fields.texts("float16_states"),
         )
         fields.finish()
         info.check()

@@ -69,7 +69,7 @@ class Session:
         self._executor = executor
         self._sites = sites
         self._tables_on = tables_on
-        states = allocate_states(specs)
+        states = allocate_states(specs, executor.float16_states)
         self._one_way = [states[spec.name] for spec in specs if not spec.rolls_back]
         self._step = executor.bind(states)
         self._token_ids: list[int] = []

@@ -11,8 +11,9 @@ from engram_runtime.cpu import machine, usable_cpu_flags
 from engram_runtime.errors import TargetError
 
 NATIVE = "native"
-KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "threads", "llvm"}
+KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "threads", "cache_dtype", "llvm"}
 AUTO_THREADS = "auto"
+CACHE_DTYPES = ("float32", "float16")
 KERNEL_FAMILIES = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm", "portable")
 
 
@@ -27,6 +28,7 @@ class TargetProfile:
         decode_tokens: token counts compiled with logits for every token.
         prefill_tokens: larger token counts, compiled with logits for every token and for the last one only.
         threads: how many run the library unless told otherwise, 0 for one on each core there is (``auto`` in files).
+        cache_dtype: what attention's keys and values are kept in, ``float32`` or ``float16``.
         mtriple: LLVM target triple. ``mcpu``: LLVM processor name.
     """
 
@@ -37,6 +39,7 @@ class TargetProfile:
     decode_tokens: tuple[int, ...]
     prefill_tokens: tuple[int, ...]
     threads: int
+    cache_dtype: str
     mtriple: str
     mcpu: str
 
@@ -54,6 +57,8 @@ class TargetProfile:
             raise TargetError(f"profile {name} has keys {sorted(raw)}, expected {sorted(KEYS)}")
         if raw["kernels"] not in KERNEL_FAMILIES:
             raise TargetError(f"profile {name} asks for kernels {raw['kernels']!r}, there are {list(KERNEL_FAMILIES)}")
+        if raw["cache_dtype"] not in CACHE_DTYPES:
+            raise TargetError(f"profile {name} has cache_dtype {raw['cache_dtype']!r}, there are {list(CACHE_DTYPES)}")
         counts = [*raw["decode_tokens"], *raw["prefill_tokens"]]
         if counts[:1] != [1] or any(type(count) is not int for count in counts) or counts != sorted(set(counts)):
             raise TargetError(f"profile {name} compiles token counts {counts}, expected ascending ones from 1")
@@ -65,6 +70,7 @@ class TargetProfile:
             decode_tokens=tuple(raw["decode_tokens"]),
             prefill_tokens=tuple(raw["prefill_tokens"]),
             threads=_threads(name, raw["threads"]),
+            cache_dtype=raw["cache_dtype"],
             mtriple=raw["llvm"]["mtriple"],
             mcpu=raw["llvm"]["mcpu"],
         )

@@ -2,13 +2,14 @@
 """Element-wise kernels between the linear layers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tvm import tirx
 from tvm.script import tirx as T
 
 from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lanes, let, splat
-from engram_compilers.kernels.loops import LANES, loop_over
+from engram_compilers.kernels.loops import LANES, loop_over, round_up
+from engram_compilers.kernels.quantise import PLANE_MULTIPLE, QuantisedRows, padded_row
 
 _EXP_VALUES_PER_US = 2500.0
 _ADDED_VALUES_PER_US = 8000.0
@@ -51,6 +52,9 @@ def tanh(x: Expr) -> Expr:
         return T.Select(T.fabs(x) <= splat(math.inf), value, x)  # a nan stays one
 
     return let(x, lambda x: let(exp16(splat(-2.0) * T.fabs(x)), lambda decay: signed(x, decay)))
+
+
+GATES: Mapping[str, Function] = {"silu": silu, "gelu": gelu}
 
 
 def each(size: int, function: Function) -> tirx.PrimFunc:
@@ -111,6 +115,43 @@ def silu_mul(rows: int, columns: int) -> tirx.PrimFunc:
 def gelu_mul(rows: int, columns: int) -> tirx.PrimFunc:
     """Build `gated` of gelu."""
     return gated(rows, columns, gelu)
+
+
+def gated_quantise(rows: int, columns: int, function: Function, planes: int) -> tirx.PrimFunc:
+    """Build `gated` whose rows are only quantised.
+
+    ``(gate_up f32 [M, 2F]) -> planes i8 [P * M, Fp], row_scale f32 [M], plane_offset i32 [P * M]``, the bits of
+    `quantise.quantise_rows` on its rows.
+    """
+    whole, rest = divmod(columns, LANES)
+    padded = round_up(columns, PLANE_MULTIPLE)
+
+    @T.prim_func(s_tir=True, private=True)
+    def kernel(
+        gate_up: T.Buffer((rows, 2 * columns), "float32"),
+        planes_: T.Buffer((planes * rows, padded), "int8"),
+        row_scale: T.Buffer((rows,), "float32"),
+        plane_offset: T.Buffer((planes * rows,), "int32"),
+    ) -> None:
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True})
+        with T.sblock("root"):
+            for row in loop_over(rows, rows * columns / _EXP_VALUES_PER_US):
+                values = padded_row(columns)
+                for step in T.serial(whole):
+                    values[lanes(step * LANES)] = (
+                        function(gate_up[row, lanes(step * LANES)]) * gate_up[row, lanes(columns + step * LANES)]
+                    )
+                if rest > 0:
+                    for i in T.serial(rest):
+                        values[whole * LANES + i] = gate_up[row, whole * LANES + i]
+                    values[lanes(whole * LANES)] = function(values[lanes(whole * LANES)])
+                    for i in T.serial(rest):
+                        values[whole * LANES + i] = (
+                            values[whole * LANES + i] * gate_up[row, columns + whole * LANES + i]
+                        )
+                QuantisedRows(planes_, row_scale, plane_offset).store(row, values)
+
+    return kernel
 
 
 def add(rows: int, columns: int) -> tirx.PrimFunc:

@@ -1,29 +1,36 @@
 # mypy: disable-error-code="valid-type, untyped-decorator"
 """The key/value cache, and causal attention over it.
 
-Caches are float32 ``[1, Hkv, S, hd]``: S is the capacity, row p of a head holds position p. Query head h reads
-key/value head h // (H / Hkv); hd is a multiple of 16. Positions must be valid (position + T <= S): the runtime checks
-them.
+Caches are float32 or float16 ``[1, Hkv, S, hd]``: S is the capacity, row p of a head holds position p. A float16 cache
+holds each key and value rounded once; attention computes in float32 on either. Query head h reads key/value head
+h // (H / Hkv); hd is a multiple of 16. Positions must be valid (position + T <= S): the runtime checks them.
 """
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import lanes
+from engram_compilers.kernels.attention_shape import AttentionShape, Operands, live_words
+from engram_compilers.kernels.intrinsics import converted, lanes
 from engram_compilers.kernels.loops import LANES, loop_over
-from engram_compilers.kernels.online_softmax import AttentionShape, Operands, attend_all, live_words
+from engram_compilers.kernels.online_softmax import attend_all
 from engram_compilers.kernels.packing import require_indexable
 from engram_compilers.kernels.rotary import ROTATED_PER_US, rotate
 from engram_runtime.errors import CompileError
 
 
 def rope_append(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, capacity: int, rotary_dim: int | None = None
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    rotary_dim: int | None = None,
+    cache_dtype: str = "float32",
 ) -> tirx.PrimFunc:
     """Build the kernel that rotates queries and keys and appends keys and values to the cache.
 
     ``(qkv f32 [T, (H + 2*Hkv) * hd], cos f32 [S, rotary_dim/2], sin f32 [S, rotary_dim/2], position i64 [1],
-    k_cache f32 [1, Hkv, S, hd], v_cache f32 [1, Hkv, S, hd]) -> q f32 [T, H * hd]``, token t at position + t; without
+    k_cache [1, Hkv, S, hd], v_cache [1, Hkv, S, hd]) -> q f32 [T, H * hd]``, token t at position + t; without
     ``rotary_dim`` all of a head is rotated. The caches are changed in place, so the call is
 
         call_tir_inplace(gv, [qkv, cos, sin, position, k_cache, v_cache], [4, 5, -1],
@@ -41,8 +48,8 @@ def rope_append(
         cos: T.Buffer((capacity, half), "float32"),
         sin: T.Buffer((capacity, half), "float32"),
         position: T.Buffer((1,), "int64"),
-        k_cache: T.Buffer((1, kv_heads, capacity, head_dim), "float32"),
-        v_cache: T.Buffer((1, kv_heads, capacity, head_dim), "float32"),
+        k_cache: T.Buffer((1, kv_heads, capacity, head_dim), cache_dtype),
+        v_cache: T.Buffer((1, kv_heads, capacity, head_dim), cache_dtype),
         q: T.Buffer((tokens, heads * head_dim), "float32"),
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
@@ -55,9 +62,8 @@ def rope_append(
                     key: T.let = (heads + head) * head_dim
                     rotate(k_cache, [0, head, row], 0, qkv, [token], key, cos, sin, row, head_dim)
                     for d in T.serial(head_dim // LANES):
-                        v_cache[0, head, row, lanes(d * LANES)] = qkv[
-                            token, lanes((heads + kv_heads + head) * head_dim + d * LANES)
-                        ]
+                        value: T.let = qkv[token, lanes((heads + kv_heads + head) * head_dim + d * LANES)]
+                        v_cache[0, head, row, lanes(d * LANES)] = converted(value, cache_dtype)
 
     return kernel
 
@@ -70,8 +76,9 @@ def attend(
     capacity: int,
     scale: float,
     window: int | None = None,
+    cache_dtype: str = "float32",
 ) -> tirx.PrimFunc:
-    """Build ``(q f32 [T, H*hd], k_cache, v_cache f32 [1, Hkv, S, hd], position i64 [1]) -> out f32 [T, H*hd]``.
+    """Build ``(q f32 [T, H*hd], k_cache, v_cache [1, Hkv, S, hd], position i64 [1]) -> out f32 [T, H*hd]``.
 
     out[t] = softmax(scale * q[t] . K) V over cache rows 0..position+t, or the last ``window`` of them. The order is
     that of `online_softmax`, the same for every T.
@@ -97,8 +104,8 @@ def attend(
     @T.prim_func(s_tir=True, private=True)
     def kernel(
         q: T.Buffer((tokens, heads * head_dim), "float32"),
-        k_cache: T.Buffer((1, kv_heads, capacity, head_dim), "float32"),
-        v_cache: T.Buffer((1, kv_heads, capacity, head_dim), "float32"),
+        k_cache: T.Buffer((1, kv_heads, capacity, head_dim), cache_dtype),
+        v_cache: T.Buffer((1, kv_heads, capacity, head_dim), cache_dtype),
         position: T.Buffer((1,), "int64"),
         out: T.Buffer((tokens, heads * head_dim), "float32"),
     ) -> None:
@@ -110,7 +117,13 @@ def attend(
 
 
 def attend_selected(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, capacity: int, scale: float
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    scale: float,
+    cache_dtype: str = "float32",
 ) -> tirx.PrimFunc:
     """Build `attend` over the keys of ``live i32 [T, words]`` alone, an argument after the position.
 
@@ -132,8 +145,8 @@ def attend_selected(
     @T.prim_func(s_tir=True, private=True)
     def kernel(
         q: T.Buffer((tokens, heads * head_dim), "float32"),
-        k_cache: T.Buffer((1, kv_heads, capacity, head_dim), "float32"),
-        v_cache: T.Buffer((1, kv_heads, capacity, head_dim), "float32"),
+        k_cache: T.Buffer((1, kv_heads, capacity, head_dim), cache_dtype),
+        v_cache: T.Buffer((1, kv_heads, capacity, head_dim), cache_dtype),
         position: T.Buffer((1,), "int64"),
         live: T.Buffer((tokens, words), "int32"),
         out: T.Buffer((tokens, heads * head_dim), "float32"),

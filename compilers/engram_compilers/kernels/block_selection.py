@@ -10,9 +10,9 @@ block is ``block`` positions from a multiple of it. Norms are those of `normalis
 from tvm import tirx
 from tvm.script import tirx as T
 
+from engram_compilers.kernels.attention_shape import KEY_BLOCK, live_words
 from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lane_sums, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
-from engram_compilers.kernels.online_softmax import KEY_BLOCK, live_words
 from engram_compilers.kernels.rotary import ROTATED_PER_US, rotate, span, spans
 
 _PRODUCTS_PER_US = 8000.0

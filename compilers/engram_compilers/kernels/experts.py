@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
+from engram_compilers.kernels.float_linear import FLOAT32, widened
 from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_fold, lane_max, lane_sum, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_runtime.errors import CompileError
@@ -240,11 +241,13 @@ def combine(routing: Routing, columns: int) -> tirx.PrimFunc:
     return kernel
 
 
-def expert_linear_float(routing: Routing, rows: int, out_features: int, in_features: int) -> tirx.PrimFunc:
-    """Build the linear layer of the chosen experts on float32 weights, each packed by `float_linear.pack_float`.
+def expert_linear_float(
+    routing: Routing, rows: int, out_features: int, in_features: int, dtype: str = FLOAT32
+) -> tirx.PrimFunc:
+    """Build the linear layer of the chosen experts on float weights, each packed by `float_linear.pack_float`.
 
-    ``(x f32 [M, K], order, expert, start, count, weight f32 [E * Np/16, K, 16]) -> y f32 [P, N]``: row p of y is row
-    p / (P / M) of x times the weight of p's expert; sums run over k ascending by fma.
+    ``(x f32 [M, K], order, expert, start, count, weight [E * Np/16, K, 16] of dtype) -> y f32 [P, N]``: row p of y is
+    row p / (P / M) of x times the weight of p's expert; sums run over k ascending by fma.
     """
     tiles = round_up(out_features, LANES) // LANES
     per_row = routing.pairs // rows
@@ -256,7 +259,7 @@ def expert_linear_float(routing: Routing, rows: int, out_features: int, in_featu
         expert: T.Buffer((routing.segments + 1,), "int32"),
         start: T.Buffer((routing.segments + 1,), "int32"),
         count: T.Buffer((1,), "int32"),
-        weight: T.Buffer((routing.experts * tiles, in_features, LANES), "float32"),
+        weight: T.Buffer((routing.experts * tiles, in_features, LANES), dtype),
         y: T.Buffer((routing.pairs, out_features), "float32"),
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
@@ -270,7 +273,7 @@ def expert_linear_float(routing: Routing, rows: int, out_features: int, in_featu
                         sums[lanes(0)] = splat(0.0)
                         for k in T.serial(in_features):
                             value: T.let = splat(x[pair // per_row, k])
-                            sums[lanes(0)] = fma(weight[row, k, lanes(0)], value, sums[lanes(0)])
+                            sums[lanes(0)] = fma(widened(weight[row, k, lanes(0)], dtype), value, sums[lanes(0)])
                         for i in T.serial(T.min(LANES, out_features - tile * LANES)):
                             y[pair, tile * LANES + i] = sums[i]
 

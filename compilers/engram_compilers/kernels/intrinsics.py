@@ -37,6 +37,12 @@ def splat(value: Expr, count: int = LANES) -> Expr:
     return T.broadcast(value, count)
 
 
+def converted(value: Expr, dtype: str, count: int = LANES) -> Expr:
+    """Return ``count`` floats in another dtype: exact when widened, to the nearest (even) when narrowed."""
+    wanted = dtype if count == 1 else f"{dtype}x{count}"
+    return value if value.ty.dtype == wanted else T.cast(value, wanted)
+
+
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:
     """Return a*b + c with one rounding, on float32 scalars or vectors of one length."""
     return T.call_llvm_pure_intrin(a.ty.dtype, "llvm.fma", a, b, c)
@@ -160,6 +166,22 @@ def lane_sums(vectors: Sequence[Expr]) -> Expr:
         vectors = [merge(a, b, width) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
         width //= 2
     return vectors[0]
+
+
+def transposed(vectors: Sequence[Expr]) -> list[Expr]:
+    """Return 16 vectors of which vector i holds lane i of each of the 16 given; every step is bound."""
+
+    def swapped(first: Expr, second: Expr, width: int) -> tuple[Expr, Expr]:
+        """Swap the lanes of ``first`` whose index has bit ``width`` with those of ``second`` that lack it."""
+        keep = [lane + (LANES - width) * bool(lane & width) for lane in range(LANES)]
+        take = [lane + width + (LANES - width) * bool(lane & width) for lane in range(LANES)]
+        return T.Bind(T.Shuffle([first, second], keep)), T.Bind(T.Shuffle([first, second], take))
+
+    rows = list(vectors)
+    for width in (8, 4, 2, 1):
+        for row in (row for row in range(LANES) if not row & width):
+            rows[row], rows[row + width] = swapped(rows[row], rows[row + width], width)
+    return rows
 
 
 def power_of_two(step: Expr) -> Expr:

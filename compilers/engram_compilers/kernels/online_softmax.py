@@ -16,85 +16,13 @@ from itertools import product
 from tvm.script import tirx as T
 
 from engram_compilers.kernels import loops
-from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
+from engram_compilers.kernels.attention_shape import KEY_BLOCK, MOST_ACCUMULATORS, AttentionShape, Operands
+from engram_compilers.kernels.intrinsics import Expr, converted, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
+from engram_compilers.kernels.key_tiles import KeyTile, load_tile, score_tile
 from engram_compilers.kernels.loops import LANES
 
-KEY_BLOCK = 64  # keys between two updates of the running softmax
 _STEPS = KEY_BLOCK // LANES
-_TOKEN_BLOCK = 8  # tokens that read a key block while it is in cache
-_MOST_ACCUMULATORS = 16  # vectors of output kept in registers
-_WIDE_TOGETHER = 4  # measured on 16 heads of 256: 4 take 0.6 of the time of 1 at 2,000 tokens, 0.3 at 30,000
-_FEWEST_TASKS = 4  # left to the threads by heads that go together
-_SCORES_PER_US = 250.0  # of 64 dimensions
 _MINUS_INFINITY = float("-inf")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
-    """Sizes of one attention layer, and how its work is cut."""
-
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    capacity: int
-    scale: float
-    window: int
-
-    @property
-    def vectors(self) -> int:
-        """Vectors in a head."""
-        return self.head_dim // LANES
-
-    @property
-    def group(self) -> int:
-        """Query heads that read the same key/value head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def together(self) -> int:
-        """Query heads that share each load of a value: a divisor of the group."""
-        fitting = (n for n in range(2, self.group + 1) if n * self.vectors <= _MOST_ACCUMULATORS or self._pays(n))
-        return max((n for n in fitting if self.group % n == 0), default=1)
-
-    def _pays(self, together: int) -> bool:
-        """Whether wide heads gain by it, though their values are then read a part at a time."""
-        return together <= _WIDE_TOGETHER and self.heads // together * self.token_blocks >= _FEWEST_TASKS
-
-    @property
-    def token_blocks(self) -> int:
-        """Blocks of tokens that read a key block together."""
-        return -(-self.tokens // _TOKEN_BLOCK)
-
-    @property
-    def us_per_key(self) -> float:
-        """Time one more key in the cache takes."""
-        return self.tokens * self.heads * (self.head_dim / 64) / _SCORES_PER_US
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operands:
-    """Buffers of one attention layer.
-
-    Attributes:
-        q: f32 ``[T, H * hd]``, rotated.
-        k_cache: f32 ``[1, Hkv, S, hd]``. ``v_cache`` alike.
-        position: i64 ``[1]``.
-        live: None, or i32 ``[T, words]``: bit i of word w says whether a token attends to key 16 * w + i.
-        out: f32 ``[T, H * hd]``.
-    """
-
-    q: Expr
-    k_cache: Expr
-    v_cache: Expr
-    position: Expr
-    live: Expr | None
-    out: Expr
-
-
-def live_words(capacity: int) -> int:
-    """Return the words of 16 keys in a row of ``live``, whole key blocks."""
-    return loops.round_up(capacity, KEY_BLOCK) // LANES
 
 
 def attend_all(shape: AttentionShape, operands: Operands) -> None:
@@ -113,22 +41,27 @@ def attend_all(shape: AttentionShape, operands: Operands) -> None:
 
 
 def _attend_task(shape: AttentionShape, operands: Operands, task: Expr) -> None:
-    """Attend with up to 8 tokens and the heads of one task, key block by key block."""
+    """Attend with the tokens and heads of one task, key block by key block."""
     head = T.Bind(task // shape.token_blocks * shape.together)
-    first_token = T.Bind(task % shape.token_blocks * _TOKEN_BLOCK)
-    count = T.Bind(T.min(_TOKEN_BLOCK, shape.tokens - first_token))
+    first_token = T.Bind(task % shape.token_blocks * shape.token_block)
+    count = T.Bind(T.min(shape.token_block, shape.tokens - first_token))
     first_position = T.Bind(T.cast(operands.position[0], "int32") + first_token)
     running = _start(shape, count)
     first_block = T.max(first_position + 1 - shape.window, 0) // KEY_BLOCK
-    with T.serial(first_block, (first_position + count - 1) // KEY_BLOCK + 1) as key_block, T.serial(count) as t:
+    with T.serial(first_block, (first_position + count - 1) // KEY_BLOCK + 1) as key_block:
         start = key_block * KEY_BLOCK
-        token = first_token + t
-        low = T.Bind(T.max(T.max(first_position + t + 1 - shape.window, 0), start))
-        high = T.Bind(T.min(first_position + t, start + KEY_BLOCK - 1))
-        with T.If(_any_live(operands, token, key_block, low <= high)), T.Then():
-            _score_block(shape, running, operands, token, head, low, high)
-            _softmax_step(shape, running, t * shape.together)
-            _add_values(shape, running, operands, token, t * shape.together, head, low, high)
+        tile = load_tile(shape, operands, head, start) if shape.tiled and operands.live is None else None
+        with T.serial(count) as t:
+            token = first_token + t
+            low = T.Bind(T.max(T.max(first_position + t + 1 - shape.window, 0), start))
+            high = T.Bind(T.min(first_position + t, start + KEY_BLOCK - 1))
+            with T.If(_any_live(operands, token, key_block, low <= high)), T.Then():
+                if tile is None:
+                    _score_block(shape, running, operands, token, head, low, high)
+                else:
+                    score_tile(shape, running.scores, operands.q, tile.keys, token, head, low - start, high - start)
+                _softmax_step(shape, running, t * shape.together)
+                _add_values(shape, running, operands, tile, token, t * shape.together, head, low, high)
     with T.serial(count) as t:
         _finish(shape, running, t * shape.together, operands.out, first_token + t, head)
 
@@ -163,7 +96,7 @@ class _Running:
 
 
 def _start(shape: AttentionShape, count: Expr) -> _Running:
-    rows = _TOKEN_BLOCK * shape.together
+    rows = shape.token_block * shape.together
     running = _Running(
         peak=T.alloc_local((rows,), "float32"),
         total=T.alloc_local((rows,), "float32"),
@@ -204,15 +137,16 @@ def _live(operands: Operands, token: Expr, step: Expr, low: Expr, high: Expr) ->
 
 def _dots(shape: AttentionShape, q: Expr, token: Expr, head: Expr, k_cache: Expr, key: Expr) -> Expr:
     """Return q . k for 16 neighbouring keys; rows past the live ones are read, but not past the cache."""
-    partial = T.alloc_local((LANES, LANES), "float32")
+    parts = T.alloc_local((LANES, LANES), "float32")
     for i in range(LANES):
         row = key + i if shape.capacity % LANES == 0 else T.min(key + i, shape.capacity - 1)
         total = splat(0.0)
         for d in range(shape.vectors):
             query = q[token, lanes(head * shape.head_dim + d * LANES)]
-            total = fma(query, k_cache[0, head // shape.group, row, lanes(d * LANES)], total)
-        T.buffer_store(partial, total, [i, lanes(0)])
-    return lane_sums([partial[i, lanes(0)] for i in range(LANES)])
+            cached = converted(k_cache[0, head // shape.group, row, lanes(d * LANES)], "float32")
+            total = fma(query, cached, total)
+        T.buffer_store(parts, total, [i, lanes(0)])
+    return lane_sums([parts[i, lanes(0)] for i in range(LANES)])
 
 
 def _softmax_step(shape: AttentionShape, running: _Running, first_row: Expr) -> None:
@@ -241,6 +175,7 @@ def _add_values(
     shape: AttentionShape,
     running: _Running,
     operands: Operands,
+    tile: KeyTile | None,
     token: Expr,
     first_row: Expr,
     head: Expr,
@@ -248,7 +183,7 @@ def _add_values(
     high: Expr,
 ) -> None:
     """Rescale the output and add exponential * value for keys low..high, as many dimensions at a time as fit."""
-    width = min(shape.vectors, _MOST_ACCUMULATORS // shape.together)
+    width = min(shape.vectors, MOST_ACCUMULATORS // shape.together)
     sums = T.alloc_local((shape.together, width, LANES), "float32")
     for first in range(0, shape.vectors, width):
         every = list(product(range(shape.together), range(min(width, shape.vectors - first))))
@@ -257,7 +192,11 @@ def _add_values(
             T.buffer_store(sums, rescaled, [g, d, lanes(0)])
         with _each_key(operands, token, low, high) as key:
             for g, d in every:
-                value = operands.v_cache[0, head // shape.group, key, lanes((first + d) * LANES)]
+                place = lanes((first + d) * LANES)
+                if tile is None or tile.values is None:
+                    value = converted(operands.v_cache[0, head // shape.group, key, place], "float32")
+                else:
+                    value = tile.values[key % KEY_BLOCK, place]
                 weight = splat(running.scores[g, key % KEY_BLOCK])
                 T.buffer_store(sums, fma(weight, value, sums[g, d, lanes(0)]), [g, d, lanes(0)])
         for g, d in every:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, fma, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, converted, fma, lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 
 ROTATED_PER_US = 9000.0
@@ -40,7 +40,8 @@ def rotate(
     """Write the head at source[*source_row, source_column:] to target[*target_row, target_column:], rotated.
 
     ``cos`` and ``sin`` are ``[S, rotary_dim / 2]``. The halves (x1, x2) of the first rotary_dim dimensions become
-    fma(x1, cos, -(x2 * sin)) and fma(x2, cos, x1 * sin); the dimensions after them are copied.
+    fma(x1, cos, -(x2 * sin)) and fma(x2, cos, x1 * sin); the dimensions after them are copied. A target of another
+    dtype gets them rounded once.
     """
     half = int(cos.shape[1])
 
@@ -48,7 +49,8 @@ def rotate(
         return source[(*source_row, span(source_column + start, width))]
 
     def store(start: int, width: int, value: Expr) -> None:
-        T.buffer_store(target, value, [*target_row, span(target_column + start, width)])
+        place = [*target_row, span(target_column + start, width)]
+        T.buffer_store(target, converted(value, target.dtype, width), place)
 
     for start, width in spans(0, half):
         x1, x2 = T.Bind(load(start, width)), T.Bind(load(half + start, width))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import StepInputs
+from engram_runtime.executor import State, StepInputs
 
 try:
     import onnxruntime as ort
@@ -34,6 +34,7 @@ class OnnxRuntimeExecutor:
 
     name = "onnxruntime"
     expert_bytes_read = None
+    float16_states = ()
 
     def __init__(self, session: "ort.InferenceSession", threads: int) -> None:
         self._session = session
@@ -44,7 +45,7 @@ class OnnxRuntimeExecutor:
         full, rest = divmod(count, MAX_CHUNK_TOKENS)
         return [MAX_CHUNK_TOKENS] * full + [rest] * (rest > 0)
 
-    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> "OnnxRuntimeStep":
+    def bind(self, states: Mapping[str, State]) -> "OnnxRuntimeStep":
         """See `Executor.bind`."""
         return OnnxRuntimeStep(self._session, states)
 
@@ -52,7 +53,7 @@ class OnnxRuntimeExecutor:
 class OnnxRuntimeStep:
     """The session with one sequence's states as inputs and, the same memory, as outputs."""
 
-    def __init__(self, session: "ort.InferenceSession", states: Mapping[str, NDArray[np.float32]]) -> None:
+    def __init__(self, session: "ort.InferenceSession", states: Mapping[str, State]) -> None:
         self._session = session
         self._binding = session.io_binding()
         self._states = [ort.OrtValue.ortvalue_from_numpy(array) for array in states.values()]

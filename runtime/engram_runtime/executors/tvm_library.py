@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import StepInputs
+from engram_runtime.executor import State, StepInputs
 from engram_runtime.library import LibraryInfo, PackedTensor, find_library
 
 
@@ -50,6 +50,7 @@ class TvmExecutor:
         """Load a library whose files are those of ``info``; raises TargetError where it can't be loaded."""
         self.threads = threads
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
+        self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
         self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
@@ -81,7 +82,7 @@ class TvmExecutor:
         for count, size in zip(counts, self._expert_bytes, strict=True):
             self.expert_bytes_read += int(np.from_dlpack(count)[0]) * size
 
-    def bind(self, states: Mapping[str, NDArray[np.float32]]) -> "TvmStep":
+    def bind(self, states: Mapping[str, State]) -> "TvmStep":
         """See `Executor.bind`."""
         forward = {(tokens, rows): self._machine_code[f"forward_{tokens}_{rows}"] for tokens, rows in self._passes}
         return TvmStep(self, forward, [as_tensor(array) for array in states.values()], self._weights)
