@@ -6,7 +6,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 LANES = 16  # float32 or int32 values in one 512-bit vector; other targets split it
-PARALLEL_FROM_US = 20.0  # waking the other threads costs a few microseconds
+PARALLEL_FROM_US = 10.0  # a launch costs 1 us while a worker spins, a few more where one must be woken
 
 
 def round_up(value: int, multiple: int) -> int:
