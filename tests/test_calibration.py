@@ -356,6 +356,15 @@ def test_a_text_is_refused_where_it_would_have_no_effect(workshop: Workshop, tmp
     assert str(caught.value) == "--calibration text is for --quant int4, this is int8; leave it out"
 
 
+def test_tables_alone_take_no_text(workshop: Workshop, tmp_path: Path, command: Command) -> None:
+    options = ("-o", tmp_path / "bundle", "--tables-only", "--calibration", "text")
+    outcome = command("engram-export", workshop.checkpoint(PLAIN), *options)
+    assert (outcome.code, outcome.err) == (
+        2,
+        "engram-export: --calibration text is for --quant int4, this is int8; leave it out\n",
+    )
+
+
 def test_a_text_is_refused_where_layers_are_not_known(workshop: Workshop, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("tide")

@@ -20,8 +20,9 @@ from tests.workshop import Workshop, bundle_logits, random_ids
 from engram_compilers.kernels import loops, portable
 from engram_compilers.linking import link
 from engram_runtime import LLM
-from engram_runtime.cpu import machine
+from engram_runtime.cpu import available_cores, machine
 from engram_runtime.errors import CompileError
+from engram_runtime.executor import load_executor
 
 NATIVE = f"{machine()}-linux-gnu"
 EXTENT, COUNTS = 1000, (1, 2, 3, 4)
@@ -233,6 +234,16 @@ def test_llms_of_one_library_run_at_once_in_two_threads(workshop: Workshop) -> N
             return np.concatenate([llm.session.decode([token_id]) for token_id in token_ids * 1])
 
     assert [np.array_equal(found, expected) for found in in_threads(logits, 3)] == [True] * 3
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 3), (1, 1)])
+def test_threads_are_those_asked_for_else_the_profiles(workshop: Workshop, asked: int | None, used: int) -> None:
+    bundle = workshop.compiled(workshop.uncompiled(), threads=3)
+    assert load_executor("tvm", bundle, threads=asked).threads == used
+
+
+def test_threads_are_one_per_core_where_the_profile_says_auto(workshop: Workshop) -> None:
+    assert load_executor("tvm", workshop.ready(), threads=None).threads == available_cores()
 
 
 @pytest.mark.slow
