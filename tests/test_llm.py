@@ -234,7 +234,7 @@ def test_an_unknown_executor_is_named(workshop: Workshop) -> None:
 def test_threads_must_be_positive(workshop: Workshop, executor: str) -> None:
     with pytest.raises(EngramError) as caught:
         LLM(workshop.ready().path, executor, threads=0)
-    assert str(caught.value) == "threads is 0, expected at least 1"
+    assert str(caught.value) == "threads is 0, expected 1 to 256"
 
 
 def test_a_path_can_be_text(workshop: Workshop) -> None:

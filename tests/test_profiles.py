@@ -17,7 +17,7 @@ from engram_runtime import cpu, library
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.library import LibraryInfo, PackedTensor, find_library, graph_digest
-from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo
+from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo, StateSpec
 from engram_targets import TargetProfile, detect_native, load_profile, profile_names
 from engram_targets.profile import KERNEL_FAMILIES
 
@@ -71,7 +71,8 @@ def raw_tensor(**changes: Any) -> list[dict[str, Any]]:
 
 
 def bundle_at(folder: Path) -> Bundle:
-    """Return a bundle of which only the folder and the digests of the graph matter."""
+    """Return a bundle of which only the folder, the digests of the graph and the state's name matter."""
+    key = StateSpec(name="key.0", dtype="float32", shape=(1, 1, 8, 8), kind="positional")
     manifest = Manifest(
         producer="test",
         model=ModelInfo(
@@ -83,7 +84,7 @@ def bundle_at(folder: Path) -> Bundle:
             num_layers=1,
             context_length=8,
         ),
-        graphs={"decoder": GraphSpec(file="graph.onnx", weights="weights", inputs=(), outputs=(), states=())},
+        graphs={"decoder": GraphSpec(file="graph.onnx", weights="weights", inputs=(), outputs=(), states=(key,))},
         tables=(),
         files=(
             FileEntry(path="weights", bytes=1, sha256="2"),
@@ -475,6 +476,24 @@ def test_libraries_that_do_not_fit_are_named_with_their_reasons(
     assert find_message(bundle_at(tmp_path)) == (
         f"no library of bundle {tmp_path} runs here: arm is for aarch64, this machine is x86_64; "
         f"wide needs CPU features ['avx512f'] this machine lacks; run: engram compile {tmp_path} --target native"
+    )
+
+
+def test_a_library_an_older_version_compiled_does_not_hide_a_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    add_library(tmp_path, "elder", version=2)
+    add_library(tmp_path, "x86-64-v3")
+    assert find_library(bundle_at(tmp_path))[0] == tmp_path / "lib" / "x86-64-v3"
+
+
+def test_a_library_with_states_the_bundle_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    add_library(tmp_path, "x86-64-v3", float16_states=["key.7"])
+    assert find_message(bundle_at(tmp_path)) == (
+        f"library {tmp_path / 'lib' / 'x86-64-v3'} has states ['key.7'] this bundle lacks; "
+        f"run: engram compile {tmp_path} --target native"
     )
 
 

@@ -1,5 +1,6 @@
 """A session's states follow its tokens, whatever interrupts a step, and fit the machine's memory."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -121,3 +122,12 @@ def test_states_as_large_as_memory_are_allocated(monkeypatch: pytest.MonkeyPatch
         "key.0": (1, 1, 2, 256),
         "key.1": (1, 1, 3, 256),
     }
+
+
+def test_a_child_process_has_states_of_its_own() -> None:
+    state = allocate_states(states(2, 3))["key.0"]
+    if (child := os.fork()) == 0:
+        state[...] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not state.any()

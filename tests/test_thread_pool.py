@@ -265,4 +265,7 @@ def test_a_triple_no_compiler_links_for_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CompileError) as caught:
         link(str(tmp_path / "model.so"), [], mtriple="s390x-linux-gnu")
-    assert str(caught.value) == "no C compiler to link with for s390x-linux-gnu: pip install ziglang"
+    assert (
+        str(caught.value)
+        == "no C compiler to link with for s390x-linux-gnu: install gcc or clang, or pip install ziglang"
+    )

@@ -36,5 +36,5 @@ def linker(mtriple: str) -> list[str]:
             if path := shutil.which(name):
                 return [path]
     if importlib.util.find_spec("ziglang") is None:
-        raise CompileError(f"no C compiler to link with for {mtriple}: pip install ziglang")
+        raise CompileError(f"no C compiler to link with for {mtriple}: install gcc or clang, or pip install ziglang")
     return [sys.executable, "-m", "ziglang", "cc", "-target", mtriple]

@@ -19,7 +19,9 @@
 #endif
 
 #define CACHE_LINE 128  /* two lines of 64: x86 fetches them in pairs, some Arm cores have lines of 128 */
-#define MAX_THREADS 256
+#define MAX_THREADS 256  /* `engram_runtime.executor.MOST_THREADS` */
+#define AS_TEXT_(value) #value
+#define AS_TEXT(value) AS_TEXT_(value)
 #define TASKS_PER_THREAD 8
 #define SPIN_NS 50000
 #define SPINS_PER_LOOK 16  /* at the clock, and for others that want the core */
@@ -139,18 +141,18 @@ static unsigned run_tasks(void) {
 }
 
 static void *work(void *index) {
-  while (!atomic_load(&pool.closing)) {
-    unsigned wanted = atomic_load(&pool.wanted);
+  for (;;) {
+    /* Read before closing is: what changes after it is set differs from them, so nobody sleeps through it. */
+    unsigned wanted = atomic_load(&pool.wanted), jobs = atomic_load(&pool.jobs);
+    if (atomic_load(&pool.closing)) return NULL;
     if ((uintptr_t)index >= wanted) {
       sleep_while(&pool.wanted, wanted);
       continue;
     }
-    unsigned jobs = atomic_load(&pool.jobs);
     unsigned count = run_tasks();
     if (count > 0) add(&pool.finished, count, &pool.caller_sleeps);
     await_change(&pool.jobs, jobs, &pool.workers_sleep);
   }
-  return NULL;
 }
 
 static int raise_kept_error(void) {
@@ -198,6 +200,8 @@ static void forget_workers(void) {
   started = 0;
   atomic_store(&pool.wanted, 0);
   atomic_store(&pool.ticket, 0);
+  atomic_store(&pool.status, 0);
+  atomic_store(&pool.error, NULL);
   atomic_flag_clear(&pool.busy);
 }
 
@@ -216,7 +220,11 @@ __attribute__((destructor)) static void when_closed(void) {
 int __tvm_ffi_use_threads(void *handle, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
   (void)handle, (void)num_args, (void)result;
   int failed = 0;
-  unsigned wanted = (unsigned)(args[0].v_int64 < MAX_THREADS ? args[0].v_int64 : MAX_THREADS) - 1;
+  if (args[0].v_int64 < 1 || args[0].v_int64 > MAX_THREADS) {
+    TVMFFIErrorSetRaisedFromCStr("ValueError", "threads must be 1 to " AS_TEXT(MAX_THREADS));
+    return -1;
+  }
+  unsigned wanted = (unsigned)args[0].v_int64 - 1;
   pthread_mutex_lock(&starting);
   if (wanted != atomic_load(&pool.wanted)) {
     atomic_store(&pool.wanted, wanted);

@@ -16,6 +16,7 @@ from engram_runtime.errors import RequestError
 from engram_runtime.manifest import StateSpec
 from engram_runtime.table_spec import TableSpec
 
+MOST_THREADS = 256  # that a compiled library's pool can start
 ALIGNMENT_BYTES = 64  # TVM's vector loads need it
 FLOAT32, FLOAT16 = "float32", "float16"  # dtypes of states
 
@@ -90,8 +91,8 @@ def load_executor(name: str, bundle: Bundle, *, threads: int | None) -> Executor
     """
     if name not in EXECUTORS:
         raise RequestError(f"executor {name!r} is unknown; there are {sorted(EXECUTORS)}")
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads is {threads}, expected at least 1")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise RequestError(f"threads is {threads}, expected 1 to {MOST_THREADS}")
     executor: Executor = importlib.import_module(EXECUTORS[name]).load(bundle, threads=threads)
     return executor
 
@@ -126,5 +127,5 @@ def aligned_zeros(shape: Sequence[int], dtype: str = FLOAT32) -> NDArray[Any]:
     """Return zeros whose data begins at a multiple of `ALIGNMENT_BYTES`, each page taking memory once it is written."""
     count = math.prod(shape)
     # Not numpy's zeros: it asks for huge pages, so the first position of each head would take 2 MiB.
-    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
+    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype=dtype, count=count).reshape(shape)

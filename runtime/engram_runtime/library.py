@@ -182,7 +182,10 @@ def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
     mend = f"run: engram compile {bundle.path} --target native"
     if not found:
         raise TargetError(f"bundle {bundle.path} has no compiled library; {mend}")
-    infos = [(path.parent, LibraryInfo.from_dict(read_json_object(path))) for path in found]
+    contents = [(path.parent, read_json_object(path)) for path in found]
+    # What an older engram-edge compiled for another target may stand beside what replaces it.
+    current = [(path, raw) for path, raw in contents if raw.get("version") == LIBRARY_INFO_VERSION]
+    infos = [(path, LibraryInfo.from_dict(raw)) for path, raw in current or contents]
     fitting = [(path, info) for path, info in infos if info.misfit() is None]
     if not fitting:
         reasons = "; ".join(str(info.misfit()) for _, info in infos)
@@ -190,4 +193,6 @@ def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
     path, info = max(fitting, key=lambda pair: len(pair[1].cpu_flags))
     if info.graph_sha256 != digest:
         raise TargetError(f"library {path} was compiled from another graph than this bundle holds; {mend}")
+    if unknown := sorted(set(info.float16_states) - {state.name for state in bundle.manifest.decoder.states}):
+        raise TargetError(f"library {path} has states {unknown} this bundle lacks; {mend}")
     return path, info

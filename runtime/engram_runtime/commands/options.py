@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from engram_runtime.executor import EXECUTORS
+from engram_runtime.executor import EXECUTORS, MOST_THREADS
 from engram_runtime.sampling import SamplingOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -16,7 +16,9 @@ executor_option = click.option(
     "--executor", type=click.Choice(list(EXECUTORS)), default="tvm", show_default=True, help="What runs the graph."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: the profile's, else one per core]"
+    "--threads",
+    type=click.IntRange(min=1, max=MOST_THREADS),
+    help="Worker threads.  [default: the profile's, else one per core]",
 )
 tables_option = click.option(
     "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read the tables, or not."

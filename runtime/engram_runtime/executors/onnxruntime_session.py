@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.cpu import available_cpus
+from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import State, StepInputs
 
@@ -85,7 +85,7 @@ def load(bundle: Bundle, *, threads: int | None) -> OnnxRuntimeExecutor:
         BundleError: onnxruntime refuses the graph.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(available_cpus())
+    options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3
     path = bundle.file(bundle.manifest.decoder.file)
     try:

@@ -104,18 +104,25 @@ class TvmStep:
         self._copies: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """See `Step`."""
+        """See `Step`; raises TargetError where threads or memory are lacking."""
+        try:
+            logits, *others = self._forward_pass(inputs)
+        except RuntimeError as error:
+            raise TargetError(f"the compiled library failed: {error}") from error
+        self._executor.count_experts(others)
+        return np.asarray(np.from_dlpack(logits), dtype=np.float32)
+
+    def _forward_pass(self, inputs: StepInputs) -> Sequence[Any]:
         self._executor.claim_threads()
         function = self._forward[len(inputs.token_ids), len(inputs.logit_rows)]
-        logits, *others = function(
+        outputs: Sequence[Any] = function(
             self._copy("token_ids", inputs.token_ids),
             self._copy("position", np.array([inputs.position], dtype=np.int64)),
             self._copy("logit_rows", inputs.logit_rows),
             *(self._copy(site, rows) for site, rows in inputs.rows.items()),
             *self._fixed,
         )
-        self._executor.count_experts(others)
-        return np.asarray(np.from_dlpack(logits), dtype=np.float32)
+        return outputs
 
     def _copy(self, name: str, values: NDArray[Any]) -> Any:
         """Copy an input into the aligned buffer kept for it; compiled code needs the alignment."""
