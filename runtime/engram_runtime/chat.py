@@ -5,11 +5,9 @@ from datetime import datetime
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from engram_runtime.chat_limits import MAX_PROMPT_CHARS, MAX_TEMPLATE_BYTES
 from engram_runtime.chat_sandbox import Meter, Sandbox, TemplateRefusal, metered_rendering
 from engram_runtime.errors import BundleError, RequestError
-
-MAX_PROMPT_CHARS = 4 << 20  # far beyond any context length, and seconds of tokenising
-MAX_TEMPLATE_BYTES = 256 << 10  # the longest in use, for many kinds of tools, are about 20 KiB
 
 # Whatever running someone else's template can raise.
 TEMPLATE_FAILURES = (
