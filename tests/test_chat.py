@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from engram_runtime import chat_sandbox
-from engram_runtime.chat import MAX_PROMPT_CHARS, ChatTemplate
+from engram_runtime.chat import ChatTemplate
+from engram_runtime.chat_limits import MAX_PROMPT_CHARS
 from engram_runtime.errors import BundleError, RequestError
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

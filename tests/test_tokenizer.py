@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from engram_runtime.chat import MAX_PROMPT_CHARS
+from engram_runtime.chat_limits import MAX_PROMPT_CHARS
 from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.tokenizer import TextTokenizer
