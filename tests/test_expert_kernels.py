@@ -182,7 +182,7 @@ def apply(family: ModuleType, kind: str, x: Array, chosen: Array, packed: Sequen
     order, expert, start, count = (part.astype(np.int32) for part in stated_segments(chosen))
     size = min(chosen.size, EXPERTS) + 1
     segments = [order, np.resize(expert, size), np.resize(start, size), count]
-    operands = [x] if kind == "float" else list(quantise.quantise_rows_numpy(x))
+    operands = [x] if kind == "float" else list(quantise.quantise_rows_numpy(x, quantise.MOST_PLANES))
     y = np.full((chosen.size, OUTPUTS), np.nan, np.float32)
     return call(linears(family, kind)[len(chosen), len(x)], *operands, *segments, *packed, y)[-1]
 
@@ -274,7 +274,7 @@ def test_a_slab_may_have_more_elements_than_32_bits_count(family: ModuleType, tm
         slabs.append(slab)
     segments = [[0], [count - 1, count - 1], [0, 1], [1]]
     x = floats(1, inputs)
-    small = [*quantise.quantise_rows_numpy(x), *(np.array(part, np.int32) for part in segments)]
+    small = [*quantise.quantise_rows_numpy(x, quantise.MOST_PLANES), *(np.array(part, np.int32) for part in segments)]
     y = tvm.runtime.tensor(np.zeros((1, outputs), np.float32))
     kernel(*(tvm.runtime.tensor(array) for array in small), *(tvm_ffi.from_dlpack(slab) for slab in slabs), y)
     expected = x.astype(np.float64) @ (weight.astype(np.float64) - 128).T

@@ -94,12 +94,7 @@ def hard_rows(rows: int, columns: int) -> Array:
 
 def quantised_rows(x: Array, planes: int) -> list[Array]:
     """State the planes, scales and offsets of rows in one or two planes."""
-    if planes == 2:
-        return list(quantise.quantise_rows_numpy(x))
-    peak = np.maximum(np.abs(x).max(axis=1), np.float32(1e-30))
-    plane = np.zeros((len(x), loops.round_up(x.shape[1], 64)), np.int8)
-    plane[:, : x.shape[1]] = np.rint(x * (np.float32(127) / peak)[:, None])
-    return [plane, peak / np.float32(127), -128 * plane.sum(axis=1, dtype=np.int32)]
+    return list(quantise.quantise_rows_numpy(x, planes))
 
 
 def joined(planes: Array, weight: Array, rows: int) -> Array:
@@ -115,7 +110,7 @@ def joined(planes: Array, weight: Array, rows: int) -> Array:
 @cache
 def quantisers() -> dict[Any, Callable[..., None]]:
     shapes = [(1, 64), (4, 100), (17, 49), (64, 160), (2, 3)]
-    return compile_kernels({shape: quantise.quantise_rows(*shape) for shape in shapes})
+    return compile_kernels({shape: quantise.quantise_rows(*shape, quantise.MOST_PLANES) for shape in shapes})
 
 
 def quantised(kernel: Callable[..., None], x: Array) -> list[Array]:
@@ -127,21 +122,21 @@ def quantised(kernel: Callable[..., None], x: Array) -> list[Array]:
 @pytest.mark.parametrize("shape", [(1, 64), (4, 100), (17, 49), (64, 160), (2, 3)])
 def test_quantise_rows_is_its_numpy_statement_bit_for_bit(shape: tuple[int, int]) -> None:
     x = hard_rows(*shape)
-    expected: list[Array] = list(quantise.quantise_rows_numpy(x))
+    expected = quantised_rows(x, 2)
     found = quantised(quantisers()[shape], x)
     assert [same_bits(f, e) for f, e in zip(found, expected, strict=True)] == [True] * 3
 
 
 def test_two_planes_hold_16_bits_of_every_row() -> None:
     x = hard_rows(17, 49)
-    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    planes, row_scale, _ = quantised_rows(x, 2)
     restored = (256.0 * planes[:17, :49] + planes[17:, :49]) * row_scale[:, None]
     # Half a step, and 32639 * 2^-23 of a step for the rounding of x * (32639 / peak).
     assert np.all(np.abs(restored - x).max(axis=1) <= 0.504 * row_scale)
 
 
 def test_the_low_plane_reaches_both_ends_of_int8() -> None:
-    planes, _, _ = quantise.quantise_rows_numpy(floats(64, 160))
+    planes, _, _ = quantised_rows(floats(64, 160), 2)
     assert (planes[64:].min(), planes[64:].max()) == (-128, 127)
 
 
@@ -274,7 +269,7 @@ def test_the_largest_products_of_both_signs_are_exact(family: ModuleType, kind: 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_block_adds_scaled_groups(family: ModuleType, rows: int, bits: int) -> None:
     x = hard_rows(rows, INPUTS)
-    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    planes, row_scale, _ = quantised_rows(x, 2)
     codes, scale = block_weight(bits)
     weight = (codes.astype(np.float64) - 2 ** (bits - 1)) * scale.astype(np.float64).repeat(32, axis=1)
     value = 256.0 * planes[:rows, :INPUTS] + planes[rows:, :INPUTS]
@@ -400,7 +395,7 @@ def row_kernels() -> dict[Any, Callable[..., None]]:
     for rows in (1, 17):
         for columns in (9, 77, 576):
             kernels["rms_norm", rows, columns] = normalise.rms_norm(rows, columns, 1e-5)
-            kernels["silu_mul", rows, columns] = activation.silu_mul(rows, columns)
+            kernels["silu_mul", rows, columns] = activation.gated(rows, columns, activation.silu)
             kernels["add", rows, columns] = activation.add(rows, columns)
     return compile_kernels(kernels)
 

@@ -107,16 +107,6 @@ def gated(rows: int, columns: int, function: Function) -> tirx.PrimFunc:
     return kernel
 
 
-def silu_mul(rows: int, columns: int) -> tirx.PrimFunc:
-    """Build `gated` of silu."""
-    return gated(rows, columns, silu)
-
-
-def gelu_mul(rows: int, columns: int) -> tirx.PrimFunc:
-    """Build `gated` of gelu."""
-    return gated(rows, columns, gelu)
-
-
 def gated_quantise(rows: int, columns: int, function: Function, planes: int) -> tirx.PrimFunc:
     """Build `gated` whose rows are only quantised.
 
