@@ -39,12 +39,20 @@ class AttentionShape:
     @property
     def together(self) -> int:
         """Query heads that share each load of a value: a divisor of the group."""
-        fitting = (n for n in range(2, self.group + 1) if n * self.vectors <= MOST_ACCUMULATORS or self._pays(n))
-        return max((n for n in fitting if self.group % n == 0), default=1)
+        divisors = (n for n in range(2, self.group + 1) if self.group % n == 0)
+        return max((n for n in divisors if self._fits(n) and self._tasks(n) >= _FEWEST_TASKS), default=1)
 
-    def _pays(self, together: int) -> bool:
-        """Whether wide heads gain by it, though their values are then read a part at a time."""
-        return together <= _WIDE_TOGETHER and self.heads // together * self.token_blocks >= _FEWEST_TASKS
+    def _fits(self, together: int) -> bool:
+        """Whether the output stays in registers, or wide heads gain though their values are then read in parts."""
+        return together * self.vectors <= MOST_ACCUMULATORS or together <= _WIDE_TOGETHER
+
+    def _tasks(self, together: int) -> int:
+        return self.heads // together * self.token_blocks
+
+    @property
+    def tasks(self) -> int:
+        """What threads share: some heads of a block of tokens each."""
+        return self._tasks(self.together)
 
     @property
     def tiled(self) -> bool:

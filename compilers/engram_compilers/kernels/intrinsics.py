@@ -38,6 +38,15 @@ def splat(value: Expr, count: int = LANES) -> Expr:
     return T.broadcast(value, count)
 
 
+def new_lanes(dtype: str) -> Expr:
+    """Allocate one vector of 16 lanes that LLVM can keep in a register, if all its indices are constants.
+
+    That is what a buffer of scope "global" under 1 KiB becomes. One by `alloc_local` is memory: `scratch_memory.c`
+    gives it a place on its thread's own stack, and every use loads and stores.
+    """
+    return T.alloc_buffer((LANES,), dtype)
+
+
 def converted(value: Expr, dtype: str, count: int = LANES) -> Expr:
     """Return ``count`` numbers in another dtype: exact when widened, to the nearest (even) when narrowed.
 

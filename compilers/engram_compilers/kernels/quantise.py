@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, converted, fma, lane_max, lane_sum, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, converted, fma, lane_max, lane_sum, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, each_vector, loop_over, round_up
 from engram_compilers.kernels.packing import INT8_BIAS
 
@@ -77,7 +77,7 @@ class QuantisedRows:
         row_peak = T.Bind(_peak(values))
         factor = T.Bind(T.float32(largest) / row_peak)
         T.buffer_store(self.row_scale, row_peak / T.float32(largest), [row])
-        sums = T.alloc_local((self.count, LANES), "int32")
+        sums = T.alloc_buffer((self.count, LANES), "int32")
         for plane in range(self.count):
             T.buffer_store(sums, splat(0), [plane, lanes(0)])
         with T.serial(int(values.shape[0]) // LANES) as step:
@@ -102,7 +102,7 @@ class QuantisedRows:
 
 def _peak(values: Expr) -> Expr:
     """Return max|x| of a row, by bits: they order like the values, and a NaN is larger than all."""
-    peak = T.alloc_local((LANES,), "int32")
+    peak = new_lanes("int32")
     T.buffer_store(peak, splat(_SMALLEST_PEAK_BITS), [lanes(0)])
     with T.serial(int(values.shape[0]) // LANES) as step:
         bits = T.reinterpret("int32x16", values[lanes(step * LANES)])

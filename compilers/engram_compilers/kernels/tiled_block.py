@@ -7,7 +7,7 @@ from itertools import product
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lanes, new_lanes, splat
 from engram_compilers.kernels.isa import Isa
 from engram_compilers.kernels.loops import LANES
 from engram_compilers.kernels.packing import BLOCK_BIAS, GROUP, require_bits, require_groups
@@ -17,7 +17,6 @@ from engram_compilers.kernels.vnni_blocks import (
     Plan,
     each_row_block,
     each_tile_group,
-    new_lanes,
     new_sums,
     prefetch_steps,
     store_edge,

@@ -10,7 +10,7 @@ from itertools import product
 
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, lanes, prefetch, splat
+from engram_compilers.kernels.intrinsics import Expr, lanes, new_lanes, prefetch, splat
 from engram_compilers.kernels.isa import Isa
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_compilers.kernels.packing import GROUP, require_indexable
@@ -126,11 +126,6 @@ def each_row_block(plan: Plan, first_tile: Expr, num_tiles: int, run: Callable[[
             run(Block(plan, index * plan.block_rows, plan.block_rows, first_tile, num_tiles, is_first=False))
     if last_rows > 0:
         run(Block(plan, plan.rows - last_rows, last_rows, first_tile, num_tiles, is_first=False))
-
-
-def new_lanes(dtype: str) -> Expr:
-    """Allocate one vector of 16 lanes. Of scope "global" and small, it becomes registers; "local" goes to the heap."""
-    return T.alloc_buffer((LANES,), dtype)
 
 
 def start_sums(block: Block, plane_offset: Expr) -> Sums:
