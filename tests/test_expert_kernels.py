@@ -20,6 +20,8 @@ from tests.test_kernels import (
     call,
     compile_kernels,
     floats,
+    hard_rows,
+    joined,
     needs_avx2,
     needs_avx_vnni,
     needs_vnni,
@@ -203,16 +205,29 @@ with_layers = pytest.mark.parametrize(
 )
 
 
+def stated_linear(experts_layer: Layer, x: Array, expert_of_pair: Array, per_row: int) -> Array:
+    planes, row_scale, _ = quantise.quantise_rows_numpy(x, quantise.MOST_PLANES)
+    every = [
+        joined(planes, weight, len(x)) * scale * row_scale[:, None]
+        for weight, scale in zip(experts_layer.weight, experts_layer.scale, strict=True)
+    ]
+    return np.stack([every[expert][pair // per_row] for pair, expert in enumerate(expert_of_pair)])
+
+
 def routed(tokens: int) -> Array:
     return chosen_experts(Routing(tokens, EXPERTS, TOP_K), floats(TOKENS, EXPERTS, seed=6)[:tokens])
 
 
 @with_layers
 @pytest.mark.parametrize("per_row", [1, TOP_K])
-def test_a_pairs_row_is_the_product_with_its_experts_weight(family: ModuleType, kind: str, per_row: int) -> None:
+def test_a_pairs_row_is_its_experts_linear_layer(family: ModuleType, kind: str, per_row: int) -> None:
+    """Of integer weights: their sums, scaled in the stated order."""
     experts_layer, chosen = layer(kind), routed(TOKENS)
-    x = floats(TOKENS * TOP_K // per_row, INPUTS)
+    x = hard_rows(TOKENS * TOP_K // per_row, INPUTS)
     found = apply(family, kind, x, chosen, experts_layer.packed(family))
+    if kind != "float":
+        assert same_bits(found, stated_linear(experts_layer, x, chosen.ravel(), per_row))
+        return
     weight = experts_layer.weight.astype(np.float64) * experts_layer.scale[:, :, None]
     expected = np.einsum("pk,pnk->pn", np.repeat(x, per_row, axis=0), weight[chosen.ravel()])
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
