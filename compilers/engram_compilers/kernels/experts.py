@@ -265,7 +265,8 @@ def expert_linear_float(
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for tile in loop_over(tiles, routing.pairs * out_features * in_features / _WEIGHTS_PER_US):
-                sums, edge = new_lanes("float32"), new_lanes("float32")
+                sums = new_lanes("float32")
+                edge = new_lanes("float32")  # or the sums would be memory, for only that has a lane i
                 for segment in T.serial(count[0]):
                     row: T.let = T.cast(expert[segment], "int64") * tiles + tile
                     for place in T.serial(start[segment], start[segment + 1]):
