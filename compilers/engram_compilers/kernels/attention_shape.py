@@ -10,7 +10,7 @@ MOST_ACCUMULATORS = 16  # vectors of output kept in registers
 _TOKEN_BLOCK = 8  # tokens that read a key block while it is in cache
 _TILED_TOKENS = 16  # tokens that read a transposed key block, which takes as long as the scores of about four
 _WIDE_TOGETHER = 4  # measured on 16 heads of 256: 4 take 0.6 of the time of 1 at 2,000 tokens, 0.3 at 30,000
-_FEWEST_TASKS = 4  # left to the threads by heads that go together
+_FEWEST_TASKS = 4  # left to the threads by wide heads; narrow ones apart took 1.1 to 1.4 times as long on one thread
 _SCORES_PER_US = 250.0  # of 64 dimensions
 
 
@@ -39,20 +39,12 @@ class AttentionShape:
     @property
     def together(self) -> int:
         """Query heads that share each load of a value: a divisor of the group."""
-        divisors = (n for n in range(2, self.group + 1) if self.group % n == 0)
-        return max((n for n in divisors if self._fits(n) and self._tasks(n) >= _FEWEST_TASKS), default=1)
+        fitting = (n for n in range(2, self.group + 1) if n * self.vectors <= MOST_ACCUMULATORS or self._pays(n))
+        return max((n for n in fitting if self.group % n == 0), default=1)
 
-    def _fits(self, together: int) -> bool:
-        """Whether the output stays in registers, or wide heads gain though their values are then read in parts."""
-        return together * self.vectors <= MOST_ACCUMULATORS or together <= _WIDE_TOGETHER
-
-    def _tasks(self, together: int) -> int:
-        return self.heads // together * self.token_blocks
-
-    @property
-    def tasks(self) -> int:
-        """What threads share: some heads of a block of tokens each."""
-        return self._tasks(self.together)
+    def _pays(self, together: int) -> bool:
+        """Whether wide heads gain by it, though their values are then read a part at a time."""
+        return together <= _WIDE_TOGETHER and self.heads // together * self.token_blocks >= _FEWEST_TASKS
 
     @property
     def tiled(self) -> bool:

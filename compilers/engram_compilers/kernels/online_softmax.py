@@ -38,7 +38,7 @@ _MINUS_INFINITY = float("-inf")
 
 def attend_all(shape: AttentionShape, operands: Operands) -> None:
     """Emit attention of all tokens and heads, in parallel if the position makes enough work of it."""
-    tasks = shape.tasks
+    tasks = shape.heads // shape.together * shape.token_blocks
     keys = loops.PARALLEL_FROM_US / shape.us_per_key
     if tasks == 1 or keys <= KEY_BLOCK or keys > shape.window:
         with T.parallel(tasks) if tasks > 1 and keys <= KEY_BLOCK else T.serial(tasks) as task:
@@ -209,7 +209,7 @@ def _add_values(
                 else:
                     value = tile.values[key % KEY_BLOCK, place]
                 weight = splat(running.scores[g, key % KEY_BLOCK])
-                T.buffer_store(sums, fma(weight, value, sums[g, d][lanes(0)]), [lanes(0)])
+                T.buffer_store(sums[g, d], fma(weight, value, sums[g, d][lanes(0)]), [lanes(0)])
         for g, d in every:
             T.buffer_store(running.output, sums[g, d][lanes(0)], [first_row + g, lanes((first + d) * LANES)])
 
