@@ -166,8 +166,7 @@ def linear_prim_func(family: Any, kind: str, rows: int, outputs: int, inputs: in
 
 def quantised(rows: int, inputs: int, planes: int) -> list[Any]:
     x = np.random.default_rng(2).normal(size=(rows, inputs)).astype(np.float32)
-    both, row_scale, offset = quantise.quantise_rows_numpy(x)
-    return [tensor(array) for array in (both[: planes * rows], row_scale, offset[: planes * rows])]
+    return [tensor(array) for array in quantise.quantise_rows_numpy(x, planes)]
 
 
 def with_cold_weight(start: list[Any], copies: Iterator[list[Any]], end: list[Any]) -> Iterator[list[Any]]:
@@ -225,10 +224,10 @@ def other_cells(cpu: str) -> Iterator[Cell]:
         kernels[f"attend at {POSITION} M={m}"] = attention.attend(m, *sizes, HEAD_DIM**-0.5)
         kernels[f"rope_append M={m}"] = attention.rope_append(m, *sizes)
         kernels[f"rms_norm {HIDDEN} M={m}"] = normalise.rms_norm(m, HIDDEN, 1e-5)
-        kernels[f"silu_mul {INNER} M={m}"] = activation.silu_mul(m, INNER)
+        kernels[f"silu_mul {INNER} M={m}"] = activation.gated(m, INNER, activation.silu)
         kernels[f"add {HIDDEN} M={m}"] = activation.add(m, HIDDEN)
-        kernels[f"quantise_rows {HIDDEN} M={m}"] = quantise.quantise_rows(m, HIDDEN)
-        kernels[f"quantise_rows {INNER} M={m}"] = quantise.quantise_rows(m, INNER)
+        kernels[f"quantise_rows {HIDDEN} M={m}"] = quantise.quantise_rows(m, HIDDEN, quantise.MOST_PLANES)
+        kernels[f"quantise_rows {INNER} M={m}"] = quantise.quantise_rows(m, INNER, quantise.MOST_PLANES)
     compiled = build_all({name.replace(" ", "_").replace("=", ""): f for name, f in kernels.items()}, cpu)
     cache, at = [floats(1, KV_HEADS, CAPACITY, HEAD_DIM) for _ in "kv"], tensor(np.array([POSITION]))
     tables = [floats(CAPACITY, HEAD_DIM // 2) for _ in range(2)]

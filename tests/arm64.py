@@ -21,11 +21,18 @@ from unicorn import arm64_const
 Array = NDArray[Any]
 
 STUBS = """
-static char heap[1 << 20];
+static char heap[1 << 20] __attribute__((aligned(64)));
+static unsigned long used;
 void *TVMBackendAllocWorkspace(int device, int id, unsigned long bytes, int code, int bits) {
-    return bytes <= sizeof heap ? (void *)(((unsigned long)heap + 63) & -64ul) : 0;
+    unsigned long start = used;
+    if (bytes > sizeof heap - used) return 0;
+    used += (bytes + 63) & -64ul;
+    return heap + start;
 }
-int TVMBackendFreeWorkspace(int device, int id, void *place) { return 0; }
+int TVMBackendFreeWorkspace(int device, int id, void *place) {
+    used = (char *)place - heap;
+    return 0;
+}
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int count) { __builtin_trap(); }
 """
 RUNTIME_FUNCTIONS = {"__TVMBackendAllocWorkspace", "__TVMBackendFreeWorkspace"}

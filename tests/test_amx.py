@@ -35,7 +35,7 @@ from engram_compilers.kernels import amx as amx_family
 from engram_compilers.kernels import amx_experts, avx512_vnni, avx512_vnni_experts, loops
 from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.packing import GROUP
-from engram_compilers.kernels.quantise import quantise_rows_numpy
+from engram_compilers.kernels.quantise import MOST_PLANES, quantise_rows_numpy
 from engram_runtime.bundle import Bundle
 
 pytestmark = pytest.mark.skipif(not amx_machine.CAN_RUN, reason="this machine's processor has no avx512_vnni")
@@ -144,7 +144,7 @@ def vnni_linears() -> dict[Any, Callable[..., None]]:
 @pytest.mark.parametrize("rows", FEW_ROWS)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_tiles_give_the_bits_of_avx512_vnni_on_its_own_packed_weights(kind: str, rows: int) -> None:
-    activations: list[Array] = list(quantise_rows_numpy(hard_rows(rows, INPUTS)))
+    activations: list[Array] = list(quantise_rows_numpy(hard_rows(rows, INPUTS), MOST_PLANES))
     found = run_linear(linears()[kind, rows, 2], kind, activations)
     y = np.full((rows, OUTPUTS), np.nan, np.float32)
     arrays = [*activations, *packed_weight(avx512_vnni, kind), channel_scale(OUTPUTS), y]
@@ -244,7 +244,7 @@ def run_experts(family: ModuleType, kind: str, tokens: int, per_row: int, packed
     chosen = chosen_experts(routing, floats(tokens, EXPERTS, seed=6))
     order, expert, start, count = (part.astype(np.int32) for part in stated_segments(chosen))
     segments = [order, np.resize(expert, routing.segments + 1), np.resize(start, routing.segments + 1), count]
-    activations = quantise_rows_numpy(floats(routing.pairs // per_row, test_expert_kernels.INPUTS))
+    activations = quantise_rows_numpy(floats(routing.pairs // per_row, test_expert_kernels.INPUTS), MOST_PLANES)
     y = np.full((routing.pairs, test_expert_kernels.OUTPUTS), np.nan, np.float32)
     return call(expert_linears(family)[kind, tokens, per_row], *activations, *segments, *packed, y)[-1]
 

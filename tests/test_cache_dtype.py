@@ -40,9 +40,11 @@ def caches(dtype: str) -> list[Array]:
     return [floats(1, KV_HEADS, CAPACITY, HEAD_DIM, seed=seed).astype(np.float16).astype(dtype) for seed in (1, 2)]
 
 
-def append(dtype: str) -> list[Array]:
-    """Return queries, keys and values after tokens were appended."""
+def append(dtype: str, head: Array | None = None) -> list[Array]:
+    """Return queries, keys and values after tokens were appended; ``head`` is what all heads are instead of random."""
     qkv = floats(TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    if head is not None:
+        qkv[:] = np.tile(head, HEADS + 2 * KV_HEADS)
     turns = [np.cos(floats(CAPACITY, HEAD_DIM // 2)), np.sin(floats(CAPACITY, HEAD_DIM // 2))]
     q = np.zeros((TOKENS, HEADS * HEAD_DIM), np.float32)
     *_, keys, values, query = call(kernels()["append", dtype], qkv, *turns, np.array([POSITION]), *caches(dtype), q)
@@ -58,6 +60,18 @@ def test_keys_and_values_are_rounded_once() -> None:
     (query, *narrow), (expected_query, *wide) = append("float16"), append("float32")
     assert same_bits(query, expected_query)
     assert [same_bits(a, b.astype(np.float16)) for a, b in zip(narrow, wide, strict=True)] == [True, True]
+
+
+def test_what_float16_cannot_hold_becomes_its_largest_number() -> None:
+    """Of every lane: 16 are converted together, and nothing else than a nan may end as one or as an infinity."""
+    extremes = np.resize([65519.0, 65520.0, -70000.0, 3e38, -3e38, np.inf, -np.inf, np.nan], HEAD_DIM)
+    (_, *narrow), (_, *wide) = append("float16", extremes), append("float32", extremes)
+    largest = np.finfo(np.float16).max
+    expected = [np.clip(part, -largest, largest).astype(np.float16) for part in wide]
+    for found, stated in zip(narrow, expected, strict=True):
+        np.testing.assert_array_equal(found, stated)
+    assert np.isnan(narrow[1]).sum() == np.isnan(extremes).sum() * TOKENS * KV_HEADS
+    assert not np.isinf(narrow).any()
 
 
 @pytest.mark.parametrize("kind", ["attend", "selected"])

@@ -39,6 +39,7 @@ WINDOW_SITE, PLAIN_SITE = TinySite(), TinySite(convolution=False, gains=False, p
 TOKENS = 23  # 8 + 8 + 4 + 2 + 1: every compiled number of tokens takes part
 
 HAS_VNNI = "avx512_vnni" in cpu_flags()
+needs_avx2 = pytest.mark.skipif(not {"avx2", "fma"} <= cpu_flags(), reason="this machine's processor has no avx2")
 needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this machine's processor has no avx512_vnni")
 NATIVE = "avx512_vnni" if HAS_VNNI else "portable"
 
@@ -148,6 +149,27 @@ def test_both_kernel_families_give_the_same_bits(workshop: Workshop, name: str) 
         for kernels in (name, f"{name}-vnni")
     )
     assert_same_bits(portable, vnni)
+
+
+@pytest.mark.parametrize(
+    ("family", "mcpu"),
+    [
+        ("portable", "x86-64-v2"),
+        pytest.param("avx2", "haswell", marks=needs_avx2),
+        pytest.param("avx512_vnni", "cascadelake", marks=needs_vnni),
+    ],
+)
+def test_every_family_gives_the_same_bits_with_sixteen_tokens_at_once(
+    workshop: Workshop, family: str, mcpu: str
+) -> None:
+    """As its own single tokens, and as the portable kernels for this machine, eight tokens at once."""
+    bundle = workshop.compiled(int4_bundle(workshop), family, mcpu=mcpu, decode_tokens=(1,), prefill_tokens=(16,))
+    expected = bundle_logits(compiled_bundle(workshop, "int4"), random_ids(TOKENS), "tvm")
+    assert load_executor("tvm", bundle, threads=1).chunks(TOKENS) == [16, *[1] * 7]
+    assert_same_bits(bundle_logits(bundle, random_ids(TOKENS), "tvm"), expected)
+    assert_same_bits(stepwise_logits(bundle, random_ids(TOKENS), "tvm"), expected)
+    with open_session(bundle, "tvm") as session:
+        assert_same_bits(session.prefill(random_ids(16)), expected[15])
 
 
 def test_one_thread_gives_the_bits_of_two(workshop: Workshop) -> None:

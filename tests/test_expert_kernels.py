@@ -20,6 +20,8 @@ from tests.test_kernels import (
     call,
     compile_kernels,
     floats,
+    hard_rows,
+    joined,
     needs_avx2,
     needs_avx_vnni,
     needs_vnni,
@@ -182,7 +184,7 @@ def apply(family: ModuleType, kind: str, x: Array, chosen: Array, packed: Sequen
     order, expert, start, count = (part.astype(np.int32) for part in stated_segments(chosen))
     size = min(chosen.size, EXPERTS) + 1
     segments = [order, np.resize(expert, size), np.resize(start, size), count]
-    operands = [x] if kind == "float" else list(quantise.quantise_rows_numpy(x))
+    operands = [x] if kind == "float" else list(quantise.quantise_rows_numpy(x, quantise.MOST_PLANES))
     y = np.full((chosen.size, OUTPUTS), np.nan, np.float32)
     return call(linears(family, kind)[len(chosen), len(x)], *operands, *segments, *packed, y)[-1]
 
@@ -203,16 +205,29 @@ with_layers = pytest.mark.parametrize(
 )
 
 
+def stated_linear(experts_layer: Layer, x: Array, expert_of_pair: Array, per_row: int) -> Array:
+    planes, row_scale, _ = quantise.quantise_rows_numpy(x, quantise.MOST_PLANES)
+    every = [
+        joined(planes, weight, len(x)) * scale * row_scale[:, None]
+        for weight, scale in zip(experts_layer.weight, experts_layer.scale, strict=True)
+    ]
+    return np.stack([every[expert][pair // per_row] for pair, expert in enumerate(expert_of_pair)])
+
+
 def routed(tokens: int) -> Array:
     return chosen_experts(Routing(tokens, EXPERTS, TOP_K), floats(TOKENS, EXPERTS, seed=6)[:tokens])
 
 
 @with_layers
 @pytest.mark.parametrize("per_row", [1, TOP_K])
-def test_a_pairs_row_is_the_product_with_its_experts_weight(family: ModuleType, kind: str, per_row: int) -> None:
+def test_a_pairs_row_is_its_experts_linear_layer(family: ModuleType, kind: str, per_row: int) -> None:
+    """Of integer weights: their sums, scaled in the stated order."""
     experts_layer, chosen = layer(kind), routed(TOKENS)
-    x = floats(TOKENS * TOP_K // per_row, INPUTS)
+    x = hard_rows(TOKENS * TOP_K // per_row, INPUTS)
     found = apply(family, kind, x, chosen, experts_layer.packed(family))
+    if kind != "float":
+        assert same_bits(found, stated_linear(experts_layer, x, chosen.ravel(), per_row))
+        return
     weight = experts_layer.weight.astype(np.float64) * experts_layer.scale[:, :, None]
     expected = np.einsum("pk,pnk->pn", np.repeat(x, per_row, axis=0), weight[chosen.ravel()])
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
@@ -274,7 +289,7 @@ def test_a_slab_may_have_more_elements_than_32_bits_count(family: ModuleType, tm
         slabs.append(slab)
     segments = [[0], [count - 1, count - 1], [0, 1], [1]]
     x = floats(1, inputs)
-    small = [*quantise.quantise_rows_numpy(x), *(np.array(part, np.int32) for part in segments)]
+    small = [*quantise.quantise_rows_numpy(x, quantise.MOST_PLANES), *(np.array(part, np.int32) for part in segments)]
     y = tvm.runtime.tensor(np.zeros((1, outputs), np.float32))
     kernel(*(tvm.runtime.tensor(array) for array in small), *(tvm_ffi.from_dlpack(slab) for slab in slabs), y)
     expected = x.astype(np.float64) @ (weight.astype(np.float64) - 128).T

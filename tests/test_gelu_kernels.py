@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ def kernels() -> dict[Any, Callable[..., None]]:
     made: dict[Any, Any] = {
         (name, size): activation.each(size, function) for name, function in FUNCTIONS.items() for size in SIZES
     }
-    made |= {("gelu_mul", rows, size): activation.gelu_mul(rows, size) for rows in (1, 17) for size in COLUMNS}
+    gated = {("gelu_mul", *size): activation.gated(*size, activation.gelu) for size in product((1, 17), COLUMNS)}
+    made |= gated
     made |= {("gate_value", rows): streams.gate_value(rows, 2, 21) for rows in (1, 3)}
     made |= {sizes: batched_matmul.batched_matmul(*sizes) for sizes in PRODUCTS}
     return compile_kernels(made)

@@ -1,14 +1,16 @@
 """Every kernel against numpy, and the promises made for all of them: same bits whatever the rows, family, threads."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import product
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from numpy.typing import NDArray
 from tvm.script import tirx as T
 
@@ -24,7 +26,8 @@ from engram_compilers.kernels import (
     portable,
     quantise,
 )
-from engram_runtime.cpu import cpu_flags
+from engram_compilers.linking import link
+from engram_runtime.cpu import cpu_flags, machine
 from engram_runtime.errors import CompileError
 
 Array = NDArray[Any]
@@ -42,10 +45,11 @@ X86_FAMILIES = [
     pytest.param(avx2, id="avx2", marks=needs_avx2),
 ]
 FAMILIES = [pytest.param(portable, id="portable"), *X86_FAMILIES]
-ROWS = [1, 2, 3, 4, 5, 8, 9, 17, 64]
+MANY_ROWS = [pytest.param(rows, marks=pytest.mark.slow) for rows in range(10, 17)]
+ROWS = [*range(1, 10), *MANY_ROWS, 17, 64]  # blocks of rows of every size, and all that can be left over
 PLANES = [1, 2]
 FEW_ROWS = [1, 3, 17]  # for the kernels that share their blocking with others
-ROWS_AND_PLANES = [*product(ROWS, [2]), *product(FEW_ROWS, [1])]
+BLOCK_ROWS = [1, 2, 3, 5, 6, 9, 17]
 OUTPUTS, INPUTS = 201, 160  # 12 whole tiles and one of 9 outputs; inputs are padded to 192
 LEGAL_GROUPS = np.array([(m, z) for m in range(1, 17) for z in range(16) if (15 - z) * m <= 127 and z * m <= 128])
 
@@ -94,12 +98,7 @@ def hard_rows(rows: int, columns: int) -> Array:
 
 def quantised_rows(x: Array, planes: int) -> list[Array]:
     """State the planes, scales and offsets of rows in one or two planes."""
-    if planes == 2:
-        return list(quantise.quantise_rows_numpy(x))
-    peak = np.maximum(np.abs(x).max(axis=1), np.float32(1e-30))
-    plane = np.zeros((len(x), loops.round_up(x.shape[1], 64)), np.int8)
-    plane[:, : x.shape[1]] = np.rint(x * (np.float32(127) / peak)[:, None])
-    return [plane, peak / np.float32(127), -128 * plane.sum(axis=1, dtype=np.int32)]
+    return list(quantise.quantise_rows_numpy(x, planes))
 
 
 def joined(planes: Array, weight: Array, rows: int) -> Array:
@@ -115,7 +114,7 @@ def joined(planes: Array, weight: Array, rows: int) -> Array:
 @cache
 def quantisers() -> dict[Any, Callable[..., None]]:
     shapes = [(1, 64), (4, 100), (17, 49), (64, 160), (2, 3)]
-    return compile_kernels({shape: quantise.quantise_rows(*shape) for shape in shapes})
+    return compile_kernels({shape: quantise.quantise_rows(*shape, quantise.MOST_PLANES) for shape in shapes})
 
 
 def quantised(kernel: Callable[..., None], x: Array) -> list[Array]:
@@ -127,21 +126,21 @@ def quantised(kernel: Callable[..., None], x: Array) -> list[Array]:
 @pytest.mark.parametrize("shape", [(1, 64), (4, 100), (17, 49), (64, 160), (2, 3)])
 def test_quantise_rows_is_its_numpy_statement_bit_for_bit(shape: tuple[int, int]) -> None:
     x = hard_rows(*shape)
-    expected: list[Array] = list(quantise.quantise_rows_numpy(x))
+    expected = quantised_rows(x, 2)
     found = quantised(quantisers()[shape], x)
     assert [same_bits(f, e) for f, e in zip(found, expected, strict=True)] == [True] * 3
 
 
 def test_two_planes_hold_16_bits_of_every_row() -> None:
     x = hard_rows(17, 49)
-    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    planes, row_scale, _ = quantised_rows(x, 2)
     restored = (256.0 * planes[:17, :49] + planes[17:, :49]) * row_scale[:, None]
     # Half a step, and 32639 * 2^-23 of a step for the rounding of x * (32639 / peak).
     assert np.all(np.abs(restored - x).max(axis=1) <= 0.504 * row_scale)
 
 
 def test_the_low_plane_reaches_both_ends_of_int8() -> None:
-    planes, _, _ = quantise.quantise_rows_numpy(floats(64, 160))
+    planes, _, _ = quantised_rows(floats(64, 160), 2)
     assert (planes[64:].min(), planes[64:].max()) == (-128, 127)
 
 
@@ -165,17 +164,16 @@ def cut_int8(rows: int) -> tuple[int, int, int]:
 
 
 @cache
-def linears(family: ModuleType) -> dict[Any, Callable[..., None]]:
+def linears(family: ModuleType, rows: int) -> dict[Any, Callable[..., None]]:
     kernels: dict[Any, Any] = {}
-    for rows, planes in ROWS_AND_PLANES:
-        kernels["int8", rows, planes] = family.linear_int8(*linear_sizes(rows), planes)
-        kernels["int4", rows, planes] = family.linear_int4(*linear_sizes(rows), planes)
-    for rows in FEW_ROWS:
-        kernels["int8 cut", rows, 1] = family.linear_int8(*cut_int8(rows), 1)
-        kernels["int8 cut", rows, 2] = family.linear_int8(*cut_int8(rows), 2)
-        kernels["q4_0", rows, 2] = family.linear_block(*linear_sizes(rows), bits=4)
-        kernels["q8_0", rows, 2] = family.linear_block(*linear_sizes(rows), bits=8)
-    kernels["embed"] = family.embed_int8(5, OUTPUTS, 70)
+    for planes in PLANES:
+        kernels["int8", planes] = family.linear_int8(*linear_sizes(rows), planes)
+        kernels["int4", planes] = family.linear_int4(*linear_sizes(rows), planes)
+        if rows in FEW_ROWS:
+            kernels["int8 cut", planes] = family.linear_int8(*cut_int8(rows), planes)
+    if rows in BLOCK_ROWS:
+        kernels["q4_0", 2] = family.linear_block(*linear_sizes(rows), bits=4)
+        kernels["q8_0", 2] = family.linear_block(*linear_sizes(rows), bits=8)
     return compile_kernels(kernels, processor(family))
 
 
@@ -210,20 +208,28 @@ def run_linear(family: ModuleType, kind: str, x: Array, planes: int = 2) -> Arra
 
 def run_quantised(family: ModuleType, kind: str, quantised_x: list[Array], inputs: int) -> Array:
     """Run one linear layer of a family on the planes, scales and offsets of its rows."""
-    planes, row_scale, plane_offset = quantised_x
+    planes, row_scale, _ = quantised_x
     rows = len(row_scale)
-    outputs = cut_int8(rows)[1] if kind == "int8 cut" else OUTPUTS
-    weights: list[Array]
+    kernel = linears(family, rows)[kind, len(planes) // rows]
+    return call(kernel, *linear_arguments(family, kind, quantised_x, inputs))[-1]
+
+
+def linear_arguments(family: ModuleType, kind: str, quantised_x: list[Array], inputs: int) -> list[Array]:
+    planes, row_scale, plane_offset = quantised_x
+    outputs = cut_int8(1)[1] if kind == "int8 cut" else OUTPUTS
+    weights, y = packed_weights(family, kind, outputs, inputs), np.full((len(row_scale), outputs), np.nan, np.float32)
+    if kind.startswith("q"):
+        return [planes, row_scale, *weights, y]
+    return [planes, row_scale, plane_offset, *weights, channel_scale(outputs), y]
+
+
+@cache
+def packed_weights(family: ModuleType, kind: str, outputs: int, inputs: int) -> list[Array]:
     if kind.startswith("int8"):
-        packed = family.pack_int8(int8_weight(outputs, inputs))
-        weights = [plane_offset, *packed.values(), channel_scale(outputs)]
-    elif kind == "int4":
-        weights = [plane_offset, *family.pack_int4(*int4_weight()).values(), channel_scale(outputs)]
-    else:
-        bits = int(kind[1])
-        weights = list(family.pack_block(*block_weight(bits), bits).values())
-    y = np.full((rows, outputs), np.nan, np.float32)
-    return call(linears(family)[kind, rows, len(planes) // rows], planes, row_scale, *weights, y)[-1]
+        return list(family.pack_int8(int8_weight(outputs, inputs)).values())
+    if kind == "int4":
+        return list(family.pack_int4(*int4_weight()).values())
+    return list(family.pack_block(*block_weight(int(kind[1])), int(kind[1])).values())
 
 
 def stated_linear(kind: str, quantised_x: list[Array], inputs: int) -> Array:
@@ -239,7 +245,8 @@ def stated_linear(kind: str, quantised_x: list[Array], inputs: int) -> Array:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("rows", "planes"), ROWS_AND_PLANES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_linear_layers_are_integer_sums_scaled_in_the_stated_order(
     family: ModuleType, kind: str, rows: int, planes: int
@@ -270,11 +277,11 @@ def test_the_largest_products_of_both_signs_are_exact(family: ModuleType, kind: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", FEW_ROWS)
+@pytest.mark.parametrize("rows", BLOCK_ROWS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_block_adds_scaled_groups(family: ModuleType, rows: int, bits: int) -> None:
     x = hard_rows(rows, INPUTS)
-    planes, row_scale, _ = quantise.quantise_rows_numpy(x)
+    planes, row_scale, _ = quantised_rows(x, 2)
     codes, scale = block_weight(bits)
     weight = (codes.astype(np.float64) - 2 ** (bits - 1)) * scale.astype(np.float64).repeat(32, axis=1)
     value = 256.0 * planes[:rows, :INPUTS] + planes[rows:, :INPUTS]
@@ -285,20 +292,15 @@ def test_linear_block_adds_scaled_groups(family: ModuleType, rows: int, bits: in
 
 
 @pytest.mark.parametrize("family", X86_FAMILIES)
-@pytest.mark.parametrize(("kind", "rows"), list(product(["q4_0", "q8_0"], FEW_ROWS)))
+@pytest.mark.parametrize(("kind", "rows"), list(product(["q4_0", "q8_0"], BLOCK_ROWS)))
 def test_all_families_give_the_same_bits_on_block_formats(family: ModuleType, kind: str, rows: int) -> None:
     x = hard_rows(rows, INPUTS)
     assert same_bits(run_linear(portable, kind, x), run_linear(family, kind, x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("kind", "rows", "planes"),
-    [
-        *((kind, *size) for kind, size in product(["int8", "int4"], ROWS_AND_PLANES)),
-        *product(["q4_0", "q8_0"], FEW_ROWS[1:], [2]),
-    ],
-)
+@pytest.mark.parametrize("rows", BLOCK_ROWS)
+@pytest.mark.parametrize(("kind", "planes"), [*product(["int8", "int4"], PLANES), ("q4_0", 2), ("q8_0", 2)])
 def test_a_row_of_a_linear_layer_does_not_depend_on_its_neighbours(
     family: ModuleType, kind: str, rows: int, planes: int
 ) -> None:
@@ -307,38 +309,40 @@ def test_a_row_of_a_linear_layer_does_not_depend_on_its_neighbours(
     assert same_bits(run_linear(family, kind, x, planes), np.concatenate(alone))
 
 
+def linked(kernels: dict[str, Any], mcpu: str, folder: Path) -> Any:
+    """Return a library of PrimFuncs with the threads and the memory of the product."""
+    module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in kernels.items()})
+    compiled = tvm.compile(module, tvm.target.Target({"kind": "llvm", "mcpu": mcpu}))
+    path = folder / "model.so"
+    compiled.export_library(str(path), fcompile=partial(link, mtriple=f"{machine()}-linux-gnu"))
+    return tvm_ffi.load_module(str(path))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("name", "planes"), [("linear_int8", 2), ("linear_int4", 2), ("linear_int4", 1)])
-def test_threads_do_not_change_a_bit(
-    family: ModuleType, name: str, planes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernels = {}
-    for limit_us in (0.0, np.inf):
-        monkeypatch.setattr(loops, "PARALLEL_FROM_US", limit_us)
-        kernels[limit_us] = getattr(family, name)(8, OUTPUTS, INPUTS, planes)
-    assert ["T.parallel" in kernels[limit_us].script() for limit_us in (0.0, np.inf)] == [True, False]
-    packed = (
-        family.pack_int8(int8_weight(OUTPUTS, INPUTS)) if name == "linear_int8" else family.pack_int4(*int4_weight())
-    )
-    arrays = [*quantised_rows(hard_rows(8, INPUTS), planes), *packed.values(), channel_scale(OUTPUTS)]
-    compiled = compile_kernels(kernels, processor(family))
-    parallel, serial = (
-        call(compiled[limit_us], *arrays, np.zeros((8, OUTPUTS), np.float32))[-1] for limit_us in (0.0, np.inf)
-    )
-    assert same_bits(parallel, serial)
+def test_threads_do_not_change_a_bit(family: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the thread pool of compiled libraries, whose threads have 8 rows of 201 outputs to share."""
+    monkeypatch.setattr(loops, "PARALLEL_FROM_US", 0.0)
+    layers = [("int8", 2), ("int4", 2), ("int4", 1)]
+    kernels = {
+        f"{kind}_{planes}": getattr(family, f"linear_{kind}")(*linear_sizes(8), planes) for kind, planes in layers
+    }
+    assert all("T.parallel" in kernel.script() for kernel in kernels.values())
+    library = linked(kernels, processor(family), tmp_path)
+    for (kind, planes), threads in product(layers, (1, 3)):
+        quantised_x = quantised_rows(hard_rows(8, INPUTS), planes)
+        library["use_threads"](threads)
+        arguments = linear_arguments(family, kind, quantised_x, INPUTS)
+        found = call(library[f"{kind}_{planes}"], *arguments)[-1]
+        assert same_bits(found, stated_linear(kind, quantised_x, INPUTS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embedding_reads_the_packed_weight_of_the_output_layer(family: ModuleType) -> None:
     weight, scale = int8_weight(OUTPUTS, 70), channel_scale(OUTPUTS)
     token_ids = np.array([0, OUTPUTS - 1, 15, 16, 15])
-    found = call(
-        linears(family)["embed"],
-        token_ids,
-        family.pack_int8(weight)["weight"],
-        scale,
-        np.zeros((5, 70), np.float32),
-    )[-1]
+    kernel = compile_kernels({"embed": family.embed_int8(5, OUTPUTS, 70)}, processor(family))["embed"]
+    embedded = np.zeros((5, 70), np.float32)
+    found = call(kernel, token_ids, family.pack_int8(weight)["weight"], scale, embedded)[-1]
     assert same_bits(found, (weight[token_ids].astype(np.float32) - 128) * scale[token_ids, None])
 
 
@@ -400,7 +404,7 @@ def row_kernels() -> dict[Any, Callable[..., None]]:
     for rows in (1, 17):
         for columns in (9, 77, 576):
             kernels["rms_norm", rows, columns] = normalise.rms_norm(rows, columns, 1e-5)
-            kernels["silu_mul", rows, columns] = activation.silu_mul(rows, columns)
+            kernels["silu_mul", rows, columns] = activation.gated(rows, columns, activation.silu)
             kernels["add", rows, columns] = activation.add(rows, columns)
     return compile_kernels(kernels)
 

@@ -29,6 +29,7 @@ SPEC = GraphSpec(
     outputs=(),
     states=(),
 )
+CONSTANTS = {"zero": np.array([0]), "cube": np.array([2, 2, 64]), "rows": np.array([2, -1])}
 LOGITS = Node("Abs", ("x",), ("logits",), {})
 BATCH = Node("Unsqueeze", ("x", "zero"), ("batched",), {})
 ATTENDED = ("batched", "", "", "key.0", "value.0", "zero", "zero", "turn", "turn")
@@ -37,7 +38,7 @@ ATTRIBUTES = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "scale": 0.25}
 
 def lowered(folder: Path, nodes: Sequence[Node], states: Sequence[StateSpec] = ()) -> tvm.IRModule:
     """Lower a graph for two tokens."""
-    model = OnnxModel(tuple(nodes), {"zero": np.array([0])}, {}, np.zeros(0, np.uint8))
+    model = OnnxModel(tuple(nodes), CONSTANTS, {}, np.zeros(0, np.uint8))
     spec = GraphSpec(file="", weights="", inputs=SPEC.inputs, outputs=(), states=tuple(states))
     with PackedWeights(folder / "packed") as packed:
         return lower(model, spec, packed, family="portable", passes=[(2, 1)]).module
@@ -62,6 +63,28 @@ def test_every_operator_with_a_lowering_says_what_it_takes() -> None:
 def test_caches_are_changed_in_place_by_attention(tmp_path: Path) -> None:
     module = lowered(tmp_path, attention(), [KEYS, VALUES])
     assert str(module["forward_2_1"]).count("call_tir_inplace") == 1
+
+
+def test_halves_of_more_than_rows_are_gated_without_a_kernel_of_their_own(tmp_path: Path) -> None:
+    nodes = [
+        Node("Reshape", ("x", "cube"), ("cubes",), {}),
+        Node("Split", ("cubes",), ("gate", "up"), {"axis": -1, "num_outputs": 2}),
+        Node("Sigmoid", ("gate",), ("slope",), {}),
+        Node("Mul", ("gate", "slope"), ("silu",), {}),
+        Node("Mul", ("silu", "up"), ("gated",), {}),
+        Node("Add", ("gated", "up"), ("sum",), {}),
+        Node("Reshape", ("sum", "rows"), ("logits",), {}),
+    ]
+    assert "R.nn.silu" in str(lowered(tmp_path, nodes)["forward_2_1"])
+
+
+def test_integers_are_added_as_integers(tmp_path: Path) -> None:
+    nodes = [
+        Node("Cast", ("x",), ("whole",), {"to": 7}),
+        Node("Add", ("whole", "whole"), ("doubled",), {}),
+        Node("Cast", ("doubled",), ("logits",), {"to": 1}),
+    ]
+    assert "int64" in str(lowered(tmp_path, nodes)["forward_2_1"])
 
 
 @pytest.mark.parametrize("state", [KEYS, WINDOW], ids=["positional", "window"])

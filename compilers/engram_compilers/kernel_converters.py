@@ -9,8 +9,9 @@ from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass
 from engram_compilers.kernels import batched_matmul, float_linear
+from engram_compilers.kernels.quantise import MOST_PLANES
 from engram_compilers.onnx_model import Node, Weight
-from engram_compilers.signatures import MOST_PLANES, planes_of
+from engram_compilers.signatures import planes_of
 from engram_compilers.standard_converters import take
 from engram_compilers.values import (
     Activation,

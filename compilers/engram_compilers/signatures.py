@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engram_compilers.kernels.quantise import MOST_PLANES
 from engram_compilers.onnx_model import Node
 from engram_runtime.errors import CompileError
 
@@ -16,7 +17,6 @@ ANY: Values = None
 COUNT = range(1, 2**31)
 FLAG = (0, 1)
 PLANES_KEY = "engram.planes"  # of a linear layer's metadata: 8-bit planes of its activations
-MOST_PLANES = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,14 +47,19 @@ def mul(forward: ForwardPass, node: Node) -> Sequence[Value]:
     match [forward.get(name) for name in node.inputs]:
         case [Half() as half, HalfSigmoid(half=gated)] if half == gated:
             return [HalfSilu(half)]
-        case [HalfSilu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
-            return [Gated(whole, "silu")]
-        case [HalfGelu(half=Half(whole=whole, index=0)), Half(whole=other, index=1)] if whole is other:
-            return [Gated(whole, "gelu")]
+        case [HalfSilu(half=Half(index=0) as gate), Half(index=1) as up] if gated_rows(gate, up):
+            return [Gated(gate.whole, "silu")]
+        case [HalfGelu(half=Half(index=0) as gate), Half(index=1) as up] if gated_rows(gate, up):
+            return [Gated(gate.whole, "gelu")]
         case [Weight() as multiplier, Weight() as scale] if scale.shape == (*multiplier.shape[:-1], 1):
             return [TwoLevelScales(multiplier, scale)]
         case _:
             return elementwise(relax.op.multiply, np.multiply)(forward, node)
+
+
+def gated_rows(gate: Half, up: Half) -> bool:
+    """Whether these are the halves of the same float32 rows ``[M, 2F]``, which one kernel gates."""
+    return gate.whole is up.whole and len(gate.whole.shape) == 2 and gate.whole.dtype == "float32"
 
 
 def sigmoid(forward: ForwardPass, node: Node) -> Sequence[Value]:

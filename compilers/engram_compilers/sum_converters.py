@@ -33,9 +33,9 @@ def add(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Add; two activations of one shape, the residual stream, are put off, as a norm may be part of it."""
     values = [forward.get(name) for name in node.inputs]
     if all(isinstance(value, Rows) for value in values):
-        a, b = (forward.rows(node, index) for index in range(2))
-        if a.shape == b.shape and len(a.shape) == 2:
-            return [Sum(forward.materialise(a), forward.materialise(b))]
+        a, b = (forward.activation(node, index) for index in range(2))
+        if a.shape == b.shape and len(a.shape) == 2 and a.dtype == b.dtype == "float32":
+            return [Sum(a, b)]
     return elementwise(unfused(topi.add), np.add)(forward, node)
 
 

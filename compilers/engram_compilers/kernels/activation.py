@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lanes, let, splat
+from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lanes, let, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_compilers.kernels.quantise import PLANE_MULTIPLE, QuantisedRows, padded_row
 
@@ -65,7 +65,7 @@ def each(size: int, function: Function) -> tirx.PrimFunc:
     def kernel(x: T.Buffer((size,), "float32"), y: T.Buffer((size,), "float32")) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            edge = T.alloc_local((LANES,), "float32")
+            edge = new_lanes("float32")
             for step in loop_over(whole, size / _EXP_VALUES_PER_US):
                 y[lanes(step * LANES)] = function(x[lanes(step * LANES)])
             if rest > 0:
@@ -91,7 +91,7 @@ def gated(rows: int, columns: int, function: Function) -> tirx.PrimFunc:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for row in loop_over(rows, rows * columns / _EXP_VALUES_PER_US):
-                edge = T.alloc_local((LANES,), "float32")
+                edge = new_lanes("float32")
                 for step in T.serial(whole):
                     y[row, lanes(step * LANES)] = (
                         function(gate_up[row, lanes(step * LANES)]) * gate_up[row, lanes(columns + step * LANES)]
@@ -105,16 +105,6 @@ def gated(rows: int, columns: int, function: Function) -> tirx.PrimFunc:
                         y[row, whole * LANES + i] = edge[i] * gate_up[row, columns + whole * LANES + i]
 
     return kernel
-
-
-def silu_mul(rows: int, columns: int) -> tirx.PrimFunc:
-    """Build `gated` of silu."""
-    return gated(rows, columns, silu)
-
-
-def gelu_mul(rows: int, columns: int) -> tirx.PrimFunc:
-    """Build `gated` of gelu."""
-    return gated(rows, columns, gelu)
 
 
 def gated_quantise(rows: int, columns: int, function: Function, planes: int) -> tirx.PrimFunc:

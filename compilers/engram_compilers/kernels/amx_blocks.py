@@ -20,7 +20,6 @@ from engram_compilers.kernels.intrinsics import (
     TILE_ROWS,
     Expr,
     dot_tiles,
-    fma,
     lanes,
     load_tile,
     shape_tiles,
@@ -29,6 +28,7 @@ from engram_compilers.kernels.intrinsics import (
     zero_tile,
 )
 from engram_compilers.kernels.loops import LANES
+from engram_compilers.kernels.quantise import joined
 from engram_compilers.kernels.vnni_blocks import Plan, prefetch_steps, store_edge
 from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vectors, each_int4_step
 
@@ -141,9 +141,3 @@ def store_row(
     for t, channel_scale in enumerate(channel_scales):
         value = joined([plane[t] for plane in planes]) * channel_scale * splat(row_scale)
         store_edge(plan, y, y_row, first_tile + t, value)
-
-
-def joined(planes: Sequence[Expr]) -> Expr:
-    """Return f32(S) of one plane, 256 * f32(H) + f32(L) of two; the product is exact, so there is one rounding."""
-    *high, low = (T.cast(plane, "float32x16") for plane in planes)
-    return fma(high[0], splat(256.0), low) if high else low

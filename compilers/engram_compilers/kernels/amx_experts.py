@@ -32,12 +32,12 @@ from engram_compilers.kernels.experts import Routing, Segments
 from engram_compilers.kernels.intrinsics import TILE_ROWS, Expr, lanes, release_tiles, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 from engram_compilers.kernels.packing import require_groups
+from engram_compilers.kernels.quantise import MOST_PLANES
 from engram_compilers.kernels.vnni_blocks import Plan, each_tile_group
 from engram_compilers.kernels.vnni_layout import VECTOR_BYTES
 
 __all__ = ["expert_linear_int4", "expert_linear_int8", "pack_expert_int4", "pack_expert_int8"]
 
-_PLANES = 2
 _GATHERED_PER_US = 10_000.0  # bytes
 
 
@@ -60,12 +60,12 @@ class ExpertTilePlan(Plan):
     @property
     def gathered_rows(self) -> int:
         """Rows of planes, and those that tiles read past the last one."""
-        return _PLANES * (self.routing.pairs + self.block_rows)
+        return MOST_PLANES * (self.routing.pairs + self.block_rows)
 
     @property
     def work_us(self) -> float:
         weights = self.out_features * self.in_features
-        products = _PLANES * self.routing.pairs * weights
+        products = MOST_PLANES * self.routing.pairs * weights
         return max(self.routing.segments * weights / WEIGHTS_PER_US, products / PRODUCTS_PER_US)
 
 
@@ -111,7 +111,7 @@ class ExpertLayer:
         self, first_tile: Expr, weight_tile: Expr, first: Expr, num_pairs: Expr, sums: Expr, weights: Weights
     ) -> None:
         plan = self.plan
-        first_rows = [_PLANES * first + q * plan.operands.rows for q in range(plan.operands.row_tiles)]
+        first_rows = [MOST_PLANES * first + q * plan.operands.rows for q in range(plan.operands.row_tiles)]
         plan.operands.multiply(sums, self.gathered, first_rows, plan.group_tiles, weights)
         scales = [T.Bind(self.scale[weight_tile + t, lanes(0)]) for t in range(plan.group_tiles)]
         with T.serial(T.min(num_pairs, plan.block_rows)) as r:
@@ -119,10 +119,10 @@ class ExpertLayer:
             row = T.Bind(pair // plan.per_row)
             planes = [
                 [
-                    sums[t, _PLANES * r + plane, lanes(0)] + splat(self.plane_offset[plane * plan.rows + row])
+                    sums[t, MOST_PLANES * r + plane, lanes(0)] + splat(self.plane_offset[plane * plan.rows + row])
                     for t in range(plan.group_tiles)
                 ]
-                for plane in range(_PLANES)
+                for plane in range(MOST_PLANES)
             ]
             store_row(plan, self.y, pair, first_tile, planes, scales, self.row_scale[row])
 
@@ -135,9 +135,9 @@ def expert_linear_int8(routing: Routing, rows: int, out_features: int, in_featur
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((_PLANES * rows, plan.padded_inputs), "int8"),
+        planes: T.Buffer((MOST_PLANES * rows, plan.padded_inputs), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((_PLANES * rows,), "int32"),
+        plane_offset: T.Buffer((MOST_PLANES * rows,), "int32"),
         order: T.Buffer((routing.pairs,), "int32"),
         expert: T.Buffer((routing.segments + 1,), "int32"),
         start: T.Buffer((routing.segments + 1,), "int32"),
@@ -184,9 +184,9 @@ def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_featur
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        planes: T.Buffer((_PLANES * rows, plan.padded_inputs), "int8"),
+        planes: T.Buffer((MOST_PLANES * rows, plan.padded_inputs), "int8"),
         row_scale: T.Buffer((rows,), "float32"),
-        plane_offset: T.Buffer((_PLANES * rows,), "int32"),
+        plane_offset: T.Buffer((MOST_PLANES * rows,), "int32"),
         order: T.Buffer((routing.pairs,), "int32"),
         expert: T.Buffer((routing.segments + 1,), "int32"),
         start: T.Buffer((routing.segments + 1,), "int32"),
@@ -241,12 +241,13 @@ def _layer(
 ) -> ExpertLayer:
     """Emit the gathering of the planes and return the layer on them."""
     gathered = T.alloc_buffer((plan.gathered_rows, plan.padded_inputs), "int8")
-    with loop_over(plan.routing.pairs, plan.routing.pairs * _PLANES * plan.padded_inputs / _GATHERED_PER_US) as place:
+    pairs, row_bytes = plan.routing.pairs, MOST_PLANES * plan.padded_inputs
+    with loop_over(pairs, pairs * row_bytes / _GATHERED_PER_US) as place:
         row = T.Bind(segments.order[place] // plan.per_row)
-        for plane in range(_PLANES):
+        for plane in range(MOST_PLANES):
             with T.serial(plan.padded_inputs // VECTOR_BYTES) as step:
                 column = lanes(step * VECTOR_BYTES, VECTOR_BYTES)
-                T.buffer_store(gathered, planes[plane * plan.rows + row, column], [_PLANES * place + plane, column])
+                T.buffer_store(gathered, planes[plane * plan.rows + row, column], [MOST_PLANES * place + plane, column])
     return ExpertLayer(
         plan=plan,
         segments=segments,
@@ -259,15 +260,15 @@ def _layer(
 
 
 def _plan(routing: Routing, rows: int, out_features: int, in_features: int) -> ExpertTilePlan:
-    most_rows = _PLANES * routing.tokens  # of one expert's planes
+    most_rows = MOST_PLANES * routing.tokens  # of one expert's planes
     operands = Tiles(1, most_rows) if most_rows <= TILE_ROWS else Tiles(2, TILE_ROWS)
     return ExpertTilePlan(
         isa=ISA,
-        planes=_PLANES,
+        planes=MOST_PLANES,
         rows=rows,
         out_features=out_features,
         in_features=in_features,
-        block_rows=operands.row_tiles * operands.rows // _PLANES,
+        block_rows=operands.row_tiles * operands.rows // MOST_PLANES,
         # A divisor, so that no code is needed for a shorter last group.
         group_tiles=gcd(-(-out_features // LANES), operands.weight_tiles),
         routing=routing,

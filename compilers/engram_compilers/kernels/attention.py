@@ -2,8 +2,9 @@
 """The key/value cache, and causal attention over it.
 
 Caches are float32 or float16 ``[1, Hkv, S, hd]``: S is the capacity, row p of a head holds position p. A float16 cache
-holds each key and value rounded once; attention computes in float32 on either. Query head h reads key/value head
-h // (H / Hkv); hd is a multiple of 16. Positions must be valid (position + T <= S): the runtime checks them.
+holds each key and value rounded once, what is beyond its largest number as that; attention computes in float32 on
+either. Query head h reads key/value head h // (H / Hkv); hd is a multiple of 16. Positions must be valid
+(position + T <= S): the runtime checks them.
 """
 
 from tvm import tirx

@@ -10,7 +10,7 @@ MOST_ACCUMULATORS = 16  # vectors of output kept in registers
 _TOKEN_BLOCK = 8  # tokens that read a key block while it is in cache
 _TILED_TOKENS = 16  # tokens that read a transposed key block, which takes as long as the scores of about four
 _WIDE_TOGETHER = 4  # measured on 16 heads of 256: 4 take 0.6 of the time of 1 at 2,000 tokens, 0.3 at 30,000
-_FEWEST_TASKS = 4  # left to the threads by heads that go together
+_FEWEST_TASKS = 4  # left to the threads by wide heads; narrow ones apart took 1.1 to 1.4 times as long on one thread
 _SCORES_PER_US = 250.0  # of 64 dimensions
 
 

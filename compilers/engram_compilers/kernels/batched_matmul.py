@@ -4,7 +4,7 @@
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import fma, lanes, splat
+from engram_compilers.kernels.intrinsics import fma, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 
 _PRODUCTS_PER_US = 8000.0
@@ -23,7 +23,7 @@ def batched_matmul(batch: int, rows: int, inner: int, columns: int) -> tirx.Prim
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for token in loop_over(batch, batch * rows * inner * columns / _PRODUCTS_PER_US):
-                sums = T.alloc_local((LANES,), "float32")
+                sums = new_lanes("float32")
                 for row, step in T.grid(rows, whole):
                     sums[lanes(0)] = splat(0.0)
                     for k in T.unroll(inner):

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from engram_compilers.kernels.attention_shape import KEY_BLOCK, live_words
-from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lane_sums, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lane_sums, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_compilers.kernels.rotary import ROTATED_PER_US, rotate, span, spans
 
@@ -62,7 +62,7 @@ def _load(normed: Expr, source: Expr, row: Expr, column: Expr, head_dim: int) ->
 
 def _norm(row: Expr, gain: Expr, head_dim: int, eps: float) -> None:
     """Norm a head in a buffer of whole vectors, the rest of which is zero."""
-    squares = T.alloc_local((LANES,), "float32")
+    squares = new_lanes("float32")
     T.buffer_store(squares, splat(0.0), [lanes(0)])
     for start in range(0, head_dim, LANES):
         value = T.Bind(row[lanes(start)])
@@ -148,7 +148,7 @@ def score_blocks(tokens: int, heads: int, head_dim: int, capacity: int, block: i
                 if task % chunks * _SCORED_TOGETHER < complete:
                     for step in T.serial(_SCORED_TOGETHER // LANES):
                         first: T.let = task % chunks * _SCORED_TOGETHER + step * LANES
-                        score = T.alloc_local((LANES,), "float32")
+                        score = new_lanes("float32")
                         score[lanes(0)] = splat(0.0)
                         for head in T.serial(heads):
                             product = _products(index_query, token, head, index_cache, first, block)
@@ -234,7 +234,7 @@ def _find_lowest_chosen(chosen: Expr, ranks: Expr, token: Expr, complete: Expr, 
 
 def _reaching(ranks: Expr, token: Expr, complete: Expr, rank: Expr) -> Expr:
     """Return how many blocks have at least this rank."""
-    counts = T.alloc_local((LANES,), "int32")
+    counts = new_lanes("int32")
     T.buffer_store(counts, splat(0), [lanes(0)])
     with T.serial((complete + LANES - 1) // LANES) as step:
         reached = T.Select(ranks[token, lanes(step * LANES)] >= splat(rank), splat(1), splat(0))

@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from engram_compilers.kernels.float_linear import FLOAT32, widened
-from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_fold, lane_max, lane_sum, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lane_fold, lane_max, lane_sum, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_runtime.errors import CompileError
 
@@ -131,8 +131,8 @@ def _load_logits(values: Expr, keys: Expr, logits: Expr, token: Expr, experts: i
 
 def _first_of_largest(keys: Expr, padded: int) -> Expr:
     """Return the lowest index of the largest of ``padded`` keys."""
-    largest = T.alloc_local((LANES,), "int32")
-    lowest = T.alloc_local((LANES,), "int32")
+    largest = new_lanes("int32")
+    lowest = new_lanes("int32")
     T.buffer_store(largest, splat(_LOWEST_KEY), [lanes(0)])
     T.buffer_store(lowest, splat(padded), [lanes(0)])
     with T.serial(padded // LANES) as step:
@@ -153,7 +153,7 @@ def _weigh_against_chosen(weight: Expr, token: Expr, top_k: int, values: Expr) -
 
 def _weigh_against_all(weight: Expr, token: Expr, top_k: int, values: Expr) -> None:
     """Turn a token's chosen logits, the largest first, into their shares of the softmax over all."""
-    sums = T.alloc_local((LANES,), "float32")
+    sums = new_lanes("float32")
     T.buffer_store(sums, splat(0.0), [lanes(0)])
     largest = T.Bind(weight[token, 0])
     with T.serial(values.shape[0] // LANES) as step:
@@ -224,7 +224,7 @@ def combine(routing: Routing, columns: int) -> tirx.PrimFunc:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for token in loop_over(tokens, routing.pairs * columns / _MIXED_VALUES_PER_US):
-                total = T.alloc_local((LANES,), "float32")
+                total = new_lanes("float32")
                 for step in T.serial(whole):
                     total[lanes(0)] = splat(0.0)
                     for slot in T.serial(top_k):
@@ -232,11 +232,11 @@ def combine(routing: Routing, columns: int) -> tirx.PrimFunc:
                         total[lanes(0)] = fma(splat(weight[token, slot]), value, total[lanes(0)])
                     out[token, lanes(step * LANES)] = total[lanes(0)]
                 for i in T.serial(rest):
-                    total[i] = T.float32(0.0)
+                    total[0] = T.float32(0.0)
                     for slot in T.serial(top_k):
                         last: T.let = y[token * top_k + slot, whole * LANES + i]
-                        total[i] = fma(weight[token, slot], last, total[i])
-                    out[token, whole * LANES + i] = total[i]
+                        total[0] = fma(weight[token, slot], last, total[0])
+                    out[token, whole * LANES + i] = total[0]
 
     return kernel
 
@@ -265,7 +265,8 @@ def expert_linear_float(
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for tile in loop_over(tiles, routing.pairs * out_features * in_features / _WEIGHTS_PER_US):
-                sums = T.alloc_local((LANES,), "float32")
+                sums = new_lanes("float32")
+                edge = new_lanes("float32")  # or the sums would be memory, for only that has a lane i
                 for segment in T.serial(count[0]):
                     row: T.let = T.cast(expert[segment], "int64") * tiles + tile
                     for place in T.serial(start[segment], start[segment + 1]):
@@ -274,7 +275,8 @@ def expert_linear_float(
                         for k in T.serial(in_features):
                             value: T.let = splat(x[pair // per_row, k])
                             sums[lanes(0)] = fma(widened(weight[row, k, lanes(0)], dtype), value, sums[lanes(0)])
+                        edge[lanes(0)] = sums[lanes(0)]
                         for i in T.serial(T.min(LANES, out_features - tile * LANES)):
-                            y[pair, tile * LANES + i] = sums[i]
+                            y[pair, tile * LANES + i] = edge[i]
 
     return kernel

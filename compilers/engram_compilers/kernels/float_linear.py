@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, fma, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, fma, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, largest_divisor, loop_over, round_up
 from engram_compilers.kernels.packing import Arrays, pad, require_indexable
 
@@ -21,6 +21,8 @@ _EMBEDDED_PER_US = 500.0
 _ROWS_TOGETHER = 8  # rows that share each load of a weight
 _SUMS_TOGETHER = 16  # vectors of sums kept in registers
 _TILES_TOGETHER = 4  # streams of weights read at once
+
+_Sums = dict[tuple[int, int], Expr]  # (row of the block, tile of the block) -> float32 [16]
 
 
 def float_dtype(weight: NDArray[np.float32]) -> str:
@@ -76,26 +78,25 @@ def linear_float(rows: int, out_features: int, in_features: int, dtype: str) -> 
     return kernel
 
 
-def _products(x: Expr, weight: Expr, first_row: Expr, rows: int, first_tile: Expr, tiles: int) -> Expr:
-    """Return the sums f32 [rows, tiles, 16] of a block, in a local buffer."""
-    every = list(product(range(rows), range(tiles)))
-    sums = T.alloc_local((rows, tiles, LANES), "float32")
-    for r, t in every:
-        T.buffer_store(sums, splat(0.0), [r, t, lanes(0)])
+def _products(x: Expr, weight: Expr, first_row: Expr, rows: int, first_tile: Expr, tiles: int) -> _Sums:
+    """Return the sums of a block: by row and tile, f32 [16]."""
+    sums = {place: new_lanes("float32") for place in product(range(rows), range(tiles))}
+    for total in sums.values():
+        T.buffer_store(total, splat(0.0), [lanes(0)])
     with T.serial(int(x.shape[1])) as k:
         loaded = [T.Bind(widened(weight[first_tile + t, k, lanes(0)], weight.dtype)) for t in range(tiles)]
-        for r, t in every:
-            total = fma(loaded[t], splat(x[first_row + r, k]), sums[r, t, lanes(0)])
-            T.buffer_store(sums, total, [r, t, lanes(0)])
+        for (r, t), total in sums.items():
+            T.buffer_store(total, fma(loaded[t], splat(x[first_row + r, k]), total[lanes(0)]), [lanes(0)])
     return sums
 
 
-def _store(y: Expr, sums: Expr, first_row: Expr, first_tile: Expr) -> None:
-    rows, tiles, _ = (int(size) for size in sums.shape)
-    for r, t in product(range(rows), range(tiles)):
+def _store(y: Expr, sums: _Sums, first_row: Expr, first_tile: Expr) -> None:
+    edge = new_lanes("float32")  # or the sums would be memory, for only that has a lane i
+    for (r, t), total in sums.items():
         output = (first_tile + t) * LANES
+        T.buffer_store(edge, total[lanes(0)], [lanes(0)])
         with T.serial(T.min(LANES, y.shape[1] - output)) as i:
-            T.buffer_store(y, sums[r, t, i], [first_row + r, output + i])
+            T.buffer_store(y, edge[i], [first_row + r, output + i])
 
 
 def embed_float(tokens: int, vocabulary: int, columns: int, dtype: str) -> tirx.PrimFunc:

@@ -17,6 +17,7 @@ Expr = Any  # a TVM expression
 _LOG2_E = 1.44269504088896341
 _LN2_HIGH = 0.693359375  # exact in 10 bits: step * _LN2_HIGH has no rounding error
 _LN2_LOW = -2.12194440e-4
+_LARGEST_16 = 65504.0  # finite float16
 _EXP_LOWEST = -87.33  # below, the result would be subnormal: 0 is returned
 _EXP_HIGHEST = 88.37  # above, 2**step would not be finite
 # exp(r) = 1 + r + r^2 * poly(r) on |r| <= ln(2)/2, highest power first (Cephes expf).
@@ -37,10 +38,29 @@ def splat(value: Expr, count: int = LANES) -> Expr:
     return T.broadcast(value, count)
 
 
+def new_lanes(dtype: str) -> Expr:
+    """Allocate one vector of 16 lanes that LLVM can keep in a register, if all its indices are constants.
+
+    That is what a buffer of scope "global" under 1 KiB becomes. One by `alloc_local` is memory: `scratch_memory.c`
+    gives it a place on its thread's own stack, and every use loads and stores.
+    """
+    return T.alloc_buffer((LANES,), dtype)
+
+
 def converted(value: Expr, dtype: str, count: int = LANES) -> Expr:
-    """Return ``count`` floats in another dtype: exact when widened, to the nearest (even) when narrowed."""
+    """Return ``count`` numbers in another dtype: exact when widened, to the nearest (even) when narrowed.
+
+    A float16 of what is beyond its largest is that, not infinite; a nan stays one.
+    """
     wanted = dtype if count == 1 else f"{dtype}x{count}"
-    return value if value.ty.dtype == wanted else T.cast(value, wanted)
+    if value.ty.dtype == wanted:
+        return value
+    return T.cast(_within_float16(value, count) if dtype == "float16" else value, wanted)
+
+
+def _within_float16(value: Expr, count: int) -> Expr:
+    low, high = (T.float32(bound) if count == 1 else splat(bound, count) for bound in (-_LARGEST_16, _LARGEST_16))
+    return let(value, lambda x: T.Select(x > high, high, T.Select(x < low, low, x)))
 
 
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:

@@ -20,8 +20,8 @@ def largest_divisor(value: int, most: int) -> int:
 
 
 def loop_over(extent: int, work_us: float) -> Any:
-    """Open the outer loop of a kernel: in parallel if ``work_us`` on one thread is worth it, else serial."""
-    return T.parallel(extent) if work_us >= PARALLEL_FROM_US else T.serial(extent)
+    """Open the outer loop of a kernel: in parallel if it has turns to share and ``work_us`` on one thread pays."""
+    return T.parallel(extent) if extent > 1 and work_us >= PARALLEL_FROM_US else T.serial(extent)
 
 
 def each_vector(columns: int, emit: Callable[[Any, Callable[[Any], Any]], None]) -> None:

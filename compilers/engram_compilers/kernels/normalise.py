@@ -8,7 +8,7 @@ by one fma, sum * (1/D) + eps. A normed value is x * (1 / sqrt(mean(x^2) + eps))
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, each_vector, loop_over, round_up
 from engram_compilers.kernels.quantise import PLANE_MULTIPLE, QuantisedRows, padded_row, row_of
 
@@ -30,7 +30,7 @@ def rms_norm(rows: int, columns: int, eps: float, branches: int = 1) -> tirx.Pri
         with T.sblock("root"):
             for row in loop_over(rows, rows * columns / _VALUES_PER_US):
                 first: T.let = T.floormod(row, branches) * columns
-                squares = T.alloc_local((LANES,), "float32")
+                squares = new_lanes("float32")
                 squares[lanes(0)] = splat(0.0)
                 for step in T.serial(whole):
                     value: T.let = x[row, lanes(step * LANES)]
@@ -119,7 +119,7 @@ def _sum_of(a: Expr, b: Expr, total: Expr, row: Expr) -> Expr:
 def _normalise(values: Expr, gain: Expr, eps: float) -> None:
     """Normalise a row of `quantise.padded_row`; its zeros at the end change no sum."""
     columns = int(gain.shape[0])
-    squares = T.alloc_local((LANES,), "float32")
+    squares = new_lanes("float32")
     T.buffer_store(squares, splat(0.0), [lanes(0)])
     with T.serial(round_up(columns, LANES) // LANES) as step:
         value = values[lanes(step * LANES)]

@@ -17,7 +17,18 @@ from tvm.script import tirx as T
 
 from engram_compilers.kernels import loops
 from engram_compilers.kernels.attention_shape import KEY_BLOCK, MOST_ACCUMULATORS, AttentionShape, Operands
-from engram_compilers.kernels.intrinsics import Expr, converted, exp16, fma, lane_max, lane_sum, lane_sums, lanes, splat
+from engram_compilers.kernels.intrinsics import (
+    Expr,
+    converted,
+    exp16,
+    fma,
+    lane_max,
+    lane_sum,
+    lane_sums,
+    lanes,
+    new_lanes,
+    splat,
+)
 from engram_compilers.kernels.key_tiles import KeyTile, load_tile, score_tile
 from engram_compilers.kernels.loops import LANES
 
@@ -29,8 +40,8 @@ def attend_all(shape: AttentionShape, operands: Operands) -> None:
     """Emit attention of all tokens and heads, in parallel if the position makes enough work of it."""
     tasks = shape.heads // shape.together * shape.token_blocks
     keys = loops.PARALLEL_FROM_US / shape.us_per_key
-    if keys <= KEY_BLOCK or keys > shape.window:
-        with T.parallel(tasks) if keys <= KEY_BLOCK else T.serial(tasks) as task:
+    if tasks == 1 or keys <= KEY_BLOCK or keys > shape.window:
+        with T.parallel(tasks) if tasks > 1 and keys <= KEY_BLOCK else T.serial(tasks) as task:
             _attend_task(shape, operands, task)
         return
     with T.If(operands.position[0] < int(keys)):
@@ -184,12 +195,12 @@ def _add_values(
 ) -> None:
     """Rescale the output and add exponential * value for keys low..high, as many dimensions at a time as fit."""
     width = min(shape.vectors, MOST_ACCUMULATORS // shape.together)
-    sums = T.alloc_local((shape.together, width, LANES), "float32")
     for first in range(0, shape.vectors, width):
         every = list(product(range(shape.together), range(min(width, shape.vectors - first))))
+        sums = {place: new_lanes("float32") for place in every}
         for g, d in every:
             rescaled = running.output[first_row + g, lanes((first + d) * LANES)] * running.rescale[g, lanes(0)]
-            T.buffer_store(sums, rescaled, [g, d, lanes(0)])
+            T.buffer_store(sums[g, d], rescaled, [lanes(0)])
         with _each_key(operands, token, low, high) as key:
             for g, d in every:
                 place = lanes((first + d) * LANES)
@@ -198,9 +209,9 @@ def _add_values(
                 else:
                     value = tile.values[key % KEY_BLOCK, place]
                 weight = splat(running.scores[g, key % KEY_BLOCK])
-                T.buffer_store(sums, fma(weight, value, sums[g, d, lanes(0)]), [g, d, lanes(0)])
+                T.buffer_store(sums[g, d], fma(weight, value, sums[g, d][lanes(0)]), [lanes(0)])
         for g, d in every:
-            T.buffer_store(running.output, sums[g, d, lanes(0)], [first_row + g, lanes((first + d) * LANES)])
+            T.buffer_store(running.output, sums[g, d][lanes(0)], [first_row + g, lanes((first + d) * LANES)])
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from engram_compilers.kernels.packing import (
     require_groups,
     require_indexable,
 )
-from engram_compilers.kernels.quantise import PLANE_MULTIPLE
+from engram_compilers.kernels.quantise import MOST_PLANES, PLANE_MULTIPLE, joined
 
 _PRODUCTS_PER_US = 10_000.0  # of a weight and an 8-bit activation
 _EMBEDDED_PER_US = 2000.0
@@ -106,7 +106,7 @@ def add_products(sums: Expr, weights: Expr, planes: Expr, rows: int, row: Expr, 
         T.buffer_store(sums, sums[plane, lanes(0)] + weights * activations, [plane, lanes(0)])
 
 
-def new_sums(planes: int = 2) -> Expr:
+def new_sums(planes: int) -> Expr:
     """Return a buffer int32 [P, 16] of zeros: a plane's sums a row."""
     sums = T.alloc_buffer((planes, LANES), "int32")
     for plane in range(planes):
@@ -128,13 +128,12 @@ def add_offsets(sums: Expr, plane_offset: Expr, rows: int, row: Expr) -> None:
         T.buffer_store(sums, sums[plane, 0] + plane_offset[plane * rows + row], [plane, 0])
 
 
-def joined(sums: Expr) -> Expr:
-    """Return f32(S), or of two planes 256 * f32(H) + f32(L); the product is exact, so there is one rounding."""
-    parts = [T.cast(lane_sum(sums[plane, lanes(0)]), "float32") for plane in range(int(sums.shape[0]))]
-    return parts[0] if len(parts) == 1 else fma(parts[0], T.float32(256.0), parts[1])
+def plane_sums(sums: Expr) -> list[Expr]:
+    """Return what the lanes of each plane sum to, int32."""
+    return [lane_sum(sums[plane, lanes(0)]) for plane in range(int(sums.shape[0]))]
 
 
-def work_us(rows: int, out_features: int, in_features: int, planes: int = 2) -> float:
+def work_us(rows: int, out_features: int, in_features: int, planes: int) -> float:
     """Estimate a linear layer's time on one thread."""
     return planes * rows * out_features * in_features / _PRODUCTS_PER_US
 
@@ -170,7 +169,7 @@ def linear_int8(rows: int, out_features: int, in_features: int, planes: int) -> 
                             sums, widened(weight[output, lanes(step * LANES)]), planes, rows, row, step * LANES
                         )
                     add_offsets(sums, plane_offset, rows, row)
-                    y[row, output] = joined(sums) * channel_scale[output] * row_scale[row]
+                    y[row, output] = joined(plane_sums(sums)) * channel_scale[output] * row_scale[row]
 
     return kernel
 
@@ -207,7 +206,7 @@ def linear_int4(rows: int, out_features: int, in_features: int, planes: int) -> 
                     sums = new_sums(count)
                     for step in T.serial(padded // LANES):
                         add_products(sums, widened(weight[lanes(step * LANES)]), planes, rows, row, step * LANES)
-                    y[row, output] = joined(sums) * channel_scale[output] * row_scale[row]
+                    y[row, output] = joined(plane_sums(sums)) * channel_scale[output] * row_scale[row]
 
     return kernel
 
@@ -235,14 +234,14 @@ def linear_block(rows: int, out_features: int, in_features: int, bits: int) -> t
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, work_us(rows, out_features, in_features)):
+            for output in loop_over(out_features, work_us(rows, out_features, in_features, MOST_PLANES)):
                 total = T.alloc_buffer((1,), "float32")
                 for row in T.serial(rows):
                     total[0] = T.float32(0.0)
                     for group in T.serial(padded // GROUP):
-                        sums = new_sums()
+                        sums = new_sums(MOST_PLANES)
                         _add_block(sums, codes, bits, planes, rows, row, output, group)
-                        total[0] = fma(joined(sums), block_scale[output, group], total[0])
+                        total[0] = fma(joined(plane_sums(sums)), block_scale[output, group], total[0])
                     y[row, output] = total[0] * row_scale[row]
 
     return kernel

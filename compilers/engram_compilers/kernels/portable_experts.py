@@ -11,8 +11,8 @@ from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.intrinsics import lanes
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_compilers.kernels.packing import GROUP, Arrays, Bytes, require_groups
-from engram_compilers.kernels.portable import add_products, new_sums, unpack_int4, widened
-from engram_compilers.kernels.quantise import PLANE_MULTIPLE
+from engram_compilers.kernels.portable import add_products, new_sums, plane_sums, unpack_int4, widened
+from engram_compilers.kernels.quantise import MOST_PLANES, PLANE_MULTIPLE, joined
 
 
 def pack_expert_int8(weight: Bytes, scale: NDArray[np.float32]) -> Arrays:
@@ -45,6 +45,7 @@ def expert_linear_int8(routing: Routing, rows: int, out_features: int, in_featur
     """
     padded = round_up(in_features, PLANE_MULTIPLE)
     per_row = routing.pairs // rows
+    work_us = portable.work_us(routing.pairs, out_features, in_features, MOST_PLANES)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -61,18 +62,18 @@ def expert_linear_int8(routing: Routing, rows: int, out_features: int, in_featur
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, portable.work_us(routing.pairs, out_features, in_features)):
+            for output in loop_over(out_features, work_us):
                 for segment in T.serial(count[0]):
                     weight_row: T.let = T.cast(expert[segment], "int64") * out_features + output
                     for place in T.serial(start[segment], start[segment + 1]):
                         pair: T.let = order[place]
                         row: T.let = pair // per_row
-                        sums = new_sums()
+                        sums = new_sums(MOST_PLANES)
                         for step in T.serial(padded // LANES):
                             weights = widened(weight[weight_row, lanes(step * LANES)])
                             add_products(sums, weights, planes, rows, row, step * LANES)
                         portable.add_offsets(sums, plane_offset, rows, row)
-                        y[pair, output] = portable.joined(sums) * scale[weight_row] * row_scale[row]
+                        y[pair, output] = joined(plane_sums(sums)) * scale[weight_row] * row_scale[row]
 
     return kernel
 
@@ -87,6 +88,7 @@ def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_featur
     groups = padded // GROUP
     require_groups(in_features)
     per_row = routing.pairs // rows
+    work_us = portable.work_us(routing.pairs, out_features, in_features, MOST_PLANES)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -104,7 +106,7 @@ def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_featur
     ) -> None:
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
-            for output in loop_over(out_features, portable.work_us(routing.pairs, out_features, in_features)):
+            for output in loop_over(out_features, work_us):
                 weight = T.alloc_buffer((padded,), "int8")
                 for segment in T.serial(count[0]):
                     weight_row: T.let = T.cast(expert[segment], "int64") * out_features + output
@@ -113,11 +115,11 @@ def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_featur
                     for place in T.serial(start[segment], start[segment + 1]):
                         pair: T.let = order[place]
                         row: T.let = pair // per_row
-                        sums = new_sums()
+                        sums = new_sums(MOST_PLANES)
                         for step in T.serial(padded // LANES):
                             weights = widened(weight[lanes(step * LANES)])
                             add_products(sums, weights, planes, rows, row, step * LANES)
-                        total: T.let = portable.joined(sums)
+                        total: T.let = joined(plane_sums(sums))
                         y[pair, output] = total * scale[weight_row] * row_scale[row]
 
     return kernel

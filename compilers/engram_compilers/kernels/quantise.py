@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, lane_max, lane_sum, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, converted, fma, lane_max, lane_sum, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, each_vector, loop_over, round_up
 from engram_compilers.kernels.packing import INT8_BIAS
 
 LARGEST = {1: 127, 2: 32639}  # by the number of planes; 32639 = 127*256 + 127
 SMALLEST_PEAK = np.float32(1e-30)  # rows below quantise to zeros
+MOST_PLANES = 2
 PLANE_MULTIPLE = 64  # bytes in a vector: planes are padded to it with zeros
 
 _SMALLEST_PEAK_BITS = int(SMALLEST_PEAK.view(np.int32))
@@ -27,7 +28,7 @@ _VALUES_PER_US = 5000.0
 
 
 def quantise_rows_numpy(
-    x: NDArray[np.float32], planes: int = 2
+    x: NDArray[np.float32], planes: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
     """State what `quantise_rows` computes, bit for bit, for finite ``x [M, K]``.
 
@@ -76,7 +77,7 @@ class QuantisedRows:
         row_peak = T.Bind(_peak(values))
         factor = T.Bind(T.float32(largest) / row_peak)
         T.buffer_store(self.row_scale, row_peak / T.float32(largest), [row])
-        sums = T.alloc_local((self.count, LANES), "int32")
+        sums = T.alloc_buffer((self.count, LANES), "int32")
         for plane in range(self.count):
             T.buffer_store(sums, splat(0), [plane, lanes(0)])
         with T.serial(int(values.shape[0]) // LANES) as step:
@@ -101,7 +102,7 @@ class QuantisedRows:
 
 def _peak(values: Expr) -> Expr:
     """Return max|x| of a row, by bits: they order like the values, and a NaN is larger than all."""
-    peak = T.alloc_local((LANES,), "int32")
+    peak = new_lanes("int32")
     T.buffer_store(peak, splat(_SMALLEST_PEAK_BITS), [lanes(0)])
     with T.serial(int(values.shape[0]) // LANES) as step:
         bits = T.reinterpret("int32x16", values[lanes(step * LANES)])
@@ -127,13 +128,23 @@ def row_of(x: Expr, row: Expr) -> Expr:
     return values
 
 
+def joined(sums: Sequence[Expr]) -> Expr:
+    """Return f32(S) of the int32 sums of one plane, 256 * f32(H) + f32(L) of two: a scalar or 16 lanes.
+
+    The product is exact, so there is one rounding.
+    """
+    count = sums[0].ty.dtype.lanes
+    *high, low = (converted(part, "float32", count) for part in sums)
+    return fma(high[0], T.float32(256.0) if count == 1 else splat(256.0, count), low) if high else low
+
+
 def quantised_types(rows: int, columns: int, planes: int) -> list[tuple[tuple[int, ...], str]]:
     """Return shapes and dtypes of `QuantisedRows`, in the order kernels take them."""
     padded = round_up(columns, PLANE_MULTIPLE)
     return [((planes * rows, padded), "int8"), ((rows,), "float32"), ((planes * rows,), "int32")]
 
 
-def quantise_rows(rows: int, columns: int, planes: int = 2) -> tirx.PrimFunc:
+def quantise_rows(rows: int, columns: int, planes: int) -> tirx.PrimFunc:
     """Build ``(x f32 [M, K]) -> planes i8 [P * M, Kp], row_scale f32 [M], plane_offset i32 [P * M]``.
 
     The results are `QuantisedRows`.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 from engram_compilers.kernels.packing import require_indexable
 
@@ -97,7 +97,7 @@ def _run_block(shape: _Heads, inputs: _Inputs, state: Expr, out: Expr, task: Exp
     head, column = T.Bind(task // shape.blocks), T.Bind(task % shape.blocks * shape.width)
     live = shape.live_columns(column)
     memory = T.alloc_local((shape.key_dim, shape.width), "float32")
-    values = T.alloc_local((1, shape.width), "float32")
+    values = T.alloc_buffer((1, shape.width), "float32")
     if not isinstance(live, int):  # lanes past the last column are computed with like the others, then dropped
         _clear(values, 1)
         _clear(memory, shape.key_dim)
@@ -134,7 +134,7 @@ def _step(shape: _Heads, inputs: _Inputs, memory: Expr, values: Expr, t: Expr, h
 
 def _sum_rows(shape: _Heads, factors: Callable[[Expr, Expr], tuple[Expr, Expr]]) -> list[tuple[Expr, Expr]]:
     """Return each vector of a block's columns and its sum of a * b over the rows; factors(row, columns) is (a, b)."""
-    sums = T.alloc_local((1, shape.width), "float32")
+    sums = T.alloc_buffer((1, shape.width), "float32")
     _clear(sums, 1)
     vectors = [lanes(column) for column in range(0, shape.width, LANES)]
     with T.serial(shape.key_dim) as row:
@@ -219,7 +219,7 @@ def _convolve_block(
 def _convolve_edge(shape: _Conv, x: Expr, weight: Expr, window: Expr, out: Expr, activate: Activate) -> None:
     """Take the channels after the last whole vector through all tokens, then move their window on."""
     first = shape.channels // LANES * LANES
-    edge = T.alloc_local((LANES,), "float32")
+    edge = new_lanes("float32")
     T.buffer_store(edge, splat(0.0), [lanes(0)])
     with T.serial(shape.tokens) as t:
         with T.serial(shape.channels - first) as i:

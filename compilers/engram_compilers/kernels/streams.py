@@ -5,7 +5,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from engram_compilers.kernels.activation import sigmoid
-from engram_compilers.kernels.intrinsics import fma, lane_sum, lanes, splat
+from engram_compilers.kernels.intrinsics import fma, lane_sum, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 
 GATE_FLOOR = 1e-6  # least magnitude of the score under the signed root
@@ -28,7 +28,7 @@ def pre_mix(rows: int, streams: int, columns: int, scale: float) -> tirx.PrimFun
         with T.sblock("root"):
             for row in loop_over(rows, rows * streams * columns / _VALUES_PER_US):
                 for column in T.serial(columns):
-                    total = T.alloc_local((1,), "float32")
+                    total = T.alloc_buffer((1,), "float32")
                     total[0] = T.float32(0.0)
                     for stream in T.serial(streams):
                         total[0] = fma(x[row, stream * columns + column], mix[row, stream * columns + column], total[0])
@@ -79,8 +79,8 @@ def gate_value(rows: int, streams: int, columns: int) -> tirx.PrimFunc:
             for pair in loop_over(rows * streams, rows * streams * columns / _VALUES_PER_US):
                 row: T.let = T.floordiv(pair, streams)
                 first: T.let = T.floormod(pair, streams) * columns
-                sums = T.alloc_local((LANES,), "float32")
-                gate = T.alloc_local((LANES,), "float32")
+                sums = new_lanes("float32")
+                gate = new_lanes("float32")
                 sums[lanes(0)] = splat(0.0)
                 for step in T.serial(whole):
                     at: T.let = first + step * LANES

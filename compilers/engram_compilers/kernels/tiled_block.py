@@ -7,17 +7,16 @@ from itertools import product
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lanes, splat
+from engram_compilers.kernels.intrinsics import Expr, fma, lane_sum, lanes, new_lanes, splat
 from engram_compilers.kernels.isa import Isa
 from engram_compilers.kernels.loops import LANES
 from engram_compilers.kernels.packing import BLOCK_BIAS, GROUP, require_bits, require_groups
+from engram_compilers.kernels.quantise import MOST_PLANES, joined
 from engram_compilers.kernels.vnni_blocks import (
     Block,
     Plan,
     each_row_block,
     each_tile_group,
-    joined,
-    new_lanes,
     new_sums,
     prefetch_steps,
     store_edge,
@@ -30,7 +29,6 @@ from engram_compilers.kernels.vnni_layout import (
     rebiased,
 )
 
-_PLANES = 2
 _Totals = dict[tuple[int, int], Expr]  # (row of the block, tile of the block) -> float32 [16]
 
 
@@ -51,7 +49,7 @@ def linear_block(isa: Isa, rows: int, out_features: int, in_features: int, bits:
         rows=rows,
         out_features=out_features,
         in_features=in_features,
-        planes=_PLANES,
+        planes=MOST_PLANES,
         block_rows=block_rows,
         group_tiles=max(1, isa.sums // 4) if rows == 1 else 1,
     )
@@ -127,4 +125,4 @@ def _add_group(
     scale = T.Bind(block_scale[block.first_tile + t, group, lanes(0)])
     for r in range(block.num_rows):
         total = totals[r, t]
-        T.buffer_store(total, fma(joined(sums, _PLANES, r, 0), scale, total[lanes(0)]), [lanes(0)])
+        T.buffer_store(total, fma(joined(block.plane_sums(sums, r, 0)), scale, total[lanes(0)]), [lanes(0)])

@@ -20,6 +20,7 @@ from engram_compilers.kernels.intrinsics import Expr, lanes, splat
 from engram_compilers.kernels.isa import Isa
 from engram_compilers.kernels.loops import LANES
 from engram_compilers.kernels.packing import Arrays, Bytes, pad, require_groups
+from engram_compilers.kernels.quantise import MOST_PLANES, joined
 from engram_compilers.kernels.tiled import INT4_TILES
 from engram_compilers.kernels.tiled_packing import pack_int4, pack_int8
 from engram_compilers.kernels.vnni_blocks import (
@@ -30,14 +31,12 @@ from engram_compilers.kernels.vnni_blocks import (
     Sums,
     add_int8_products,
     each_tile_group,
-    joined,
     prefetch_steps,
     start_sums,
     store_edge,
 )
 from engram_compilers.kernels.vnni_layout import VECTOR_BYTES, code_vectors, each_int4_step
 
-_PLANES = 2
 _MOST_EXACT = 3  # pairs left over that get a block of their own size; of more, half a block goes first
 
 
@@ -108,7 +107,7 @@ def expert_linear_int8(isa: Isa, routing: Routing, rows: int, out_features: int,
     weight u8 [E * Np/16, Kp/4, 64], scale f32 [E * Np/16, 16]) -> y f32 [P, N]``: row p of y is what `linear_int8`
     makes of row p / (P / M) of x and the weight of p's expert; M is T or P. order .. count: `experts.Segments`.
     """
-    plan = _plan(isa, routing, rows, out_features, in_features, isa.sums // _PLANES)
+    plan = _plan(isa, routing, rows, out_features, in_features, isa.sums // MOST_PLANES)
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -206,13 +205,13 @@ def _int4_body(
 def _plan(isa: Isa, routing: Routing, rows: int, out_features: int, in_features: int, tiles_at_once: int) -> ExpertPlan:
     """Choose blocks of pairs; ``tiles_at_once`` is for one pair, more of them take one tile."""
     tiles = -(-out_features // LANES)
-    block_pairs = min(routing.tokens, isa.sums // _PLANES)
+    block_pairs = min(routing.tokens, isa.sums // MOST_PLANES)
     return ExpertPlan(
         isa=isa,
         rows=rows,
         out_features=out_features,
         in_features=in_features,
-        planes=_PLANES,
+        planes=MOST_PLANES,
         block_rows=block_pairs,
         # A divisor, so that no code is needed for a shorter last group.
         group_tiles=gcd(tiles, tiles_at_once) if block_pairs == 1 else 1,
@@ -281,5 +280,5 @@ def _store(block: ExpertBlock, y: Expr, sums: Sums, scale: Expr, row_scale: Expr
     for t in range(block.num_tiles):
         channel_scale = T.Bind(scale[block.weight_tile + t, lanes(0)])
         for r, pair in enumerate(block.pairs):
-            value = joined(sums, block.plan.planes, r, t) * channel_scale * splat(row_scale[block.row(r)])
+            value = joined(block.plane_sums(sums, r, t)) * channel_scale * splat(row_scale[block.row(r)])
             store_edge(block.plan, y, pair, block.first_tile + t, value)

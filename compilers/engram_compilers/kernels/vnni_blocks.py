@@ -10,11 +10,11 @@ from itertools import product
 
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.intrinsics import Expr, fma, lanes, prefetch, splat
+from engram_compilers.kernels.intrinsics import Expr, lanes, new_lanes, prefetch, splat
 from engram_compilers.kernels.isa import Isa
 from engram_compilers.kernels.loops import LANES, loop_over, round_up
 from engram_compilers.kernels.packing import GROUP, require_indexable
-from engram_compilers.kernels.quantise import PLANE_MULTIPLE
+from engram_compilers.kernels.quantise import PLANE_MULTIPLE, joined
 from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, rebiased
 
 _UNROLLED = 4  # weight vectors of a tile per turn of the int8 loop
@@ -89,6 +89,10 @@ class Block:
         """Return the row of the planes that holds a plane of the block's row ``r``."""
         return plane * self.plan.rows + self.row(r)
 
+    def plane_sums(self, sums: Sums, r: int, t: int) -> list[Expr]:
+        """Return what a row and a tile have summed, int32x16 of each plane."""
+        return [sums[plane, r, t][lanes(0)] for plane in range(self.plan.planes)]
+
     def add_products(self, sums: Sums, t: int, planes: Expr, step: Expr, weights: Expr) -> None:
         """Add weights * activations of a step to ``sums[plane, r, t]``, for all planes of every row."""
         weights = T.Bind(weights)
@@ -122,11 +126,6 @@ def each_row_block(plan: Plan, first_tile: Expr, num_tiles: int, run: Callable[[
             run(Block(plan, index * plan.block_rows, plan.block_rows, first_tile, num_tiles, is_first=False))
     if last_rows > 0:
         run(Block(plan, plan.rows - last_rows, last_rows, first_tile, num_tiles, is_first=False))
-
-
-def new_lanes(dtype: str) -> Expr:
-    """Allocate one vector of 16 lanes. Of scope "global" and small, it becomes registers; "local" goes to the heap."""
-    return T.alloc_buffer((LANES,), dtype)
 
 
 def start_sums(block: Block, plane_offset: Expr) -> Sums:
@@ -174,12 +173,6 @@ def prefetch_steps(weight: Expr, first_tile: Expr, num_tiles: int, steps: list[E
         prefetch(weight, first_tile + t, step, 0)
 
 
-def joined(sums: Sums, planes: int, r: int, t: int) -> Expr:
-    """Return f32(S), or of two planes 256 * f32(H) + f32(L); the product is exact, so there is one rounding."""
-    parts = [T.cast(sums[plane, r, t][lanes(0)], "float32x16") for plane in range(planes)]
-    return parts[0] if planes == 1 else fma(parts[0], splat(256.0), parts[1])
-
-
 def store_sums(block: Block, y: Expr, sums: Sums, channel_scale: Expr, row_scale: Expr) -> None:
     """y = (joined sums * channel_scale) * row_scale"""
     plan = block.plan
@@ -187,7 +180,7 @@ def store_sums(block: Block, y: Expr, sums: Sums, channel_scale: Expr, row_scale
         scale = load_edge(plan, channel_scale, block.first_tile + t)
         for r in range(block.num_rows):
             row = block.first_row + r
-            value = joined(sums, plan.planes, r, t) * scale[lanes(0)] * splat(row_scale[row])
+            value = joined(block.plane_sums(sums, r, t)) * scale[lanes(0)] * splat(row_scale[row])
             store_edge(plan, y, row, block.first_tile + t, value)
 
 
