@@ -36,6 +36,7 @@ STREAM_ROWS, STREAM_PARTS = 64, 8
 STREAM_COLUMNS = COLD_BYTES // STREAM_PARTS // STREAM_ROWS // 4
 SAMPLE_US = 2000.0
 TILED_FAMILIES = ["avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm"]
+FAMILIES = [*TILED_FAMILIES, "amx", "portable"]  # of the last two there is no peak to tell
 PEAK_SUMS, PEAK_TURNS, DOT_PRODUCTS = 12, 4096, 64
 EXPERTS, TOP_K = 16, 4
 
@@ -65,13 +66,13 @@ class Cell:
             self.kernel(*next(self.arguments))
         self.us.append((time.perf_counter() - start) * 1e6 / self.calls)
 
-    def line(self, read: "Cell", peak: "Cell") -> str:
-        """Return times, and shares of a plain read and of products of registers."""
+    def line(self, read: "Cell", peak: "Cell | None") -> str:
+        """Return times, and shares of a plain read and, where their rate is known, of products of registers."""
         best = min(self.us)
         of_read = self.bytes_read / best / (read.bytes_read / min(read.us))
-        of_peak = self.products / best / (peak.products / min(peak.us))
+        of_peak = "" if peak is None else f"{self.products / best / (peak.products / min(peak.us)):8.0%}"
         rate = self.bytes_read / best / 1e3
-        return f"{self.name:34} {median(self.us):10.1f} {best:10.1f} {rate:8.1f} {of_read:8.0%} {of_peak:8.0%}"
+        return f"{self.name:34} {median(self.us):10.1f} {best:10.1f} {rate:8.1f} {of_read:8.0%} {of_peak:>8}"
 
 
 def tensor(array: NDArray[Any]) -> Any:
@@ -258,19 +259,20 @@ def stream_cell(cpu: str) -> Cell:
     return Cell("plain read of memory", kernel, itertools.cycle(parts), COLD_BYTES // STREAM_PARTS)
 
 
-def run(cells: list[Cell], rounds: int) -> None:
+def run(read: Cell, peak: Cell | None, made: Iterator[Cell], rounds: int) -> None:
+    cells = [read, *([] if peak is None else [peak]), *made]
     for cell in cells:
         cell.warm_up()
     for _ in range(rounds):
         for cell in cells:
             cell.time_once()
     for cell in cells:
-        print(cell.line(*cells[:2]), flush=True)
+        print(cell.line(read, peak), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="avx512_vnni", choices=TILED_FAMILIES)
+    parser.add_argument("--family", default="avx512_vnni", choices=FAMILIES)
     parser.add_argument("--only", nargs="*", default=["int8", "int4", "q4_0", "q8_0", "experts", "other"])
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     parser.add_argument("--planes", type=int, choices=[1, 2], default=2, help="of the int8 and int4 layers")
@@ -289,7 +291,8 @@ def main() -> None:
             case _:
                 planes = 2 if kind.startswith("q") else options.planes
                 made = linear_cells(family, kind, options.rows, options.shapes, planes, cpu)
-        run([stream_cell(cpu), peak_cell(family, cpu), *made], options.rounds)
+        peak = peak_cell(family, cpu) if options.family in TILED_FAMILIES else None
+        run(stream_cell(cpu), peak, made, options.rounds)
 
 
 if __name__ == "__main__":
