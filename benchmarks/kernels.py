@@ -4,7 +4,8 @@
 
 Cells are timed in interleaved rounds, so a slow moment of the machine hits all of them; the median counts. On a
 machine that others use too the best times say more, and only ratios of them; the last two columns are of those: the
-share of what memory gives, and of the products of bytes that one thread makes of registers alone.
+share of what memory gives, and of the products of bytes that one thread makes of registers alone, which is told of
+families of vector registers only.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from engram_compilers.kernels import activation, attention, experts, normalise, 
 from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.intrinsics import lanes, splat
 from engram_compilers.kernels.isa import Isa
+from engram_runtime.cpu import request_tiles
 from engram_targets import load_profile, profile_names
 
 SHAPES = ["960x576", "576x576", "3072x576", "576x1536", "49152x576", "2048x2048"]  # outputs x inputs
@@ -279,6 +281,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs")
     options = parser.parse_args()
+    if options.family == "amx" and not request_tiles():
+        parser.error("this machine has no AMX tiles, or doesn't let a process use them")
     family = import_module(f"engram_compilers.kernels.{options.family}")
     cpu = next(profile.mcpu for profile in map(load_profile, profile_names()) if profile.kernels == options.family)
     print(f"{'kernel, M rows':34} {'us median':>10} {'us best':>10} {'GB/s':>8} {'of read':>8} {'of peak':>8}")

@@ -24,8 +24,9 @@ from tests.tiny_families import TinyFamily
 from tests.workshop import SilentReporter, Workshop, copy_folder, export, export_options, files_of, random_ids
 from transformers import AutoModelForCausalLM
 
+from engram_compilers import signatures
 from engram_compilers.onnx_model import read_onnx_model
-from engram_compilers.signatures import PLANES_KEY, planes_of
+from engram_compilers.signatures import PLANES_KEY
 from engram_export import calibration, weight_map
 from engram_export.calibration import CALIBRATION_FILE, choose_formats
 from engram_export.calibration_text import BUILT_IN, HELD_OUT, MAX_WINDOWS, calibration_windows
@@ -277,7 +278,7 @@ def test_formats_and_planes_stand_in_the_graph(
     decoder = Bundle.open(tmp_path / "bundle").manifest.decoder
     read = read_onnx_model(tmp_path / "bundle" / decoder.file, tmp_path / "bundle" / decoder.weights)
     quantised = [node for node in read.nodes if node.operator == "com.microsoft.MatMulNBits"]
-    assert [planes_of(node) for node in quantised].count(1) == len(layers)
+    assert [signatures.planes_of(node) for node in quantised].count(1) == len(layers)
     report = report_of(tmp_path / "bundle")
     assert {(linear["format"], linear["planes"]) for linear in report["linears"]} == {("int8", 1)}
     assert report["chosen"] < report["int4"]

@@ -21,7 +21,7 @@ from typing import Any
 BUNDLE_RUNNER = "engram_runtime.bench.bundle_runner"
 RUNNERS = {
     "tvm": (("engram_runtime", "engram_runtime.executors.tvm_library"), BUNDLE_RUNNER),
-    "onnxruntime": (("engram_runtime", "engram_runtime.executors.onnxruntime_session", "onnxruntime"), BUNDLE_RUNNER),
+    "onnxruntime": (("engram_runtime", "engram_runtime.executors.onnxruntime_session"), BUNDLE_RUNNER),
     "llama.cpp": (("llama_cpp",), "engram_runtime.bench.llama_cpp_runner"),
 }
 
