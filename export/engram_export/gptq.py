@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from engram_export.quantise import BLOCK, MAX_CODE, Codes, Floats, Int4Weight, nonzero, row_scale, search_blocks
 
-# Of the mean of the diagonal, added to it. The paper's 0.01 fits a text of 5,000 tokens too closely: 0.1, the only other
-# one compared, was better on other texts. This lies between them.
+# Of the mean of the diagonal, added to it. The paper's 0.01 fits a text of 5,000 tokens too closely: on other texts
+# 0.1, the only other one compared, was better. This lies between them.
 DAMPING = 0.05
 
 
