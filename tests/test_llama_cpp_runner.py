@@ -67,7 +67,7 @@ class FakeLlamaCpp:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLlamaCpp:
     found = FakeLlamaCpp()
-    monkeypatch.setitem(sys.modules, "llama_cpp", found)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "llama_cpp", found)
     return found
 
 

@@ -112,7 +112,7 @@ def write_gguf(bundle: Bundle, path: Path) -> None:
 
 def _stored_bytes(values: Floats, kind: GGMLQuantizationType) -> int:
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    return values.size // block * block_bytes
+    return int(values.size // block * block_bytes)
 
 
 def _check_model(bundle: Bundle, weights: BundleWeights) -> None:

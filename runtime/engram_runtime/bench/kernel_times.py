@@ -53,8 +53,8 @@ def kernel_times(
 
 def outside_ms(taken: Sequence[tuple[float, Kinds]]) -> float:
     """Return the median over passes of the step's time less its kernels', or 0 where noise makes that negative."""
-    outside = median(plain_ms - sum(kind["ms"] for kind in kernels.values()) for plain_ms, kernels in taken)
-    return round(max(outside, 0.0), 3)
+    outside: float = median(plain_ms - sum(kind["ms"] for kind in kernels.values()) for plain_ms, kernels in taken)
+    return max(round(outside, 3), 0.0)
 
 
 def medians(passes: Sequence[Kinds]) -> dict[str, dict[str, Any]]:

@@ -83,7 +83,7 @@ class Result:
 
     contestant: Contestant
     facts: Mapping[str, Any]
-    samples: dict[str, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     memory: Mapping[str, float] = field(default_factory=dict)
     profile: Mapping[str, Any] | None = None
 
