@@ -27,7 +27,7 @@ HEADS = (
     "forward of 2, 4, 8, 16 over 1",
     "own + file MB",
     "start, ms",
-    "outside kernels, ms",
+    "outside kernels, ms (of a step)",
     "bandwidth",
     "load before, after",
 )
@@ -44,7 +44,8 @@ def bench(bundle: Path, gguf: Path, threads: int, rounds: int) -> dict[str, Any]
 def lines(bundle: Path, report: dict[str, Any]) -> Iterator[list[str]]:
     """Yield the cells of the bundle, of the peer and of their ratios."""
     peer, load = report["against"], f"{report['load_average']:.2f}, {report['load_average_after']:.2f}"
-    outside = f"{report['profile']['decode']['outside_ms']:.2f}"
+    step = report["profile"]["decode"]
+    outside = f"{step['outside_ms']:.2f} ({step['outside_ms'] / step['step_ms']:.0%})"
     first = [bundle.stem, str(report["threads"])]
     yield [*first, report["runner"], *_cells(report), outside, _share(report), load]
     yield ["", "", peer["runner"], *_cells(peer), "", _share(peer), ""]

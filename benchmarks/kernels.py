@@ -4,7 +4,8 @@
 
 Cells are timed in interleaved rounds, so a slow moment of the machine hits all of them; the median counts. On a
 machine that others use too the best times say more, and only ratios of them; the last two columns are of those: the
-share of what memory gives, and of the products of bytes that one thread makes of registers alone.
+share of what memory gives, and of the products of bytes that one thread makes of registers alone, which is told of
+families of vector registers only.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from engram_compilers.kernels import activation, attention, experts, normalise, 
 from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.intrinsics import lanes, splat
 from engram_compilers.kernels.isa import Isa
+from engram_runtime.cpu import request_tiles
 from engram_targets import load_profile, profile_names
 
 SHAPES = ["960x576", "576x576", "3072x576", "576x1536", "49152x576", "2048x2048"]  # outputs x inputs
@@ -36,6 +38,7 @@ STREAM_ROWS, STREAM_PARTS = 64, 8
 STREAM_COLUMNS = COLD_BYTES // STREAM_PARTS // STREAM_ROWS // 4
 SAMPLE_US = 2000.0
 TILED_FAMILIES = ["avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm"]
+FAMILIES = [*TILED_FAMILIES, "amx", "portable"]  # of the last two there is no peak to tell
 PEAK_SUMS, PEAK_TURNS, DOT_PRODUCTS = 12, 4096, 64
 EXPERTS, TOP_K = 16, 4
 
@@ -65,13 +68,13 @@ class Cell:
             self.kernel(*next(self.arguments))
         self.us.append((time.perf_counter() - start) * 1e6 / self.calls)
 
-    def line(self, read: "Cell", peak: "Cell") -> str:
-        """Return times, and shares of a plain read and of products of registers."""
+    def line(self, read: "Cell", peak: "Cell | None") -> str:
+        """Return times, and shares of a plain read and, where their rate is known, of products of registers."""
         best = min(self.us)
         of_read = self.bytes_read / best / (read.bytes_read / min(read.us))
-        of_peak = self.products / best / (peak.products / min(peak.us))
+        of_peak = "" if peak is None else f"{self.products / best / (peak.products / min(peak.us)):8.0%}"
         rate = self.bytes_read / best / 1e3
-        return f"{self.name:34} {median(self.us):10.1f} {best:10.1f} {rate:8.1f} {of_read:8.0%} {of_peak:8.0%}"
+        return f"{self.name:34} {median(self.us):10.1f} {best:10.1f} {rate:8.1f} {of_read:8.0%} {of_peak:>8}"
 
 
 def tensor(array: NDArray[Any]) -> Any:
@@ -257,25 +260,28 @@ def stream_cell(cpu: str) -> Cell:
     return Cell("plain read of memory", kernel, itertools.cycle(parts), COLD_BYTES // STREAM_PARTS)
 
 
-def run(cells: list[Cell], rounds: int) -> None:
+def run(read: Cell, peak: Cell | None, made: Iterator[Cell], rounds: int) -> None:
+    cells = [read, *([] if peak is None else [peak]), *made]
     for cell in cells:
         cell.warm_up()
     for _ in range(rounds):
         for cell in cells:
             cell.time_once()
     for cell in cells:
-        print(cell.line(*cells[:2]), flush=True)
+        print(cell.line(read, peak), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="avx512_vnni", choices=TILED_FAMILIES)
+    parser.add_argument("--family", default="avx512_vnni", choices=FAMILIES)
     parser.add_argument("--only", nargs="*", default=["int8", "int4", "q4_0", "q8_0", "experts", "other"])
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     parser.add_argument("--planes", type=int, choices=[1, 2], default=2, help="of the int8 and int4 layers")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs")
     options = parser.parse_args()
+    if options.family == "amx" and not request_tiles():
+        parser.error("this machine has no AMX tiles, or doesn't let a process use them")
     family = import_module(f"engram_compilers.kernels.{options.family}")
     cpu = next(profile.mcpu for profile in map(load_profile, profile_names()) if profile.kernels == options.family)
     print(f"{'kernel, M rows':34} {'us median':>10} {'us best':>10} {'GB/s':>8} {'of read':>8} {'of peak':>8}")
@@ -288,7 +294,8 @@ def main() -> None:
             case _:
                 planes = 2 if kind.startswith("q") else options.planes
                 made = linear_cells(family, kind, options.rows, options.shapes, planes, cpu)
-        run([stream_cell(cpu), peak_cell(family, cpu), *made], options.rounds)
+        peak = peak_cell(family, cpu) if options.family in TILED_FAMILIES else None
+        run(stream_cell(cpu), peak, made, options.rounds)
 
 
 if __name__ == "__main__":

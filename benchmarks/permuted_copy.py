@@ -4,7 +4,7 @@
 
 Blocks of 32 weights that a GGUF file rounded together can be rounded again almost without loss, which flatters 4-bit
 formats. In the copy the columns of every block come from different blocks: the hidden dimensions, those between ``up``
-and ``down``, and within each key and value head are permuted.
+and ``down``, and those within each value head are permuted; queries and keys keep theirs, which are rotated in pairs.
 """
 
 from collections.abc import Callable
@@ -67,8 +67,9 @@ def main(checkpoint: Path, out: Path) -> None:
         before = model(ids).logits
         permute(model)
         difference = float((model(ids).logits - before).abs().max())
-    model.hf_quantizer = None  # else it refuses to be saved: it was read from a GGUF
-    del model.config.quantization_config
+    if file is not None:  # read from a GGUF, it refuses to be saved
+        model.hf_quantizer = None
+        del model.config.quantization_config
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
     click.echo(f"{out}: logits differ by {difference:.1e} at most")

@@ -1,7 +1,7 @@
 """Checkpoints of given shapes with random weights, for measuring speed: a folder with config.json and safetensors.
 
 python benchmarks/random_models.py 1b build/random-1b
-engram-export build/random-1b -o build/random-1b-int4.engram --quant int4 --context 4096
+engram-export build/random-1b -o build/random-1b-int4.engram --quant int4 --calibration none --context 4096
 engram compile build/random-1b-int4.engram
 engram bench build/random-1b-int4.engram --against llama.cpp
 """
@@ -119,15 +119,21 @@ def random_tensor(rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[np
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(name: str, folder: Path) -> None:
     """Write the model NAME into FOLDER, which must not exist."""
-    shape, rng = SHAPES[name], np.random.default_rng(SEED)
+    plans = write_checkpoint(SHAPES[name], folder)
+    parameters = sum(math.prod(plan.shape) for plan in plans)
+    click.echo(f"{folder}: {parameters / 1e6:.0f}M parameters, {sum(plan.bytes for plan in plans) / 1e6:.0f} MB")
+
+
+def write_checkpoint(shape: Shape, folder: Path) -> list[TensorPlan]:
+    """Write a model of that shape, without a tokenizer, into a folder that must not exist; returns its tensors."""
+    rng = np.random.default_rng(SEED)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config(shape), indent=1))
     plans = [TensorPlan(tensor, "float16", size) for tensor, size in tensors(shape)]
     with SafetensorsWriter(folder / "model.safetensors", plans) as writer:
         for plan in plans:
             writer.write(plan.name, random_tensor(rng, plan.shape))
-    parameters = sum(math.prod(plan.shape) for plan in plans)
-    click.echo(f"{folder}: {parameters / 1e6:.0f}M parameters, {sum(plan.bytes for plan in plans) / 1e6:.0f} MB")
+    return plans
 
 
 if __name__ == "__main__":

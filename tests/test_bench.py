@@ -1,8 +1,11 @@
 """The benchmark with fake runners: what is asked in which order, what becomes of the answers, and how errors end."""
 
 import json
+import mmap
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from engram_runtime.bench import runner as runner_module
+from engram_runtime.bench.bandwidth import LEAST_BYTES, MOST_BYTES, Bandwidth, read_bandwidth, working_set
 from engram_runtime.bench.bundle_runner import weight_bytes_of_a_token
-from engram_runtime.bench.kernel_times import Watcher, by_kind, kernel_times, kind_of
+from engram_runtime.bench.kernel_times import Watcher, by_kind, kernel_times, kind_of, medians, outside_ms
 from engram_runtime.bench.markdown import markdown
 from engram_runtime.bench.memory import resident_mb
 from engram_runtime.bench.process import Worker
@@ -20,6 +24,8 @@ from engram_runtime.bench.rounds import Contestant, Result, Settings, measure
 from engram_runtime.errors import BundleError, RequestError, TargetError
 
 SETTINGS = Settings(prompt_tokens=8, decode_tokens=4, depths=(0, 8), rounds=3, tables_on=True, profile=False)
+
+BANDWIDTH = Bandwidth(gb_s=2.0, read_bytes=64 * 10**6)
 
 # Speaks the protocol of engram_runtime.bench.worker: name, file for a log, seconds of every measurement.
 FAKE_WORKER = """
@@ -41,8 +47,17 @@ for line in sys.stdin:
         answer = {"error": "BundleError", "message": "it is damaged"}
     elif what == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "forbidden":
+        os.kill(os.getpid(), signal.SIGILL)
     elif what == "give up":
         sys.exit(3)
+    elif what == "break off":
+        print('{"seconds": 1', end="", flush=True)
+        sys.exit(3)
+    elif what == "group":
+        answer = {"group": os.getpgrp()}
+    elif what == "verify":
+        answer = {"seconds": {str(tokens): seconds * tokens for tokens in request["sizes"]}}
     else:
         answer = {"seconds": seconds * request["tokens"], "expert_bytes": 500.0}
     print(json.dumps(answer), flush=True)
@@ -53,10 +68,10 @@ StartWorker = Callable[[str], Worker]
 
 @pytest.fixture
 def start_worker(tmp_path: Path) -> StartWorker:
-    """Start fakes: ``fast`` takes half a second for each token, ``slow`` one."""
+    """Start fakes: ``fast`` takes half a second for each token, the others one."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE_WORKER)
-    seconds = {"fast": "0.5", "slow": "1.0"}
+    seconds = {"fast": "0.5", "slow": "1.0", "llama.cpp": "1.0"}
     return lambda name: Worker(name, [sys.executable, str(script), name, str(tmp_path / "log"), seconds[name]])
 
 
@@ -80,7 +95,7 @@ def test_runners_take_turns_round_by_round(start_worker: StartWorker, tmp_path: 
         {"do": "decode", "depth": 0, "tokens": 4},
         {"do": "prefill", "depth": 8, "tokens": 8},
         {"do": "decode", "depth": 8, "tokens": 4},
-        *({"do": "verify", "depth": 8, "tokens": tokens} for tokens in (1, 2, 4, 8, 16)),
+        {"do": "verify", "depth": 8, "sizes": [1, 2, 4, 8, 16]},
     ]
 
 
@@ -91,7 +106,7 @@ def test_all_get_the_threads_that_the_first_one_chose(start_worker: StartWorker,
 
 
 def test_figures_are_those_of_the_answers(start_worker: StartWorker) -> None:
-    found = report(measured(start_worker, "fast", threads=1), SETTINGS, 2.0, (0.5, 0.75))
+    found = report(measured(start_worker, "fast", threads=1), SETTINGS, BANDWIDTH, (0.5, 0.75))
     assert found == {
         "runner": "fast",
         "build": "fast 1.0",
@@ -110,6 +125,7 @@ def test_figures_are_those_of_the_answers(start_worker: StartWorker) -> None:
         "bytes_per_token": 1500,
         "expert_bytes_per_token": 500,
         "bandwidth_gb_s": 2.0,
+        "bandwidth_mb": 64.0,
         "prompt_tokens": 8,
         "decode_tokens": 4,
         "rounds": 3,
@@ -120,7 +136,7 @@ def test_figures_are_those_of_the_answers(start_worker: StartWorker) -> None:
 
 def test_ratios_are_the_bundles_figures_over_the_peers(start_worker: StartWorker) -> None:
     results = measured(start_worker, "fast", "slow")
-    against = report(results, SETTINGS, 2.0, (0.5, 0.75))["against"]
+    against = report(results, SETTINGS, BANDWIDTH, (0.5, 0.75))["against"]
     assert against["decode_tok_s"] == 0.25
     assert against["ratios"] == {
         "prefill_tok_s": 2.0,
@@ -145,13 +161,18 @@ def test_a_ratio_is_taken_within_each_round() -> None:
                 {"seconds": factor * busy, "import_s": 0.0, "load_s": 1.0, "first_token_s": 0.0} for busy in (1, 9, 3)
             ]
             result.samples[name] = answers
-    assert ratios(own, peer, SETTINGS)["decode_tok_s"] == [2.0, 2.0, 2.0]
+        result.samples["verify"] = [
+            {"seconds": dict.fromkeys(("1", "2", "4", "8", "16"), factor * busy)} for busy in (1, 9, 3)
+        ]
+    found = ratios(own, peer, SETTINGS)
+    assert found["decode_tok_s"] == [2.0, 2.0, 2.0]
+    assert found["verify_cost"] == {tokens: [1.0, 1.0, 1.0] for tokens in ("2", "4", "8", "16")}
 
 
 def test_what_the_caller_knows_of_weights_comes_before_what_the_runner_says(start_worker: StartWorker) -> None:
     contestant = Contestant(runner="fast", model="fast.gguf", weight_bytes=7)
     results = measure([contestant], SETTINGS, threads=1, progress=lambda: None, start_worker=start_worker)
-    assert report(results, SETTINGS, 1.0, (0, 0))["bytes_per_token"] == 507
+    assert report(results, SETTINGS, BANDWIDTH, (0, 0))["bytes_per_token"] == 507
 
 
 def test_progress_is_told_as_often_as_announced(start_worker: StartWorker) -> None:
@@ -168,25 +189,27 @@ def test_progress_is_told_as_often_as_announced(start_worker: StartWorker) -> No
 
 def test_the_table_has_a_line_for_every_figure(start_worker: StartWorker) -> None:
     results = measured(start_worker, "fast", "slow", threads=1)
-    found = report(results, SETTINGS, 2.0, (0.5, 0.75))
+    found = report(results, SETTINGS, BANDWIDTH, (0.5, 0.75))
     lines = markdown(found, SETTINGS, ratios(results[0], results[1], SETTINGS)).splitlines()
     assert lines[:8] == [
         "load average 0.50 before, 0.75 after; medians of 3 rounds",
         "fast, 1 threads: fast 1.0",
         "slow, 1 threads: slow 1.0",
-        "memory bandwidth 2.0 GB/s (numpy.max over 400 MB of float32, best of 7 passes)",
+        "memory bandwidth 2.0 GB/s (numpy.max over 64 MB of float32, each thread's part touched by it first; best of "
+        "7 passes)",
         "",
         "|  | fast | slow | ratio (least to largest) |",
         "|---|---:|---:|---:|",
         "| prefill 8 after 0, tok/s | 2 | 1 | 2.00 (2.00 to 2.00) |",
     ]
+    assert "| first token of a prompt of 8 after 0, ms | 4,000 | 8,000 | 0.50 (0.50 to 0.50) |" in lines
     assert "| forward of 16 tokens over 1 | 16 | 16 | 1.00 (1.00 to 1.00) |" in lines
     assert "| forward of 16 tokens, ms | 8,000 | 16,000 | 0.50 (0.50 to 0.50) |" in lines
     assert "| resident memory of its own, MB | 5 | 10 | 0.50 |" in lines
 
 
 def test_a_profile_is_shown_with_the_shares_of_a_step(start_worker: StartWorker) -> None:
-    found = report(measured(start_worker, "fast"), SETTINGS, 2.0, (0.5, 0.75))
+    found = report(measured(start_worker, "fast"), SETTINGS, BANDWIDTH, (0.5, 0.75))
     step = {"step_ms": 4.0, "outside_ms": 1.0, "kernels": {"linear_int8": {"calls": 6, "ms": 3.0}}}
     assert markdown({**found, "profile": {"decode": step}}, SETTINGS, None).splitlines()[-5:] == [
         "",
@@ -197,12 +220,19 @@ def test_a_profile_is_shown_with_the_shares_of_a_step(start_worker: StartWorker)
     ]
 
 
+def test_the_build_of_a_peer_tells_the_types_it_was_given(start_worker: StartWorker) -> None:
+    contestant = Contestant(runner="fast", model="fast.gguf", types="Q4_0 x 14, F32 x 5")
+    results = measure([contestant], SETTINGS, threads=1, progress=lambda: None, start_worker=start_worker)
+    assert report(results, SETTINGS, BANDWIDTH, (0, 0))["build"] == "fast 1.0, Q4_0 x 14, F32 x 5"
+
+
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
         ("refuse", BundleError, "it is damaged"),
         ("crash", TargetError, "fast was ended by SIGKILL during crash; what it printed stands above"),
         ("give up", TargetError, "fast ended with exit code 3 during give up; what it printed stands above"),
+        ("break off", TargetError, "fast ended with exit code 3 during break off; what it printed stands above"),
     ],
 )
 def test_what_becomes_of_a_worker_is_said(
@@ -211,6 +241,26 @@ def test_what_becomes_of_a_worker_is_said(
     with start_worker("fast") as worker, pytest.raises(error) as caught:
         worker.ask(what)
     assert str(caught.value) == message
+
+
+def test_llama_cpp_that_meets_a_forbidden_instruction_is_to_be_built_anew(start_worker: StartWorker) -> None:
+    with start_worker("llama.cpp") as worker, pytest.raises(TargetError) as caught:
+        worker.ask("forbidden")
+    assert str(caught.value) == (
+        "llama.cpp was ended by SIGILL during forbidden; gcc 12 miscompiles it for CPUs with AMX: build it by another "
+        "compiler, with clang: CC=clang CXX=clang++ pip install --force-reinstall --no-deps --no-cache-dir "
+        "llama-cpp-python"
+    )
+
+
+def test_what_interrupts_this_process_does_not_reach_a_worker(start_worker: StartWorker) -> None:
+    with start_worker("fast") as worker:
+        assert worker.ask("group")["group"] != os.getpgrp()
+
+
+def test_a_profile_needs_room_for_a_prompt_after_a_prompt() -> None:
+    settings = replace(SETTINGS, prompt_tokens=40)
+    assert (settings.positions, replace(settings, profile=True).positions) == (56, 80)
 
 
 def test_measurements_beyond_the_context_are_refused() -> None:
@@ -261,10 +311,11 @@ def test_every_measurement_stands_where_it_says() -> None:
     fake = FakeRunner()
     runner_module.prefill(fake, depth=0, tokens=6)
     decoded = runner_module.decode(fake, depth=4, tokens=3)
-    runner_module.verify(fake, depth=10, tokens=2)
-    assert fake.calls == [(0, 6), *[(4 + i, 1) for i in range(4)], (8, 2), *[(10, 2)] * 6]
+    verified = runner_module.verify(fake, depth=10, sizes=(2, 3))
+    assert fake.calls == [(0, 6), *[(4 + i, 1) for i in range(4)], (8, 2), *[(10, 2)] * 6, *[(10, 3)] * 6]
     assert decoded["expert_bytes"] == 10
-    assert fake.token_ids == runner_module.text(fake, 0, 12)
+    assert list(verified["seconds"]) == ["2", "3"]
+    assert fake.token_ids == runner_module.text(fake, 0, 13)
     assert runner_module.profile(fake, depth=3, tokens=5) == {
         "decode": {"before": 3, "added": 1},
         "prefill": {"before": 3, "added": 5},
@@ -298,7 +349,22 @@ def test_kernels_are_counted_by_kind_and_watched_no_longer_than_a_step() -> None
 
 def test_times_of_kernels_are_summed_without_what_watching_takes() -> None:
     calls = [("vm.builtin.null_value", 0.001), ("add_1_8", 0.003), ("linear_int4_1_8_8", 0.011), ("add_1_16", 0.003)]
-    assert by_kind(calls) == {"linear_int4": {"calls": 1, "ms": 10.0}, "add": {"calls": 2, "ms": 4.0}}
+    assert medians([by_kind(calls)]) == {"linear_int4": {"calls": 1, "ms": 10.0}, "add": {"calls": 2, "ms": 4.0}}
+
+
+def taken(*passes: tuple[float, float, float]) -> list[tuple[float, dict[str, dict[str, float]]]]:
+    """Return passes of so many ms, and what two kinds of kernels took of each."""
+    return [(step, {"add": {"calls": 2, "ms": add}, "sum": {"calls": 1, "ms": sum_}}) for step, add, sum_ in passes]
+
+
+def test_what_no_kernel_took_is_told_of_each_pass_by_itself() -> None:
+    passes = taken((10.0, 3.0, 5.0), (30.0, 12.0, 8.0), (9.0, 4.0, 4.5))
+    assert outside_ms(passes) == 2.0
+    assert outside_ms(taken((10.0, 9.0, 4.0))) == 0.0
+    assert list(medians([kernels for _, kernels in passes]).items()) == [
+        ("sum", {"calls": 1, "ms": 5.0}),
+        ("add", {"calls": 2, "ms": 4.0}),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -326,3 +392,23 @@ def test_memory_that_is_taken_is_seen() -> None:
     before = resident_mb()["rss_anon_mb"]
     taken = np.ones(50_000_000, dtype=np.uint8)
     assert resident_mb()["rss_anon_mb"] - before == pytest.approx(taken.nbytes / 1e6, abs=5)
+
+
+def test_shared_memory_counts_as_files() -> None:
+    before = resident_mb()["rss_file_mb"]
+    with mmap.mmap(-1, 50_000_000) as shared:
+        shared.write(b"1" * len(shared))
+        assert resident_mb()["rss_file_mb"] - before == pytest.approx(50, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"), [(None, MOST_BYTES), (1, LEAST_BYTES), (10**8, 10**8), (10**10, MOST_BYTES)]
+)
+def test_the_bandwidth_is_that_of_what_a_token_reads_within_limits(read: int | None, expected: int) -> None:
+    assert working_set(read) == expected
+
+
+def test_every_thread_reads_a_part_of_its_own() -> None:
+    found = read_bandwidth(2, 1_000_004)
+    assert found.read_bytes == 1_000_000
+    assert found.gb_s > 0

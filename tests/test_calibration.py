@@ -24,18 +24,21 @@ from tests.tiny_families import TinyFamily
 from tests.workshop import SilentReporter, Workshop, copy_folder, export, export_options, files_of, random_ids
 from transformers import AutoModelForCausalLM
 
+from engram_compilers import signatures
+from engram_compilers.onnx_model import read_onnx_model
+from engram_compilers.signatures import PLANES_KEY
 from engram_export import calibration, weight_map
 from engram_export.calibration import CALIBRATION_FILE, choose_formats
 from engram_export.calibration_text import BUILT_IN, HELD_OUT, MAX_WINDOWS, calibration_windows
 from engram_export.formats import FLOAT, weight_format
 from engram_export.gptq import DAMPING, error_feedback, quantise_gptq
 from engram_export.layerwise import one_plane
-from engram_export.operators import PLANES_KEY
 from engram_export.pipeline import Progress, export_bundle
 from engram_export.quantise import BLOCK, quantise_int4, zero_range
 from engram_export.smoothing import Fold, layer_folds, weight_scales
 from engram_export.source import ModelSource, open_source
 from engram_export.verify import reference_logits
+from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CheckpointError, RequestError, VerificationError
 
 PLAIN = TinyModel()
@@ -196,7 +199,7 @@ class Interrupted(SilentReporter):
         yield self.calibration.append if title == "calibration" else lambda count: None
 
 
-@pytest.mark.parametrize("stage", ["weights", "verify"])
+@pytest.mark.parametrize("stage", ["weights", "verify", "digests"])
 def test_an_interrupted_export_is_not_calibrated_again(workshop: Workshop, tmp_path: Path, stage: str) -> None:
     options = export_options(workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle", quant="int4", calibration=BUILT_IN)
     first, second = Interrupted(stage), Interrupted("none")
@@ -272,6 +275,10 @@ def test_formats_and_planes_stand_in_the_graph(
     export(workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle", quant="int4", calibration=BUILT_IN)
     layers = [f"layers.{layer}.{role}" for layer in (0, 1) for role in ROLES]
     assert planes_of(tmp_path / "bundle") == {f"{name}.codes": "1" for name in layers}
+    decoder = Bundle.open(tmp_path / "bundle").manifest.decoder
+    read = read_onnx_model(tmp_path / "bundle" / decoder.file, tmp_path / "bundle" / decoder.weights)
+    quantised = [node for node in read.nodes if node.operator == "com.microsoft.MatMulNBits"]
+    assert [signatures.planes_of(node) for node in quantised].count(1) == len(layers)
     report = report_of(tmp_path / "bundle")
     assert {(linear["format"], linear["planes"]) for linear in report["linears"]} == {("int8", 1)}
     assert report["chosen"] < report["int4"]

@@ -14,7 +14,8 @@ from tests.tiny_families import TinyFamily, experts, heads, rope
 from tests.workshop import Workshop, bundle_logits, random_ids
 
 from engram_export.checkpoint import open_checkpoint
-from engram_export.gguf_writer import weight_bytes_of_a_token, write_gguf
+from engram_export.gguf_sizes import types_of_tensors, weight_bytes_of_a_token
+from engram_export.gguf_writer import write_gguf
 from engram_export.quantise import Int4Weight, Int8Weight, quantise_int4, quantise_int8
 from engram_runtime.bench import llama_cpp_runner
 from engram_runtime.bundle import Bundle
@@ -57,6 +58,17 @@ def test_a_float_bundle_gives_back_the_checkpoint(workshop: Workshop, tmp_path: 
     for key in ("head_dim", "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps", "vocab_size"):
         assert found.config[key] == checkpoint.config.get(key, 10000.0), key
     assert found.config["max_position_embeddings"] == CONTEXT
+
+
+def test_matrices_of_bfloat16_stay_so(workshop: Workshop, tmp_path: Path) -> None:
+    path = written(workshop.bundle(workshop.checkpoint(TinyModel(dtype="bfloat16"))), tmp_path)
+    values, kinds = read_by_gguf(path)
+    norms = {name for name in kinds if "norm" in name}
+    assert {kinds[name] for name in norms} == {Kind.F32}
+    assert {kinds[name] for name in kinds.keys() - norms} == {Kind.BF16}
+    assert types_of_tensors(path) == f"BF16 x {len(kinds) - len(norms)}, F32 x {len(norms)}"
+    plain = open_checkpoint(workshop.checkpoint(TinyModel(dtype="bfloat16"))).tensors
+    np.testing.assert_array_equal(values["blk.1.ffn_up.weight"], plain.read("model.layers.1.mlp.up_proj.weight"))
 
 
 @pytest.mark.parametrize(

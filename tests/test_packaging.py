@@ -35,6 +35,7 @@ IMPORT_NAMES = {"apache-tvm-ffi": "tvm_ffi"}  # of distributions whose modules a
 # Names of modules that are imported when a command asks for them, the only way to point upwards.
 NAMED_UPWARDS = {
     ("engram_runtime.cli", "engram_compilers.cli:compile_command"),
+    ("engram_runtime.commands.bench", "engram_export.gguf_sizes"),
     ("engram_runtime.commands.bench", "engram_export.gguf_writer"),
     ("engram_runtime.commands.inspect", "engram_export.inspection"),
     ("engram_runtime.commands.verify", "engram_export.parity"),

@@ -124,7 +124,7 @@ NO_DECODER = "engram: this bundle holds tables and sites only, no decoder; expor
     [
         ("run", "BUNDLE", "hello"),
         ("run", "BUNDLE", "hello", "--executor", "onnxruntime"),
-        ("bench", "BUNDLE", "--prompt-tokens", "8", "--depth", "0"),
+        ("bench", "BUNDLE"),
         ("compile", "BUNDLE", "--target", "native"),
         ("verify", "BUNDLE", "--against", "CHECKPOINT"),
     ],

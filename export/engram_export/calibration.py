@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram_export.calibrate import FACTORS, Progress, divergence, write_calibration
 from engram_export.calibration_report import CalibrationReport, LinearReport, RoleReport
 from engram_export.calibration_text import Windows, calibration_windows, rounding_reason
 from engram_export.formats import FLOAT, LinearFormat, WeightFormat, calibrated_format, weight_format
 from engram_export.journal import Journal
+from engram_export.layerwise import one_plane
 from engram_export.linear import Int4Linear, Int8Linear
 from engram_export.operators import TWO_PLANES
 from engram_export.safetensors_file import SafetensorsFile
 from engram_export.smoothing import Fold, layer_folds, weight_scales
 from engram_export.source import ModelSource
+from engram_export.streamed import ReportedRows
 from engram_export.text_decoder import Layer
 from engram_export.verify import compared_rows, reference_logits
 from engram_export.weights_file import SafetensorsWriter, TensorPlan
@@ -84,13 +86,14 @@ def _calibrate(source: ModelSource, windows: Windows, journal: Journal, reporter
     chosen = {role.role: LinearFormat(role.format, role.planes) for role in roles}
     weights = calibrated_format(lambda name: chosen.get(_role(name)))
     calibrated = _calibrated_source(source, folds, path)
+    rows = compared_rows(source.architecture.text.vocab_size, len(windows.held_out[0]))
     report = CalibrationReport(
         method="gptq",
         text=windows.name,
         tokens=sum(map(len, windows.calibration)),
-        held_out_tokens=sum(map(len, windows.held_out)),
+        held_out_tokens=rows * len(windows.held_out),
         int4=facts["kl.int4"],
-        chosen=_measure(source, calibrated, weights, windows.held_out),
+        chosen=_measure_chosen(source, calibrated, weights, windows.held_out, rows, reporter),
         roles=roles,
         linears=_linear_reports(facts, chosen),
     )
@@ -131,15 +134,35 @@ def _calibrated_source(source: ModelSource, folds: Sequence[Fold], path: Path) -
     return dataclasses.replace(source, weights=source.weights.scaled(scales), int4=file)
 
 
-def _measure(source: ModelSource, calibrated: ModelSource, weights: WeightFormat, held_out: Sequence[Tensor]) -> float:
-    """Return the divergence of the weights as they will be written."""
-    last = compared_rows(source.architecture.text.vocab_size, len(held_out[0]))
+def _measure_chosen(
+    source: ModelSource,
+    calibrated: ModelSource,
+    weights: WeightFormat,
+    held_out: Sequence[Tensor],
+    rows: int,
+    reporter: Staged,
+) -> float:
+    """Return the divergence of what will be written: all its weights, and inputs in one plane where that was chosen."""
     total = 0.0
-    for window in held_out:
-        wanted = reference_logits(source, window.numpy(), last=last)
-        found = reference_logits(calibrated, window.numpy(), weights, last=last)
-        total += divergence(torch.from_numpy(wanted), torch.from_numpy(found))
+    chosen = _in_planes(weights)
+    with reporter.stage("held-out text", source.weights.count() * 4 * len(held_out)) as progress:
+        for window in held_out:
+            wanted = reference_logits(source, window.numpy(), encoded=ReportedRows(source, progress), last=rows)
+            found = reference_logits(calibrated, window.numpy(), chosen, last=rows)
+            total += divergence(torch.from_numpy(wanted), torch.from_numpy(found))
     return total / len(held_out)
+
+
+def _in_planes(weights: WeightFormat) -> WeightFormat:
+    """Return a format whose layers round their inputs to one plane where kernels will; of two nothing is lost here."""
+
+    def linear(name: str, in_features: int, out_features: int) -> nn.Module:
+        module = weights.make_linear(name, in_features, out_features)
+        if module.planes == 1:
+            module.register_forward_pre_hook(lambda _, inputs: (one_plane(*inputs),))
+        return module
+
+    return dataclasses.replace(weights, make_linear=linear)
 
 
 def _folds(source: ModelSource) -> list[Fold]:

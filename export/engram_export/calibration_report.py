@@ -42,8 +42,9 @@ class CalibrationReport:
 
     Attributes:
         method: gptq, or rounding for a ``reason``.
-        int4: the divergence of int4 everywhere, embedding and head in float. ``chosen``: of the weights that were
-            written, all of them. Both on the ``held_out_tokens``, in nats.
+        held_out_tokens: those whose next token's distributions were compared.
+        int4: the divergence of int4 everywhere, embedding and head in float. ``chosen``: of what was written,
+            all weights and the inputs in one plane. Both on the ``held_out_tokens``, in nats.
     """
 
     method: str

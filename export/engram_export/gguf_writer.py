@@ -1,6 +1,7 @@
 """Write a bundle's decoder as a GGUF file, for llama.cpp to run the same weights.
 
-Each weight gets the GGUF type of its own bit width: int8 becomes Q8_0, int4 Q4_0, float stays F32. The head and the
+Each weight gets the GGUF type of its own bit width: int8 becomes Q8_0, int4 Q4_0; float is BF16 where a matrix of a
+float bundle holds nothing but bfloat16 numbers, and F32 elsewhere. The head and the
 embedding of an int4 bundle are int8, so they are Q8_0, where llama-quantize would make the head Q6_K. Rounding to
 blocks of 32 once more changes int8 weights by less than a step; int4 ones have zero points that Q4_0 lacks.
 The file has no tokenizer.
@@ -13,20 +14,22 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from engram_compilers.onnx_model import Node, read_onnx_model
-from engram_export.gguf_header import read_gguf_header
+from engram_export.gguf_sizes import EMBEDDING, HEAD
 from engram_export.quantise import BLOCK, Int4Weight, Int8Weight
 from engram_export.safetensors_file import SafetensorsFile
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
 
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}  # of llama.cpp, by our families
-F32, Q4_0, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+F32, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16
+Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 PARTS = ("codes", "multiplier", "zero", "scale", "block_scale")  # of a quantised weight
-EXPERTS, EMBEDDING, HEAD = "_exps.", "token_embd.weight", "output.weight"
+
+ROUTER = "ffn_gate_inp"
 
 SINGLE = {
     "mixer_norm": "attn_norm",
@@ -35,7 +38,7 @@ SINGLE = {
     "mixer.output": "attn_output",
     "feed_forward_norm": "ffn_norm",
     "feed_forward.down": "ffn_down",
-    "feed_forward.router": "ffn_gate_inp",
+    "feed_forward.router": ROUTER,
     "feed_forward.experts.down": "ffn_down_exps",
 }
 
@@ -93,15 +96,23 @@ def write_gguf(bundle: Bundle, path: Path) -> None:
     _check_model(bundle, weights)
     model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
     sizes = read_sizes(bundle, weights, model.nodes)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[bundle.manifest.model.family], use_temp_file=True)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[bundle.manifest.model.family])
     _write_metadata(writer, bundle, sizes)
+    # The header comes first and holds all types, so weights are read twice rather than kept.
     for name, values, kind in gguf_tensors(bundle, weights, sizes):
-        data = values if kind is F32 else gguf.quants.quantize(values, kind)
-        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
+        writer.add_tensor_info(name, values.shape, values.dtype, _stored_bytes(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for _, values, kind in gguf_tensors(bundle, weights, sizes):
+        data = values if kind is F32 else gguf.quants.quantize(values, kind)
+        writer.write_tensor_data(np.ascontiguousarray(data))
     writer.close()
+
+
+def _stored_bytes(values: Floats, kind: GGMLQuantizationType) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(values.size // block * block_bytes)
 
 
 def _check_model(bundle: Bundle, weights: BundleWeights) -> None:
@@ -184,6 +195,20 @@ def gguf_tensors(
     bundle: Bundle, weights: BundleWeights, sizes: Sizes
 ) -> Iterator[tuple[str, Floats, GGMLQuantizationType]]:
     """Yield every tensor under llama.cpp's name, in its row order, with its type."""
+    is_float = bundle.manifest.model.quantisation == "none"
+    for name, values, kind in _tensors_as_stored(bundle, weights, sizes):
+        is_matrix = values.ndim > 1 and ROUTER not in name  # llama.cpp has norms and routers in F32
+        yield name, values, BF16 if is_float and is_matrix and _is_bfloat16(values) else kind
+
+
+def _is_bfloat16(values: Floats) -> bool:
+    """Whether every number is exactly one of bfloat16, the upper half of a float32."""
+    return not (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF).any()
+
+
+def _tensors_as_stored(
+    bundle: Bundle, weights: BundleWeights, sizes: Sizes
+) -> Iterator[tuple[str, Floats, GGMLQuantizationType]]:
     modules = weights.modules()
     yield EMBEDDING, *weights.read("embedding")
     yield "output_norm.weight", *weights.read("norm")
@@ -247,20 +272,3 @@ def _dequantised(
 def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Split bytes into 4-bit codes along the last axis, the low half first."""
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-
-
-def weight_bytes_of_a_token(path: Path) -> int:
-    """Return the bytes of weights of a GGUF file that one token reads: not the rows of the embedding, and its experts.
-
-    Raises:
-        CheckpointError: the file is no GGUF or is damaged.
-    """
-    header = read_gguf_header(path)
-    architecture = header.require("general.architecture", str)
-    count, used = (header.get(f"{architecture}.expert_{name}", int) for name in ("count", "used_count"))
-    total = 0
-    for name, tensor in header.tensors.items():
-        if name == EMBEDDING and HEAD in header.tensors:
-            continue
-        total += tensor.num_bytes * used // count if EXPERTS in name and used and count else tensor.num_bytes
-    return total

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engram_compilers.signatures import PLANES_KEY
 from engram_export.quantise import BLOCK
 
 # onnxruntime quantises activations to int8 in blocks only at this accuracy level; lower ones are 50 times slower.
 ACCURACY_LEVEL = 4
 TWO_PLANES = 2  # of int8 for a row of activations: what kernels do where a node says nothing
-PLANES_KEY = "engram.planes"  # of a node's metadata
 
 
 def matmul_nbits(

@@ -124,8 +124,8 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         verification = verify_bundle(source, bundle, calibrated, token_ids, reporter, repacked=repacked)
         if calibrated.report is not None:
             calibrated.report.write(bundle.path)
-        (journal.folder / CALIBRATION_FILE).unlink(missing_ok=True)
         finish_manifest(bundle, journal, reporter)
+        (journal.folder / CALIBRATION_FILE).unlink(missing_ok=True)
     errors = {table.spec.site: table.errors for table in written if table.errors is not None}
     return dataclasses.replace(verification, rows=errors, calibration=calibrated.report)
 
@@ -294,8 +294,9 @@ def verify_bundle(
 
 
 def finish_manifest(bundle: Bundle, journal: Journal, reporter: Reporter) -> None:
-    """List every file with size and digest, and write the manifest last."""
-    paths = sorted(path for path in bundle.path.rglob("*") if path.is_file())
+    """List every file with size and digest, and write the manifest last; the calibration is no part of a bundle."""
+    others = bundle.path / CALIBRATION_FILE
+    paths = sorted(path for path in bundle.path.rglob("*") if path.is_file() and path != others)
     with reporter.stage("digests", sum(path.stat().st_size for path in paths)) as progress:
         files = tuple(
             FileEntry(

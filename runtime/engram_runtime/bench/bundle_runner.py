@@ -14,6 +14,7 @@ from engram_runtime.executor import Executor, load_executor
 from engram_runtime.library import find_library
 from engram_runtime.session import Session
 
+TVM = "tvm"
 ROTATIONS, EMBEDDING, HEAD, EXPERTS = "rotations.", "embedding.", "lm_head.", ".experts."
 
 
@@ -22,12 +23,28 @@ class BundleRunner:
 
     def __init__(self, bundle: Bundle, executor: Executor, session: Session) -> None:
         self.name = executor.name
-        self.build = f"engram-edge {version('engram-edge')}"
         self.threads = executor.threads
         self.vocab_size = bundle.manifest.model.vocab_size
-        self.weight_bytes: int | None = None
+        self._bundle = bundle
         self._executor = executor
         self._session = session
+
+    @property
+    def build(self) -> str:
+        """See `Runner`."""
+        own = f"engram-edge {version('engram-edge')}"
+        if self.name != TVM:
+            return f"{own}, {self.name} {version(self.name)}"
+        _, library = find_library(self._bundle)
+        return f"{own}, library {library.target} by {library.compiler}"
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """See `Runner`."""
+        if self.name != TVM:
+            return None
+        _, library = find_library(self._bundle)
+        return weight_bytes_of_a_token({each.name: each.end - each.offset for each in library.tensors})
 
     @property
     def expert_bytes_read(self) -> int | None:
@@ -62,14 +79,7 @@ def load(name: str, model: str, *, threads: int | None, tables_on: bool, positio
     """
     bundle = Bundle.open(Path(model))
     executor = load_executor(name, bundle, threads=threads)
-    runner = BundleRunner(bundle, executor, Session.open(bundle, executor, tables_on=tables_on))
-    if name == "tvm":
-        _, library = find_library(bundle)
-        runner.build += f", library {library.target} by {library.compiler}"
-        runner.weight_bytes = weight_bytes_of_a_token({each.name: each.end - each.offset for each in library.tensors})
-    else:
-        runner.build += f", onnxruntime {version('onnxruntime')}"
-    return runner
+    return BundleRunner(bundle, executor, Session.open(bundle, executor, tables_on=tables_on))
 
 
 def weight_bytes_of_a_token(tensors: Mapping[str, int]) -> int:

@@ -31,7 +31,11 @@ class LlamaCppRunner:
         self._length = 0
         self.threads = library.llama_n_threads(context)
         self.vocab_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-        self.build = f"llama-cpp-python {version('llama-cpp-python')}, {library.llama_print_system_info().decode()}"
+
+    @property
+    def build(self) -> str:
+        """See `Runner`."""
+        return f"llama-cpp-python {version('llama-cpp-python')}, {self._library.llama_print_system_info().decode()}"
 
     def __len__(self) -> int:
         return self._length

@@ -23,7 +23,7 @@ def markdown(report: Tree, settings: Settings, ratios: Tree | None) -> str:
         f"load average {report['load_average']:.2f} before, {report['load_average_after']:.2f} after; "
         f"medians of {settings.rounds} rounds",
         *(f"{runner['runner']}, {runner['threads']} threads: {runner['build']}" for runner in runners),
-        f"memory bandwidth {report['bandwidth_gb_s']:.1f} GB/s ({METHOD})",
+        f"memory bandwidth {report['bandwidth_gb_s']:.1f} GB/s ({METHOD.format(report['bandwidth_mb'])})",
         "",
         *_table(rows(settings), runners, ratios),
     ]
@@ -42,7 +42,7 @@ def rows(settings: Settings) -> list[Row]:
             if tokens != 1
         ),
         *((f"forward of {tokens} tokens, ms", ("verify_ms", str(tokens))) for tokens in VERIFIED_TOKENS),
-        (f"first token of a prompt of {settings.prompt_tokens}, ms", ("ttft_ms",)),
+        (f"first token of a prompt of {settings.prompt_tokens} after {settings.depths[0]}, ms", ("ttft_ms",)),
         ("load, ms", ("load_ms",)),
         ("import, load, first token of a prompt of 1, ms", ("start_ms",)),
         ("resident memory of its own, MB", ("rss_anon_mb",)),

@@ -16,6 +16,13 @@ from engram_runtime.errors import EngramError, TargetError
 WORKER = (sys.executable, "-P", str(Path(__file__).with_name("worker.py")))
 
 
+# What is known of a runner that a signal ended.
+HINTS = {
+    ("llama.cpp", int(signal.SIGILL)): "gcc 12 miscompiles it for CPUs with AMX: build it by another compiler, with clang: "
+    "CC=clang CXX=clang++ pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python"
+}
+
+
 class Worker:
     """A process that measures; close it, best by ``with``."""
 
@@ -27,7 +34,14 @@ class Worker:
             command: a program that speaks the protocol of `engram_runtime.bench.worker`.
         """
         self.name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            process_group=0,  # Ctrl-C is for the parent, which ends it
+        )
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
         """Have something done and return the answer.
@@ -43,7 +57,7 @@ class Worker:
         except BrokenPipeError:
             raise self._ended(what) from None
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # nothing, or an answer cut short
             raise self._ended(what)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -54,7 +68,8 @@ class Worker:
     def _ended(self, what: str) -> TargetError:
         code = self._process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return TargetError(f"{self.name} {how} during {what}; what it printed stands above")
+        advice = HINTS.get((self.name, -code), "what it printed stands above")  # codes of signals are negative
+        return TargetError(f"{self.name} {how} during {what}; {advice}")
 
     def close(self) -> None:
         """End the process and wait for it."""
@@ -64,4 +79,6 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._process.kill()  # it may be amid a measurement that nobody waits for any more
         self.close()

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from engram_runtime.bench.bandwidth import Bandwidth
 from engram_runtime.bench.rounds import VERIFIED_TOKENS, Result, Settings
 
 Tree = dict[str, Any]  # figures by name, some of them trees again
@@ -14,7 +15,7 @@ def per_round(result: Result, settings: Settings) -> Tree:
     """Return every figure that was measured in rounds, a list of its values in their order."""
     samples = result.samples
     seconds = {name: [answer["seconds"] for answer in answers] for name, answers in samples.items() if name != "start"}
-    forward = {str(tokens): seconds[f"verify@{tokens}"] for tokens in VERIFIED_TOKENS}
+    forward = {str(tokens): [times[str(tokens)] for times in seconds["verify"]] for tokens in VERIFIED_TOKENS}
     depths = {
         str(depth): {
             "prefill_tok_s": [settings.prompt_tokens / s for s in seconds[f"prefill@{depth}"]],
@@ -36,15 +37,15 @@ def per_round(result: Result, settings: Settings) -> Tree:
     }
 
 
-def figures(result: Result, settings: Settings, bandwidth_gb_s: float) -> Tree:
+def figures(result: Result, settings: Settings, bandwidth: Bandwidth) -> Tree:
     """Return a contestant's figures as JSON values: medians of the rounds, memory, and what ran."""
     found = medians(per_round(result, settings))
     experts = expert_bytes_of_a_token(result, settings)
     read = bytes_of_a_token(result, settings)
-    share = None if read is None else _rounded(read * found["decode_tok_s"] / (bandwidth_gb_s * 1e9))
+    share = None if read is None else _rounded(read * found["decode_tok_s"] / (bandwidth.gb_s * 1e9))
     return {
         "runner": result.facts["name"],
-        "build": result.facts["build"],
+        "build": result.facts["build"] + (f", {types}" if (types := result.contestant.types) else ""),
         "threads": result.facts["threads"],
         **found,
         **result.memory,
@@ -78,7 +79,7 @@ def bytes_of_a_token(result: Result, settings: Settings) -> int | None:
     return None if weights is None else weights + (expert_bytes_of_a_token(result, settings) or 0)
 
 
-def report(results: Sequence[Result], settings: Settings, bandwidth_gb_s: float, load_average: Sequence[float]) -> Tree:
+def report(results: Sequence[Result], settings: Settings, bandwidth: Bandwidth, load_average: Sequence[float]) -> Tree:
     """Return the whole report as JSON values.
 
     Args:
@@ -87,8 +88,9 @@ def report(results: Sequence[Result], settings: Settings, bandwidth_gb_s: float,
     """
     first, *peers = results
     found: Tree = {
-        **figures(first, settings, bandwidth_gb_s),
-        "bandwidth_gb_s": _rounded(bandwidth_gb_s),
+        **figures(first, settings, bandwidth),
+        "bandwidth_gb_s": _rounded(bandwidth.gb_s),
+        "bandwidth_mb": _rounded(bandwidth.read_bytes / 1e6),
         "prompt_tokens": settings.prompt_tokens,
         "decode_tokens": settings.decode_tokens,
         "rounds": settings.rounds,
@@ -98,7 +100,7 @@ def report(results: Sequence[Result], settings: Settings, bandwidth_gb_s: float,
     if first.profile is not None:
         found["profile"] = first.profile
     for peer in peers:
-        found["against"] = figures(peer, settings, bandwidth_gb_s)
+        found["against"] = figures(peer, settings, bandwidth)
         once = {
             key: _ratio(found[key], found["against"][key]) for key in ("rss_anon_mb", "rss_file_mb", "bandwidth_share")
         }

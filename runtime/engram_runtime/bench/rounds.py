@@ -31,7 +31,8 @@ class Settings:
     def positions(self) -> int:
         """Return how long the longest sequence gets."""
         deepest = max(self.depths) + max(self.prompt_tokens, WARM_UP_TOKENS + self.decode_tokens)
-        return max(deepest, self.prompt_tokens + max(VERIFIED_TOKENS))
+        profiled = 2 * self.prompt_tokens if self.profile else 0  # a prompt after as many tokens
+        return max(deepest, profiled, self.prompt_tokens + max(VERIFIED_TOKENS))
 
     @property
     def steps(self) -> int:
@@ -52,8 +53,8 @@ class Settings:
         for depth in self.depths:
             found[f"prefill@{depth}"] = {"what": "prefill", "depth": depth, "tokens": self.prompt_tokens}
             found[f"decode@{depth}"] = {"what": "decode", "depth": depth, "tokens": self.decode_tokens}
-        for tokens in VERIFIED_TOKENS:
-            found[f"verify@{tokens}"] = {"what": "verify", "depth": self.prompt_tokens, "tokens": tokens}
+        # All sizes in one turn: a ratio of two of them is then one of times that are near each other.
+        found["verify"] = {"what": "verify", "depth": self.prompt_tokens, "sizes": VERIFIED_TOKENS}
         return found
 
 
@@ -61,12 +62,14 @@ class Settings:
 class Contestant:
     """What is measured: a runner's name, what it is told to load, and what only the caller knows of that.
 
-    ``weight_bytes`` are those each token reads, or None to believe the runner.
+    ``weight_bytes`` are those each token reads, or None to believe the runner; ``types`` are those of its tensors, for
+    the report, where they don't follow from what is measured.
     """
 
     runner: str
     model: str
     weight_bytes: int | None = None
+    types: str | None = None
 
 
 @dataclass(slots=True)
@@ -80,7 +83,7 @@ class Result:
 
     contestant: Contestant
     facts: Mapping[str, Any]
-    samples: dict[str, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     memory: Mapping[str, float] = field(default_factory=dict)
     profile: Mapping[str, Any] | None = None
 

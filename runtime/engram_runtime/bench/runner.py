@@ -24,10 +24,14 @@ class Runner(Protocol):
     """
 
     name: str
-    build: str
     threads: int
     vocab_size: int
-    weight_bytes: int | None
+
+    @property
+    def build(self) -> str: ...
+
+    @property
+    def weight_bytes(self) -> int | None: ...
 
     @property
     def expert_bytes_read(self) -> int | None:
@@ -77,8 +81,15 @@ def decode(runner: Runner, *, depth: int, tokens: int) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "expert_bytes": read / tokens}
 
 
-def verify(runner: Runner, *, depth: int, tokens: int) -> dict[str, float]:
-    """Time forward passes over ``tokens`` tokens with all their logits, each after the same ``depth`` others."""
+def verify(runner: Runner, *, depth: int, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Time forward passes over so many tokens with all their logits, each after the same ``depth`` others; by size.
+
+    Those of a size follow one another, so that only the first of them finds its code cold.
+    """
+    return {"seconds": {str(tokens): _forward_seconds(runner, depth, tokens) for tokens in sizes}}
+
+
+def _forward_seconds(runner: Runner, depth: int, tokens: int) -> float:
     seconds = []
     for _ in range(WARM_UP + REPEATS):
         _go_to(runner, depth)
@@ -86,7 +97,7 @@ def verify(runner: Runner, *, depth: int, tokens: int) -> dict[str, float]:
         started = time.perf_counter()
         runner.decode(token_ids)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds[WARM_UP:])}
+    return statistics.median(seconds[WARM_UP:])
 
 
 def profile(runner: Runner, *, depth: int, tokens: int) -> dict[str, Any]:

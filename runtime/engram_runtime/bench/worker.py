@@ -17,11 +17,12 @@ import sys
 import time
 from typing import Any
 
-# name -> what the engine's users import, and the module here that drives it
+# name -> what the engine's users import, the engine itself included, and the module here that drives it
+BUNDLE_RUNNER = "engram_runtime.bench.bundle_runner"
 RUNNERS = {
-    "tvm": ("engram_runtime", "engram_runtime.bench.bundle_runner"),
-    "onnxruntime": ("engram_runtime", "engram_runtime.bench.bundle_runner"),
-    "llama.cpp": ("llama_cpp", "engram_runtime.bench.llama_cpp_runner"),
+    "tvm": (("engram_runtime", "engram_runtime.executors.tvm_library"), BUNDLE_RUNNER),
+    "onnxruntime": (("engram_runtime", "engram_runtime.executors.onnxruntime_session"), BUNDLE_RUNNER),
+    "llama.cpp": (("llama_cpp",), "engram_runtime.bench.llama_cpp_runner"),
 }
 
 
@@ -29,7 +30,8 @@ def load(name: str, model: str, options: dict[str, Any]) -> tuple[Any, dict[str,
     """Return a runner, and how long it took to get to the first token of a prompt of one."""
     engine, driver = RUNNERS[name]
     started = time.perf_counter()
-    importlib.import_module(engine)
+    for module in engine:
+        importlib.import_module(module)
     imported = time.perf_counter()
     make = importlib.import_module(driver).load
     ready = time.perf_counter()

@@ -13,15 +13,16 @@ from typing import Any
 
 import click
 
-from engram_runtime.bench.bandwidth import read_bandwidth_gb_s
+from engram_runtime.bench.bandwidth import read_bandwidth, working_set
 from engram_runtime.bench.markdown import markdown
-from engram_runtime.bench.report import ratios, report
+from engram_runtime.bench.report import bytes_of_a_token, ratios, report
 from engram_runtime.bench.rounds import Contestant, Settings, measure
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
 from engram_runtime.errors import CheckpointError, RequestError, TargetError
 
-GGUF_WRITER = "engram_export.gguf_writer"  # needs the export extra; only asked for with --against llama.cpp
+# Of the export extra, asked for with --against llama.cpp only; sizes need no more of it than gguf.
+GGUF_WRITER, GGUF_SIZES = "engram_export.gguf_writer", "engram_export.gguf_sizes"
 LLAMA_CPP_PACKAGE = "llama_cpp"
 LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"
 
@@ -64,6 +65,7 @@ def bench(
     """Measure BUNDLE; figures are medians over the rounds, each of which takes the bundle and its peer in turn."""
     settings = Settings(**sizes, tables_on=tables == "on")
     opened = Bundle.open(bundle)
+    _ = opened.manifest.decoder  # refuses tables alone, which have no context to check
     settings.check_context(opened.manifest.model.context_length)
     before = os.getloadavg()[0]
     with (
@@ -71,7 +73,7 @@ def bench(
         click.progressbar(length=settings.steps, label="rounds", file=sys.stderr) as bar,
     ):
         results = measure(contestants, settings, threads=threads, progress=lambda: bar.update(1))
-    bandwidth = read_bandwidth_gb_s(results[0].facts["threads"])
+    bandwidth = read_bandwidth(results[0].facts["threads"], working_set(bytes_of_a_token(results[0], settings)))
     found = report(results, settings, bandwidth, (before, os.getloadavg()[0]))
     if as_json:
         click.echo(json.dumps(found))
@@ -91,8 +93,9 @@ def _contestants(bundle: Bundle, executor: str, against: str | None, gguf: Path 
         yield [own, Contestant(runner=ONNXRUNTIME, model=str(bundle.path))]
     else:
         with _gguf_file(bundle, gguf) as file:
-            weight_bytes = _gguf_writer().weight_bytes_of_a_token(file)
-            yield [own, Contestant(runner=LLAMA_CPP, model=str(file), weight_bytes=weight_bytes)]
+            sizes = _of_export(GGUF_SIZES)
+            weight_bytes, types = sizes.weight_bytes_of_a_token(file), sizes.types_of_tensors(file)
+            yield [own, Contestant(runner=LLAMA_CPP, model=str(file), weight_bytes=weight_bytes, types=types)]
 
 
 @contextlib.contextmanager
@@ -105,15 +108,16 @@ def _gguf_file(bundle: Bundle, given: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
+    beside = bundle.path.resolve()  # /tmp may be memory
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent) as folder:
         click.echo("writing the weights for llama.cpp ...", err=True)
-        _gguf_writer().write_gguf(bundle, file := Path(folder) / "model.gguf")
+        _of_export(GGUF_WRITER).write_gguf(bundle, file := Path(folder) / "model.gguf")
         yield file
 
 
-def _gguf_writer() -> Any:
+def _of_export(module: str) -> Any:
     try:
-        return importlib.import_module(GGUF_WRITER)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise _needs(error.name) from error
 
