@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import Command
 from tests.tiny import TinyModel
-from tests.workshop import Workshop
+from tests.workshop import Workshop, copy_folder
 
 from engram_runtime.bench import bandwidth
 
@@ -66,6 +66,18 @@ def test_bench_takes_bundles_without_a_tokenizer(workshop: Workshop, command: Co
     bundle = workshop.bundle(checkpoint)
     found = command("engram", "bench", bundle.path, *SIZES, "--executor", "onnxruntime", "--json").json
     assert found["decode_tok_s"] > 0
+
+
+def test_llama_cpp_runs_the_bundles_weights_which_are_gone_afterwards(
+    workshop: Workshop, command: Command, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'engram-edge[peers]'")
+    bundle = copy_folder(workshop.bundle(workshop.checkpoint(TinyModel(dtype="bfloat16"))).path, tmp_path / "bundle")
+    line = ("bench", bundle, *SIZES, "--executor", "onnxruntime", "--against", "llama.cpp", "--json")
+    found = command("engram", *line).json["against"]
+    assert found["build"].endswith(", BF16 x 15, F32 x 5")
+    assert min(found[key] for key in FIGURES) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_only_tvm_tells_kernels_apart(workshop: Workshop, command: Command) -> None:

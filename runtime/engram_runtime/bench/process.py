@@ -16,11 +16,11 @@ from engram_runtime.errors import EngramError, TargetError
 WORKER = (sys.executable, "-P", str(Path(__file__).with_name("worker.py")))
 
 
-# What is known of a runner that a signal ended.
-HINTS = {
-    ("llama.cpp", int(signal.SIGILL)): "gcc 12 miscompiles it for CPUs with AMX: build it by another compiler, with clang: "
+REBUILD = (
+    "gcc 12 miscompiles it for CPUs with AMX: build it by another compiler, with clang: "
     "CC=clang CXX=clang++ pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python"
-}
+)
+HINTS = {("llama.cpp", -signal.SIGILL): REBUILD}  # by runner and exit code
 
 
 class Worker:
@@ -68,7 +68,7 @@ class Worker:
     def _ended(self, what: str) -> TargetError:
         code = self._process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        advice = HINTS.get((self.name, -code), "what it printed stands above")  # codes of signals are negative
+        advice = HINTS.get((self.name, code), "what it printed stands above")
         return TargetError(f"{self.name} {how} during {what}; {advice}")
 
     def close(self) -> None:
