@@ -19,11 +19,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# Two processes, whole files each: most of the time goes into compiling, and a file's tests share what they compile.
 test: setup
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-all: setup
-	$(BIN)/pytest -q -m ""
+	$(BIN)/pytest -q -n 2 --dist loadfile -m ""
 
 check: setup
 	$(BIN)/ruff format --check .

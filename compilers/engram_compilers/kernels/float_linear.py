@@ -72,10 +72,14 @@ def linear_float(rows: int, out_features: int, in_features: int, dtype: str) -> 
         with T.sblock("root"):
             for group in loop_over(tiles // wide, rows * out_features * in_features / _WEIGHTS_PER_US):
                 for block in T.serial(rows // together):
-                    sums = _products(x, weight, block * together, together, group * wide, wide)
-                    _store(y, sums, block * together, group * wide)
+                    _compute_block(x, weight, y, block * together, together, group * wide, wide)
 
     return kernel
+
+
+def _compute_block(x: Expr, weight: Expr, y: Expr, first_row: Expr, rows: int, first_tile: Expr, tiles: int) -> None:
+    """Compute a block of y; not in the kernel itself, whose parser takes no dict of buffers."""
+    _store(y, _products(x, weight, first_row, rows, first_tile, tiles), first_row, first_tile)
 
 
 def _products(x: Expr, weight: Expr, first_row: Expr, rows: int, first_tile: Expr, tiles: int) -> _Sums:
