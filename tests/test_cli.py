@@ -370,7 +370,7 @@ def test_an_empty_prompt_is_refused(workshop: Workshop, command: Command) -> Non
 
 
 OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
-    "threads": (("--threads", 0), "Error: Invalid value for '--threads': 0 is not in the range x>=1."),
+    "threads": (("--threads", 0), "Error: Invalid value for '--threads': 0 is not in the range 1<=x<=256."),
     "max-tokens": (("--max-tokens", 0), "Error: Invalid value for '--max-tokens': 0 is not in the range x>=1."),
     "executor": (
         ("--executor", "cuda"),
