@@ -76,7 +76,7 @@ def main(bundles: tuple[Path, ...], thread_counts: tuple[int, ...], rounds: int,
     reports = []
     click.echo("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
     for bundle in bundles:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=bundle.resolve().parent) as folder:  # /tmp may be memory
             gguf = Path(folder) / "model.gguf"
             write_gguf(Bundle.open(bundle), gguf)
             for threads in thread_counts:

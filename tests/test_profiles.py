@@ -200,9 +200,9 @@ def test_a_profile_may_name_the_number_of_threads() -> None:
     assert TargetProfile.from_dict("mine", raw_profile(threads=3)).threads == 3
 
 
-@pytest.mark.parametrize("threads", [0, -1, "all", True, 2.0, None])
+@pytest.mark.parametrize("threads", [0, -1, 257, "all", True, 2.0, None])
 def test_threads_are_auto_or_a_number_from_one(threads: object) -> None:
-    expected = f"profile mine has threads {threads!r}, expected 'auto' or a number from 1"
+    expected = f"profile mine has threads {threads!r}, expected 'auto' or 1 to 256"
     assert profile_message(threads=threads) == expected
 
 
@@ -372,6 +372,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
         ({"passes": [[1, 1], [2]]}, "compile.json has forward pass [2], expected tokens and rows of logits"),
         ({"passes": [[1, 1], []]}, "compile.json has forward pass [], expected tokens and rows of logits"),
         ({"passes": [[1, 1], [0, 0]]}, "compile.json has forward pass [0, 0], expected tokens and rows of logits"),
+        ({"threads": 257}, "library asks for 257 threads, the most are 256; compile again"),
         ({"threads": -1}, "compile.json.threads is -1, expected an integer from 0 to 2**53 - 1"),
         ({"expert_bytes": [64, 0]}, "experts have [64, 0] bytes, which can't be; compile again"),
         ({"passes": []}, "library lacks the forward passes [(1, 1)]; compile again"),

@@ -8,7 +8,7 @@ from typing import Any, Self
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import TILE_FLAGS, cpu_flags, machine, request_tiles
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import ALIGNMENT_BYTES
+from engram_runtime.executor import ALIGNMENT_BYTES, MOST_THREADS
 from engram_runtime.manifest import contained_path
 from engram_runtime.strict_json import Fields, read_json_object
 
@@ -123,6 +123,8 @@ class LibraryInfo:
                     f"packed tensor {tensor.name} ends at byte {tensor.end} of {self.weights_bytes}; compile again"
                 )
 
+        if self.threads > MOST_THREADS:
+            raise BundleError(f"library asks for {self.threads} threads, the most are {MOST_THREADS}; compile again")
         if min(self.expert_bytes, default=1) < 1:
             raise BundleError(f"experts have {list(self.expert_bytes)} bytes, which can't be; compile again")
 

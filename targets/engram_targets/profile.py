@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from engram_runtime.cpu import machine, usable_cpu_flags
 from engram_runtime.errors import TargetError
+from engram_runtime.executor import MOST_THREADS
 
 NATIVE = "native"
 KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "threads", "cache_dtype", "llvm"}
@@ -90,8 +91,8 @@ class TargetProfile:
 def _threads(name: str, value: object) -> int:
     if value == AUTO_THREADS:
         return 0
-    if type(value) is not int or value < 1:
-        raise TargetError(f"profile {name} has threads {value!r}, expected {AUTO_THREADS!r} or a number from 1")
+    if type(value) is not int or not 1 <= value <= MOST_THREADS:
+        raise TargetError(f"profile {name} has threads {value!r}, expected {AUTO_THREADS!r} or 1 to {MOST_THREADS}")
     return value
 
 

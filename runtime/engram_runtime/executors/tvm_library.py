@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import State, StepInputs
+from engram_runtime.executor import MOST_THREADS, State, StepInputs
 from engram_runtime.library import LibraryInfo, PackedTensor, find_library
 
 
@@ -143,7 +143,7 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
     """
     folder, info = find_library(bundle)
     load_tvm_runtime(installed_twin(folder / info.runtime, info.sha256["runtime"]))
-    return TvmExecutor(folder, info, threads=threads or info.threads or available_cores())
+    return TvmExecutor(folder, info, threads=threads or info.threads or min(available_cores(), MOST_THREADS))
 
 
 def load_module(path: Path) -> Any:
