@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.rows import gathered
 
-from engram_runtime import tables
 from engram_runtime.bundle import Bundle, file_identity, manifest_bytes
 from engram_runtime.errors import BundleError, TableError, VerificationError
 from engram_runtime.executor import State, Step, StepInputs
@@ -27,7 +27,10 @@ from engram_runtime.records import NO_FACTOR
 from engram_runtime.session import Session, Site, open_sites
 from engram_runtime.strict_json import MAX_JSON_BYTES, read_json_object
 from engram_runtime.table_spec import RowRange
-from engram_runtime.tables import FileTable, InMemoryTable, open_table
+from engram_runtime.tables import opening
+from engram_runtime.tables.files import FileTable
+from engram_runtime.tables.memory import InMemoryTable
+from engram_runtime.tables.opening import open_table
 
 VOCAB, CONTEXT, ROWS, COLUMNS, HEADER = 50, 32, 36, 6, 64
 GRAPH, WEIGHTS, TABLE, MAP = (
@@ -257,7 +260,7 @@ def open_files() -> set[Path]:
 def test_tables_are_closed_where_a_later_one_cant_be_opened(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "RESIDENT_LIMIT_BYTES", 0)
+    monkeypatch.setattr(opening, "RESIDENT_LIMIT_BYTES", 0)
     sound = manifest_json(contents())["tables"][0]
     missing = row_range(file=str(tmp_path / "gone"), external=True, identity="a")
     damaged = sound | {"site": "layer_2", "parts": [{"row_bytes": COLUMNS + 2, "ranges": [missing]}]}
@@ -270,7 +273,7 @@ def test_tables_are_closed_where_a_later_one_cant_be_opened(
 
 
 def test_tables_are_closed_where_a_session_cant_begin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESIDENT_LIMIT_BYTES", 0)
+    monkeypatch.setattr(opening, "RESIDENT_LIMIT_BYTES", 0)
     change_manifest(folder, "graphs", value={})
     bundle, before = Bundle.open(folder), open_files()
     with pytest.raises(BundleError, match="no decoder"):
@@ -313,11 +316,11 @@ def test_a_table_above_the_limit_is_read_from_its_file(folder: Path, monkeypatch
     bundle = Bundle.open(folder)
     (spec,) = bundle.manifest.tables
     small = open_table(bundle, spec)
-    monkeypatch.setattr(tables, "RESIDENT_LIMIT_BYTES", ROWS * 8 - 1)
+    monkeypatch.setattr(opening, "RESIDENT_LIMIT_BYTES", ROWS * 8 - 1)
     large = open_table(bundle, spec)
     row_ids = np.array([35, 0, 35], dtype=np.int64)
     assert (type(small), type(large)) == (InMemoryTable, FileTable)
-    np.testing.assert_array_equal(small.gather(row_ids), large.gather(row_ids), strict=True)
+    np.testing.assert_array_equal(gathered(small, COLUMNS, row_ids), gathered(large, COLUMNS, row_ids), strict=True)
     large.close()
 
 

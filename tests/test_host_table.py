@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from tests.conftest import Command
+from tests.rows import gathered
 from tests.tiny import ROW_DIM, TinyModel, TinySite
 from tests.workshop import Workshop, copy_folder, export
 
@@ -40,7 +41,7 @@ from engram_runtime.hashing import column_offsets
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec, TokenKeyerSpec
 from engram_runtime.session import open_sites
 from engram_runtime.table_spec import TableSpec
-from engram_runtime.tables import FileTable
+from engram_runtime.tables.files import FileTable
 
 COLUMNS, VOCAB = 64, 50
 PRIMES = (29, 31)
@@ -180,13 +181,13 @@ def no_progress(count: int) -> None:
 
 def rows_in_place(source: TableSource) -> NDArray[np.float32]:
     with open_rows(source) as table:
-        return table.gather(np.arange(source.num_rows))
+        return gathered(table, source.record.columns, np.arange(source.num_rows))
 
 
 def rows_written(folder: Path, spec: TableSpec) -> NDArray[np.float32]:
     """Return all rows of a table of a bundle whose table folder is ``folder``."""
     with FileTable(spec, lambda rows: folder.parent / rows.file) as table:
-        return table.gather(np.arange(spec.num_rows))
+        return gathered(table, spec.record.columns, np.arange(spec.num_rows))
 
 
 @pytest.fixture

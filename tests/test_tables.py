@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from tests.rows import gathered
 
 from engram_runtime.errors import BundleError, TableError
 from engram_runtime.keyer_spec import TokenKeyerSpec
 from engram_runtime.records import NO_FACTOR, RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
-from engram_runtime.tables import FileTable, InMemoryTable, TableStore, check_row_ids
+from engram_runtime.tables.files import FileTable
+from engram_runtime.tables.memory import InMemoryTable
+from engram_runtime.tables.store import TableStore, check_row_ids
 
 ROWS, COLUMNS = 40, 6
 OFFSET = 100  # bytes before the first record, as a header has them
@@ -173,14 +176,14 @@ READERS: list[Callable[[Path], FileTable]] = [joined_table, split_table, sharded
 def test_rows_from_a_file_equal_numpy(tmp_path: Path, payload: str, scale: str) -> None:
     record = row_format(payload, scale)
     with joined_table(tmp_path, record) as table:
-        np.testing.assert_array_equal(table.gather(np.arange(ROWS)), true_values(record), strict=True)
+        np.testing.assert_array_equal(gathered(table, COLUMNS, np.arange(ROWS)), true_values(record), strict=True)
 
 
 @pytest.mark.parametrize(("payload", "scale"), FORMATS)
 def test_rows_from_memory_equal_numpy(payload: str, scale: str) -> None:
     record = row_format(payload, scale)
     table = InMemoryTable(records(record), record)
-    np.testing.assert_array_equal(table.gather(np.arange(ROWS)), true_values(record), strict=True)
+    np.testing.assert_array_equal(gathered(table, COLUMNS, np.arange(ROWS)), true_values(record), strict=True)
 
 
 @pytest.mark.parametrize(("payload", "scale"), FORMATS)
@@ -195,7 +198,9 @@ def test_payload_and_scales_in_two_files_equal_joined_records(tmp_path: Path, sc
     record = row_format("int8", scale)
     row_ids = as_ids([3, 0, 39, 3])
     with joined_table(tmp_path, record) as joined, split_table(tmp_path, record) as split:
-        np.testing.assert_array_equal(split.gather(row_ids), joined.gather(row_ids), strict=True)
+        np.testing.assert_array_equal(
+            gathered(split, COLUMNS, row_ids), gathered(joined, COLUMNS, row_ids), strict=True
+        )
         np.testing.assert_array_equal(split.read_all(), joined.read_all(), strict=True)
 
 
@@ -206,31 +211,15 @@ def test_order_and_duplicates_are_kept(
     tmp_path_factory: pytest.TempPathFactory, store: Callable[[Path], TableStore], row_ids: list[int]
 ) -> None:
     table = store(tmp_path_factory.getbasetemp())
-    values = table.gather(as_ids(row_ids))
+    values = gathered(table, COLUMNS, as_ids(row_ids))
     table.close()
     np.testing.assert_array_equal(values, true_values(INT8)[row_ids], strict=True)
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_gathered_rows_are_the_callers_own(tmp_path: Path, store: Callable[[Path], TableStore]) -> None:
-    table = store(tmp_path)
-    table.gather(as_ids([1]))[...] = 0
-    values = table.gather(as_ids([1]))
-    table.close()
-    np.testing.assert_array_equal(values, true_values(INT8)[[1]], strict=True)
-
-
-def test_float32_rows_from_memory_are_the_callers_own() -> None:
-    record = row_format("float32", "none")
-    table = InMemoryTable(records(record), record)
-    table.gather(as_ids([1]))[...] = 0
-    np.testing.assert_array_equal(table.gather(as_ids([1])), true_values(record)[[1]], strict=True)
 
 
 def test_each_distinct_row_is_read_once_in_file_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with joined_table(tmp_path) as table:
         reads = reads_of(monkeypatch)
-        table.gather(as_ids([9, 2, 9, 5, 2]))
+        gathered(table, COLUMNS, as_ids([9, 2, 9, 5, 2]))
     size = INT8.record_bytes
     assert reads == [(OFFSET + row * size, size) for row in (2, 5, 9)]
 
@@ -240,7 +229,7 @@ def test_each_distinct_row_is_read_once_in_file_order(tmp_path: Path, monkeypatc
 def test_a_row_id_outside_the_table_is_named(tmp_path: Path, store: Callable[[Path], TableStore], outside: int) -> None:
     table = store(tmp_path)
     with pytest.raises(IndexError) as caught:
-        table.gather(as_ids([0, outside, ROWS - 1]))
+        gathered(table, COLUMNS, as_ids([0, outside, ROWS - 1]))
     table.close()
     assert str(caught.value) == f"row id {outside} is outside [0, 40)"
 
@@ -252,7 +241,7 @@ def test_nothing_is_read_if_a_row_id_is_outside(
     with reader(tmp_path) as table:
         reads = reads_of(monkeypatch)
         with pytest.raises(IndexError):
-            table.gather(as_ids([0, ROWS]))
+            gathered(table, COLUMNS, as_ids([0, ROWS]))
     assert reads == []
 
 
@@ -280,7 +269,7 @@ def test_short_reads_are_continued(
 
     with reader(tmp_path) as table:
         monkeypatch.setattr(os, "preadv", short)
-        np.testing.assert_array_equal(table.gather(as_ids([5, 1])), true_values(INT8)[[5, 1]], strict=True)
+        np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([5, 1])), true_values(INT8)[[5, 1]], strict=True)
         np.testing.assert_array_equal(table.read_all(), records(INT8), strict=True)
 
 
@@ -297,14 +286,14 @@ def test_a_file_truncated_while_open_is_named_with_the_byte_it_lacks(tmp_path: P
     with joined_table(tmp_path) as table:
         os.truncate(tmp_path / "records.bin", 419)
         with pytest.raises(TableError) as caught:
-            table.gather(as_ids([0, ROWS - 1]))
+            gathered(table, COLUMNS, as_ids([0, ROWS - 1]))
     assert str(caught.value) == f"table file {tmp_path / 'records.bin'} ends before byte 420: it was truncated"
 
 
 def test_rows_before_the_truncation_can_still_be_read(tmp_path: Path) -> None:
     with joined_table(tmp_path) as table:
         os.truncate(tmp_path / "records.bin", 419)
-        np.testing.assert_array_equal(table.gather(as_ids([38])), true_values(INT8)[[38]], strict=True)
+        np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([38])), true_values(INT8)[[38]], strict=True)
 
 
 def test_a_table_truncated_while_it_is_read_whole_is_named(tmp_path: Path) -> None:
@@ -330,7 +319,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
         open_file(tmp_path, table_spec(row_format("int8", "none", columns=1), [part], rows=2)) as table,
         pytest.raises(TableError) as caught,
     ):
-        table.gather(as_ids([1]))
+        gathered(table, COLUMNS, as_ids([1]))
     assert str(caught.value) == f"table file {tmp_path / 'folder'} can't be read at 1: Is a directory"
 
 
@@ -373,7 +362,7 @@ def test_a_closed_table_gives_no_rows(tmp_path: Path, reader: Callable[[Path], F
     table = reader(tmp_path)
     table.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
-        table.gather(as_ids([0]))
+        gathered(table, COLUMNS, as_ids([0]))
 
 
 @pytest.mark.parametrize(
@@ -518,14 +507,16 @@ def test_rows_are_the_same_however_the_table_is_cut_into_ranges(
 ) -> None:
     stop = min(first + count, ROWS)
     with sharded_table(tmp_path_factory.getbasetemp(), starts=(0, *sorted(starts))) as table:
-        np.testing.assert_array_equal(table.gather(as_ids(row_ids)), true_values(INT8)[row_ids], strict=True)
+        np.testing.assert_array_equal(
+            gathered(table, COLUMNS, as_ids(row_ids)), true_values(INT8)[row_ids], strict=True
+        )
         np.testing.assert_array_equal(table.read_rows(first, stop - first), records(INT8)[first:stop], strict=True)
 
 
 def test_no_read_crosses_the_end_of_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with sharded_table(tmp_path, starts=(0, 7)) as table:
         reads = reads_of(monkeypatch)
-        table.gather(as_ids([6, 7]))
+        gathered(table, COLUMNS, as_ids([6, 7]))
     later = 33 * COLUMNS + 3  # rows 7 to 39 and the gap come first in the file
     assert reads == [(OFFSET + later + 6 * COLUMNS, COLUMNS), (OFFSET, COLUMNS), (10, 2), (12, 2)]
 

@@ -20,7 +20,7 @@ from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.records import RecordFormat
 from engram_runtime.session import Site
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
-from engram_runtime.tables import FileTable
+from engram_runtime.tables.files import FileTable
 
 SLICE_BYTES = 8 << 20  # of records copied, or of float32 values repacked, at a time
 FILE_BYTES = 4 << 30  # of records in a file: what is lost when an export is interrupted stays small

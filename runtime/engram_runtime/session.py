@@ -13,7 +13,8 @@ from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows
 from engram_runtime.keyers import NO_ROW, Keyer
 from engram_runtime.table_spec import TableSpec
-from engram_runtime.tables import TableStore, open_table
+from engram_runtime.tables.opening import open_table
+from engram_runtime.tables.store import TableStore
 
 
 class Site:
@@ -29,10 +30,13 @@ class Site:
         """Return ``[T, C, d]`` float32 rows of each token; zeros for tokens that read none."""
         row_ids = self.keyer.row_ids(history, token_ids)
         found = row_ids != NO_ROW
+        rows = np.empty((*row_ids.shape, self.spec.record.columns), dtype=np.float32)
         if found.all():
-            return self.table.gather(row_ids.ravel()).reshape(*row_ids.shape, self.spec.record.columns)
-        rows = empty_rows(self.spec, len(token_ids))
-        rows[found] = self.table.gather(row_ids[found])
+            self.table.gather(row_ids.ravel(), rows.reshape(-1, self.spec.record.columns))
+            return rows
+        some = np.empty((int(found.sum()), self.spec.record.columns), dtype=np.float32)
+        self.table.gather(row_ids[found], some)
+        rows[found], rows[~found] = some, 0
         return rows
 
 

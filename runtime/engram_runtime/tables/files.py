@@ -1,54 +1,21 @@
-"""Host tables: rows fetched by id, from memory or from files."""
+"""A table read from its files."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
-from engram_runtime.records import RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.store import check_row_ids
 
 CLOSED = -1  # no file has this number
-RESIDENT_LIMIT_BYTES = 256 << 20  # a table below this is read into memory; larger ones are read row by row
-
-
-class TableStore(Protocol):
-    """Rows of one table by id."""
-
-    def gather(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return ``[N, columns]`` float32 for ``[N]`` row ids; duplicates allowed, order kept, a fresh array.
-
-        Raises:
-            IndexError: a row id is outside ``[0, num_rows)``; nothing was read.
-            TableError: the file no longer holds what the manifest says.
-        """
-        ...
-
-    def close(self) -> None:
-        """Release files; `gather` must not be called afterwards."""
-        ...
-
-
-class InMemoryTable:
-    """A table held in memory as its records."""
-
-    def __init__(self, records: NDArray[np.uint8], record: RecordFormat) -> None:
-        self._records = records  # [rows, record_bytes]
-        self._format = record
-
-    def gather(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `TableStore.gather`."""
-        check_row_ids(row_ids, len(self._records))
-        return self._format.decode(self._records[row_ids])
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 class FileTable:
@@ -61,6 +28,7 @@ class FileTable:
             TableError: a file is missing or too short.
         """
         self._spec = spec
+        self.counters = TableCounters()
         self._files: _OpenFiles = {}
         try:
             for rows in spec.ranges:
@@ -73,20 +41,36 @@ class FileTable:
             self.close()
             raise
 
-    def gather(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`. Each distinct row is read once, in file order."""
         check_row_ids(row_ids, self._spec.num_rows)
+        started = time.perf_counter()
         unique, inverse = np.unique(row_ids, return_inverse=True)
         places = [part.places(unique) for part in self._parts]
-        # All reads are announced to the kernel before the first one waits.
-        for part, found in zip(self._parts, places, strict=True):
-            for file, offset in found:
-                file.announce(offset, part.row_bytes)
+        self._announce(places)  # all of them before the first one waits
         records = np.empty((len(unique), self._spec.record.record_bytes), dtype=np.uint8)
         for columns, found in zip(self._columns(records), places, strict=True):
             for row, (file, offset) in zip(columns, found, strict=True):
                 file.read_into(row, offset)
-        return self._spec.record.decode(records)[inverse]
+        out[...] = self._spec.record.decode(records)[inverse]
+        self._count(len(row_ids), len(unique), time.perf_counter() - started)
+
+    def request(self, row_ids: NDArray[np.int64]) -> None:
+        """See `TableStore.request`."""
+        check_row_ids(row_ids, self._spec.num_rows)
+        self._announce([part.places(row_ids) for part in self._parts])
+
+    def _announce(self, places: "Sequence[Sequence[tuple[_OpenFile, int]]]") -> None:
+        for part, found in zip(self._parts, places, strict=True):
+            for file, offset in found:
+                file.announce(offset, part.row_bytes)
+
+    def _count(self, rows: int, unique: int, seconds: float) -> None:
+        self.counters.rows += rows
+        self.counters.unique += unique
+        self.counters.bytes += unique * self._spec.record.record_bytes
+        self.counters.cold += unique
+        self.counters.wait_s += seconds
 
     def read_rows(self, first: int, count: int) -> NDArray[np.uint8]:
         """Return ``[count, record_bytes]`` records of consecutive rows, which must be in the table."""
@@ -192,20 +176,3 @@ class _OpenFile:
 
 
 _OpenFiles = dict[tuple[str, str | None], _OpenFile]  # by name and identity, so that each identity is checked
-
-
-def open_table(bundle: Bundle, spec: TableSpec) -> TableStore:
-    """Open a bundle's table: resident below `RESIDENT_LIMIT_BYTES`, read from its files above."""
-    table = FileTable(spec, bundle.table_path)
-    if spec.num_rows * spec.record.record_bytes > RESIDENT_LIMIT_BYTES:
-        return table
-    with table:
-        return InMemoryTable(table.read_all(), spec.record)
-
-
-def check_row_ids(row_ids: NDArray[np.int64], num_rows: int) -> None:
-    """Raise IndexError for an id outside ``[0, num_rows)``, negative ids included."""
-    # As unsigned numbers negative ids are huge, so one comparison finds both kinds.
-    outside = row_ids.view(np.uint64) >= np.uint64(num_rows)
-    if outside.any():
-        raise IndexError(f"row id {int(row_ids[outside][0])} is outside [0, {num_rows})")

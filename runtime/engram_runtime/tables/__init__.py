@@ -1,0 +1,1 @@
+"""Host tables: rows fetched by id, from memory or from files."""
