@@ -28,9 +28,9 @@ from engram_runtime.session import Session, Site, open_sites
 from engram_runtime.strict_json import MAX_JSON_BYTES, read_json_object
 from engram_runtime.table_spec import RowRange
 from engram_runtime.tables import opening
-from engram_runtime.tables.files import FileTable
-from engram_runtime.tables.memory import InMemoryTable
+from engram_runtime.tables.memory import ResidentTable
 from engram_runtime.tables.opening import open_table
+from engram_runtime.tables.pread import PreadTable
 
 VOCAB, CONTEXT, ROWS, COLUMNS, HEADER = 50, 32, 36, 6, 64
 GRAPH, WEIGHTS, TABLE, MAP = (
@@ -319,7 +319,7 @@ def test_a_table_above_the_limit_is_read_from_its_file(folder: Path, monkeypatch
     monkeypatch.setattr(opening, "RESIDENT_LIMIT_BYTES", ROWS * 8 - 1)
     large = open_table(bundle, spec)
     row_ids = np.array([35, 0, 35], dtype=np.int64)
-    assert (type(small), type(large)) == (InMemoryTable, FileTable)
+    assert (type(small), type(large)) == (ResidentTable, PreadTable)
     np.testing.assert_array_equal(gathered(small, COLUMNS, row_ids), gathered(large, COLUMNS, row_ids), strict=True)
     large.close()
 
