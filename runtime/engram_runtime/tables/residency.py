@@ -32,10 +32,10 @@ class Residency:
 
     def pages(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return ``[probes, N]`` pages that tell whether rows are there, of the addresses ``[parts, N]`` of rows."""
-        probes = addresses[self._probed_parts]
-        probes += self._probed_bytes
-        probes >>= PAGE_BITS
-        return probes
+        touched: NDArray[np.int64] = addresses[self._probed_parts]
+        touched += self._probed_bytes
+        touched >>= PAGE_BITS
+        return touched
 
     def states(self, pages: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return what is known of pages."""
