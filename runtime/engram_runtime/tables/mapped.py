@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, Advice, MemoryAdvice
-from engram_runtime.tables.counters import TableCounters, count_distinct
+from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
 from engram_runtime.tables.record_files import Locate, Read, RecordFiles
 from engram_runtime.tables.regions import map_files
 from engram_runtime.tables.residency import PRESENT, REQUESTED, UNKNOWN, Residency
+from engram_runtime.tables.row_ids import count_distinct
 from engram_runtime.tables.store import check_row_ids, closed
 
 BLOCK_ROWS = 8192  # asked for while those before are waited for: their pages, 32 MiB, need room in memory together
@@ -68,7 +69,7 @@ class MappedTable:
         for start in range(0, len(row_ids), BLOCK_ROWS):
             stop = start + BLOCK_ROWS
             if stop < len(row_ids):
-                self._ask(self._files.addresses(row_ids[stop : stop + BLOCK_ROWS]))
+                self._ask(row_ids[stop : stop + BLOCK_ROWS])
             missed, seconds = self._gather_block(row_ids[start:stop], out[start:stop])
             cold, wait_s = cold + missed, wait_s + seconds
         self.counters.count(row_ids, self._spec.record.record_bytes, cold, wait_s)
@@ -82,8 +83,8 @@ class MappedTable:
         if states.min() != PRESENT:
             started = time.perf_counter()
             absent = states.min(axis=0) != PRESENT
-            self._bring_in(addresses[:, absent])
-            cold, wait_s = count_distinct(row_ids[absent]), time.perf_counter() - started
+            cold = self._bring_in(row_ids[absent], addresses[:, absent])
+            wait_s = time.perf_counter() - started
         faults = _major_faults()
         self._decode(self._memory, addresses, out)
         if _major_faults() != faults:  # pages that were known had been evicted
@@ -93,28 +94,31 @@ class MappedTable:
     def request(self, row_ids: NDArray[np.int64]) -> None:
         """See `TableStore.request`: what is known or asked for already is not asked for again."""
         check_row_ids(row_ids, self._spec.num_rows)
-        self._ask(self._files.addresses(row_ids))
+        self._ask(row_ids)
 
-    def _ask(self, addresses: NDArray[np.int64]) -> None:
-        """Begin to read the rows at ``[parts, N]`` of which a page is unknown."""
+    def _ask(self, row_ids: NDArray[np.int64]) -> None:
+        """Begin to read the rows of which a page is unknown."""
+        addresses = self._files.addresses(row_ids)
         pages = self._residency.pages(addresses)
-        unknown = self._residency.states(pages) == UNKNOWN
+        unknown = (self._residency.states(pages) == UNKNOWN).any(axis=0)
         if unknown.any():
-            self._advise(self._ranges(addresses[:, unknown.any(axis=0)]), WILL_NEED)
-            self._residency.mark(pages[unknown], REQUESTED)
+            self._advise(self._ranges(addresses[:, unknown]), WILL_NEED)
+            self._residency.mark(pages[:, unknown], REQUESTED)
 
-    def _bring_in(self, addresses: NDArray[np.int64]) -> None:
-        """Wait until the rows at ``[parts, N]`` are in memory.
+    def _bring_in(self, row_ids: NDArray[np.int64], addresses: NDArray[np.int64]) -> int:
+        """Wait until the rows ``[N]`` at ``[parts, N]`` are in memory; returns how many differ.
 
         Raises:
             TableError: the file no longer holds them.
         """
-        self._ask(addresses)
         ranges = self._ranges(addresses)
+        self._advise(ranges, WILL_NEED)  # all at once, even if requested: a request may be long ago
+        count, pages = count_distinct(row_ids), self._residency.pages(addresses)  # while the disk works
         if self._advise(ranges, POPULATE_READ) == len(ranges):
-            self._residency.mark(self._residency.pages(addresses), PRESENT)
+            self._residency.mark(pages, PRESENT)
         else:
             self._read(addresses)
+        return count
 
     def _read(self, addresses: NDArray[np.int64]) -> None:
         """Read rows that the map didn't give: that leaves them in memory, or tells what is wrong, and where."""

@@ -22,7 +22,7 @@ class Residency:
         """Know nothing of ``num_bytes`` of memory that hold records whose parts have ``part_bytes``."""
         self._map = mmap.mmap(-1, -(-num_bytes // PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._states = np.frombuffer(self._map, dtype=np.uint8)
-        self._part_bytes = np.array(part_bytes, dtype=np.int64)[:, None]
+        self._reach = np.array(part_bytes, dtype=np.int64)[:, None] + (PAGE - 1)
         # A row whose first, second and last page are known is known: others hold no byte of any other row.
         probes = [
             (part, byte) for part, size in enumerate(part_bytes) for byte in sorted({0, min(PAGE, size - 1), size - 1})
@@ -50,10 +50,11 @@ class Residency:
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def ranges(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return ``[M, 2]`` first byte and length of the runs of pages that hold ``[parts, N]``, sorted and apart."""
-        firsts, lasts = addresses // PAGE, (addresses + self._part_bytes - 1) // PAGE
-        order = firsts.ravel().argsort()
-        begins, ends = firsts.ravel()[order], np.maximum.accumulate(lasts.ravel()[order]) + 1
-        apart = np.flatnonzero(begins[1:] > ends[:-1])
-        first, last = begins[np.append(0, apart + 1)], ends[np.append(apart, len(ends) - 1)]
-        return np.stack([first, last - first], axis=1) * PAGE
+        """Return ``[parts * N, 2]`` first byte and length of the whole pages that hold parts at ``[parts, N]``."""
+        found = np.empty((*addresses.shape, 2), dtype=np.int64)
+        begins, lengths = found[..., 0], found[..., 1]
+        np.bitwise_and(addresses, -PAGE, out=begins)
+        np.add(addresses, self._reach, out=lengths)
+        lengths &= -PAGE
+        lengths -= begins
+        return found.reshape(-1, 2)
