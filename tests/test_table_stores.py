@@ -39,12 +39,12 @@ from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, MemoryAdvice
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
-from engram_runtime.tables.mapped import BLOCK_ROWS, MappedTable
+from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.memory import ResidentTable
 from engram_runtime.tables.pread import PreadTable
 from engram_runtime.tables.record_files import Locate
 from engram_runtime.tables.regions import huge_bytes
-from engram_runtime.tables.residency import PAGE, PRESENT, REQUESTED, UNKNOWN, Residency
+from engram_runtime.tables.residency import BLOCK_ROWS, PAGE, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct, distinct
 from engram_runtime.tables.store import TableStore
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.records import RecordFormat
 
-BLOCK_BYTES = 256 << 10  # of rows decoded at a time: with their records they stay in a core's cache
+BLOCK_BYTES = 512 << 10  # of rows decoded at a time: with their records they stay in a core's cache
 
 
 class RowDecoder(Protocol):

@@ -15,11 +15,9 @@ from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
 from engram_runtime.tables.record_files import Locate, Read, RecordFiles
 from engram_runtime.tables.regions import map_files
-from engram_runtime.tables.residency import PRESENT, REQUESTED, UNKNOWN, Residency
+from engram_runtime.tables.residency import BLOCK_ROWS, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct
 from engram_runtime.tables.store import check_row_ids, closed
-
-BLOCK_ROWS = 8192  # asked for while those before are waited for: their pages, 32 MiB, need room in memory together
 
 
 class MappedTable:
@@ -97,10 +95,10 @@ class MappedTable:
         """Begin to read the rows of which a page is unknown."""
         addresses = self._files.addresses(row_ids)
         pages = self._residency.pages(addresses)
-        unknown = (self._residency.states(pages) == UNKNOWN).any(axis=0)
+        unknown = self._residency.states(pages) == UNKNOWN
         if unknown.any():
-            self._advise(self._ranges(addresses[:, unknown]), WILL_NEED)
-            self._residency.mark(pages[:, unknown], REQUESTED)
+            self._advise(self._ranges(addresses[:, unknown.any(axis=0)]), WILL_NEED)
+            self._residency.mark(pages[unknown], REQUESTED)
 
     def _bring_in(self, row_ids: NDArray[np.int64], addresses: NDArray[np.int64]) -> int:
         """Wait until the rows ``[N]`` at ``[parts, N]`` are in memory; returns how many differ.

@@ -10,7 +10,7 @@ from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
 from engram_runtime.tables.record_files import Locate, Read, RecordFiles
-from engram_runtime.tables.residency import PRESENT, REQUESTED, UNKNOWN, Residency
+from engram_runtime.tables.residency import BLOCK_ROWS, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import distinct
 from engram_runtime.tables.store import check_row_ids
 
@@ -35,7 +35,7 @@ class PreadTable:
         self.files.expect_random_reads()
         self._residency = Residency(self.files.num_bytes, self.files.part_bytes)
         self._decode = decoder
-        self._block = max(1, STAGING_BYTES // spec.record.record_bytes)
+        self._block = min(BLOCK_ROWS, max(1, STAGING_BYTES // spec.record.record_bytes))
         self._staging = np.empty(self._block * spec.record.record_bytes, dtype=np.uint8)
         self._bytes = self._staging.data
         # The staging holds first parts one after another, then second parts.
@@ -51,6 +51,8 @@ class PreadTable:
         cold, wait_s = 0, 0.0
         for start in range(0, len(row_ids), self._block):
             stop = start + self._block
+            if stop < len(row_ids):
+                self._ask(row_ids[stop : stop + self._block])
             unique, inverse = distinct(row_ids[start:stop])
             started = time.perf_counter()
             if missed := self._read(unique):
@@ -67,14 +69,16 @@ class PreadTable:
         """
         addresses = self.files.addresses(unique)
         pages = self._residency.pages(addresses)
-        known = (self._residency.states(pages) == PRESENT).all(axis=0).tolist()
+        states = self._residency.states(pages).min(axis=0).tolist()
         waiting = []
         for found, size, begin in zip(addresses, self.files.part_bytes, self._begins, strict=True):
             for row, (file, offset) in enumerate(self.files.places(found)):
                 buffer = self._bytes[begin + row * size : begin + (row + 1) * size]
-                if not (known[row] and file.read_if_cached(buffer, offset)):
+                if states[row] == PRESENT and file.read_if_cached(buffer, offset):
+                    continue
+                if states[row] != REQUESTED:
                     file.announce(offset, size)
-                    waiting.append((row, file, buffer, offset))
+                waiting.append((row, file, buffer, offset))
         for _, file, buffer, offset in waiting:
             file.read_into(buffer, offset)
         self._residency.mark(pages, PRESENT)
@@ -83,13 +87,17 @@ class PreadTable:
     def request(self, row_ids: NDArray[np.int64]) -> None:
         """See `TableStore.request`: what was read or requested lately is not asked for."""
         check_row_ids(row_ids, self.spec.num_rows)
+        self._ask(row_ids)
+
+    def _ask(self, row_ids: NDArray[np.int64]) -> None:
+        """Begin to read the rows of which a page is unknown."""
         addresses = self.files.addresses(row_ids)
         pages = self._residency.pages(addresses)
-        unknown = (self._residency.states(pages) == UNKNOWN).any(axis=0)
+        unknown = self._residency.states(pages) == UNKNOWN
         for found, size in zip(addresses, self.files.part_bytes, strict=True):
-            for file, offset in self.files.places(found[unknown]):
+            for file, offset in self.files.places(found[unknown.any(axis=0)]):
                 file.announce(offset, size)
-        self._residency.mark(pages[:, unknown], REQUESTED)
+        self._residency.mark(pages[unknown], REQUESTED)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""

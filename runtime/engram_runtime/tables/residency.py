@@ -1,4 +1,4 @@
-"""Which pages of a mapped table are in memory, as far as is known without asking the kernel."""
+"""Which pages of a table's files are in memory, as far as is known without asking the kernel."""
 
 import mmap
 import time
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
 PAGE_BITS = PAGE.bit_length() - 1
+BLOCK_ROWS = 8192  # are asked for while those before are waited for: their pages, 64 MiB, are in memory together
 MOST_AGE_S = 60.0  # kernels that page idle memory out do so after a minute or more
 UNKNOWN, REQUESTED, PRESENT = range(3)
 
@@ -16,8 +17,8 @@ UNKNOWN, REQUESTED, PRESENT = range(3)
 class Residency:
     """A byte for each page: nothing known, asked for, or seen in memory.
 
-    The bytes are zeros of the system's that take memory where they are first written: at most 1/4096 of the table, and
-    none after `forget`. They may be wrong, as the kernel takes pages back unasked: that costs time, never rows.
+    The bytes are zeros of the system's that take memory only where they are written, a page for 16 MiB of the table,
+    and none after `forget`. They may be wrong, as the kernel takes pages back unasked: that costs time, never rows.
     """
 
     def __init__(self, num_bytes: int, part_bytes: Sequence[int]) -> None:
