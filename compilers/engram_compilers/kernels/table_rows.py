@@ -37,6 +37,8 @@ def decode_rows(record: RecordFormat, parts: Sequence[int]) -> tirx.PrimFunc:
         offsets = T.match_buffer(offsets_, (len(parts), count), "int64", align=8)
         out = T.match_buffer(out_, (count, record.columns), "float32", align=4)
         with T.sblock("root"):
+            for row in T.serial(T.min(count, T.int64(_ROWS_AHEAD))):
+                _ask_for(parts, memory, offsets, row)
             if count >= SHARED_FROM_ROWS:
                 for row in T.parallel(count):
                     _decode_row(record, parts, memory, offsets, out, row)
@@ -47,11 +49,15 @@ def decode_rows(record: RecordFormat, parts: Sequence[int]) -> tirx.PrimFunc:
     return kernel
 
 
-def _decode_row(record: RecordFormat, parts: Sequence[int], memory: Expr, offsets: Expr, out: Expr, row: Expr) -> None:
-    ahead = T.Bind(T.min(row + _ROWS_AHEAD, out.shape[0] - 1))
+def _ask_for(parts: Sequence[int], memory: Expr, offsets: Expr, row: Expr) -> None:
+    """Ask for the cache lines of a row's record."""
     for part, part_bytes in enumerate(parts):
-        for byte in {*range(0, part_bytes, _LINE_BYTES), part_bytes - 1}:
-            prefetch(memory, offsets[part, ahead] + byte)
+        for byte in (*range(0, part_bytes - 1, _LINE_BYTES), part_bytes - 1):
+            prefetch(memory, offsets[part, row] + byte)
+
+
+def _decode_row(record: RecordFormat, parts: Sequence[int], memory: Expr, offsets: Expr, out: Expr, row: Expr) -> None:
+    _ask_for(parts, memory, offsets, T.Bind(T.min(row + _ROWS_AHEAD, out.shape[0] - 1)))
     payload = T.Bind(offsets[0, row])
     scales = T.Bind(offsets[1, row] if len(parts) > 1 else payload + record.payload_bytes)
     with T.serial(record.columns // record.scale_columns) as group:
