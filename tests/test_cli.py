@@ -21,7 +21,7 @@ PLAIN, UNTIED = TinyModel(), TinyModel(tied=False)
 PROMPT = "The tide comes in"
 RUN_KEYS = {
     "text", "token_ids", "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_ms", "executor",
-    "threads", "tables",
+    "threads", "tables", "tables_on",
 }  # fmt: skip
 WEIGHTS = "graph/weights.safetensors"
 EXECUTORS = ["tvm", "onnxruntime"]
@@ -36,7 +36,7 @@ def test_run_prints_the_generation_as_json(workshop: Workshop, command: Command,
     assert (outcome.code, outcome.json.keys()) == (0, RUN_KEYS)
     assert outcome.json["token_ids"] == list(made.token_ids)
     assert outcome.json["text"] == made.text
-    assert (outcome.json["executor"], outcome.json["tables"]) == (executor, "on")
+    assert (outcome.json["executor"], outcome.json["tables_on"]) == (executor, True)
 
 
 def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop, command: Command) -> None:
@@ -50,7 +50,7 @@ def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop,
 def test_run_without_tables_makes_another_text(workshop: Workshop, command: Command) -> None:
     line = ("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12, "--json", "--tables")
     on, off = (command(*line, tables).json for tables in ("on", "off"))
-    assert (on["tables"], off["tables"]) == ("on", "off")
+    assert (on["tables_on"], off["tables_on"]) == (True, False)
     assert on["token_ids"] != off["token_ids"]
 
 

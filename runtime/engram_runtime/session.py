@@ -17,16 +17,25 @@ from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.opening import open_table
+from engram_runtime.tables.options import TableOptions
+from engram_runtime.tables.overlay import read_overlays, with_overlays
+
+AUTO_OPTIONS = TableOptions()
 
 
-def open_sites(bundle: Bundle) -> list[Site]:
-    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores."""
+def open_sites(bundle: Bundle, options: TableOptions = AUTO_OPTIONS, executor: Executor | None = None) -> list[Site]:
+    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores.
+
+    Raises:
+        TableError: a table or an overlay can't be opened, or an overlay is for another table.
+    """
+    overlays = read_overlays(bundle, options.overlays)
     with contextlib.ExitStack() as opened:
         sites = []
         for spec in bundle.manifest.tables:
-            site = Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec))
-            opened.callback(site.table.close)
-            sites.append(site)
+            table = open_table(bundle, spec)
+            opened.callback(table.close)
+            sites.append(Site(spec, bundle.keyer(spec.keyer), with_overlays(table, overlays[spec.site])))
         opened.pop_all()
     return sites
 
@@ -61,10 +70,12 @@ class Session:
         self._stale = False  # whether states may hold other tokens than `token_ids`
 
     @classmethod
-    def open(cls, bundle: Bundle, executor: Executor, *, tables_on: bool = True) -> Self:
+    def open(
+        cls, bundle: Bundle, executor: Executor, *, options: TableOptions = AUTO_OPTIONS, tables_on: bool = True
+    ) -> Self:
         """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start."""
         with contextlib.ExitStack() as opened:
-            sites = open_sites(bundle)
+            sites = open_sites(bundle, options, executor)
             opened.callback(close_sites, sites)
             session = cls(bundle, executor, sites, tables_on=tables_on)
             opened.pop_all()
