@@ -13,8 +13,10 @@ from tests.conftest import Command
 from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
 
-from engram_runtime import LLM, Bundle, SamplingOptions
+from engram_runtime import LLM, Bundle, Generation, SamplingOptions
 from engram_runtime.commands.chat import HELP
+from engram_runtime.commands.run import summary
+from engram_runtime.tables.counters import TableCounters
 from engram_targets import profile_names
 
 PLAIN, UNTIED = TinyModel(), TinyModel(tied=False)
@@ -45,6 +47,34 @@ def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop,
     assert outcome.out == as_json["text"] + "\n"
     assert outcome.err.startswith("[12 tokens, ")
     assert outcome.err.endswith(" ms; length]\n")
+
+
+def test_run_counts_what_it_asked_of_each_table(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready()
+    made = command("engram", "run", bundle.path, PROMPT, "--max-tokens", 12, "--json").json
+    (figures,) = made["tables"]
+    (site,) = bundle.manifest.tables
+    computed = made["prompt_tokens"] + len(made["token_ids"]) - 1
+    assert figures.keys() == {"site", "rows", "unique", "bytes", "cold", "wait_ms"}
+    assert (figures["site"], figures["rows"]) == (site.site, computed * site.keyer.columns)
+    assert figures["bytes"] == figures["unique"] * site.record.record_bytes
+
+
+def test_the_summary_tells_rows_from_disk() -> None:
+    generation = Generation(
+        text="ab",
+        token_ids=(1, 2),
+        finish_reason="length",
+        prompt_tokens=4,
+        prefilled_tokens=4,
+        prefill_s=0.5,
+        ttft_s=0.5,
+        decode_s=0.1,
+        tables={"a": TableCounters(cold=30, wait_s=0.004), "b": TableCounters(cold=2, wait_s=0.001)},
+    )
+    assert summary(generation) == (
+        "[2 tokens, 10.0 tok/s; prompt 4 tokens, 8.0 tok/s; first token after 500 ms; 32 rows from disk, 5 ms; length]"
+    )
 
 
 def test_run_without_tables_makes_another_text(workshop: Workshop, command: Command) -> None:
