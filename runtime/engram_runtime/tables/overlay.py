@@ -32,15 +32,14 @@ class OverlayTable:
         """See `TableStore.gather`."""
         check_row_ids(row_ids, self._num_rows)
         places, own = self._find(row_ids)
-        if not own.any():
-            self._base.gather(row_ids, out)
-        elif own.all():
-            out[...] = self._format.decode(self._records[places])
-        else:
+        hits = np.flatnonzero(own)
+        if len(hits) < len(row_ids):
             # The base fills the caller's buffer: in place of a row it must not be asked for comes one it is asked for.
-            self._base.gather(np.where(own, row_ids[~own][0], row_ids), out)
-            out[own] = self._format.decode(self._records[places[own]])
-        self._count(len(row_ids), places[own])
+            asked = np.where(own, row_ids[own.argmin()], row_ids) if len(hits) else row_ids
+            self._base.gather(asked, out)
+        if len(hits):
+            out[hits] = self._format.decode(self._records[places[hits]])
+        self._count(len(row_ids), places[hits])
 
     def request(self, row_ids: NDArray[np.int64]) -> None:
         """See `TableStore.request`."""
