@@ -13,15 +13,17 @@ from tests.conftest import Command
 from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
 
-from engram_runtime import LLM, Bundle, SamplingOptions
+from engram_runtime import LLM, Bundle, Generation, SamplingOptions
 from engram_runtime.commands.chat import HELP
+from engram_runtime.commands.run import summary
+from engram_runtime.tables.counters import TableCounters
 from engram_targets import profile_names
 
 PLAIN, UNTIED = TinyModel(), TinyModel(tied=False)
 PROMPT = "The tide comes in"
 RUN_KEYS = {
     "text", "token_ids", "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_ms", "executor",
-    "threads", "tables",
+    "threads", "tables", "tables_on",
 }  # fmt: skip
 WEIGHTS = "graph/weights.safetensors"
 EXECUTORS = ["tvm", "onnxruntime"]
@@ -36,7 +38,7 @@ def test_run_prints_the_generation_as_json(workshop: Workshop, command: Command,
     assert (outcome.code, outcome.json.keys()) == (0, RUN_KEYS)
     assert outcome.json["token_ids"] == list(made.token_ids)
     assert outcome.json["text"] == made.text
-    assert (outcome.json["executor"], outcome.json["tables"]) == (executor, "on")
+    assert (outcome.json["executor"], outcome.json["tables_on"]) == (executor, True)
 
 
 def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop, command: Command) -> None:
@@ -47,10 +49,38 @@ def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop,
     assert outcome.err.endswith(" ms; length]\n")
 
 
+def test_run_counts_what_it_asked_of_each_table(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready()
+    made = command("engram", "run", bundle.path, PROMPT, "--max-tokens", 12, "--json").json
+    (figures,) = made["tables"]
+    (site,) = bundle.manifest.tables
+    computed = made["prompt_tokens"] + len(made["token_ids"]) - 1
+    assert figures.keys() == {"site", "rows", "unique", "bytes", "cold", "wait_ms"}
+    assert (figures["site"], figures["rows"]) == (site.site, computed * site.keyer.columns)
+    assert figures["bytes"] == figures["unique"] * site.record.record_bytes
+
+
+def test_the_summary_tells_rows_from_disk() -> None:
+    generation = Generation(
+        text="ab",
+        token_ids=(1, 2),
+        finish_reason="length",
+        prompt_tokens=4,
+        prefilled_tokens=4,
+        prefill_s=0.5,
+        ttft_s=0.5,
+        decode_s=0.1,
+        tables={"a": TableCounters(cold=30, wait_s=0.004), "b": TableCounters(cold=2, wait_s=0.001)},
+    )
+    assert summary(generation) == (
+        "[2 tokens, 10.0 tok/s; prompt 4 tokens, 8.0 tok/s; first token after 500 ms; 32 rows from disk, 5 ms; length]"
+    )
+
+
 def test_run_without_tables_makes_another_text(workshop: Workshop, command: Command) -> None:
     line = ("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12, "--json", "--tables")
     on, off = (command(*line, tables).json for tables in ("on", "off"))
-    assert (on["tables"], off["tables"]) == ("on", "off")
+    assert (on["tables_on"], off["tables_on"]) == (True, False)
     assert on["token_ids"] != off["token_ids"]
 
 

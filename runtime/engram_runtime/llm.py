@@ -14,7 +14,8 @@ from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
 from engram_runtime.generation import Generation, decode_tokens
 from engram_runtime.sampling import SamplingOptions, make_sampler
-from engram_runtime.session import Session
+from engram_runtime.session import AUTO_OPTIONS, Session
+from engram_runtime.tables.options import TableOptions
 from engram_runtime.tokenizer import TextTokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -28,7 +29,13 @@ class LLM:
     """
 
     def __init__(
-        self, bundle: str | Path, executor: str = "tvm", *, threads: int | None = None, tables_on: bool = True
+        self,
+        bundle: str | Path,
+        executor: str = "tvm",
+        *,
+        threads: int | None = None,
+        tables_on: bool = True,
+        tables: TableOptions = AUTO_OPTIONS,
     ) -> None:
         """Open and load a bundle.
 
@@ -36,6 +43,7 @@ class LLM:
             executor: ``tvm`` or ``onnxruntime``.
             threads: worker threads, or None for what the target profile says, else one per core.
             tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
+            tables: how they are read, if they are.
 
         Raises:
             BundleError: the bundle is damaged.
@@ -44,7 +52,7 @@ class LLM:
         """
         self.bundle = Bundle.open(Path(bundle))
         self.executor = load_executor(executor, self.bundle, threads=threads)
-        self.session = Session.open(self.bundle, self.executor, tables_on=tables_on)
+        self.session = Session.open(self.bundle, self.executor, options=tables, tables_on=tables_on)
         self._tokenizer: TextTokenizer | None = None
         self.last: Generation | None = None
 
@@ -90,6 +98,7 @@ class LLM:
             raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
         tokenizer = self.tokenizer
         text = tokenizer.stream(stop)
+        counters = self.session.counters
         started = time.perf_counter()
         prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         logits, computed = self._prefill(prompt_ids)
@@ -121,6 +130,7 @@ class LLM:
             prefill_s=prefilled - started,
             ttft_s=first - started,
             decode_s=last - first,
+            tables={site: now - counters[site] for site, now in self.session.counters.items()},
         )
 
     def chat(

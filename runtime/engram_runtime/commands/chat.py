@@ -8,6 +8,7 @@ import click
 from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
+    overlay_option,
     sampling_options,
     tables_option,
     threads_option,
@@ -16,6 +17,7 @@ from engram_runtime.commands.run import summary
 from engram_runtime.errors import RequestError
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
+from engram_runtime.tables.options import TableOptions
 
 HELP = """/help   show this
 /reset  forget the conversation
@@ -30,6 +32,7 @@ HELP = """/help   show this
 @executor_option
 @threads_option
 @tables_option
+@overlay_option
 def chat(
     bundle: Path,
     system: str | None,
@@ -37,12 +40,14 @@ def chat(
     executor: str,
     threads: int | None,
     tables: str,
+    overlays: tuple[Path, ...],
     **sampling: Any,
 ) -> None:
     """Talk with the model in BUNDLE; /help lists the commands."""
     options = SamplingOptions(**sampling)
     beginning = [{"role": "system", "content": system}] if system else []
-    with LLM(bundle, executor, threads=threads, tables_on=tables == "on") as llm:
+    read = TableOptions(overlays=overlays)
+    with LLM(bundle, executor, threads=threads, tables_on=tables == "on", tables=read) as llm:
         messages = list(beginning)
         while (line := _read_line()) is not None:
             match line.strip():

@@ -23,6 +23,13 @@ threads_option = click.option(
 tables_option = click.option(
     "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read the tables, or not."
 )
+overlay_option = click.option(
+    "--overlay",
+    "overlays",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Rows to use in place of a table's, from engram tables diff; of several the last one comes first.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

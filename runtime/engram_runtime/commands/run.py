@@ -1,6 +1,7 @@
 """``engram run``: continue one prompt."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
     json_option,
+    overlay_option,
     sampling_options,
     tables_option,
     threads_option,
@@ -17,6 +19,8 @@ from engram_runtime.commands.options import (
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
+from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.options import TableOptions
 
 
 @click.command()
@@ -27,6 +31,7 @@ from engram_runtime.sampling import SamplingOptions
 @executor_option
 @threads_option
 @tables_option
+@overlay_option
 @json_option
 def run(
     bundle: Path,
@@ -36,12 +41,14 @@ def run(
     executor: str,
     threads: int | None,
     tables: str,
+    overlays: tuple[Path, ...],
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
-    with LLM(bundle, executor, threads=threads, tables_on=tables == "on") as llm:
+    read = TableOptions(overlays=overlays)
+    with LLM(bundle, executor, threads=threads, tables_on=tables == "on", tables=read) as llm:
         for piece in llm.stream(prompt, max_tokens=max_tokens, sampling=options, stop=stop):
             if not as_json:
                 click.echo(piece, nl=False)
@@ -53,7 +60,7 @@ def run(
                         **generation_figures(llm.last),
                         "executor": executor,
                         "threads": llm.executor.threads,
-                        "tables": tables,
+                        "tables_on": tables == "on",
                     }
                 )
             )
@@ -72,7 +79,15 @@ def generation_figures(generation: Generation) -> dict[str, Any]:
         "prefill_tok_s": round(generation.prefill_tok_s, 1),
         "decode_tok_s": round(generation.decode_tok_s, 1),
         "ttft_ms": round(generation.ttft_s * 1e3, 1),
+        "tables": [table_figures(site, counters) for site, counters in generation.tables.items()],
     }
+
+
+def table_figures(site: str, counters: TableCounters) -> dict[str, Any]:
+    """Return what a request asked of a table as JSON values; times in milliseconds."""
+    counts = asdict(counters)
+    wait_s = counts.pop("wait_s")
+    return {"site": site, **counts, "wait_ms": round(wait_s * 1e3, 3)}
 
 
 def summary(generation: Generation) -> str:
@@ -80,5 +95,11 @@ def summary(generation: Generation) -> str:
     return (
         f"[{len(generation.token_ids)} tokens, {generation.decode_tok_s:.1f} tok/s; prompt "
         f"{generation.prompt_tokens} tokens, {generation.prefill_tok_s:.1f} tok/s; "
-        f"first token after {generation.ttft_s * 1e3:.0f} ms; {generation.finish_reason}]"
+        f"first token after {generation.ttft_s * 1e3:.0f} ms; {_cold_rows(generation)}{generation.finish_reason}]"
     )
+
+
+def _cold_rows(generation: Generation) -> str:
+    cold = sum(counters.cold for counters in generation.tables.values())
+    wait_s = sum(counters.wait_s for counters in generation.tables.values())
+    return f"{cold} rows from disk, {wait_s * 1e3:.0f} ms; " if cold else ""
