@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
 PAGE_BITS = PAGE.bit_length() - 1
-BLOCK_ROWS = 8192  # are asked for while those before are waited for: their pages, 64 MiB, are in memory together
+BLOCK_ROWS = 4096  # are asked for while those before are waited for: their pages, 32 MiB, are in memory together
 MOST_AGE_S = 60.0  # kernels that page idle memory out do so after a minute or more
 UNKNOWN, REQUESTED, PRESENT = range(3)
 
