@@ -28,18 +28,16 @@ class Residency:
         self._reach = np.array(part_bytes, dtype=np.int64)[:, None] + (PAGE - 1)
         self._since = time.perf_counter()
         # A row whose first, second and last page are known is known: others hold no byte of any other row.
-        probes = [
-            (part, byte) for part, size in enumerate(part_bytes) for byte in sorted({0, min(PAGE, size - 1), size - 1})
-        ]
-        self._probed_parts = np.array([part for part, _ in probes])
-        self._probed_bytes = np.array([byte for _, byte in probes], dtype=np.int64)[:, None]
+        probes = [(0, min(PAGE, size - 1), size - 1) for size in part_bytes]
+        if max(part_bytes) <= PAGE:  # the second page is the last one
+            probes = [(first, last) for first, _, last in probes]
+        self._probes = np.array(probes, dtype=np.int64)[:, :, None]
 
     def pages(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return ``[probes, N]`` pages that tell whether rows are there, of the addresses ``[parts, N]`` of rows."""
-        touched: NDArray[np.int64] = addresses[self._probed_parts]
-        touched += self._probed_bytes
+        touched: NDArray[np.int64] = addresses[:, None] + self._probes
         touched >>= PAGE_BITS
-        return touched
+        return touched.reshape(self._probes.size, -1)
 
     def states(self, pages: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return what is known of pages."""
