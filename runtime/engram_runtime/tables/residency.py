@@ -28,9 +28,8 @@ class Residency:
         self._reach = np.array(part_bytes, dtype=np.int64)[:, None] + (PAGE - 1)
         self._since = time.perf_counter()
         # A row whose first, second and last page are known is known: others hold no byte of any other row.
-        probes = [(0, min(PAGE, size - 1), size - 1) for size in part_bytes]
-        if max(part_bytes) <= PAGE:  # the second page is the last one
-            probes = [(first, last) for first, _, last in probes]
+        second = [PAGE] if max(part_bytes) > PAGE else []  # otherwise the second page is the last one
+        probes = [[min(byte, size - 1) for byte in (0, *second, size)] for size in part_bytes]
         self._probes = np.array(probes, dtype=np.int64)[:, :, None]
 
     def pages(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
