@@ -182,7 +182,7 @@ class _PartPlaces:
         """Fill ``out [N]`` with the addresses of ``[N]`` rows."""
         np.multiply(row_ids, self._row_bytes, out=out)
         if len(self._shifts) == 1:
-            out += self._shifts[0]
+            out += self._shifts
         else:
             out += self._shifts[self._first_rows.searchsorted(row_ids, side="right") - 1]
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
 PAGE_BITS = PAGE.bit_length() - 1
-BLOCK_ROWS = 8192  # are asked for while those before are waited for: their pages, 64 MiB, are in memory together
+BLOCK_ROWS = 4096  # are asked for while those before are waited for: their pages, 32 MiB, are in memory together
 MOST_AGE_S = 60.0  # kernels that page idle memory out do so after a minute or more
 UNKNOWN, REQUESTED, PRESENT = range(3)
 
@@ -28,18 +28,15 @@ class Residency:
         self._reach = np.array(part_bytes, dtype=np.int64)[:, None] + (PAGE - 1)
         self._since = time.perf_counter()
         # A row whose first, second and last page are known is known: others hold no byte of any other row.
-        probes = [
-            (part, byte) for part, size in enumerate(part_bytes) for byte in sorted({0, min(PAGE, size - 1), size - 1})
-        ]
-        self._probed_parts = np.array([part for part, _ in probes])
-        self._probed_bytes = np.array([byte for _, byte in probes], dtype=np.int64)[:, None]
+        second = [PAGE] if max(part_bytes) > PAGE else []  # otherwise the second page is the last one
+        probes = [[min(byte, size - 1) for byte in (0, *second, size)] for size in part_bytes]
+        self._probes = np.array(probes, dtype=np.int64)[:, :, None]
 
     def pages(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return ``[probes, N]`` pages that tell whether rows are there, of the addresses ``[parts, N]`` of rows."""
-        touched: NDArray[np.int64] = addresses[self._probed_parts]
-        touched += self._probed_bytes
+        touched: NDArray[np.int64] = addresses[:, None] + self._probes
         touched >>= PAGE_BITS
-        return touched
+        return touched.reshape(self._probes.size, -1)
 
     def states(self, pages: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return what is known of pages."""
@@ -60,11 +57,15 @@ class Residency:
             self.forget()
 
     def ranges(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return ``[parts * N, 2]`` first byte and length of the whole pages that hold parts at ``[parts, N]``."""
+        """Return ``[parts * N, 2]`` first byte and length of the whole pages that hold parts at ``[parts, N]``.
+
+        They ascend part by part: the disk's rows arrive a tenth sooner than in the order they are wanted.
+        """
         found = np.empty((*addresses.shape, 2), dtype=np.int64)
         begins, lengths = found[..., 0], found[..., 1]
-        np.bitwise_and(addresses, -PAGE, out=begins)
-        np.add(addresses, self._reach, out=lengths)
+        begins[...] = np.sort(addresses, axis=1)
+        np.add(begins, self._reach, out=lengths)
+        begins &= -PAGE
         lengths &= -PAGE
         lengths -= begins
         return found.reshape(-1, 2)

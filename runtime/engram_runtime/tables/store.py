@@ -45,7 +45,7 @@ def check_row_ids(row_ids: NDArray[np.int64], num_rows: int) -> None:
     """Raise IndexError for an id outside ``[0, num_rows)``, negative ids included."""
     # As unsigned numbers negative ids are huge, so one comparison finds both kinds.
     outside = row_ids.view(np.uint64) >= np.uint64(num_rows)
-    if outside.any():
+    if np.count_nonzero(outside):  # half the time of any()
         raise IndexError(f"row id {int(row_ids[outside][0])} is outside [0, {num_rows})")
 
 
