@@ -10,18 +10,23 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows
+from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows, state_bytes
 from engram_runtime.keyers import NO_ROW, Keyer
 from engram_runtime.table_spec import TableSpec
-from engram_runtime.tables.opening import open_table
+from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores, open_table, silently
+from engram_runtime.tables.options import PREAD, TableOptions
+from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tables.store import TableStore
+
+UNREAD = TableOptions(io=PREAD)  # loads nothing
 
 
 class Site:
-    """A place in the model that reads a table: its keyer and its store."""
+    """A place in the model that reads a table: its keyer, its store, and how that was chosen if it was."""
 
-    def __init__(self, spec: TableSpec, keyer: Keyer, table: TableStore) -> None:
+    def __init__(self, spec: TableSpec, keyer: Keyer, table: TableStore, choice: TableChoice | None = None) -> None:
         self.name = spec.site
+        self.choice = choice
         self.spec = spec
         self.keyer = keyer
         self.table = table
@@ -40,16 +45,40 @@ class Site:
         return rows
 
 
-def open_sites(bundle: Bundle) -> list[Site]:
-    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores."""
+def open_sites(
+    bundle: Bundle,
+    options: TableOptions = AUTO_OPTIONS,
+    executor: Executor | None = None,
+    *,
+    announce: Announce = silently,
+) -> list[Site]:
+    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores.
+
+    Args:
+        executor: what will run beside them, or None for nothing.
+        announce: told how each is read, and of its loading.
+
+    Raises:
+        RequestError: tables are to be resident and don't fit.
+        TableError: a file is missing, too short or another one.
+    """
+    choices = choose_stores(bundle, options, model_bytes=_model_bytes(bundle, executor) if executor else 0)
     with contextlib.ExitStack() as opened:
         sites = []
-        for spec in bundle.manifest.tables:
-            site = Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec))
-            opened.callback(site.table.close)
-            sites.append(site)
+        for spec, choice in zip(bundle.manifest.tables, choices, strict=True):
+            keyer = bundle.keyer(spec.keyer)
+            table = open_table(bundle, spec, choice.io, progress=announce(choice))
+            opened.callback(table.close)
+            sites.append(Site(spec, keyer, table, choice))
         opened.pop_all()
     return sites
+
+
+def _model_bytes(bundle: Bundle, executor: Executor) -> int:
+    """Return what a sequence takes, and the weights, which are mapped, so that their memory counts as free so far."""
+    decoder = bundle.manifest.decoder
+    weights = sum(entry.bytes for entry in bundle.manifest.files if entry.path == decoder.weights)
+    return weights + state_bytes(decoder.states, executor.float16_states)
 
 
 def close_sites(sites: Sequence[Site]) -> None:
@@ -80,14 +109,34 @@ class Session:
         self._stale = False  # whether states may hold other tokens than `token_ids`
 
     @classmethod
-    def open(cls, bundle: Bundle, executor: Executor, *, tables_on: bool = True) -> Self:
-        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start."""
+    def open(
+        cls,
+        bundle: Bundle,
+        executor: Executor,
+        *,
+        options: TableOptions = AUTO_OPTIONS,
+        tables_on: bool = True,
+        announce: Announce = silently,
+    ) -> Self:
+        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start.
+
+        Args:
+            options: how tables are read; with ``tables_on`` False they are opened, neither loaded nor announced.
+            announce: see `open_sites`.
+        """
         with contextlib.ExitStack() as opened:
-            sites = open_sites(bundle)
+            sites = (
+                open_sites(bundle, options, executor, announce=announce) if tables_on else open_sites(bundle, UNREAD)
+            )
             opened.callback(close_sites, sites)
             session = cls(bundle, executor, sites, tables_on=tables_on)
             opened.pop_all()
         return session
+
+    @property
+    def tables(self) -> Sequence[TableChoice]:
+        """How each table is read that `open` opened to be read."""
+        return [site.choice for site in self._sites if site.choice is not None] if self._tables_on else []
 
     @property
     def token_ids(self) -> Sequence[int]:
