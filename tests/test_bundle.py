@@ -24,7 +24,8 @@ from engram_runtime.golden import Golden, check_logits, check_tables, record_dig
 from engram_runtime.hashing import INT64_MAX
 from engram_runtime.manifest import Manifest
 from engram_runtime.records import NO_FACTOR
-from engram_runtime.session import Session, Site, open_sites
+from engram_runtime.session import Session, open_sites
+from engram_runtime.site import Site
 from engram_runtime.strict_json import MAX_JSON_BYTES, read_json_object
 from engram_runtime.table_spec import RowRange
 from engram_runtime.tables.opening import open_table
