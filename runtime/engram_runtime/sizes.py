@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Sizes and times as people write them."""
 
 import re
 from fractions import Fraction
@@ -26,3 +26,10 @@ def format_size(num_bytes: int) -> str:
     """Return bytes in the largest unit they fill, with one decimal."""
     unit = max((name for name, size in UNITS.items() if size <= num_bytes), key=UNITS.__getitem__, default="B")
     return f"{num_bytes} B" if unit == "B" else f"{num_bytes / UNITS[unit]:.1f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in s, ms or us, the largest of which it fills one."""
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"

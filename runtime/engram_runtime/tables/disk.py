@@ -51,7 +51,8 @@ class DiskFacts:
 
     def reads_s(self, count: int) -> float:
         """Return how long ``count`` reads together take, on the line through those of one and of `AT_ONCE`."""
-        return self.one_p50_s + (self.batch_p50_s - self.one_p50_s) * (count - 1) / (AT_ONCE - 1)
+        more = max(self.batch_p50_s - self.one_p50_s, 0)  # noise may have it the other way round
+        return self.one_p50_s + more * (count - 1) / (AT_ONCE - 1)
 
 
 def disk_facts(path: Path, place: Place) -> DiskFacts:
@@ -73,12 +74,12 @@ def disk_facts(path: Path, place: Place) -> DiskFacts:
 
 
 def measure_disk(path: Path) -> DiskFacts:
-    """Measure the disk under a file of at least `LARGE_READS` times `LARGE_READ_BYTES` by reading it here and there.
+    """Measure the disk under a file by reading it here and there.
 
     Raises:
-        OSError: the file can't be read or has holes, which no disk reads, or direct reads are refused.
+        OSError: the file can't be read, is too small or has holes, or direct reads are refused.
     """
-    size = _size_without_holes(path)
+    size = _sound_size(path)
     rng = np.random.default_rng()
     with DirectReader(path, AT_ONCE) as reader:
 
@@ -103,9 +104,12 @@ def measure_disk(path: Path) -> DiskFacts:
     )
 
 
-def _size_without_holes(path: Path) -> int:
+def _sound_size(path: Path) -> int:
+    """Return the size of a file; raises OSError where its reads would say nothing of the disk."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
+        if size < LARGE_READS * LARGE_READ_BYTES:
+            raise OSError(errno.EINVAL, f"{path} is too small")
         if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size:
             raise OSError(errno.EINVAL, f"{path} has holes, which no disk reads")
     return size

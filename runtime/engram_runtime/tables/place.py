@@ -44,6 +44,9 @@ class _Mount:
     source: str
 
 
+NO_MOUNT = _Mount(device="0:0", point=Path("/"), file_system="unknown", source="unknown")  # as a chroot may have none
+
+
 def place_of(path: Path) -> Place:
     """Return where a file lies, followed through links; of a file that isn't there, where it would."""
     mount = _mount_of(path.resolve())
@@ -63,7 +66,7 @@ def _mount_of(path: Path) -> _Mount:
         for mount in map(_parse, MOUNTS.read_text(errors="surrogateescape").splitlines())
         if path.is_relative_to(mount.point)
     ]
-    return max(reversed(below), key=lambda mount: len(mount.point.parts))
+    return max(reversed(below), key=lambda mount: len(mount.point.parts), default=NO_MOUNT)
 
 
 def _parse(line: str) -> _Mount:

@@ -7,7 +7,7 @@ from typing import Any
 
 from engram_runtime.errors import RequestError
 from engram_runtime.memory import FreeMemory
-from engram_runtime.sizes import format_size
+from engram_runtime.sizes import format_seconds, format_size
 from engram_runtime.tables.disk import AT_ONCE, DiskFacts
 from engram_runtime.tables.options import AUTO, MMAP, PREAD, RESIDENT, TableOptions
 from engram_runtime.tables.place import FUSE, MEMORY, NETWORK, REMOVABLE, Place
@@ -125,7 +125,7 @@ def _weigh(table: TableFacts, room: Room, measure: Measure) -> TableChoice:
     if table.num_bytes > room.left:
         return _unloaded(table, room, f"more than {room}")
     if table.num_bytes <= SMALL_BYTES:
-        return _choice(table, room, RESIDENT, f"small, up to {format_size(SMALL_BYTES)}")
+        return _choice(table, room, RESIDENT, f"tables up to {format_size(SMALL_BYTES)} are, where there is room")
     if table.place.kind == MEMORY:
         return _unloaded(table, room, f"its files are in memory already ({table.place.file_system})")
     try:
@@ -134,8 +134,8 @@ def _weigh(table: TableFacts, room: Room, measure: Measure) -> TableChoice:
         return _unloaded(table, room, f"its disk can't be measured ({error.strerror})")
     load_s, session_s = table.num_bytes / disk.bytes_per_s, SESSION_TOKENS * disk.reads_s(table.reads)
     reason = (
-        f"loading takes {load_s:.2g} s, reading the rows of {SESSION_TOKENS} tokens {session_s:.2g} s "
-        f"({table.place.device}: {AT_ONCE} reads in {disk.batch_p50_s * 1e6:.0f} us)"
+        f"loading takes {format_seconds(load_s)}, reading the rows of {SESSION_TOKENS} tokens "
+        f"{format_seconds(session_s)} ({table.place.device}: {AT_ONCE} reads in {format_seconds(disk.batch_p50_s)})"
     )
     weighed = {"load_s": load_s, "session_s": session_s, "device": table.place.device, "disk": disk}
     if load_s < session_s:
@@ -145,8 +145,11 @@ def _weigh(table: TableFacts, room: Room, measure: Measure) -> TableChoice:
 
 def _unloaded(table: TableFacts, room: Room, reason: str, **weighed: Any) -> TableChoice:
     """Map files that stay as they are; read the others."""
-    where = "outside the bundle" if table.external else UNSAFE_TO_MAP.get(table.place.kind)
-    if where is None:
+    if table.external:
+        where = "outside the bundle"
+    elif table.place.kind in UNSAFE_TO_MAP:
+        where = f"{UNSAFE_TO_MAP[table.place.kind]} ({table.place.file_system})"
+    else:
         return _choice(table, room, MMAP, reason, **weighed)
     return _choice(table, room, PREAD, f"{reason}; not mapped, as its files lie {where}", **weighed)
 
