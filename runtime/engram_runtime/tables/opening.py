@@ -8,24 +8,25 @@ from pathlib import Path
 from engram_runtime.bundle import Bundle
 from engram_runtime.memory import free_memory
 from engram_runtime.table_spec import TableSpec
-from engram_runtime.tables.decoding import RowDecoder
+from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.disk import disk_facts
-from engram_runtime.tables.files import FileTable
-from engram_runtime.tables.memory import InMemoryTable
-from engram_runtime.tables.options import RESIDENT, TableOptions
+from engram_runtime.tables.mapped import MappedTable
+from engram_runtime.tables.memory import Progress, ResidentTable, no_progress
+from engram_runtime.tables.options import MMAP, PREAD, RESIDENT, TableOptions
 from engram_runtime.tables.place import place_of
 from engram_runtime.tables.policy import TableChoice, TableFacts, choose, table_room
+from engram_runtime.tables.pread import PreadTable
 from engram_runtime.tables.store import TableStore
 
-Progress = Callable[[int], object]  # told the bytes of a table that were loaded since it was last told
-Announce = Callable[[TableChoice], Progress]  # told of a table before it is opened
+Announce = Callable[[TableChoice], Progress]  # told of a table before it is opened; the other of its loading
 
 AUTO_OPTIONS = TableOptions()
+STORES = {MMAP: MappedTable, PREAD: PreadTable}  # that load nothing
 
 
 def silently(choice: TableChoice) -> Progress:
     """Announce nothing."""
-    return lambda num_bytes: None
+    return no_progress
 
 
 def choose_stores(
@@ -70,22 +71,20 @@ def open_table(
     io: str,
     *,
     decoder: RowDecoder | None = None,
-    progress: Progress = lambda num_bytes: None,
+    progress: Progress = no_progress,
 ) -> TableStore:
     """Open a table.
 
     Args:
-        io: ``resident``, ``mmap`` or ``pread``, best what `choose_stores` says.
+        io: ``resident``, ``mmap`` or ``pread``; `choose_stores` tells which.
         decoder: makes rows of records, or None for numpy's.
         progress: told the bytes of each block that is loaded.
 
     Raises:
         TableError: a file is missing, too short, or no longer the one that the bundle refers to.
     """
-    table = FileTable(spec, bundle.table_path)
-    if io != RESIDENT:
-        return table
-    with table:
-        records = table.read_all()
-        progress(records.nbytes)
-        return InMemoryTable(records, spec.record)
+    if decoder is None:
+        decoder = NumpyRowDecoder(spec.record, [part.row_bytes for part in spec.parts])
+    if io == RESIDENT:
+        return ResidentTable.load(spec, bundle.table_path, decoder, progress=progress)
+    return STORES[io](spec, bundle.table_path, decoder)
