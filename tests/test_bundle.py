@@ -813,6 +813,9 @@ class ScriptedExecutor:
     def chunks(self, count: int) -> Sequence[int]:
         return [1] * count
 
+    def row_decoder(self, site: str) -> None:
+        pass
+
     def bind(self, states: Mapping[str, State]) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             return self._logits[[inputs.position]]

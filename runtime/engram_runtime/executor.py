@@ -15,6 +15,7 @@ from engram_runtime.cpu import physical_memory
 from engram_runtime.errors import RequestError
 from engram_runtime.manifest import StateSpec
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.decoding import RowDecoder
 
 MOST_THREADS = 256  # that a compiled library's pool can start
 ALIGNMENT_BYTES = 64  # TVM's vector loads need it
@@ -66,6 +67,10 @@ class Executor(Protocol):
 
     def chunks(self, count: int) -> Sequence[int]:
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
+        ...
+
+    def row_decoder(self, site: str) -> RowDecoder | None:
+        """Return a compiled decoder for one store of a site's table, or None where its records have none."""
         ...
 
     def bind(self, states: Mapping[str, State]) -> Step:
