@@ -264,7 +264,7 @@ def chat(command: Command, bundle: Path, *lines: str, options: tuple[object, ...
     """Chat for six tokens an answer; returns what was printed after each prompt."""
     stdin = "".join(f"{line}\n" for line in lines)
     outcome = command("engram", "chat", bundle, "--max-tokens", 6, *options, stdin=stdin)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, f"{SMALL_TABLE}\n")
     return outcome.out.split("> ")[1:]
 
 
@@ -312,7 +312,8 @@ def test_chat_survives_a_conversation_beyond_the_context(workshop: Workshop, com
     outcome = command("engram", "chat", workshop.ready().path, "--max-tokens", 6, stdin=f"{long}\nhello\n")
     with LLM(workshop.ready().path, threads=THREADS) as llm:
         tokens = len(llm.tokenizer.encode_chat([{"role": "user", "content": long.strip()}]))
-    assert outcome.err == f"{tokens} tokens exceed the context of {CONTEXT}; shorten the prompt; /reset begins anew\n"
+    refusal = f"{tokens} tokens exceed the context of {CONTEXT}; shorten the prompt; /reset begins anew"
+    assert outcome.err == f"{SMALL_TABLE}\n{refusal}\n"
     assert (outcome.code, outcome.out) == (0, f"> > {answer_to(workshop.ready().path, 'hello')}\n> \n")
 
 
@@ -487,6 +488,7 @@ def test_a_bundle_without_chat_template_takes_no_chat(workshop: Workshop, comman
     )
     outcome = command("engram", "chat", bundle, stdin="hello\n")
     assert outcome.err == (
+        f"{SMALL_TABLE}\n"
         "the bundle has no chat template, so it takes no messages; give a plain prompt; /reset begins anew\n"
     )
 

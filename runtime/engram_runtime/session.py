@@ -33,7 +33,7 @@ def open_sites(
     """Open every table of a bundle, or none where one can't be opened; the caller closes their stores.
 
     Args:
-        executor: what will run beside them, or None for nothing.
+        executor: what will run beside them, whose compiled decoders are used; or None for nothing.
         announce: told how each is read, and of its loading.
 
     Raises:
@@ -45,7 +45,8 @@ def open_sites(
         sites = []
         for spec, choice in zip(bundle.manifest.tables, choices, strict=True):
             keyer = bundle.keyer(spec.keyer)
-            table = open_table(bundle, spec, choice.io, progress=announce(choice))
+            decoder = executor.row_decoder(spec.site) if executor else None
+            table = open_table(bundle, spec, choice.io, decoder=decoder, progress=announce(choice))
             opened.callback(table.close)
             sites.append(Site(spec, keyer, table, choice))
         opened.pop_all()
