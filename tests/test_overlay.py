@@ -28,7 +28,6 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.session import open_sites
 from engram_runtime.tables import overlay_file
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.memory import InMemoryTable
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tables.overlay import OverlayTable, with_overlays
 from engram_runtime.tables.overlay_file import FACTS, Overlay, OverlaySpec, read_overlay, write_overlay
@@ -56,28 +55,25 @@ def overlay(row_ids: Sequence[int], seed: int = 1, record: RecordFormat = FORMAT
     return Overlay(spec=spec(record), row_ids=ids, records=records(seed, record)[ids])
 
 
-def base_table(name: str = "int8") -> InMemoryTable:
-    return InMemoryTable(records(0, FORMATS[name]), FORMATS[name])
+class RecordsBelow:
+    """A table of random rows that keeps which ones it is asked for."""
 
-
-class Asked:
-    """A table that keeps what it is asked for."""
-
-    def __init__(self) -> None:
-        self._table = base_table()
-        self.counters = self._table.counters
+    def __init__(self, name: str = "int8") -> None:
+        self._rows = FORMATS[name].decode(records(0, FORMATS[name]))
+        self.counters = TableCounters()
         self.gathered: set[int] = set()
         self.requested: list[int] = []
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         self.gathered |= set(row_ids.tolist())
-        self._table.gather(row_ids, out)
+        self.counters.count(row_ids, FORMATS["int8"].record_bytes, cold=0, wait_s=0.0)
+        out[...] = self._rows[row_ids]
 
     def request(self, row_ids: NDArray[np.int64]) -> None:
         self.requested += row_ids.tolist()
 
     def close(self) -> None:
-        self._table.close()
+        pass
 
 
 ROW_SETS = st.sets(st.integers(0, NUM_ROWS - 1)).map(sorted)
@@ -89,7 +85,7 @@ def test_rows_are_the_overlays_where_it_has_them(rows: list[int], asked: list[in
     below, above = (FORMATS[name] for name in formats)
     expected = below.decode(records(0, below))
     expected[rows] = above.decode(records(1, above)[rows])
-    found = gathered(OverlayTable(base_table(formats[0]), overlay(rows, record=above)), WIDTH, np.array(asked, int))
+    found = gathered(OverlayTable(RecordsBelow(formats[0]), overlay(rows, record=above)), WIDTH, np.array(asked, int))
     np.testing.assert_array_equal(found, expected[asked], strict=True)
 
 
@@ -98,13 +94,13 @@ def test_of_several_overlays_the_last_one_is_on_top(stack: list[list[int]], aske
     expected = FORMATS["int8"].decode(records(0, FORMATS["int8"]))
     for seed, rows in enumerate(stack, start=1):
         expected[rows] = FORMATS["int8"].decode(records(seed, FORMATS["int8"]))[rows]
-    table = with_overlays(base_table(), [overlay(rows, seed) for seed, rows in enumerate(stack, start=1)])
+    table = with_overlays(RecordsBelow(), [overlay(rows, seed) for seed, rows in enumerate(stack, start=1)])
     np.testing.assert_array_equal(gathered(table, WIDTH, np.array(asked, int)), expected[asked], strict=True)
 
 
 @given(rows=ROW_SETS, asked=ASKED)
 def test_the_table_below_is_never_asked_for_a_replaced_row(rows: list[int], asked: list[int]) -> None:
-    below = Asked()
+    below = RecordsBelow()
     table = OverlayTable(below, overlay(rows))
     gathered(table, WIDTH, np.array(asked, int))
     table.request(np.array(asked, int))
@@ -114,7 +110,7 @@ def test_the_table_below_is_never_asked_for_a_replaced_row(rows: list[int], aske
 
 
 def test_rows_of_an_overlay_count_as_rows_in_memory() -> None:
-    below = Asked()
+    below = RecordsBelow()
     table = OverlayTable(below, overlay([2, 5]))
     gathered(table, WIDTH, np.array([5, 2, 5, 7, 8, 7]))
     below.counters.cold, below.counters.wait_s = 2, 0.5
@@ -125,7 +121,7 @@ def test_rows_of_an_overlay_count_as_rows_in_memory() -> None:
 
 @pytest.mark.parametrize("outside", [-1, NUM_ROWS])
 def test_a_row_id_outside_the_table_is_named(outside: int) -> None:
-    table = OverlayTable(base_table(), overlay([2]))
+    table = OverlayTable(RecordsBelow(), overlay([2]))
     for ask in (lambda ids: gathered(table, WIDTH, ids), table.request):
         with pytest.raises(IndexError) as caught:
             ask(np.array([2, outside]))

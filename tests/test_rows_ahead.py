@@ -99,6 +99,9 @@ class RecordingExecutor:
     def chunks(self, count: int) -> Sequence[int]:
         return [CHUNK] * (count // CHUNK) + [1] * (count % CHUNK)
 
+    def row_decoder(self, site: str) -> None:
+        return None
+
     def bind(self, states: Mapping[str, State]) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             self.rows.append({site: rows.copy() for site, rows in inputs.rows.items()})

@@ -12,32 +12,54 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows
+from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows, state_bytes
 from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.opening import open_table
-from engram_runtime.tables.options import TableOptions
+from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores, open_table, silently
+from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import read_overlays, with_overlays
+from engram_runtime.tables.policy import TableChoice
 
-AUTO_OPTIONS = TableOptions()
+UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
 
 
-def open_sites(bundle: Bundle, options: TableOptions = AUTO_OPTIONS, executor: Executor | None = None) -> list[Site]:
+def open_sites(
+    bundle: Bundle,
+    options: TableOptions = AUTO_OPTIONS,
+    executor: Executor | None = None,
+    *,
+    announce: Announce = silently,
+) -> list[Site]:
     """Open every table of a bundle, or none where one can't be opened; the caller closes their stores.
 
+    Args:
+        executor: what will run beside them, whose compiled decoders are used; or None for nothing.
+        announce: told how each is read, and of its loading.
+
     Raises:
-        TableError: a table or an overlay can't be opened, or an overlay is for another table.
+        RequestError: tables are to be resident and don't fit.
+        TableError: a file is missing, too short or another one, or an overlay is damaged or for another table.
     """
     overlays = read_overlays(bundle, options.overlays)
+    choices = choose_stores(bundle, options, model_bytes=_model_bytes(bundle, executor) if executor else 0)
     with contextlib.ExitStack() as opened:
         sites = []
-        for spec in bundle.manifest.tables:
-            table = open_table(bundle, spec)
+        for spec, choice in zip(bundle.manifest.tables, choices, strict=True):
+            keyer = bundle.keyer(spec.keyer)
+            decoder = executor.row_decoder(spec.site) if executor else None
+            table = open_table(bundle, spec, choice.io, decoder=decoder, progress=announce(choice))
             opened.callback(table.close)
-            sites.append(Site(spec, bundle.keyer(spec.keyer), with_overlays(table, overlays[spec.site])))
+            sites.append(Site(spec, keyer, with_overlays(table, overlays.get(spec.site, [])), choice))
         opened.pop_all()
     return sites
+
+
+def _model_bytes(bundle: Bundle, executor: Executor) -> int:
+    """Return what a sequence takes, and the weights, which are mapped, so that their memory counts as free so far."""
+    decoder = bundle.manifest.decoder
+    weights = sum(entry.bytes for entry in bundle.manifest.files if entry.path == decoder.weights)
+    return weights + state_bytes(decoder.states, executor.float16_states)
 
 
 def close_sites(sites: Sequence[Site]) -> None:
@@ -71,15 +93,33 @@ class Session:
 
     @classmethod
     def open(
-        cls, bundle: Bundle, executor: Executor, *, options: TableOptions = AUTO_OPTIONS, tables_on: bool = True
+        cls,
+        bundle: Bundle,
+        executor: Executor,
+        *,
+        options: TableOptions = AUTO_OPTIONS,
+        tables_on: bool = True,
+        announce: Announce = silently,
     ) -> Self:
-        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start."""
+        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start.
+
+        Args:
+            options: how tables are read; with ``tables_on`` False they are opened, neither loaded nor announced.
+            announce: see `open_sites`.
+        """
         with contextlib.ExitStack() as opened:
-            sites = open_sites(bundle, options, executor)
+            sites = (
+                open_sites(bundle, options, executor, announce=announce) if tables_on else open_sites(bundle, UNLOADED)
+            )
             opened.callback(close_sites, sites)
             session = cls(bundle, executor, sites, tables_on=tables_on)
             opened.pop_all()
         return session
+
+    @property
+    def tables(self) -> Sequence[TableChoice]:
+        """How each table is read that `open` opened to be read."""
+        return [site.choice for site in self._sites if site.choice is not None] if self._tables_on else []
 
     @property
     def token_ids(self) -> Sequence[int]:

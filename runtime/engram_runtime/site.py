@@ -7,13 +7,15 @@ from numpy.typing import NDArray
 
 from engram_runtime.keyers import NO_ROW, Keyer
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tables.store import TableStore
 
 
 class Site:
-    """A keyer and the store its row ids lead to."""
+    """A keyer and the store its row ids lead to; ``choice`` tells why that store, where there was a choice."""
 
-    def __init__(self, spec: TableSpec, keyer: Keyer, table: TableStore) -> None:
+    def __init__(self, spec: TableSpec, keyer: Keyer, table: TableStore, choice: TableChoice | None = None) -> None:
+        self.choice = choice
         self.name = spec.site
         self.spec = spec
         self.keyer = keyer

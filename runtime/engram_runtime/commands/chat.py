@@ -5,19 +5,20 @@ from typing import Any
 
 import click
 
+from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
     overlay_option,
+    read_options,
     sampling_options,
-    tables_option,
+    table_options,
     threads_option,
 )
 from engram_runtime.commands.run import summary
 from engram_runtime.errors import RequestError
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
-from engram_runtime.tables.options import TableOptions
 
 HELP = """/help   show this
 /reset  forget the conversation
@@ -31,7 +32,7 @@ HELP = """/help   show this
 @sampling_options
 @executor_option
 @threads_option
-@tables_option
+@table_options
 @overlay_option
 def chat(
     bundle: Path,
@@ -40,14 +41,18 @@ def chat(
     executor: str,
     threads: int | None,
     tables: str,
+    table_io: str,
+    table_ram: int | None,
     overlays: tuple[Path, ...],
     **sampling: Any,
 ) -> None:
     """Talk with the model in BUNDLE; /help lists the commands."""
     options = SamplingOptions(**sampling)
     beginning = [{"role": "system", "content": system}] if system else []
-    read = TableOptions(overlays=overlays)
-    with LLM(bundle, executor, threads=threads, tables_on=tables == "on", tables=read) as llm:
+    reading = read_options(tables, table_io, table_ram, overlays)
+    with LLM(
+        bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
+    ) as llm:
         messages = list(beginning)
         while (line := _read_line()) is not None:
             match line.strip():

@@ -1,26 +1,29 @@
 """``engram run``: continue one prompt."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
     json_option,
     overlay_option,
+    read_options,
     sampling_options,
-    tables_option,
+    table_options,
     threads_option,
 )
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.options import TableOptions
+from engram_runtime.tables.policy import TableChoice
 
 
 @click.command()
@@ -30,7 +33,7 @@ from engram_runtime.tables.options import TableOptions
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @executor_option
 @threads_option
-@tables_option
+@table_options
 @overlay_option
 @json_option
 def run(
@@ -41,14 +44,18 @@ def run(
     executor: str,
     threads: int | None,
     tables: str,
+    table_io: str,
+    table_ram: int | None,
     overlays: tuple[Path, ...],
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
-    read = TableOptions(overlays=overlays)
-    with LLM(bundle, executor, threads=threads, tables_on=tables == "on", tables=read) as llm:
+    reading = read_options(tables, table_io, table_ram, overlays)
+    with LLM(
+        bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
+    ) as llm:
         for piece in llm.stream(prompt, max_tokens=max_tokens, sampling=options, stop=stop):
             if not as_json:
                 click.echo(piece, nl=False)
@@ -61,6 +68,7 @@ def run(
                         "executor": executor,
                         "threads": llm.executor.threads,
                         "tables_on": tables == "on",
+                        "tables": [table_figures(choice, llm.last.tables) for choice in llm.tables],
                     }
                 )
             )
@@ -79,15 +87,14 @@ def generation_figures(generation: Generation) -> dict[str, Any]:
         "prefill_tok_s": round(generation.prefill_tok_s, 1),
         "decode_tok_s": round(generation.decode_tok_s, 1),
         "ttft_ms": round(generation.ttft_s * 1e3, 1),
-        "tables": [table_figures(site, counters) for site, counters in generation.tables.items()],
     }
 
 
-def table_figures(site: str, counters: TableCounters) -> dict[str, Any]:
-    """Return what a request asked of a table as JSON values; times in milliseconds."""
-    counts = asdict(counters)
+def table_figures(choice: TableChoice, asked: Mapping[str, TableCounters]) -> dict[str, Any]:
+    """Return how a table is read and what a request asked of it, as JSON values; times in milliseconds."""
+    counts = asdict(asked[choice.site])
     wait_s = counts.pop("wait_s")
-    return {"site": site, **counts, "wait_ms": round(wait_s * 1e3, 3)}
+    return {**choice.figures(), **counts, "wait_ms": round(wait_s * 1e3, 3)}
 
 
 def summary(generation: Generation) -> str:

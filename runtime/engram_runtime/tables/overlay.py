@@ -10,6 +10,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.overlay_file import Overlay, OverlaySpec, read_overlay
+from engram_runtime.tables.row_ids import count_distinct
 from engram_runtime.tables.store import TableStore, check_row_ids
 
 
@@ -62,7 +63,7 @@ class OverlayTable:
 
     def _count(self, rows: int, places: NDArray[np.int64]) -> None:
         below = self._base.counters
-        self._unique += len(set(places.tolist()))
+        self._unique += count_distinct(places)
         self.counters.rows += rows
         self.counters.unique = below.unique + self._unique
         self.counters.bytes = below.bytes + self._unique * self._format.record_bytes
