@@ -5,7 +5,10 @@ import click
 from engram_runtime.lazy_group import LazyGroup
 
 # name -> module:attribute
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "trace": "engram_runtime.commands.tables_trace:trace",
+    "mrc": "engram_runtime.commands.tables_mrc:mrc",
+}
 
 
 @click.command(cls=LazyGroup, modules=COMMANDS)
