@@ -8,6 +8,7 @@ from engram_runtime.lazy_group import LazyGroup
 COMMANDS: dict[str, str] = {
     "trace": "engram_runtime.commands.tables_trace:trace",
     "mrc": "engram_runtime.commands.tables_mrc:mrc",
+    "heat": "engram_runtime.commands.tables_heat:heat",
 }
 
 

@@ -20,7 +20,7 @@ def plot_curves(path: Path, trace: Trace, sites: Sequence[TraceSite], curves: Se
     figure = new_figure(8, 0.6 + 3.6 * len(sites))
     for axes, site, of_site in zip(figure.subplots(len(sites), squeeze=False)[:, 0], sites, curves, strict=True):
         _draw(axes, site, of_site)
-    figure.suptitle(f"{trace.model}: {trace.tokens:,} tokens of {trace.text}", fontsize=11)
+    figure.suptitle(f"{trace.model}: {trace.tokens:,} tokens of {trace.text}", fontsize=11, parse_math=False)
     save_png(figure, path)
 
 
@@ -43,7 +43,7 @@ def _draw(axes: "Axes", site: TraceSite, curves: Sequence[CacheCurve]) -> None:
     axes.set_xticks(sizes[::2], [size_text(size) for size in sizes[::2]], fontsize=8)
     axes.minorticks_off()
     axes.set_ylim(0, 104)
-    axes.set_title(site.site, fontsize=10, loc="left")
+    axes.set_title(site.site, fontsize=10, loc="left", parse_math=False)
     axes.set_xlabel("LRU cache")
     axes.set_ylabel("reads served, %")
     axes.spines[["top", "right"]].set_visible(False)
