@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.lens.mixing import mixed_bits
+from engram_runtime.lens.mixing import in_sample, mixed_bits
 from engram_runtime.lens.stack_distances import FIRST_TOUCH, stack_distances
 
 EXACT_ACCESSES = 4_000_000  # about 5 s and 400 MB; longer sequences are sampled down to as many
-HASH_BITS = 24  # of a thing's hash are held against the rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,14 +69,9 @@ def miss_ratio_curve(blocks: Iterable[NDArray[np.signedinteger[Any]]], rate: flo
     with a fixed rate, Waldspurger et al., FAST 2015.
     """
     accesses, kept = 0, []
-    threshold = round(rate * (1 << HASH_BITS))
     for block in blocks:
         accesses += len(block)
-        kept.append(block if rate == 1 else block[_hashes(block) < threshold])
+        kept.append(block if rate == 1 else block[in_sample(mixed_bits(block.astype(np.uint64)), rate)])
     distances = stack_distances(np.concatenate(kept))
     again = np.sort(distances[distances != FIRST_TOUCH])
     return MissRatioCurve(accesses=accesses, rate=rate, sampled=len(distances), distances=again)
-
-
-def _hashes(ids: NDArray[np.signedinteger[Any]]) -> NDArray[np.uint64]:
-    return mixed_bits(ids.astype(np.uint64)) >> np.uint64(64 - HASH_BITS)

@@ -15,6 +15,12 @@ def mixed_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed ^ mixed >> np.uint64(31)
 
 
+def in_sample(hashes: NDArray[np.uint64], rate: float) -> NDArray[np.bool_]:
+    """Return which of ``[N]`` hashes lie in a share of their range, so that equal things are in or out together."""
+    chosen: NDArray[np.bool_] = hashes >> np.uint64(32) < np.uint64(round(rate * 2**32))
+    return chosen
+
+
 def record_hashes(records: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return a 64-bit hash of each of ``[N, record_bytes]`` records, which should all be of one length."""
     num_rows, record_bytes = records.shape
