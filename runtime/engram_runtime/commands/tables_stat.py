@@ -106,8 +106,11 @@ def _standing_out(rows: dict[str, Any], what: str) -> str:
 
 def _copies(copies: dict[str, Any]) -> str:
     whole = copies["share_compared"] == 1
-    how = "all compared" if whole else f"{share_text(copies['share_compared'])} compared, chosen by hash"
-    return f"{copies['rows']:,} of {copies['compared']:,} other rows are copies of an earlier one, {how}"
+    which = "all" if whole else f"{share_text(copies['share_compared'])}, chosen by hash,"
+    return (
+        f"{copies['rows']:,} rows are copies of an earlier one; {copies['compared']:,} were compared, {which} that are "
+        f"finite and not zero"
+    )
 
 
 def _norms(norms: dict[str, Any]) -> str:
