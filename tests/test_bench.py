@@ -4,7 +4,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ for line in sys.stdin:
     if what == "load":
         times = {"import_s": 0.25, "load_s": seconds, "first_token_s": 0.25}
         facts = {"name": name, "build": f"{name} 1.0", "threads": request["threads"] or 2, "weight_bytes": 1000}
+        facts["tables"] = [{"site": name}]
         answer = {**facts, **times}
     elif what == "memory":
         answer = {"rss_anon_mb": 10 * seconds, "rss_file_mb": 100.0}
@@ -129,6 +130,7 @@ def test_figures_are_those_of_the_answers(start_worker: StartWorker) -> None:
         "prompt_tokens": 8,
         "decode_tokens": 4,
         "rounds": 3,
+        "tables": [{"site": "fast"}],
         "load_average": 0.5,
         "load_average_after": 0.75,
     }
@@ -278,6 +280,7 @@ class FakeRunner:
 
     name, build, threads, vocab_size = "fake", "fake 1.0", 1, 1000
     weight_bytes: int | None = None
+    tables: Sequence[Mapping[str, object]] = ()
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []

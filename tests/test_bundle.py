@@ -24,13 +24,12 @@ from engram_runtime.golden import Golden, check_logits, check_tables, record_dig
 from engram_runtime.hashing import INT64_MAX
 from engram_runtime.manifest import Manifest
 from engram_runtime.records import NO_FACTOR
-from engram_runtime.session import Session, Site, open_sites
+from engram_runtime.session import Session, open_sites
+from engram_runtime.site import Site
 from engram_runtime.strict_json import MAX_JSON_BYTES, read_json_object
 from engram_runtime.table_spec import RowRange
-from engram_runtime.tables import opening
-from engram_runtime.tables.files import FileTable
-from engram_runtime.tables.memory import InMemoryTable
 from engram_runtime.tables.opening import open_table
+from engram_runtime.tables.options import MMAP, PREAD, RESIDENT, TableOptions
 
 VOCAB, CONTEXT, ROWS, COLUMNS, HEADER = 50, 32, 36, 6, 64
 GRAPH, WEIGHTS, TABLE, MAP = (
@@ -257,10 +256,10 @@ def open_files() -> set[Path]:
     return set(Path("/proc/self/fd").iterdir())
 
 
-def test_tables_are_closed_where_a_later_one_cant_be_opened(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(opening, "RESIDENT_LIMIT_BYTES", 0)
+READING = TableOptions(io=PREAD)
+
+
+def test_tables_are_closed_where_a_later_one_cant_be_opened(folder: Path, tmp_path: Path) -> None:
     sound = manifest_json(contents())["tables"][0]
     missing = row_range(file=str(tmp_path / "gone"), external=True, identity="a")
     damaged = sound | {"site": "layer_2", "parts": [{"row_bytes": COLUMNS + 2, "ranges": [missing]}]}
@@ -268,16 +267,15 @@ def test_tables_are_closed_where_a_later_one_cant_be_opened(
     change_manifest(folder, "tables", value=[sound, damaged])
     bundle, before = Bundle.open(folder), open_files()
     with pytest.raises(TableError, match="gone can't be opened"):
-        open_sites(bundle)
+        open_sites(bundle, READING)
     assert open_files() == before
 
 
-def test_tables_are_closed_where_a_session_cant_begin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "RESIDENT_LIMIT_BYTES", 0)
+def test_tables_are_closed_where_a_session_cant_begin(folder: Path) -> None:
     change_manifest(folder, "graphs", value={})
     bundle, before = Bundle.open(folder), open_files()
     with pytest.raises(BundleError, match="no decoder"):
-        Session.open(bundle, ScriptedExecutor(scripted_logits([1])))
+        Session.open(bundle, ScriptedExecutor(scripted_logits([1])), tables_on=False)
     assert open_files() == before
 
 
@@ -312,16 +310,15 @@ def test_rows_keyed_by_the_token_are_those_at_its_id(folder: Path) -> None:
     )
 
 
-def test_a_table_above_the_limit_is_read_from_its_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("io", [MMAP, PREAD])
+def test_a_table_in_memory_has_the_rows_of_one_that_is_read_from_its_file(folder: Path, io: str) -> None:
     bundle = Bundle.open(folder)
     (spec,) = bundle.manifest.tables
-    small = open_table(bundle, spec)
-    monkeypatch.setattr(opening, "RESIDENT_LIMIT_BYTES", ROWS * 8 - 1)
-    large = open_table(bundle, spec)
+    held, read = open_table(bundle, spec, RESIDENT), open_table(bundle, spec, io)
     row_ids = np.array([35, 0, 35], dtype=np.int64)
-    assert (type(small), type(large)) == (InMemoryTable, FileTable)
-    np.testing.assert_array_equal(gathered(small, COLUMNS, row_ids), gathered(large, COLUMNS, row_ids), strict=True)
-    large.close()
+    np.testing.assert_array_equal(gathered(held, COLUMNS, row_ids), gathered(read, COLUMNS, row_ids), strict=True)
+    held.close()
+    read.close()
 
 
 def test_rows_outside_the_bundle_are_read_in_place(folder: Path, tmp_path: Path) -> None:
@@ -550,7 +547,7 @@ def test_rows_that_reach_beyond_their_file_are_refused(folder: Path, offset: int
     bundle = Bundle.open(folder)
     error = None
     try:
-        open_table(bundle, bundle.manifest.tables[0]).close()
+        open_table(bundle, bundle.manifest.tables[0], PREAD).close()
     except TableError as caught:
         error = str(caught)
     expected = f"table file {folder / TABLE} holds 352 bytes, its rows need {needed}; export it again"
@@ -815,6 +812,9 @@ class ScriptedExecutor:
 
     def chunks(self, count: int) -> Sequence[int]:
         return [1] * count
+
+    def row_decoder(self, site: str) -> None:
+        pass
 
     def bind(self, states: Mapping[str, State]) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:

@@ -15,14 +15,16 @@ from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profil
 
 from engram_runtime import LLM, Bundle, SamplingOptions
 from engram_runtime.commands.chat import HELP
+from engram_runtime.tables.options import TABLE_IO
 from engram_targets import profile_names
 
 PLAIN, UNTIED = TinyModel(), TinyModel(tied=False)
 PROMPT = "The tide comes in"
 RUN_KEYS = {
     "text", "token_ids", "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_ms", "executor",
-    "threads", "tables",
+    "threads", "tables_on", "tables",
 }  # fmt: skip
+SMALL_TABLE = "table layer_1: resident, 5.7 KiB: tables up to 64.0 MiB are, where there is room"
 WEIGHTS = "graph/weights.safetensors"
 EXECUTORS = ["tvm", "onnxruntime"]
 
@@ -36,21 +38,23 @@ def test_run_prints_the_generation_as_json(workshop: Workshop, command: Command,
     assert (outcome.code, outcome.json.keys()) == (0, RUN_KEYS)
     assert outcome.json["token_ids"] == list(made.token_ids)
     assert outcome.json["text"] == made.text
-    assert (outcome.json["executor"], outcome.json["tables"]) == (executor, "on")
+    assert (outcome.json["executor"], outcome.json["tables_on"]) == (executor, True)
 
 
 def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop, command: Command) -> None:
     outcome = command("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12)
     as_json = command("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12, "--json").json
     assert outcome.out == as_json["text"] + "\n"
-    assert outcome.err.startswith("[12 tokens, ")
-    assert outcome.err.endswith(" ms; length]\n")
+    table, figures = outcome.err.splitlines()
+    assert table == SMALL_TABLE
+    assert figures.startswith("[12 tokens, ")
+    assert figures.endswith(" ms; length]")
 
 
 def test_run_without_tables_makes_another_text(workshop: Workshop, command: Command) -> None:
     line = ("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12, "--json", "--tables")
     on, off = (command(*line, tables).json for tables in ("on", "off"))
-    assert (on["tables"], off["tables"]) == ("on", "off")
+    assert (on["tables_on"], off["tables_on"], off["tables"]) == (True, False, [])
     assert on["token_ids"] != off["token_ids"]
 
 
@@ -79,6 +83,38 @@ def test_a_stop_string_ends_the_run(workshop: Workshop, command: Command) -> Non
     whole = command(*line, "--max-tokens", 24).json["text"]
     stopped = command(*line, "--max-tokens", 24, "--stop", "never there", "--stop", whole[8:10]).json
     assert (stopped["text"], stopped["finish_reason"]) == (whole[: whole.index(whole[8:10])], "stop_string")
+
+
+@pytest.mark.parametrize("io", TABLE_IO)
+def test_tokens_are_the_same_however_tables_are_read(workshop: Workshop, command: Command, io: str) -> None:
+    line = ("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 12, "--json")
+    asked, default = command(*line, "--table-io", io), command(*line)
+    (table,) = asked.json["tables"]
+    assert (table["site"], table["io"]) == ("layer_1", "resident" if io == "auto" else io)
+    assert asked.json["token_ids"] == default.json["token_ids"]
+    assert asked.err == (f"{SMALL_TABLE}\n" if io == "auto" else f"table layer_1: {io}, 5.7 KiB: as asked for\n")
+
+
+def test_table_ram_is_the_most_that_resident_tables_take(workshop: Workshop, command: Command) -> None:
+    line = ("engram", "run", workshop.ready().path, PROMPT, "--max-tokens", 2, "--table-ram")
+    reasons = {size: command(*line, size).err.splitlines()[0] for size in ("5868B", "5KiB", "0")}
+    assert reasons == {
+        "5868B": SMALL_TABLE,
+        "5KiB": "table layer_1: mmap, 5.7 KiB: more than the 5.0 KiB allowed",
+        "0": "table layer_1: mmap, 5.7 KiB: more than the 0 B allowed",
+    }
+
+
+@pytest.mark.parametrize("line", [("run", PROMPT), ("chat",), ("eval", "ppl", "--text", "text.txt"), ("verify",)])
+def test_tables_say_how_they_are_read(
+    workshop: Workshop, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The hash of the last two tokens is read by the table.")
+    places = 2 if line[0] == "eval" else 1
+    outcome = command("engram", *line[:places], workshop.ready().path, *line[places:], "--table-io", "pread")
+    assert outcome.code == 0
+    assert outcome.err.splitlines().count("table layer_1: pread, 5.7 KiB: as asked for") == 1
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -198,7 +234,8 @@ def test_eval_ppl_is_that_of_the_logits(workshop: Workshop, command: Command, tm
         losses = [loss for half in (token_ids[:10], token_ids[10:]) for loss in next_token_losses(llm, half)]
     assert report["perplexity"]["tokens"] == 18
     assert report["perplexity"]["value"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-6)
-    assert (report["executor"], report["tables"], report["window"]) == ("tvm", "on", 10)
+    assert (report["executor"], report["tables_on"], report["window"]) == ("tvm", True, 10)
+    assert [table["io"] for table in report["tables"]] == ["resident"]
 
 
 def next_token_losses(llm: LLM, token_ids: list[int]) -> list[float]:
@@ -377,6 +414,25 @@ OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
         "Error: Invalid value for '--executor': 'cuda' is not one of 'tvm', 'onnxruntime'.",
     ),
     "tables": (("--tables", "maybe"), "Error: Invalid value for '--tables': 'maybe' is not one of 'on', 'off'."),
+    "table-io": (
+        ("--table-io", "io_uring"),
+        "Error: Invalid value for '--table-io': 'io_uring' is not one of 'auto', 'resident', 'mmap', 'pread'.",
+    ),
+    "table-ram": (("--table-ram", "4GB"), "engram: '4GB' is not a size, expected one such as 512MiB, 1.5GiB or 0"),
+    "table-ram-unused": (
+        ("--table-ram", "1GiB", "--table-io", "mmap"),
+        "engram: table ram is for resident tables, with table io mmap there are none; leave it out",
+    ),
+    "table-io-off": (
+        ("--table-io", "mmap", "--tables", "off"),
+        "engram: --table-io and --table-ram say how tables are read, with --tables off none is; leave out one or the "
+        "other",
+    ),
+    "table-room": (
+        ("--table-io", "resident", "--table-ram", "1KiB"),
+        "engram: table layer_1 can't be resident: its 5.7 KiB are more than the 1.0 KiB allowed; give --table-io mmap, "
+        "or more memory",
+    ),
     "temperature": (("--temperature", -1), "engram: temperature is -1.0, wanted between 0 and 100"),
     "temperature-nan": (("--temperature", "nan"), "engram: temperature is nan, wanted between 0 and 100"),
     "top-p": (("--top-p", 0), "engram: top_p is 0.0, wanted above 0 and at most 1"),

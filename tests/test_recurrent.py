@@ -421,6 +421,9 @@ class RunningSum:
     def chunks(self, count: int) -> Sequence[int]:
         return [count]
 
+    def row_decoder(self, site: str) -> None:
+        pass
+
     def bind(self, states: Mapping[str, State]) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             states["state.0"][...] += inputs.token_ids.sum()

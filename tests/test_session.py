@@ -37,6 +37,9 @@ class InterruptedSum:
     def chunks(self, count: int) -> Sequence[int]:
         return [2] * (count // 2) + [1] * (count % 2)
 
+    def row_decoder(self, site: str) -> None:
+        pass
+
     def bind(self, states: Mapping[str, State]) -> Step:
         (state,) = states.values()
 

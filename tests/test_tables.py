@@ -2,9 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,161 +14,41 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from tests.rows import gathered
+from tests.small_tables import (
+    COLUMNS,
+    FORMATS,
+    INT8,
+    OFFSET,
+    ROWS,
+    SCALE_DTYPES,
+    RecordedReads,
+    as_bytes,
+    as_ids,
+    joined_spec,
+    joined_table,
+    open_descriptors,
+    open_file,
+    records,
+    row_format,
+    row_range,
+    sharded_spec,
+    sharded_table,
+    split_spec,
+    split_table,
+    table_spec,
+    true_values,
+    write_part,
+)
 
 from engram_runtime.errors import BundleError, TableError
-from engram_runtime.keyer_spec import TokenKeyerSpec
 from engram_runtime.records import NO_FACTOR, RecordFormat
-from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+from engram_runtime.table_spec import TablePart, TableSpec
 from engram_runtime.tables.files import FileTable
-from engram_runtime.tables.memory import InMemoryTable
 from engram_runtime.tables.store import TableStore, check_row_ids
 
-ROWS, COLUMNS = 40, 6
-OFFSET = 100  # bytes before the first record, as a header has them
-NUMPY_DTYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int8": np.int8,
-}
-SCALE_DTYPES: dict[str, Any] = {
-    "float16": np.float16,
-    "float32": np.float32,
-    "e8m0": ml_dtypes.float8_e8m0fnu,
-}
-FORMATS = [
-    ("float32", "none"),
-    ("float16", "none"),
-    ("bfloat16", "none"),
-    ("int8", "none"),
-    ("int8", "float16"),
-    ("int8", "float32"),
-]
-
-
-def row_format(
-    payload: str, scale: str, *, columns: int = COLUMNS, scale_columns: int | None = None, factor: str = NO_FACTOR
-) -> RecordFormat:
-    """Return a record format, with one scale a row unless told otherwise."""
-    return RecordFormat(
-        payload=payload, columns=columns, scale=scale, scale_columns=scale_columns or columns, factor=factor
-    )
-
-
-INT8 = row_format("int8", "float16")
-
-
-def payload_and_scales(record: RecordFormat, rows: int = ROWS) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    rng = np.random.default_rng(7)
-    spread = 100 if record.payload == "int8" else 3
-    payload = (spread * rng.uniform(-1, 1, (rows, record.columns))).astype(NUMPY_DTYPES[record.payload])
-    scales = None if record.scale == "none" else rng.uniform(0.001, 0.1, rows).astype(record.scale)
-    return payload, scales
-
-
-def true_values(record: RecordFormat, rows: int = ROWS) -> NDArray[np.float32]:
-    """Return the float32 values of every row, straight from the arrays the records are made of."""
-    payload, scales = payload_and_scales(record, rows)
-    values = payload.astype(np.float32)
-    return values if scales is None else values * scales.astype(np.float32)[:, None]
-
-
-def as_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return ``[rows, bytes a row]``."""
-    return np.frombuffer(values.tobytes(), dtype=np.uint8).reshape(len(values), -1)
-
-
-def records(record: RecordFormat, rows: int = ROWS) -> NDArray[np.uint8]:
-    payload, scales = payload_and_scales(record, rows)
-    parts = [as_bytes(payload)] if scales is None else [as_bytes(payload), as_bytes(scales)]
-    return np.concatenate(parts, axis=1)
-
-
-def table_spec(record: RecordFormat, parts: Sequence[TablePart], rows: int = ROWS) -> TableSpec:
-    keyer = TokenKeyerSpec(vocab_size=rows, pad_id=0)
-    return TableSpec(site="layer_1", num_rows=rows, record=record, parts=tuple(parts), keyer=keyer)
-
-
-def write_part(path: Path, values: NDArray[np.uint8]) -> TablePart:
-    """Write rows ``[N, row_bytes]`` into one file."""
-    path.write_bytes(bytes(OFFSET) + values.tobytes())
-    return TablePart(row_bytes=values.shape[1], ranges=(row_range(path.name, 0, len(values)),))
-
-
-def row_range(file: str, first_row: int, num_rows: int, offset: int = OFFSET) -> RowRange:
-    return RowRange(first_row=first_row, num_rows=num_rows, file=file, external=False, offset=offset)
-
-
-def open_file(folder: Path, spec: TableSpec) -> FileTable:
-    return FileTable(spec, lambda rows: folder / rows.file)
-
-
-def joined_table(folder: Path, record: RecordFormat = INT8, rows: int = ROWS) -> FileTable:
-    """Payload and scale of a row side by side in one file."""
-    part = write_part(folder / "records.bin", records(record, rows))
-    return open_file(folder, table_spec(record, [part], rows))
-
-
-def split_table(folder: Path, record: RecordFormat = INT8) -> FileTable:
-    """Payload in one file, scales in another."""
-    payload, scales = payload_and_scales(record)
-    assert scales is not None
-    parts = [
-        write_part(folder / "payload.bin", as_bytes(payload)),
-        write_part(folder / "scales.bin", as_bytes(scales)),
-    ]
-    return open_file(folder, table_spec(record, parts))
-
-
-def sharded_table(folder: Path, record: RecordFormat = INT8, starts: Sequence[int] = (0, 7, 8, 30)) -> FileTable:
-    """Payload in ranges that begin at ``starts``, backwards in one file and with a gap, scales in three files."""
-    payload, scales = payload_and_scales(record)
-    assert scales is not None
-    data, ranges = bytes(OFFSET), []
-    for start, stop in reversed(list(zip(starts, [*starts[1:], ROWS], strict=True))):
-        ranges.append(row_range("payload.bin", start, stop - start, len(data)))
-        data += as_bytes(payload[start:stop]).tobytes() + b"gap"
-    (folder / "payload.bin").write_bytes(data)
-    scale_ranges = [
-        row_range(f"scales{start}.bin", start, stop - start, 0) for start, stop in ((0, 1), (1, 39), (39, ROWS))
-    ]
-    for rows in scale_ranges:
-        values = scales[rows.first_row : rows.first_row + rows.num_rows]
-        (folder / rows.file).write_bytes(as_bytes(values).tobytes())
-    parts = [
-        TablePart(row_bytes=record.payload_bytes, ranges=tuple(reversed(ranges))),
-        TablePart(row_bytes=record.record_bytes - record.payload_bytes, ranges=tuple(scale_ranges)),
-    ]
-    return open_file(folder, table_spec(record, parts))
-
-
-def memory_table(folder: Path) -> InMemoryTable:
-    return InMemoryTable(records(INT8), INT8)
-
-
-def as_ids(row_ids: list[int]) -> NDArray[np.int64]:
-    return np.array(row_ids, dtype=np.int64)
-
-
-def reads_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Return a list that every read from now on is added to: offset and bytes asked for."""
-    reads: list[tuple[int, int]] = []
-    preadv = os.preadv
-
-    def counted(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        reads.append((offset, sum(len(buffer) for buffer in buffers)))
-        return preadv(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", counted)
-    return reads
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a listing of descriptors, not of files
-
-
-STORES: list[Callable[[Path], TableStore]] = [memory_table, joined_table, split_table, sharded_table]
+Specify = Callable[[Path], TableSpec]
 READERS: list[Callable[[Path], FileTable]] = [joined_table, split_table, sharded_table]
+LAYOUTS: list[Specify] = [joined_spec, split_spec, sharded_spec]
 
 
 @pytest.mark.parametrize(("payload", "scale"), FORMATS)
@@ -177,13 +56,6 @@ def test_rows_from_a_file_equal_numpy(tmp_path: Path, payload: str, scale: str) 
     record = row_format(payload, scale)
     with joined_table(tmp_path, record) as table:
         np.testing.assert_array_equal(gathered(table, COLUMNS, np.arange(ROWS)), true_values(record), strict=True)
-
-
-@pytest.mark.parametrize(("payload", "scale"), FORMATS)
-def test_rows_from_memory_equal_numpy(payload: str, scale: str) -> None:
-    record = row_format(payload, scale)
-    table = InMemoryTable(records(record), record)
-    np.testing.assert_array_equal(gathered(table, COLUMNS, np.arange(ROWS)), true_values(record), strict=True)
 
 
 @pytest.mark.parametrize(("payload", "scale"), FORMATS)
@@ -204,7 +76,7 @@ def test_payload_and_scales_in_two_files_equal_joined_records(tmp_path: Path, sc
         np.testing.assert_array_equal(split.read_all(), joined.read_all(), strict=True)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", READERS)
 @settings(deadline=None)
 @given(row_ids=st.lists(st.integers(0, ROWS - 1), max_size=60))
 def test_order_and_duplicates_are_kept(
@@ -216,16 +88,16 @@ def test_order_and_duplicates_are_kept(
     np.testing.assert_array_equal(values, true_values(INT8)[row_ids], strict=True)
 
 
-def test_each_distinct_row_is_read_once_in_file_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with joined_table(tmp_path) as table:
-        reads = reads_of(monkeypatch)
+def test_each_distinct_row_is_read_once_in_file_order(tmp_path: Path) -> None:
+    reads = RecordedReads()
+    with joined_table(tmp_path, read=reads) as table:
         gathered(table, COLUMNS, as_ids([9, 2, 9, 5, 2]))
     size = INT8.record_bytes
-    assert reads == [(OFFSET + row * size, size) for row in (2, 5, 9)]
+    assert reads.waited == [(OFFSET + row * size, size) for row in (2, 5, 9)]
 
 
 @pytest.mark.parametrize("outside", [-1, -(2**63), ROWS, 2**63 - 1])
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", READERS)
 def test_a_row_id_outside_the_table_is_named(tmp_path: Path, store: Callable[[Path], TableStore], outside: int) -> None:
     table = store(tmp_path)
     with pytest.raises(IndexError) as caught:
@@ -234,15 +106,12 @@ def test_a_row_id_outside_the_table_is_named(tmp_path: Path, store: Callable[[Pa
     assert str(caught.value) == f"row id {outside} is outside [0, 40)"
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_nothing_is_read_if_a_row_id_is_outside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[Path], FileTable]
-) -> None:
-    with reader(tmp_path) as table:
-        reads = reads_of(monkeypatch)
-        with pytest.raises(IndexError):
-            gathered(table, COLUMNS, as_ids([0, ROWS]))
-    assert reads == []
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_read_if_a_row_id_is_outside(tmp_path: Path, layout: Specify) -> None:
+    reads = RecordedReads()
+    with open_file(tmp_path, layout(tmp_path), reads) as table, pytest.raises(IndexError):
+        gathered(table, COLUMNS, as_ids([0, ROWS]))
+    assert reads.waited == []
 
 
 @settings(deadline=None)
@@ -258,17 +127,9 @@ def test_row_ids_pass_if_and_only_if_all_lie_inside(row_ids: list[int], num_rows
 
 
 @pytest.mark.parametrize("most", [1, 3, 7])
-@pytest.mark.parametrize("reader", READERS)
-def test_short_reads_are_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[Path], FileTable], most: int
-) -> None:
-    preadv = os.preadv
-
-    def short(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        return preadv(descriptor, [buffers[0][:most]], offset)
-
-    with reader(tmp_path) as table:
-        monkeypatch.setattr(os, "preadv", short)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_short_reads_are_continued(tmp_path: Path, layout: Specify, most: int) -> None:
+    with open_file(tmp_path, layout(tmp_path), RecordedReads(most)) as table:
         np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([5, 1])), true_values(INT8)[[5, 1]], strict=True)
         np.testing.assert_array_equal(table.read_all(), records(INT8), strict=True)
 
@@ -348,7 +209,7 @@ def test_a_closed_table_holds_no_file_open(tmp_path: Path, reader: Callable[[Pat
     assert open_descriptors() == before
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", READERS)
 def test_a_table_may_be_closed_twice(tmp_path: Path, store: Callable[[Path], TableStore]) -> None:
     table = store(tmp_path)
     table.close()
@@ -513,12 +374,12 @@ def test_rows_are_the_same_however_the_table_is_cut_into_ranges(
         np.testing.assert_array_equal(table.read_rows(first, stop - first), records(INT8)[first:stop], strict=True)
 
 
-def test_no_read_crosses_the_end_of_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with sharded_table(tmp_path, starts=(0, 7)) as table:
-        reads = reads_of(monkeypatch)
+def test_no_read_crosses_the_end_of_a_range(tmp_path: Path) -> None:
+    reads = RecordedReads()
+    with sharded_table(tmp_path, starts=(0, 7), read=reads) as table:
         gathered(table, COLUMNS, as_ids([6, 7]))
     later = 33 * COLUMNS + 3  # rows 7 to 39 and the gap come first in the file
-    assert reads == [(OFFSET + later + 6 * COLUMNS, COLUMNS), (OFFSET, COLUMNS), (10, 2), (12, 2)]
+    assert reads.waited == [(OFFSET + later + 6 * COLUMNS, COLUMNS), (OFFSET, COLUMNS), (10, 2), (12, 2)]
 
 
 def test_a_file_of_many_ranges_is_opened_once(tmp_path: Path) -> None:

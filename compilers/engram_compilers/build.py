@@ -26,6 +26,7 @@ from engram_compilers.linking import link
 from engram_compilers.lowering import lower
 from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
+from engram_compilers.table_functions import table_functions
 
 LIBRARY_FILE, WEIGHTS_FILE, RUNTIME_FILE = "model.so", "weights.bin", "libtvm_runtime.so"
 Report = Callable[[str], None]
@@ -88,6 +89,7 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
             model, decoder, packed, family=profile.kernels, passes=profile.passes, cache_dtype=profile.cache_dtype
         )
         weights_bytes = packed.bytes
+    lowered.module.update(table_functions(bundle.manifest.tables))
     report(f"generating code for {profile.mcpu}")
     target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
     # Bytecode, not exec_mode="compiled": LLVM needs minutes for a function of 500 calls and saves 0.1 us a call.

@@ -19,7 +19,7 @@ from engram_export.weight_map import row_slices
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.executors.onnxruntime_session import REFUSALS, OnnxRuntimeExecutor
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import UNLOADED, Session, open_sites
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ def exact_logits(bundle: Bundle, token_ids: NDArray[np.int64], *, rows: int, thr
     session = open_exact_graph(bundle.file(bundle.manifest.decoder.file), threads=threads)
     executor = OnnxRuntimeExecutor(session, threads)
     logits, argmax = np.empty((0, 0), dtype=np.float32), []
-    with Session(bundle, executor, open_sites(bundle)) as sequence:
+    with Session(bundle, executor, open_sites(bundle, UNLOADED)) as sequence:
         first = len(token_ids) % rows  # the last rows are then those of one step
         for part in np.split(token_ids, range(first, len(token_ids), rows)):
             if len(part):

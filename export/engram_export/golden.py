@@ -10,7 +10,7 @@ from engram_export.exact_graph import GraphLogits
 from engram_export.verify import Parity
 from engram_runtime.bundle import Bundle
 from engram_runtime.golden import GOLDEN_FILE, Golden, TableGolden, record_digest
-from engram_runtime.session import open_sites
+from engram_runtime.session import UNLOADED, open_sites
 
 TABLE_TOKENS = 32  # tokens whose row ids are kept
 
@@ -38,7 +38,7 @@ def write_table_golden(bundle: Bundle, token_ids: NDArray[np.int64]) -> None:
 
 def _table_goldens(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[TableGolden]:
     tables = []
-    for site in open_sites(bundle):
+    for site in open_sites(bundle, UNLOADED):
         row_ids = site.keyer.row_ids([], token_ids[:TABLE_TOKENS])
         rows = site.rows([], token_ids[:TABLE_TOKENS])
         tables.append(TableGolden(site=site.name, row_ids=row_ids.tolist(), rows_sha256=record_digest(rows)))

@@ -18,7 +18,7 @@ from engram_runtime.bundle import file_identity
 from engram_runtime.errors import RequestError
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.records import RecordFormat
-from engram_runtime.session import Site
+from engram_runtime.site import Site
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.files import FileTable
 

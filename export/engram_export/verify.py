@@ -20,7 +20,7 @@ from engram_export.table_writer import checkpoint_site, open_rows
 from engram_runtime.bundle import Bundle
 from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError, VerificationError
-from engram_runtime.session import open_sites
+from engram_runtime.session import UNLOADED, open_sites
 
 VERIFY_TEXT = "verify_text.txt"
 VERIFY_TOKENS = 256
@@ -128,7 +128,7 @@ def reference_logits(
 
 def bundle_rows(bundle: Bundle, token_ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
     """Return the ``[T, C, d]`` rows a bundle gives for a text, site by site."""
-    sites = open_sites(bundle)
+    sites = open_sites(bundle, UNLOADED)
     rows = [site.rows([], token_ids) for site in sites]
     for site in sites:
         site.table.close()

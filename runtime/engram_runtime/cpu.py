@@ -75,16 +75,16 @@ def _core(cpu: int) -> str:
 
 def cpu_quota() -> float:
     """Return how many CPUs' time this process's control groups grant it, infinity where they set no limit."""
-    return min((_quota(folder) for folder in _cpu_groups()), default=math.inf)
+    return min((_quota(folder) for folder in control_groups("cpu")), default=math.inf)
 
 
-def _cpu_groups() -> Iterator[Path]:
-    """Yield the folders of this process's groups with a say in CPU time and of all above them."""
+def control_groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's groups with a say in ``cpu``, ``memory``, .. and of all above them."""
     lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
-            root = CGROUPS / "cpu" if controllers else CGROUPS
+        if controllers == "" or controller in controllers.split(","):
+            root = CGROUPS / controller if controllers else CGROUPS
             group = root / path.lstrip("/")
             yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 

@@ -15,6 +15,7 @@ from engram_runtime.cpu import physical_memory
 from engram_runtime.errors import RequestError
 from engram_runtime.manifest import StateSpec
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.decoding import RowDecoder
 
 MOST_THREADS = 256  # that a compiled library's pool can start
 ALIGNMENT_BYTES = 64  # TVM's vector loads need it
@@ -68,6 +69,10 @@ class Executor(Protocol):
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
         ...
 
+    def row_decoder(self, site: str) -> RowDecoder | None:
+        """Return a compiled decoder for one store of a site's table, or None where its records have none."""
+        ...
+
     def bind(self, states: Mapping[str, State]) -> Step:
         """Bind caller-owned states, by name in their manifest shapes, 64-byte aligned; see `allocate_states`."""
         ...
@@ -107,15 +112,23 @@ def allocate_states(specs: Sequence[StateSpec], float16_states: Collection[str] 
         RequestError: they are larger than the machine's memory.
     """
     # All are summed first, as the system may grant each by itself and end the process once they fill.
-    dtypes = {spec.name: FLOAT16 if spec.name in float16_states else FLOAT32 for spec in specs}
-    needed = sum(np.dtype(dtypes[spec.name]).itemsize * math.prod(spec.shape) for spec in specs)
+    needed = state_bytes(specs, float16_states)
     memory = physical_memory()
     if needed > memory:
         raise RequestError(
             f"the states need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB of memory; "
             f"export with a smaller --context"
         )
-    return {spec.name: aligned_zeros(spec.shape, dtypes[spec.name]) for spec in specs}
+    return {spec.name: aligned_zeros(spec.shape, _dtype(spec, float16_states)) for spec in specs}
+
+
+def state_bytes(specs: Sequence[StateSpec], float16_states: Collection[str] = ()) -> int:
+    """Return what states take once all their positions are used."""
+    return sum(np.dtype(_dtype(spec, float16_states)).itemsize * math.prod(spec.shape) for spec in specs)
+
+
+def _dtype(spec: StateSpec, float16_states: Collection[str]) -> str:
+    return FLOAT16 if spec.name in float16_states else FLOAT32
 
 
 def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:

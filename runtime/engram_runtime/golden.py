@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, VerificationError
 from engram_runtime.manifest import DECODER, Manifest
-from engram_runtime.session import Session, Site
+from engram_runtime.session import Session
+from engram_runtime.site import Site
 from engram_runtime.strict_json import Fields, read_json_object
 
 GOLDEN_FILE = "golden/golden.json"

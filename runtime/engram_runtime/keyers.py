@@ -3,15 +3,16 @@
 Equations of the n-gram hash: Engram, arXiv 2601.07372, and the demo ``engram_demo_v1.py`` of deepseek-ai/Engram.
 """
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 NO_ROW = -1  # in place of a row id where a token reads no row and gets zeros
-_FEW_TOKENS = 8  # up to here plain Python is faster than numpy's many calls: 15 us for 60 at one token
+_FEW_TOKENS = 8  # up to here plain Python hashes faster than numpy with its many calls
+_NO_TOKEN = -1  # what is seen before the first token
 
 
 class Keyer(Protocol):
@@ -91,6 +92,11 @@ class NgramKeyer:
     barrier_ids: NDArray[np.int64]
     silent_ids: NDArray[np.int64]
     token_map: NDArray[np.int64] | None
+    _constants: "_Constants" = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Put the constants into the forms that are quick to use."""
+        object.__setattr__(self, "_constants", _Constants(self))  # the way of frozen dataclasses
 
     @property
     def columns(self) -> int:
@@ -109,13 +115,25 @@ class NgramKeyer:
 
     def row_ids(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Keyer.row_ids`."""
-        few = len(token_ids) <= _FEW_TOKENS
-        return self._each_row_id(history, token_ids) if few else self._all_row_ids(history, token_ids)
+        known, count = self._constants, len(token_ids)
+        if count > _FEW_TOKENS:
+            row_ids = self._many_hashes(history, token_ids).take(known.order_of_column, axis=1)
+            row_ids %= self.primes
+            row_ids += self.offsets
+        else:  # numpy is quicker where nothing is broadcast
+            row_ids = self._few_hashes(history, token_ids).take(known.order_of_column, axis=1)
+            row_ids %= known.primes_of_few[:count]
+            row_ids += known.offsets_of_few[:count]
+        silent = known.silent.take(token_ids, mode="clip")
+        if np.count_nonzero(silent):
+            row_ids[silent] = NO_ROW
+        return row_ids
 
-    def _all_row_ids(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _many_hashes(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the hash of each order, ``[T, orders]``."""
         ids, barriers = self._with_context(history, token_ids)
         count = len(token_ids)
-        row_ids = np.empty((count, self.columns), dtype=np.int64)
+        hashes = np.empty((count, len(self.orders)), dtype=np.int64)
         mixed = np.zeros(count, dtype=np.int64)
         hidden = np.zeros(count, dtype=np.bool_)
         for back, multiplier in enumerate(self.multipliers):
@@ -125,11 +143,8 @@ class NgramKeyer:
             # id < V' and multiplier < (2**63 - 1) // V', so the product can't overflow
             mixed ^= np.where(hidden, self.pad_id, ids[seen]) * multiplier
             if back + 1 in self.orders:
-                first = self.orders.index(back + 1) * self.num_heads
-                heads = slice(first, first + self.num_heads)
-                row_ids[:, heads] = mixed[:, None] % self.primes[heads] + self.offsets[heads]
-        row_ids[np.isin(token_ids, self.silent_ids)] = NO_ROW
-        return row_ids
+                hashes[:, self.orders.index(back + 1)] = mixed
+        return hashes
 
     def _with_context(
         self, history: Sequence[int], token_ids: NDArray[np.int64]
@@ -140,29 +155,47 @@ class NgramKeyer:
         ids = np.full(self.context + len(token_ids), self.pad_id, dtype=np.int64)
         barriers = np.zeros(len(ids), dtype=np.bool_)
         known = slice(self.context - len(recent), None)
-        ids[known] = raw if self.token_map is None else self.token_map[raw]
-        barriers[known] = np.isin(raw, self.barrier_ids)
+        ids[known] = raw if self.token_map is None else self.token_map.take(raw)
+        barriers[known] = self._constants.barriers.take(raw, mode="clip")
         return ids, barriers
 
-    def _each_row_id(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        seen = [*history[max(0, len(history) - self.context) :], *token_ids.tolist()]
-        ids = seen if self.token_map is None else self.token_map[seen].tolist()
-        barriers, silent = set(self.barrier_ids.tolist()), set(self.silent_ids.tolist())
-        longest = [order - 1 for order in self.orders for _ in range(self.num_heads)]
-        columns = list(zip(longest, self.primes.tolist(), self.offsets.tolist(), strict=True))
-        row_ids = np.full((len(token_ids), len(columns)), NO_ROW, dtype=np.int64)
-        for row, end in enumerate(range(len(seen) - len(token_ids), len(seen))):
-            if seen[end] not in silent:
-                hashes = self._hashes(seen, ids, end, barriers)
-                row_ids[row] = [hashes[back] % prime + offset for back, prime, offset in columns]
-        return row_ids
+    def _few_hashes(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what `_many_hashes` does."""
+        known = self._constants
+        missing = max(0, known.context - len(history))
+        seen = [*[_NO_TOKEN] * missing, *history[len(history) - known.context + missing :], *token_ids.tolist()]
+        hashes = [self._token_hashes(seen, end) for end in range(known.context, len(seen))]
+        return np.array(hashes, dtype=np.int64).reshape(len(hashes), len(self.orders))
 
-    def _hashes(self, seen: Sequence[int], ids: Sequence[int], end: int, barriers: Set[int]) -> list[int]:
-        """Return the hashes of the 1, 2 ... context + 1 tokens up to place ``end``; ``ids`` are the compressed ones."""
+    def _token_hashes(self, seen: Sequence[int], end: int) -> list[int]:
+        """Return the hash of each order at place ``end`` of raw ids."""
+        known = self._constants
         hashes, mixed, hidden = [], 0, False
-        for back, multiplier in enumerate(self.multipliers.tolist()):
-            place = end - back
-            hidden = hidden or place < 0 or (back > 0 and seen[place] in barriers)
-            mixed ^= (self.pad_id if hidden else ids[place]) * multiplier
-            hashes.append(mixed)
+        for back, (multiplier, wanted) in enumerate(known.steps):
+            token_id = seen[end - back]
+            hidden = hidden or (back > 0 and token_id in known.hiding)
+            mixed ^= (self.pad_id if hidden else known.compressed(token_id)) * multiplier
+            if wanted:
+                hashes.append(mixed)
         return hashes
+
+
+class _Constants:
+    """A keyer's constants as its calls use them, so that none converts them again."""
+
+    def __init__(self, keyer: NgramKeyer) -> None:
+        few = _FEW_TOKENS, 1
+        self.context = keyer.context
+        self.order_of_column = np.arange(len(keyer.orders)).repeat(keyer.num_heads)
+        self.primes_of_few, self.offsets_of_few = np.tile(keyer.primes, few), np.tile(keyer.offsets, few)
+        self.steps = [(factor, back + 1 in keyer.orders) for back, factor in enumerate(keyer.multipliers.tolist())]
+        self.hiding = frozenset([_NO_TOKEN, *keyer.barrier_ids.tolist()])
+        self.barriers, self.silent = _membership(keyer.barrier_ids), _membership(keyer.silent_ids)
+        self.compressed: Callable[[int], int] = int if keyer.token_map is None else keyer.token_map.item
+
+
+def _membership(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return whether each raw id is among ``ids``, for a clipped look-up: the last entry stands for all beyond."""
+    members = np.zeros(int(ids.max(initial=-1)) + 2, dtype=np.bool_)
+    members[ids] = True
+    return members

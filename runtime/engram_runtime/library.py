@@ -5,16 +5,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import TILE_FLAGS, cpu_flags, machine, request_tiles
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import ALIGNMENT_BYTES, MOST_THREADS
 from engram_runtime.manifest import contained_path
 from engram_runtime.strict_json import Fields, read_json_object
+from engram_runtime.table_spec import TableSpec
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
-LIBRARY_INFO_VERSION = 3
+LIBRARY_INFO_VERSION = 4
 LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
@@ -58,6 +61,7 @@ class LibraryInfo:
     position, logit_rows, the rows of each table, the states, then the packed weights, each in manifest order.
     They return the logits, the windows and recurrent states, and for each entry of ``expert_bytes``, a layer with
     experts, how many experts of that size it has read, int32 ``[1]``.
+    A `row_function` for each kind of records takes the arguments of `engram_runtime.tables.decoding.RowDecoder`.
     ``threads`` is how many run it unless told otherwise, 0 for one on each core this process may use.
     States in ``float16_states`` are float16, the others float32.
     ``sha256`` holds the digests of the files named by ``library``, ``runtime`` and ``weights``.
@@ -141,6 +145,14 @@ class LibraryInfo:
         if TILE_FLAGS & set(self.cpu_flags) and not request_tiles():
             return f"{self.target} needs AMX tiles, which the kernel keeps from this process (arch_prctl is denied)"
         return None
+
+
+def row_function(table: TableSpec) -> str:
+    """Return the name of the function that decodes records like a table's."""
+    record = table.record
+    factor = np.float32(float.fromhex(record.factor)).tobytes().hex()
+    parts = "_".join(str(part.row_bytes) for part in table.parts)
+    return f"rows_{record.payload}_{record.columns}_{record.scale}_{record.scale_columns}_{factor}_{parts}"
 
 
 def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:

@@ -15,6 +15,9 @@ from engram_runtime.executor import load_executor
 from engram_runtime.generation import Generation, decode_tokens
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
+from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, silently
+from engram_runtime.tables.options import TableOptions
+from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tokenizer import TextTokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -28,7 +31,14 @@ class LLM:
     """
 
     def __init__(
-        self, bundle: str | Path, executor: str = "tvm", *, threads: int | None = None, tables_on: bool = True
+        self,
+        bundle: str | Path,
+        executor: str = "tvm",
+        *,
+        threads: int | None = None,
+        tables_on: bool = True,
+        tables: TableOptions = AUTO_OPTIONS,
+        announce: Announce = silently,
     ) -> None:
         """Open and load a bundle.
 
@@ -36,17 +46,24 @@ class LLM:
             executor: ``tvm`` or ``onnxruntime``.
             threads: worker threads, or None for what the target profile says, else one per core.
             tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
+            tables: how they are read, if they are.
+            announce: see `engram_runtime.session.open_sites`.
 
         Raises:
             BundleError: the bundle is damaged.
             TargetError: the executor can't run it on this machine.
-            RequestError: no such executor, or not a positive number of threads.
+            RequestError: no such executor, not a positive number of threads, or no room for resident tables.
         """
         self.bundle = Bundle.open(Path(bundle))
         self.executor = load_executor(executor, self.bundle, threads=threads)
-        self.session = Session.open(self.bundle, self.executor, tables_on=tables_on)
+        self.session = Session.open(self.bundle, self.executor, options=tables, tables_on=tables_on, announce=announce)
         self._tokenizer: TextTokenizer | None = None
         self.last: Generation | None = None
+
+    @property
+    def tables(self) -> Sequence[TableChoice]:
+        """How each table is read and why, in the manifest's order; none with tables off."""
+        return self.session.tables
 
     @property
     def tokenizer(self) -> TextTokenizer:

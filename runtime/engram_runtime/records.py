@@ -1,5 +1,7 @@
 """Record formats of a host table: one row as bytes, and how bytes become float32 values."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,6 +14,7 @@ from engram_runtime.strict_json import Fields
 PAYLOAD_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3": 8, "int8": 8, "int4": 4}
 SCALE_BYTES = {"none": 0, "float16": 2, "float32": 4, "e8m0": 1}
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+PayloadDecoder = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]  # bytes [N, B] into out [N, columns]
 NO_FACTOR = "0x1.0000000000000p+0"  # one, as `float.hex` spells it
 
 
@@ -37,6 +40,13 @@ def _int4_pairs() -> NDArray[np.float32]:
     low = np.arange(256) % 16
     signed = np.where(low > 7, low - 16, low).astype(np.float32)
     return np.stack([signed, signed[np.arange(256) // 16]], axis=1)
+
+
+@functools.cache
+def _float8_e4m3_pairs() -> NDArray[np.uint64]:
+    """Return ``[65536]`` pairs of float32 values, the one of the lower byte first."""
+    low, high = np.meshgrid(FLOAT8_E4M3_VALUES, FLOAT8_E4M3_VALUES)
+    return np.stack([low, high], axis=-1).view(np.uint64).ravel()
 
 
 FLOAT8_E4M3_VALUES = _float8_e4m3_values()
@@ -112,13 +122,18 @@ class RecordFormat:
 
     def decode(self, records: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Turn ``[N, record_bytes]`` bytes into ``[N, columns]`` float32, a fresh array."""
-        values = _payload_values(np.ascontiguousarray(records[:, : self.payload_bytes]), self.payload)
+        values = np.empty((len(records), self.columns), dtype=np.float32)
+        self.decode_into(records, values)
+        return values
+
+    def decode_into(self, records: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        """Fill ``out [N, columns]``, contiguous, with the values of ``[N, record_bytes]`` bytes."""
+        PAYLOAD_DECODERS[self.payload](records[:, : self.payload_bytes], out)
         if self.num_scales:
-            groups = values.reshape(len(values), self.num_scales, self.scale_columns)
+            groups = out.reshape(len(out), self.num_scales, self.scale_columns)
             groups *= scale_values(np.ascontiguousarray(records[:, self.payload_bytes :]), self.scale)[:, :, None]
         if self.factor != NO_FACTOR:
-            values *= np.float32(float.fromhex(self.factor))
-        return values
+            out *= np.float32(float.fromhex(self.factor))
 
 
 def scale_values(scales: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
@@ -126,14 +141,33 @@ def scale_values(scales: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     return E8M0_VALUES.take(scales) if dtype == "e8m0" else scales.view(dtype).astype(np.float32)
 
 
-def _payload_values(payload: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    if dtype == "float8_e4m3":
-        return FLOAT8_E4M3_VALUES.take(payload)  # three times as fast as indexing
-    if dtype == "int4":
-        return INT4_PAIRS.take(payload, axis=0).reshape(len(payload), 2 * payload.shape[1])
-    if dtype == "bfloat16":
-        return (payload.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return payload.view(dtype).astype(np.float32)
+def _convert(dtype: str) -> PayloadDecoder:
+    return lambda payload, out: np.copyto(out, payload.view(dtype))
+
+
+def _widen_bfloat16(payload: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    np.left_shift(payload.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+
+
+def _look_up_float8_e4m3(payload: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    if payload.shape[1] % 2:
+        FLOAT8_E4M3_VALUES.take(payload, out=out, mode="clip")
+    else:  # two at a time take two thirds of the time
+        _float8_e4m3_pairs().take(payload.view(np.uint16), out=out.view(np.uint64), mode="clip")
+
+
+def _look_up_int4(payload: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    INT4_PAIRS.view(np.uint64)[:, 0].take(payload, out=out.view(np.uint64), mode="clip")
+
+
+PAYLOAD_DECODERS: dict[str, PayloadDecoder] = {
+    "float32": _convert("float32"),
+    "float16": _convert("float16"),
+    "bfloat16": _widen_bfloat16,
+    "float8_e4m3": _look_up_float8_e4m3,
+    "int8": _convert("int8"),
+    "int4": _look_up_int4,
+}
 
 
 def _is_factor(text: str) -> bool:

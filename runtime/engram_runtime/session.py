@@ -1,6 +1,8 @@
 """One sequence: token ids in, logits out, with rows fetched and caches kept."""
 
 import contextlib
+import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -10,46 +12,51 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows
-from engram_runtime.keyers import NO_ROW, Keyer
-from engram_runtime.table_spec import TableSpec
-from engram_runtime.tables.opening import open_table
-from engram_runtime.tables.store import TableStore
+from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.rows_ahead import RowsAhead
+from engram_runtime.site import Site
+from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores, open_table, silently
+from engram_runtime.tables.options import PREAD, TableOptions
+from engram_runtime.tables.policy import TableChoice
+
+UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
 
 
-class Site:
-    """A place in the model that reads a table: its keyer and its store."""
+def open_sites(
+    bundle: Bundle,
+    options: TableOptions = AUTO_OPTIONS,
+    executor: Executor | None = None,
+    *,
+    announce: Announce = silently,
+) -> list[Site]:
+    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores.
 
-    def __init__(self, spec: TableSpec, keyer: Keyer, table: TableStore) -> None:
-        self.name = spec.site
-        self.spec = spec
-        self.keyer = keyer
-        self.table = table
+    Args:
+        executor: what will run beside them, or None for nothing.
+        announce: told how each is read, and of its loading.
 
-    def rows(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return ``[T, C, d]`` float32 rows of each token; zeros for tokens that read none."""
-        row_ids = self.keyer.row_ids(history, token_ids)
-        found = row_ids != NO_ROW
-        rows = np.empty((*row_ids.shape, self.spec.record.columns), dtype=np.float32)
-        if found.all():
-            self.table.gather(row_ids.ravel(), rows.reshape(-1, self.spec.record.columns))
-            return rows
-        some = np.empty((int(found.sum()), self.spec.record.columns), dtype=np.float32)
-        self.table.gather(row_ids[found], some)
-        rows[found], rows[~found] = some, 0
-        return rows
-
-
-def open_sites(bundle: Bundle) -> list[Site]:
-    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores."""
+    Raises:
+        RequestError: tables are to be resident and don't fit.
+        TableError: a file is missing, too short or another one.
+    """
+    choices = choose_stores(bundle, options, model_bytes=_model_bytes(bundle, executor) if executor else 0)
     with contextlib.ExitStack() as opened:
         sites = []
-        for spec in bundle.manifest.tables:
-            site = Site(spec, bundle.keyer(spec.keyer), open_table(bundle, spec))
-            opened.callback(site.table.close)
-            sites.append(site)
+        for spec, choice in zip(bundle.manifest.tables, choices, strict=True):
+            keyer = bundle.keyer(spec.keyer)
+            table = open_table(bundle, spec, choice.io, progress=announce(choice))
+            opened.callback(table.close)
+            sites.append(Site(spec, keyer, table, choice))
         opened.pop_all()
     return sites
+
+
+def _model_bytes(bundle: Bundle, executor: Executor) -> int:
+    """Return what a sequence takes, and the weights, which are mapped, so that their memory counts as free so far."""
+    decoder = bundle.manifest.decoder
+    weights = sum(entry.bytes for entry in bundle.manifest.files if entry.path == decoder.weights)
+    return weights + state_bytes(decoder.states, executor.float16_states)
 
 
 def close_sites(sites: Sequence[Site]) -> None:
@@ -73,6 +80,8 @@ class Session:
         self._executor = executor
         self._sites = sites
         self._tables_on = tables_on
+        self._rows_ahead = RowsAhead(sites)
+        self._counters_before = {site.name: dataclasses.replace(site.table.counters) for site in sites}
         states = allocate_states(specs, executor.float16_states)
         self._one_way = [states[spec.name] for spec in specs if not spec.rolls_back]
         self._step = executor.bind(states)
@@ -80,14 +89,34 @@ class Session:
         self._stale = False  # whether states may hold other tokens than `token_ids`
 
     @classmethod
-    def open(cls, bundle: Bundle, executor: Executor, *, tables_on: bool = True) -> Self:
-        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start."""
+    def open(
+        cls,
+        bundle: Bundle,
+        executor: Executor,
+        *,
+        options: TableOptions = AUTO_OPTIONS,
+        tables_on: bool = True,
+        announce: Announce = silently,
+    ) -> Self:
+        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start.
+
+        Args:
+            options: how tables are read; with ``tables_on`` False they are opened, neither loaded nor announced.
+            announce: see `open_sites`.
+        """
         with contextlib.ExitStack() as opened:
-            sites = open_sites(bundle)
+            sites = (
+                open_sites(bundle, options, executor, announce=announce) if tables_on else open_sites(bundle, UNLOADED)
+            )
             opened.callback(close_sites, sites)
             session = cls(bundle, executor, sites, tables_on=tables_on)
             opened.pop_all()
         return session
+
+    @property
+    def tables(self) -> Sequence[TableChoice]:
+        """How each table is read that `open` opened to be read."""
+        return [site.choice for site in self._sites if site.choice is not None] if self._tables_on else []
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -98,6 +127,14 @@ class Session:
     def room(self) -> int:
         """How many more tokens the context holds."""
         return self._model.context_length - len(self)
+
+    @property
+    def counters(self) -> Mapping[str, TableCounters]:
+        """What the tables were asked for since the session began, by site; by whoever shares them as well.
+
+        ``wait_s`` is the store's: what passes while the graph runs on the tokens before is part of it.
+        """
+        return {site.name: site.table.counters - self._counters_before[site.name] for site in self._sites}
 
     def __len__(self) -> int:
         return len(self._token_ids)
@@ -138,16 +175,32 @@ class Session:
             self._token_ids = self._token_ids[:-count]
         return self._restore()
 
+    def request(self, token_ids: Sequence[int]) -> None:
+        """Say that these tokens may come next, so that their rows are on their way when they do.
+
+        It returns at once, and nothing is to be undone where others come. Rows that can't be read are an error once
+        they are needed.
+
+        Raises:
+            RequestError: an id outside the vocabulary.
+        """
+        self._check_vocabulary(token_ids)
+        if self._tables_on:
+            self._rows_ahead.request(self._token_ids, token_ids)
+
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)
         self._restore()
-        for chunk in self._chunks(ids):
-            inputs = self._inputs(self._token_ids, chunk, every_position=every_position)
-            self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
-            logits = self._step(inputs)
-            self._token_ids += chunk.tolist()
-            self._stale = False
-            yield logits
+        try:
+            for chunk, following in self._chunks(ids):
+                inputs = self._inputs(self._token_ids, chunk, following, every_position=every_position)
+                self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
+                logits = self._step(inputs)
+                self._token_ids += chunk.tolist()
+                self._stale = False
+                yield logits
+        finally:
+            self._rows_ahead.settle()
 
     def _restore(self) -> int:
         """Make the states hold `token_ids` alone; returns how many tokens were computed again for that."""
@@ -157,37 +210,49 @@ class Session:
             state[...] = 0
         again = self._token_ids if self._one_way else []
         start = 0
-        for chunk in self._chunks(np.asarray(again, dtype=np.int64)):
-            self._step(self._inputs(again[:start], chunk, every_position=False))
+        for chunk, following in self._chunks(np.asarray(again, dtype=np.int64)):
+            self._step(self._inputs(again[:start], chunk, following, every_position=False))
             start += len(chunk)
         self._stale = False
         return len(again)
 
-    def _chunks(self, token_ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    def _chunks(self, token_ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield each chunk and the one after it; the last one is followed by no tokens."""
         start = 0
-        for size in self._executor.chunks(len(token_ids)):
-            yield token_ids[start : start + size]
-            start += size
+        for size, next_size in itertools.pairwise([*self._executor.chunks(len(token_ids)), 0]):
+            stop = start + size
+            yield token_ids[start:stop], token_ids[stop : stop + next_size]
+            start = stop
 
-    def _inputs(self, history: Sequence[int], token_ids: NDArray[np.int64], *, every_position: bool) -> StepInputs:
-        """Return the inputs of a pass over ``token_ids [T]`` after ``history``."""
+    def _inputs(
+        self,
+        history: Sequence[int],
+        token_ids: NDArray[np.int64],
+        following: NDArray[np.int64],
+        *,
+        every_position: bool,
+    ) -> StepInputs:
+        """Return the inputs of a pass over ``token_ids [T]`` after ``history``, and begin with the rows after them."""
         count = len(token_ids)
         return StepInputs(
             token_ids=token_ids,
             position=len(history),
             logit_rows=np.arange(0 if every_position else count - 1, count, dtype=np.int64),
-            rows=self._rows(history, token_ids),
+            rows=self._rows(history, token_ids, following),
         )
 
-    def _rows(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:
-        if self._tables_on:
-            return {site.name: site.rows(history, token_ids) for site in self._sites}
-        return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
+    def _rows(
+        self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        if not self._tables_on:
+            return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
+        rows = self._rows_ahead.rows(history, token_ids)
+        if len(following):
+            self._rows_ahead.begin(history, token_ids, following)
+        return rows
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
-        for token_id in token_ids:
-            if not 0 <= token_id < self._model.vocab_size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {self._model.vocab_size}")
+        self._check_vocabulary(token_ids)
         ids = np.asarray(token_ids, dtype=np.int64)
         if len(ids) == 0:
             raise RequestError("no tokens were given; the model needs at least one")
@@ -195,8 +260,14 @@ class Session:
             raise RequestError(f"{total} tokens exceed the context of {self._model.context_length}; shorten the prompt")
         return ids
 
+    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._model.vocab_size:
+                raise RequestError(f"token id {token_id} is outside the vocabulary of {self._model.vocab_size}")
+
     def close(self) -> None:
         """Close the tables."""
+        self._rows_ahead.close()
         close_sites(self._sites)
 
     def __enter__(self) -> Self:

@@ -13,6 +13,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.executor import Executor, load_executor
 from engram_runtime.library import find_library
 from engram_runtime.session import Session
+from engram_runtime.tables.options import TableOptions
 
 TVM = "tvm"
 ROTATIONS, EMBEDDING, HEAD, EXPERTS = "rotations.", "embedding.", "lm_head.", ".experts."
@@ -47,6 +48,11 @@ class BundleRunner:
         return weight_bytes_of_a_token({each.name: each.end - each.offset for each in library.tensors})
 
     @property
+    def tables(self) -> Sequence[Mapping[str, Any]]:
+        """See `Runner`."""
+        return [choice.figures() for choice in self._session.tables]
+
+    @property
     def expert_bytes_read(self) -> int | None:
         """See `Runner`."""
         return self._executor.expert_bytes_read
@@ -71,7 +77,16 @@ class BundleRunner:
         return kernel_times(self._executor, prepare, step, passes)
 
 
-def load(name: str, model: str, *, threads: int | None, tables_on: bool, positions: int) -> BundleRunner:
+def load(
+    name: str,
+    model: str,
+    *,
+    threads: int | None,
+    tables_on: bool,
+    table_io: str,
+    table_ram: int | None,
+    positions: int,
+) -> BundleRunner:
     """Load a bundle on the executor of that name; its context is the bundle's own, whatever ``positions`` are needed.
 
     Raises:
@@ -79,7 +94,8 @@ def load(name: str, model: str, *, threads: int | None, tables_on: bool, positio
     """
     bundle = Bundle.open(Path(model))
     executor = load_executor(name, bundle, threads=threads)
-    return BundleRunner(bundle, executor, Session.open(bundle, executor, tables_on=tables_on))
+    options = TableOptions(io=table_io, ram_bytes=table_ram)
+    return BundleRunner(bundle, executor, Session.open(bundle, executor, options=options, tables_on=tables_on))
 
 
 def weight_bytes_of_a_token(tensors: Mapping[str, int]) -> int:

@@ -20,6 +20,7 @@ class LlamaCppRunner:
     name = "llama.cpp"
     expert_bytes_read = None
     weight_bytes = None
+    tables: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, library: Any, model: Any, context: Any, log: Any) -> None:
         self._library = library
@@ -82,8 +83,11 @@ class LlamaCppRunner:
         return np.ctypeslib.as_array(pointer, shape=(rows, self.vocab_size))
 
 
-def load(name: str, model: str, *, threads: int, tables_on: bool, positions: int) -> LlamaCppRunner:
-    """Load a GGUF file with room for ``positions`` tokens, all else as llama.cpp has it by default; it has no tables.
+def load(name: str, model: str, *, threads: int, positions: int, **tables: Any) -> LlamaCppRunner:
+    """Load a GGUF file with room for ``positions`` tokens, all else as llama.cpp has it by default.
+
+    Args:
+        tables: how they are read; it has none.
 
     Raises:
         TargetError: llama.cpp refuses it, with the last line it said.

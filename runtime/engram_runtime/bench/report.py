@@ -94,6 +94,7 @@ def report(results: Sequence[Result], settings: Settings, bandwidth: Bandwidth, 
         "prompt_tokens": settings.prompt_tokens,
         "decode_tokens": settings.decode_tokens,
         "rounds": settings.rounds,
+        "tables": first.facts["tables"],
         "load_average": load_average[0],
         "load_average_after": load_average[1],
     }

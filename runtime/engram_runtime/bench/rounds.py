@@ -10,6 +10,7 @@ from typing import Any
 
 from engram_runtime.bench.process import Worker
 from engram_runtime.errors import RequestError
+from engram_runtime.tables.options import AUTO
 
 VERIFIED_TOKENS = (1, 2, 4, 8, 16)
 WARM_UP_TOKENS = 1  # decoded before those that count
@@ -18,7 +19,10 @@ SETTLE_S = 0.02  # idle threads of the one before still spin for some millisecon
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Sizes of what is measured, in tokens; ``depths`` are how many tokens stand before."""
+    """Sizes of what is measured, in tokens; ``depths`` are how many tokens stand before.
+
+    ``table_io`` and ``table_ram`` are those of `engram_runtime.tables.options.TableOptions`.
+    """
 
     prompt_tokens: int
     decode_tokens: int
@@ -26,6 +30,8 @@ class Settings:
     rounds: int
     tables_on: bool
     profile: bool
+    table_io: str = AUTO
+    table_ram: int | None = None
 
     @property
     def positions(self) -> int:
@@ -137,6 +143,8 @@ def _load(worker: Worker, contestant: Contestant, settings: Settings, threads: i
         model=contestant.model,
         threads=threads,
         tables_on=settings.tables_on,
+        table_io=settings.table_io,
+        table_ram=settings.table_ram,
         positions=settings.positions,
     )
 

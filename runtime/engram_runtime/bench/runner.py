@@ -34,6 +34,11 @@ class Runner(Protocol):
     def weight_bytes(self) -> int | None: ...
 
     @property
+    def tables(self) -> Sequence[Mapping[str, Any]]:
+        """How each table is read: the figures of a `engram_runtime.tables.policy.TableChoice`."""
+        ...
+
+    @property
     def expert_bytes_read(self) -> int | None:
         """Bytes of experts' weights read so far, or None where that isn't counted."""
         ...

@@ -39,7 +39,7 @@ def load(name: str, model: str, options: dict[str, Any]) -> tuple[Any, dict[str,
     loaded = time.perf_counter()
     runner.prefill([0]).argmax()
     first = time.perf_counter()
-    facts = {key: getattr(runner, key) for key in ("name", "build", "threads", "weight_bytes")}
+    facts = {key: getattr(runner, key) for key in ("name", "build", "threads", "weight_bytes", "tables")}
     times = {"import_s": imported - started, "load_s": loaded - ready, "first_token_s": first - loaded}
     return runner, {**facts, **times}
 

@@ -18,8 +18,16 @@ from engram_runtime.bench.markdown import markdown
 from engram_runtime.bench.report import bytes_of_a_token, ratios, report
 from engram_runtime.bench.rounds import Contestant, Settings, measure
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
+from engram_runtime.commands.options import (
+    bundle_argument,
+    executor_option,
+    json_option,
+    read_options,
+    table_options,
+    threads_option,
+)
 from engram_runtime.errors import CheckpointError, RequestError, TargetError
+from engram_runtime.tables.policy import TableChoice
 
 # Of the export extra, asked for with --against llama.cpp only; sizes need no more of it than gguf.
 GGUF_WRITER, GGUF_SIZES = "engram_export.gguf_writer", "engram_export.gguf_sizes"
@@ -50,7 +58,7 @@ LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--profile", is_flag=True, help="Say where the time goes, by kind of kernel.")
-@tables_option
+@table_options
 @json_option
 def bench(
     bundle: Path,
@@ -59,11 +67,14 @@ def bench(
     gguf: Path | None,
     threads: int | None,
     tables: str,
+    table_io: str,
+    table_ram: int | None,
     as_json: bool,
     **sizes: Any,
 ) -> None:
     """Measure BUNDLE; figures are medians over the rounds, each of which takes the bundle and its peer in turn."""
-    settings = Settings(**sizes, tables_on=tables == "on")
+    _ = read_options(tables, table_io, table_ram)  # refuses what contradicts itself
+    settings = Settings(**sizes, tables_on=tables == "on", table_io=table_io, table_ram=table_ram)
     opened = Bundle.open(bundle)
     _ = opened.manifest.decoder  # refuses tables alone, which have no context to check
     settings.check_context(opened.manifest.model.context_length)
@@ -75,6 +86,8 @@ def bench(
         results = measure(contestants, settings, threads=threads, progress=lambda: bar.update(1))
     bandwidth = read_bandwidth(results[0].facts["threads"], working_set(bytes_of_a_token(results[0], settings)))
     found = report(results, settings, bandwidth, (before, os.getloadavg()[0]))
+    for choice in found["tables"]:
+        click.echo(str(TableChoice(**choice)), err=True)
     if as_json:
         click.echo(json.dumps(found))
     else:

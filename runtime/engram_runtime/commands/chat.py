@@ -5,11 +5,13 @@ from typing import Any
 
 import click
 
+from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
+    read_options,
     sampling_options,
-    tables_option,
+    table_options,
     threads_option,
 )
 from engram_runtime.commands.run import summary
@@ -29,7 +31,7 @@ HELP = """/help   show this
 @sampling_options
 @executor_option
 @threads_option
-@tables_option
+@table_options
 def chat(
     bundle: Path,
     system: str | None,
@@ -37,12 +39,17 @@ def chat(
     executor: str,
     threads: int | None,
     tables: str,
+    table_io: str,
+    table_ram: int | None,
     **sampling: Any,
 ) -> None:
     """Talk with the model in BUNDLE; /help lists the commands."""
     options = SamplingOptions(**sampling)
     beginning = [{"role": "system", "content": system}] if system else []
-    with LLM(bundle, executor, threads=threads, tables_on=tables == "on") as llm:
+    reading = read_options(tables, table_io, table_ram)
+    with LLM(
+        bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
+    ) as llm:
         messages = list(beginning)
         while (line := _read_line()) is not None:
             match line.strip():

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
+from engram_runtime.commands.announcing import announce_table
+from engram_runtime.commands.options import (
+    bundle_argument,
+    executor_option,
+    json_option,
+    read_options,
+    table_options,
+    threads_option,
+)
 from engram_runtime.errors import RequestError
 from engram_runtime.llm import LLM
 from engram_runtime.perplexity import perplexity
@@ -25,7 +33,7 @@ def evaluate() -> None:
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of context.")
 @executor_option
 @threads_option
-@tables_option
+@table_options
 @json_option
 def ppl(
     bundle: Path,
@@ -35,16 +43,23 @@ def ppl(
     executor: str,
     threads: int | None,
     tables: str,
+    table_io: str,
+    table_ram: int | None,
     as_json: bool,
 ) -> None:
     """Print the perplexity of BUNDLE on a text."""
-    with LLM(bundle, executor, threads=threads, tables_on=tables == "on") as llm:
+    reading = read_options(tables, table_io, table_ram)
+    with LLM(
+        bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
+    ) as llm:
         token_ids = llm.tokenizer.encode(read_text(text))[:tokens]
         size = min(window, llm.bundle.manifest.model.context_length)
         with click.progressbar(length=len(token_ids), label="scoring", file=sys.stderr) as bar:
             result = perplexity(llm.session, token_ids, window=size, progress=bar.update)
+        chosen = [choice.figures() for choice in llm.tables]
     if as_json:
-        click.echo(json.dumps({"perplexity": asdict(result), "executor": executor, "tables": tables, "window": size}))
+        report = {"perplexity": asdict(result), "executor": executor, "window": size}
+        click.echo(json.dumps({**report, "tables_on": tables == "on", "tables": chosen}))
     else:
         click.echo(f"perplexity {result.value:.4f} ± {result.error:.4f} over {result.tokens} tokens, {executor}")
 

@@ -6,10 +6,15 @@ from typing import Any, TypeVar
 
 import click
 
+from engram_runtime.errors import RequestError
 from engram_runtime.executor import EXECUTORS, MOST_THREADS
 from engram_runtime.sampling import SamplingOptions
+from engram_runtime.sizes import parse_size
+from engram_runtime.tables.opening import AUTO_OPTIONS
+from engram_runtime.tables.options import TABLE_IO, TableOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 executor_option = click.option(
@@ -20,10 +25,47 @@ threads_option = click.option(
     type=click.IntRange(min=1, max=MOST_THREADS),
     help="Worker threads.  [default: the profile's, else one per core]",
 )
-tables_option = click.option(
-    "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read the tables, or not."
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def table_options(command: Command) -> Command:
+    """Add ``--tables``, ``--table-io`` and ``--table-ram``; `read_options` makes `TableOptions` of them."""
+    for option in reversed(
+        [
+            click.option(
+                "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read them, or not."
+            ),
+            click.option(
+                "--table-io",
+                type=click.Choice(TABLE_IO),
+                default=AUTO_OPTIONS.io,
+                show_default=True,
+                help="Hold tables in memory, map them or read their rows; auto measures what is best.",
+            ),
+            click.option(
+                "--table-ram",
+                type=parse_size,
+                metavar="SIZE",
+                help="Most memory for resident tables, such as 512MiB.  [default: half of what is free]",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def read_options(tables: str, table_io: str, table_ram: int | None) -> TableOptions:
+    """Return how tables are to be read.
+
+    Raises:
+        RequestError: the options contradict one another.
+    """
+    options = TableOptions(io=table_io, ram_bytes=table_ram)
+    if tables == "off" and options != AUTO_OPTIONS:
+        raise RequestError(
+            "--table-io and --table-ram say how tables are read, with --tables off none is; leave out one or the other"
+        )
+    return options
 
 
 def sampling_options(command: Command) -> Command:

@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
     json_option,
+    read_options,
     sampling_options,
-    tables_option,
+    table_options,
     threads_option,
 )
 from engram_runtime.generation import Generation
@@ -26,7 +28,7 @@ from engram_runtime.sampling import SamplingOptions
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @executor_option
 @threads_option
-@tables_option
+@table_options
 @json_option
 def run(
     bundle: Path,
@@ -36,12 +38,17 @@ def run(
     executor: str,
     threads: int | None,
     tables: str,
+    table_io: str,
+    table_ram: int | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
-    with LLM(bundle, executor, threads=threads, tables_on=tables == "on") as llm:
+    reading = read_options(tables, table_io, table_ram)
+    with LLM(
+        bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
+    ) as llm:
         for piece in llm.stream(prompt, max_tokens=max_tokens, sampling=options, stop=stop):
             if not as_json:
                 click.echo(piece, nl=False)
@@ -53,7 +60,8 @@ def run(
                         **generation_figures(llm.last),
                         "executor": executor,
                         "threads": llm.executor.threads,
-                        "tables": tables,
+                        "tables_on": tables == "on",
+                        "tables": [choice.figures() for choice in llm.tables],
                     }
                 )
             )

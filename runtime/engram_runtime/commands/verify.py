@@ -10,13 +10,22 @@ import click
 from click.core import ParameterSource
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.options import bundle_argument, executor_option, json_option, tables_option, threads_option
+from engram_runtime.commands.announcing import announce_table
+from engram_runtime.commands.options import (
+    bundle_argument,
+    executor_option,
+    json_option,
+    read_options,
+    table_options,
+    threads_option,
+)
 from engram_runtime.errors import RequestError, TargetError
 from engram_runtime.executor import load_executor
 from engram_runtime.golden import Golden, check_logits, check_tables
 from engram_runtime.library import find_library, verify_library
 from engram_runtime.manifest import DECODER
 from engram_runtime.session import Session, close_sites, open_sites
+from engram_runtime.tables.options import TableOptions
 
 CHECKPOINT_PARITY = "engram_export.parity"  # needs the export extra; only asked for with --against
 DECODER_OPTIONS = ("executor", "threads", "tables")
@@ -31,7 +40,7 @@ DECODER_OPTIONS = ("executor", "threads", "tables")
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Text to compare on.  [default: a built-in one]")
 @click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens to compare on.")
-@tables_option
+@table_options
 @json_option
 def verify(
     bundle: Path,
@@ -41,6 +50,8 @@ def verify(
     text: Path | None,
     tokens: int,
     tables: str,
+    table_io: str,
+    table_ram: int | None,
     as_json: bool,
 ) -> None:
     """Check BUNDLE: every file's digest, the golden rows and logits, and a checkpoint with --against.
@@ -49,6 +60,7 @@ def verify(
     """
     if against is None and text is not None:
         raise RequestError("--text is compared on with --against CHECKPOINT only; give both or neither")
+    reading = read_options(tables, table_io, table_ram)
     opened = Bundle.open(bundle)
     tables_only = DECODER not in opened.manifest.graphs and against is None
     if tables_only:
@@ -59,7 +71,7 @@ def verify(
         _parity().check_checkpoint(against)
     _check_digests(opened)
     if tables_only:
-        _check_rows(opened, Golden.read(opened))
+        _check_rows(opened, Golden.read(opened), reading)
         sites = "not run" if opened.manifest.graphs else "none"
         report: dict[str, Any] = {"digests": "ok", "tables": "ok", "decoder": "none", "sites": sites}
         click.echo(json.dumps(report) if as_json else _table(report))
@@ -68,12 +80,12 @@ def verify(
         verify_library(*find_library(opened))  # before any of its machine code is loaded
     loaded = load_executor(executor, opened, threads=threads)
     golden = Golden.read(opened)
-    _check_rows(opened, golden)
-    with Session.open(opened, loaded) as session:
+    _check_rows(opened, golden, reading)
+    with Session.open(opened, loaded, options=reading) as session:
         report = {"digests": "ok", "tables": "ok", "executor": executor}
         report["golden"] = check_logits(golden, session)
     if against is not None:
-        with Session.open(opened, loaded, tables_on=tables == "on") as session:
+        with Session.open(opened, loaded, options=reading, tables_on=tables == "on") as session:
             report["against tables"] = tables
             report["against"] = _parity().compare_with_transformers(session, opened, against, text, tokens)
     click.echo(json.dumps(report) if as_json else _table(report))
@@ -94,8 +106,8 @@ def _check_digests(bundle: Bundle) -> None:
         bundle.verify_digests(bar.update)
 
 
-def _check_rows(bundle: Bundle, golden: Golden) -> None:
-    sites = open_sites(bundle)
+def _check_rows(bundle: Bundle, golden: Golden, reading: TableOptions) -> None:
+    sites = open_sites(bundle, reading, announce=announce_table)
     try:
         check_tables(golden, sites)
     finally:

@@ -45,6 +45,9 @@ class OnnxRuntimeExecutor:
         full, rest = divmod(count, MAX_CHUNK_TOKENS)
         return [MAX_CHUNK_TOKENS] * full + [rest] * (rest > 0)
 
+    def row_decoder(self, site: str) -> None:
+        """See `Executor.row_decoder`: nothing is compiled here."""
+
     def bind(self, states: Mapping[str, State]) -> "OnnxRuntimeStep":
         """See `Executor.bind`."""
         return OnnxRuntimeStep(self._session, states)

@@ -16,7 +16,9 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, State, StepInputs
-from engram_runtime.library import LibraryInfo, PackedTensor, find_library
+from engram_runtime.executors.tvm_rows import TvmRowDecoder
+from engram_runtime.library import LibraryInfo, PackedTensor, find_library, row_function
+from engram_runtime.table_spec import TableSpec
 
 
 @contextlib.contextmanager
@@ -46,15 +48,16 @@ class TvmExecutor:
 
     name = "tvm"
 
-    def __init__(self, folder: Path, info: LibraryInfo, *, threads: int) -> None:
+    def __init__(self, folder: Path, info: LibraryInfo, tables: Sequence[TableSpec] = (), *, threads: int) -> None:
         """Load a library whose files are those of ``info``; raises TargetError where it can't be loaded."""
         self.threads = threads
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
+        self._row_functions = {table.site: row_function(table) for table in tables}
         self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
-        module = load_module(folder / info.library)
+        self._module = module = load_module(folder / info.library)
         self._use_threads = module.get_function("use_threads", query_imports=True)
         self._machine_code = module["vm_load_executable"]()
         self._machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
@@ -81,6 +84,14 @@ class TvmExecutor:
         counts = outputs[len(outputs) - len(self._expert_bytes) :]
         for count, size in zip(counts, self._expert_bytes, strict=True):
             self.expert_bytes_read += int(np.from_dlpack(count)[0]) * size
+
+    def row_decoder(self, site: str) -> TvmRowDecoder | None:
+        """See `Executor.row_decoder`: none for records cut elsewhere than before their scales."""
+        name = self._row_functions[site]
+        if not self._module.implements_function(name, query_imports=True):
+            return None
+        function = self._module.get_function(name, query_imports=True)
+        return TvmRowDecoder(function, tvm_ffi.from_dlpack, self.claim_threads)
 
     def bind(self, states: Mapping[str, State]) -> "TvmStep":
         """See `Executor.bind`."""
@@ -143,7 +154,8 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
     """
     folder, info = find_library(bundle)
     load_tvm_runtime(installed_twin(folder / info.runtime, info.sha256["runtime"]))
-    return TvmExecutor(folder, info, threads=threads or info.threads or min(available_cores(), MOST_THREADS))
+    threads = threads or info.threads or min(available_cores(), MOST_THREADS)
+    return TvmExecutor(folder, info, bundle.manifest.tables, threads=threads)
 
 
 def load_module(path: Path) -> Any:

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, fields
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.tables.row_ids import count_distinct
+
 
 @dataclass(slots=True, kw_only=True)
 class TableCounters:
@@ -13,7 +18,8 @@ class TableCounters:
         unique: distinct ones, counted batch by batch.
         bytes: of the records of the distinct ones.
         cold: distinct records that were not known to be in memory, so that the disk was asked for them.
-        wait_s: seconds callers waited for rows.
+        wait_s: seconds spent in asking for the cold ones and in waiting until they were in memory, as callers of
+            `gather` felt it: nothing where none was cold.
     """
 
     rows: int = 0
@@ -21,6 +27,15 @@ class TableCounters:
     bytes: int = 0
     cold: int = 0
     wait_s: float = 0.0
+
+    def count(self, row_ids: NDArray[np.int64], record_bytes: int, cold: int, wait_s: float) -> None:
+        """Add a batch of ``[N]`` row ids."""
+        unique = count_distinct(row_ids)
+        self.rows += len(row_ids)
+        self.unique += unique
+        self.bytes += unique * record_bytes
+        self.cold += cold
+        self.wait_s += wait_s
 
     def __sub__(self, earlier: Self) -> Self:
         """Return what was added since ``earlier``."""

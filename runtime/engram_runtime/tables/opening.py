@@ -1,18 +1,90 @@
 """How a bundle's tables are opened."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+
 from engram_runtime.bundle import Bundle
+from engram_runtime.memory import free_memory
 from engram_runtime.table_spec import TableSpec
-from engram_runtime.tables.files import FileTable
-from engram_runtime.tables.memory import InMemoryTable
+from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
+from engram_runtime.tables.disk import disk_facts
+from engram_runtime.tables.mapped import MappedTable
+from engram_runtime.tables.memory import Progress, ResidentTable, no_progress
+from engram_runtime.tables.options import MMAP, PREAD, RESIDENT, TableOptions
+from engram_runtime.tables.place import place_of
+from engram_runtime.tables.policy import TableChoice, TableFacts, choose, table_room
+from engram_runtime.tables.pread import PreadTable
 from engram_runtime.tables.store import TableStore
 
-RESIDENT_LIMIT_BYTES = 256 << 20  # a table below this is read into memory; larger ones are read row by row
+Announce = Callable[[TableChoice], Progress]  # told of a table before it is opened; the other of its loading
+
+AUTO_OPTIONS = TableOptions()
+STORES = {MMAP: MappedTable, PREAD: PreadTable}  # that load nothing
 
 
-def open_table(bundle: Bundle, spec: TableSpec) -> TableStore:
-    """Open a bundle's table: resident below `RESIDENT_LIMIT_BYTES`, read from its files above."""
-    table = FileTable(spec, bundle.table_path)
-    if spec.num_rows * spec.record.record_bytes > RESIDENT_LIMIT_BYTES:
-        return table
-    with table:
-        return InMemoryTable(table.read_all(), spec.record)
+def silently(choice: TableChoice) -> Progress:
+    """Announce nothing."""
+    return no_progress
+
+
+def choose_stores(
+    bundle: Bundle, options: TableOptions = AUTO_OPTIONS, *, model_bytes: int = 0
+) -> Sequence[TableChoice]:
+    """Decide how each of a bundle's tables is read, in the manifest's order.
+
+    Args:
+        model_bytes: memory that the model beside them will still take.
+
+    Raises:
+        RequestError: they are to be resident and don't fit.
+    """
+    room = table_room(options, free_memory(), model_bytes)
+    choices = []
+    for spec in bundle.manifest.tables:
+        choice = choose(table_facts(bundle, spec), options, room, disk_facts)
+        room = replace(room, taken=room.taken + choice.num_bytes * (choice.io == RESIDENT))
+        choices.append(choice)
+    return choices
+
+
+def table_facts(bundle: Bundle, spec: TableSpec) -> TableFacts:
+    """Return what is known of a table without opening it; its largest file stands for all of them."""
+    _, largest = max(
+        ((rows.num_rows * part.row_bytes, rows) for part in spec.parts for rows in part.ranges), key=itemgetter(0)
+    )
+    path = Path(largest.file) if largest.external else bundle.file(largest.file)
+    return TableFacts(
+        site=spec.site,
+        num_bytes=spec.num_rows * spec.record.record_bytes,
+        reads=spec.keyer.columns * len(spec.parts),
+        external=any(rows.external for rows in spec.ranges),
+        path=path,
+        place=place_of(path),
+    )
+
+
+def open_table(
+    bundle: Bundle,
+    spec: TableSpec,
+    io: str,
+    *,
+    decoder: RowDecoder | None = None,
+    progress: Progress = no_progress,
+) -> TableStore:
+    """Open a table.
+
+    Args:
+        io: ``resident``, ``mmap`` or ``pread``; `choose_stores` tells which.
+        decoder: makes rows of records, or None for numpy's.
+        progress: told the bytes of each block that is loaded.
+
+    Raises:
+        TableError: a file is missing, too short, or no longer the one that the bundle refers to.
+    """
+    if decoder is None:
+        decoder = NumpyRowDecoder(spec.record, [part.row_bytes for part in spec.parts])
+    if io == RESIDENT:
+        return ResidentTable.load(spec, bundle.table_path, decoder, progress=progress)
+    return STORES[io](spec, bundle.table_path, decoder)

@@ -1,6 +1,6 @@
 """What every table store does, whatever holds its rows."""
 
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,3 +47,8 @@ def check_row_ids(row_ids: NDArray[np.int64], num_rows: int) -> None:
     outside = row_ids.view(np.uint64) >= np.uint64(num_rows)
     if outside.any():
         raise IndexError(f"row id {int(row_ids[outside][0])} is outside [0, {num_rows})")
+
+
+def closed(memory: NDArray[np.uint8], offsets: NDArray[np.int64], out: NDArray[np.float32]) -> NoReturn:
+    """Be the decoder of a closed table, which holds on to no memory."""
+    raise ValueError("the table is closed")

@@ -1,0 +1,146 @@
+"""A table mapped into memory: rows that are there cost no system call, others are brought in by the batch."""
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, Advice, MemoryAdvice
+from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.decoding import RowDecoder
+from engram_runtime.tables.record_files import Locate, Read, RecordFiles
+from engram_runtime.tables.regions import map_files
+from engram_runtime.tables.residency import PRESENT, REQUESTED, UNKNOWN, Residency
+from engram_runtime.tables.row_ids import count_distinct
+from engram_runtime.tables.store import check_row_ids, closed
+
+BLOCK_ROWS = 8192  # asked for while those before are waited for: their pages, 32 MiB, need room in memory together
+MOST_AGE_S = 60.0  # of knowledge: kernels that page idle memory out do so after a minute or more
+
+
+class MappedTable:
+    """A table mapped read-only, all its files side by side.
+
+    Before rows are copied from the map their files are checked for truncation and the rows' pages, unless known to be
+    in memory, are read with the errors of reads. A file truncated between the check and the copy, microseconds, or a
+    page that was evicted and can't be read again still kills the process with SIGBUS: `PreadTable` has no such gap.
+    """
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        locate: Locate,
+        decoder: RowDecoder,
+        *,
+        read: Read = os.preadv,
+        open_advice: Callable[[], Advice] = MemoryAdvice,
+    ) -> None:
+        """Map every file once; ``locate`` tells where on this machine the file of a range is.
+
+        Raises:
+            TableError: a file is missing, too short or can't be mapped.
+        """
+        self._spec = spec
+        self._decode = decoder
+        self.counters = TableCounters()
+        with contextlib.ExitStack() as opened:
+            self._files = RecordFiles(spec, locate, read)
+            opened.callback(self._files.close)
+            self._files.expect_random_reads()
+            self._memory = map_files(self._files)
+            self._advise = open_advice()
+            opened.callback(self._advise.close)
+            self._close = opened.pop_all().close
+        self._base = self._memory.ctypes.data
+        self._residency = Residency(self._files.num_bytes, self._files.part_bytes)
+        self._known_since = time.perf_counter()
+
+    def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        """See `TableStore.gather`."""
+        check_row_ids(row_ids, self._spec.num_rows)
+        if time.perf_counter() - self._known_since > MOST_AGE_S:
+            self._forget()
+        cold, wait_s = 0, 0.0
+        for start in range(0, len(row_ids), BLOCK_ROWS):
+            stop = start + BLOCK_ROWS
+            if stop < len(row_ids):
+                self._ask(row_ids[stop : stop + BLOCK_ROWS])
+            missed, seconds = self._gather_block(row_ids[start:stop], out[start:stop])
+            cold, wait_s = cold + missed, wait_s + seconds
+        self.counters.count(row_ids, self._spec.record.record_bytes, cold, wait_s)
+
+    def _gather_block(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> tuple[int, float]:
+        """Fill ``out``; returns how many distinct rows were not known to be in memory, and seconds spent for them."""
+        addresses = self._files.addresses(row_ids)
+        self._files.check_sizes(addresses)
+        states = self._residency.states(self._residency.pages(addresses))
+        cold, wait_s = 0, 0.0
+        if states.min() != PRESENT:
+            started = time.perf_counter()
+            absent = states.min(axis=0) != PRESENT
+            cold = self._bring_in(row_ids[absent], addresses[:, absent])
+            wait_s = time.perf_counter() - started
+        faults = _major_faults()
+        self._decode(self._memory, addresses, out)
+        if _major_faults() != faults:  # pages that were known had been evicted
+            self._forget()
+        return cold, wait_s
+
+    def request(self, row_ids: NDArray[np.int64]) -> None:
+        """See `TableStore.request`: what is known or asked for already is not asked for again."""
+        check_row_ids(row_ids, self._spec.num_rows)
+        self._ask(row_ids)
+
+    def _ask(self, row_ids: NDArray[np.int64]) -> None:
+        """Begin to read the rows of which a page is unknown."""
+        addresses = self._files.addresses(row_ids)
+        pages = self._residency.pages(addresses)
+        unknown = (self._residency.states(pages) == UNKNOWN).any(axis=0)
+        if unknown.any():
+            self._advise(self._ranges(addresses[:, unknown]), WILL_NEED)
+            self._residency.mark(pages[:, unknown], REQUESTED)
+
+    def _bring_in(self, row_ids: NDArray[np.int64], addresses: NDArray[np.int64]) -> int:
+        """Wait until the rows ``[N]`` at ``[parts, N]`` are in memory; returns how many differ.
+
+        Raises:
+            TableError: the file no longer holds them.
+        """
+        ranges = self._ranges(addresses)
+        self._advise(ranges, WILL_NEED)  # all at once, even if requested: a request may be long ago
+        count, pages = count_distinct(row_ids), self._residency.pages(addresses)  # while the disk works
+        if self._advise(ranges, POPULATE_READ) == len(ranges):
+            self._residency.mark(pages, PRESENT)
+        else:
+            self._read(addresses)
+        return count
+
+    def _read(self, addresses: NDArray[np.int64]) -> None:
+        """Read rows that the map didn't give: that leaves them in memory, or tells what is wrong, and where."""
+        for found, num_bytes in zip(addresses, self._files.part_bytes, strict=True):
+            for file, offset in self._files.places(found):
+                file.read_into(memoryview(bytearray(num_bytes)), offset)
+
+    def _ranges(self, addresses: NDArray[np.int64]) -> NDArray[np.uint64]:
+        ranges = self._residency.ranges(addresses)
+        ranges[:, 0] += self._base
+        return ranges.view(np.uint64)
+
+    def _forget(self) -> None:
+        self._residency.forget()
+        self._known_since = time.perf_counter()
+
+    def close(self) -> None:
+        """Close the files and release the map; a second call does nothing."""
+        self._close()
+        self._memory, self._decode = np.empty(0, dtype=np.uint8), closed
+
+
+def _major_faults() -> int:
+    """Return how often this thread has waited for a page of a file."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

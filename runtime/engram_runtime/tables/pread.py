@@ -1,0 +1,87 @@
+"""A table read row by row: it keeps nothing of it in memory, and a damaged file is an ordinary error."""
+
+import os
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.decoding import RowDecoder
+from engram_runtime.tables.record_files import Locate, Read, RecordFiles
+from engram_runtime.tables.row_ids import distinct
+from engram_runtime.tables.store import check_row_ids
+
+STAGING_BYTES = 4 << 20  # of records read before they are decoded, unless a single one has more
+
+
+class PreadTable:
+    """A table read record by record with `os.preadv`.
+
+    It is the store that no damage to a file can kill: what a file no longer gives is a `TableError`, each time.
+    """
+
+    def __init__(self, spec: TableSpec, locate: Locate, decoder: RowDecoder, *, read: Read = os.preadv) -> None:
+        """Open every file once; ``locate`` tells where on this machine the file of a range is.
+
+        Raises:
+            TableError: a file is missing or too short.
+        """
+        self.spec = spec
+        self.counters = TableCounters()
+        self.files = RecordFiles(spec, locate, read)
+        self.files.expect_random_reads()
+        self._decode = decoder
+        self._block = max(1, STAGING_BYTES // spec.record.record_bytes)
+        self._staging = np.empty(self._block * spec.record.record_bytes, dtype=np.uint8)
+        self._bytes = self._staging.data
+        # The staging holds first parts one after another, then second parts.
+        part_bytes = np.array(self.files.part_bytes, dtype=np.int64)
+        begins = (part_bytes.cumsum() - part_bytes) * self._block
+        self._begins: list[int] = begins.tolist()
+        self._staged = part_bytes[:, None], begins[:, None]
+
+    def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        """See `TableStore.gather`. Each distinct row of a block is read once, in file order."""
+        check_row_ids(row_ids, self.spec.num_rows)
+        cold, wait_s = 0, 0.0
+        for start in range(0, len(row_ids), self._block):
+            stop = start + self._block
+            unique, inverse = distinct(row_ids[start:stop])
+            started = time.perf_counter()
+            if missed := self._read(unique):
+                cold += missed
+                wait_s += time.perf_counter() - started
+            sizes, begins = self._staged
+            self._decode(self._staging, inverse * sizes + begins, out[start:stop])
+        self.counters.count(row_ids, self.spec.record.record_bytes, cold, wait_s)
+
+    def _read(self, unique: NDArray[np.int64]) -> int:
+        """Fill the staging with ``[N]`` rows; returns how many of them weren't in memory.
+
+        All are asked for before the first one is waited for.
+        """
+        waiting = []
+        for addresses, size, begin in zip(
+            self.files.addresses(unique), self.files.part_bytes, self._begins, strict=True
+        ):
+            for row, (file, offset) in enumerate(self.files.places(addresses)):
+                buffer = self._bytes[begin + row * size : begin + (row + 1) * size]
+                if not file.read_if_cached(buffer, offset):
+                    waiting.append((row, file, buffer, offset))
+        for _, file, buffer, offset in waiting:
+            file.read_into(buffer, offset)
+        return len({row for row, *_ in waiting})
+
+    def request(self, row_ids: NDArray[np.int64]) -> None:
+        """See `TableStore.request`."""
+        check_row_ids(row_ids, self.spec.num_rows)
+        unique, _ = distinct(row_ids)
+        for addresses, size in zip(self.files.addresses(unique), self.files.part_bytes, strict=True):
+            for file, offset in self.files.places(addresses):
+                file.announce(offset, size)
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        self.files.close()

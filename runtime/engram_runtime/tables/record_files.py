@@ -1,0 +1,215 @@
+"""The files of a table's records, laid out as one range of addresses."""
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_runtime.errors import TableError
+from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+
+ALIGNMENT_BYTES = 65536  # of a file's first address: a multiple of every page size
+CLOSED = -1  # no file has this number
+Locate = Callable[[RowRange], Path]
+
+
+class Read(Protocol):
+    """What reads files: `os.preadv`, or a double of it."""
+
+    def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int, flags: int = 0, /) -> int:
+        """Fill buffers from a place in a file and return how many bytes that were, 0 at its end."""
+        ...
+
+
+class RecordFile:
+    """A file of records, open for reading at any place; its byte i has address ``start + i``."""
+
+    def __init__(self, path: Path, start: int, num_bytes: int, read: Read) -> None:
+        self.path = path
+        self.start = start
+        self.num_bytes = num_bytes  # as far as its records go
+        self._read = read
+        try:
+            # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise TableError(f"table file {path} can't be opened: {error.strerror}; export the bundle again") from error
+        if (size := os.fstat(self.descriptor).st_size) < num_bytes:
+            self.close()
+            raise TableError(f"table file {path} holds {size} bytes, its rows need {num_bytes}; export it again")
+
+    def check_size(self) -> None:
+        """Raise TableError if the file has become shorter than its records.
+
+        Raises:
+            OSError: the file was closed.
+        """
+        # A third of what fstat costs; nothing here reads from where the descriptor stands.
+        if os.lseek(self.descriptor, 0, os.SEEK_END) < self.num_bytes:
+            raise TableError(f"table file {self.path} ends before byte {self.num_bytes}: it was truncated")
+
+    def read_if_cached(self, buffer: memoryview, offset: int) -> bool:
+        """Fill a buffer of bytes if that takes no waiting; if it would, the disk is asked and False returned."""
+        try:
+            return self._read(self.descriptor, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise self._unreadable(offset, error) from error
+            self.announce(offset, len(buffer))  # on such a file system nothing tells what is in memory
+            return False
+
+    def announce(self, offset: int, num_bytes: int) -> None:
+        """Ask the disk for bytes that are about to be read."""
+        os.posix_fadvise(self.descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer of bytes from a place in the file."""
+        while buffer:
+            try:
+                count = self._read(self.descriptor, [buffer], offset)
+            except OSError as error:
+                raise self._unreadable(offset, error) from error
+            if count == 0:
+                raise TableError(f"table file {self.path} ends before byte {offset + len(buffer)}: it was truncated")
+            buffer, offset = buffer[count:], offset + count
+
+    def _unreadable(self, offset: int, error: OSError) -> Exception:
+        if self.descriptor == CLOSED:
+            return error
+        return TableError(f"table file {self.path} can't be read at {offset}: {error.strerror}")
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        # Closing twice would close whatever file has been given the number since.
+        if self.descriptor != CLOSED:
+            os.close(self.descriptor)
+            self.descriptor = CLOSED
+
+
+class RecordFiles:
+    """All files of a table, each at addresses of its own, so that a place of any of them is one number."""
+
+    def __init__(self, spec: TableSpec, locate: Locate, read: Read = os.preadv) -> None:
+        """Open every file once; ``locate`` tells where on this machine the file of a range is.
+
+        Raises:
+            TableError: a file is missing or too short.
+        """
+        self.part_bytes = tuple(part.row_bytes for part in spec.parts)
+        self.num_bytes = 0  # of the addresses
+        self.files: list[RecordFile] = []
+        try:
+            by_key = self._open(spec, locate, read)
+        except TableError:
+            self.close()
+            raise
+        self._starts = np.array([file.start for file in self.files], dtype=np.int64)
+        self._parts = [_PartPlaces(part, [by_key[_key(rows)].start for rows in part.ranges]) for part in spec.parts]
+
+    def _open(self, spec: TableSpec, locate: Locate, read: Read) -> "dict[_Key, RecordFile]":
+        opened: dict[_Key, RecordFile] = {}
+        for rows, num_bytes in _bytes_needed(spec).values():
+            file = RecordFile(locate(rows), self.num_bytes, num_bytes, read)
+            self.num_bytes += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            self.files.append(file)
+            opened[_key(rows)] = file
+        return opened
+
+    def addresses(self, row_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``[parts, N]`` addresses of the parts of ``[N]`` rows, which must be in the table."""
+        found = np.empty((len(self._parts), len(row_ids)), dtype=np.int64)
+        for part, addresses in zip(self._parts, found, strict=True):
+            part.fill(row_ids, addresses)
+        return found
+
+    def places(self, addresses: NDArray[np.int64]) -> list[tuple[RecordFile, int]]:
+        """Return the files that ``[N]`` addresses are in, and where in them."""
+        found = self._starts.searchsorted(addresses, side="right") - 1
+        offsets = addresses - self._starts[found]
+        return [(self.files[index], offset) for index, offset in zip(found.tolist(), offsets.tolist(), strict=True)]
+
+    def check_sizes(self, addresses: NDArray[np.int64]) -> None:
+        """Raise TableError if a file that one of the addresses is in has become too short."""
+        if len(self.files) == 1:
+            return self.files[0].check_size()
+        counts = np.bincount(self._starts.searchsorted(addresses.ravel(), side="right"))
+        for index in counts.nonzero()[0].tolist():
+            self.files[index - 1].check_size()
+
+    def expect_random_reads(self) -> None:
+        """Tell the kernel not to read ahead."""
+        for file in self.files:
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read_rows(self, first: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out [N, record_bytes]`` with consecutive records from row ``first`` on."""
+        begin = 0
+        for part, row_bytes in zip(self._parts, self.part_bytes, strict=True):
+            columns = out[:, begin : begin + row_bytes]
+            for rows, address in part.runs(first, len(out)):
+                self._read_run(columns[rows], address)
+            begin += row_bytes
+
+    def _read_run(self, out: NDArray[np.uint8], address: int) -> None:
+        data = out.reshape(-1) if out.flags.c_contiguous else np.empty(out.size, dtype=np.uint8)
+        ((file, offset),) = self.places(np.array([address]))
+        file.read_into(data.data, offset)
+        if not out.flags.c_contiguous:
+            out[...] = data.reshape(out.shape)
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        for file in self.files:
+            file.close()
+
+
+class _PartPlaces:
+    """Where the rows of a part are: at ``row_id * row_bytes`` and a shift for each range of rows."""
+
+    def __init__(self, part: TablePart, file_starts: Sequence[int]) -> None:
+        self._row_bytes = part.row_bytes
+        self._first_rows = np.array([rows.first_row for rows in part.ranges], dtype=np.int64)
+        self._ends = np.array([rows.first_row + rows.num_rows for rows in part.ranges], dtype=np.int64)
+        begins = [start + rows.offset for start, rows in zip(file_starts, part.ranges, strict=True)]
+        self._shifts = np.array(begins, dtype=np.int64) - self._first_rows * part.row_bytes
+
+    def fill(self, row_ids: NDArray[np.int64], out: NDArray[np.int64]) -> None:
+        """Fill ``out [N]`` with the addresses of ``[N]`` rows."""
+        np.multiply(row_ids, self._row_bytes, out=out)
+        if len(self._shifts) == 1:
+            out += self._shifts[0]
+        else:
+            out += self._shifts[self._first_rows.searchsorted(row_ids, side="right") - 1]
+
+    def runs(self, first: int, count: int) -> "list[tuple[slice, int]]":
+        """Return for each range that has some of the rows from ``first`` on which of them, and their address."""
+        starts = np.clip(self._first_rows, first, first + count)
+        stops = np.clip(self._ends, first, first + count)
+        return [
+            (slice(start - first, stop - first), start * self._row_bytes + shift)
+            for start, stop, shift in zip(starts.tolist(), stops.tolist(), self._shifts.tolist(), strict=True)
+            if start < stop
+        ]
+
+
+_Key = tuple[str, str | None]  # name and identity, so that each identity is checked
+
+
+def _key(rows: RowRange) -> _Key:
+    return rows.file, rows.identity
+
+
+def _bytes_needed(spec: TableSpec) -> dict[_Key, tuple[RowRange, int]]:
+    """Return a range of each file, and how many bytes of the file the table's rows need."""
+    needed: dict[_Key, tuple[RowRange, int]] = {}
+    for part in spec.parts:
+        for rows in part.ranges:
+            _, earlier = needed.get(_key(rows), (rows, 0))
+            needed[_key(rows)] = rows, max(earlier, rows.offset + rows.num_rows * part.row_bytes)
+    return needed

@@ -1,0 +1,60 @@
+"""Which pages of a mapped table are in memory, as far as is known without asking the kernel."""
+
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE = mmap.PAGESIZE
+PAGE_BITS = PAGE.bit_length() - 1
+UNKNOWN, REQUESTED, PRESENT = range(3)
+
+
+class Residency:
+    """A byte for each page: nothing known, asked for, or seen in memory.
+
+    The bytes are zeros of the system's that take memory where they are first written: at most 1/4096 of the table, and
+    none after `forget`. They may be wrong, as the kernel takes pages back unasked: that costs time, never rows.
+    """
+
+    def __init__(self, num_bytes: int, part_bytes: Sequence[int]) -> None:
+        """Know nothing of ``num_bytes`` of memory that hold records whose parts have ``part_bytes``."""
+        self._map = mmap.mmap(-1, -(-num_bytes // PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._states = np.frombuffer(self._map, dtype=np.uint8)
+        self._reach = np.array(part_bytes, dtype=np.int64)[:, None] + (PAGE - 1)
+        # A row whose first, second and last page are known is known: others hold no byte of any other row.
+        probes = [
+            (part, byte) for part, size in enumerate(part_bytes) for byte in sorted({0, min(PAGE, size - 1), size - 1})
+        ]
+        self._probed_parts = np.array([part for part, _ in probes])
+        self._probed_bytes = np.array([byte for _, byte in probes], dtype=np.int64)[:, None]
+
+    def pages(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``[probes, N]`` pages that tell whether rows are there, of the addresses ``[parts, N]`` of rows."""
+        touched: NDArray[np.int64] = addresses[self._probed_parts]
+        touched += self._probed_bytes
+        touched >>= PAGE_BITS
+        return touched
+
+    def states(self, pages: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return what is known of pages."""
+        return self._states.take(pages, mode="clip")
+
+    def mark(self, pages: NDArray[np.int64], state: int) -> None:
+        """Say what is known of pages."""
+        self._states[pages] = state
+
+    def forget(self) -> None:
+        """Know nothing any more."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def ranges(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``[parts * N, 2]`` first byte and length of the whole pages that hold parts at ``[parts, N]``."""
+        found = np.empty((*addresses.shape, 2), dtype=np.int64)
+        begins, lengths = found[..., 0], found[..., 1]
+        np.bitwise_and(addresses, -PAGE, out=begins)
+        np.add(addresses, self._reach, out=lengths)
+        lengths &= -PAGE
+        lengths -= begins
+        return found.reshape(-1, 2)
