@@ -17,9 +17,9 @@ from engram_runtime.errors import TableError
 from engram_runtime.lens.addresses import PAGE_BYTES, PartAddresses, touched_pages
 from engram_runtime.lens.cache_curves import PAGE, ROW, cache_curve
 from engram_runtime.lens.miss_ratio import EXACT_ACCESSES, miss_ratio_curve, sample_rate
-from engram_runtime.lens.sizes import size_text
 from engram_runtime.lens.stack_distances import FIRST_TOUCH, stack_distances
 from engram_runtime.lens.trace import write_trace
+from engram_runtime.sizes import format_size
 
 SAMPLED_ERROR = 0.02  # of a hit rate, for samples of a tenth of 20 000 things and caches that hold 16 of the sample
 
@@ -91,7 +91,9 @@ def test_a_row_touches_every_page_of_its_parts() -> None:
     payload = PartAddresses(row_bytes=3000, first_rows=(0, 4), addresses=(0, 40960))
     scales = PartAddresses(row_bytes=4, first_rows=(0,), addresses=(81920,))
     rows = np.array([0, 1, 4, 5])
-    assert touched_pages([payload, scales], rows).tolist() == [0, 20, 0, 1, 20, 10, 20, 10, 11, 20]
+    pages, places = touched_pages([payload, scales], rows)
+    assert pages.tolist() == [0, 20, 0, 1, 20, 10, 20, 10, 11, 20]
+    assert places.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
 
 
 def test_pages_are_those_of_the_addresses_byte_by_byte() -> None:
@@ -100,7 +102,7 @@ def test_pages_are_those_of_the_addresses_byte_by_byte() -> None:
     expected = []
     for row in rows.tolist():
         expected += sorted({(65568 + 160 * row + byte) // PAGE_BYTES for byte in range(160)})
-    assert touched_pages([part], rows).tolist() == expected
+    assert touched_pages([part], rows)[0].tolist() == expected
 
 
 def test_caches_of_rows_and_of_pages_are_told_apart() -> None:
@@ -109,7 +111,7 @@ def test_caches_of_rows_and_of_pages_are_told_apart() -> None:
     assert (rows.curve.accesses, rows.curve.distinct, rows.curve.ceiling) == (8, 6, 0.25)
     assert (pages.curve.accesses, pages.curve.distinct, pages.curve.ceiling) == (8, 2, 0.75)
     assert rows.verdict == (
-        "64 KiB of rows would serve 25.0 % of the reads, and no cache of rows more than 25.0 %: "
+        "64.0 KiB of rows would serve 25.0 % of the reads, and no cache of rows more than 25.0 %: "
         "the other 75.0 % are first touches"
     )
 
@@ -124,7 +126,7 @@ def test_a_trace_without_repetition_says_that_no_cache_helps() -> None:
 def test_sizes_double_until_everything_fits() -> None:
     trace = make_trace([[row, row + 1000] for row in range(1000)] * 2, num_rows=2000)
     curve = cache_curve(trace, trace.sites[0], ROW, None)
-    assert [size_text(size) for size in curve.sizes] == ["64 KiB", "128 KiB", "256 KiB", "512 KiB"]
+    assert [format_size(size) for size in curve.sizes] == ["64.0 KiB", "128.0 KiB", "256.0 KiB", "512.0 KiB"]
     assert (curve.hit_rates[0], curve.hit_rates[-1]) == (0.0, 0.5)
 
 
@@ -148,34 +150,19 @@ def test_a_sample_without_reads_is_refused() -> None:
     assert str(caught.value) == "a sample of 1e-07 has none of the 2 reads of site layer_1; use a larger one"
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1 KiB"),
-        (1536, "1.5 KiB"),
-        (6 << 30, "6 GiB"),
-        (1 << 50, "1024 TiB"),
-    ],
-)
-def test_sizes_are_told_in_the_largest_unit(num_bytes: int, text: str) -> None:
-    assert size_text(num_bytes) == text
-
-
 def test_the_command_prints_a_table_and_a_verdict(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "text.trace"
     write_trace(path, make_trace([[0, 500], [1, 501], [0, 500], [2, 502]]))
     outcome = command("engram", "tables", "mrc", path)
     assert outcome.code == 0
     assert outcome.out.splitlines() == [
-        "layer_1: 8 reads of 6 rows of 160 bytes, 960 bytes in all, exact",
-        "layer_1: 8 reads of 2 pages of 4096 bytes, 8 KiB in all, exact",
+        "layer_1: 8 reads of 6 rows of 160 bytes, 960 B in all, exact",
+        "layer_1: 8 reads of 2 pages of 4096 bytes, 8.0 KiB in all, exact",
         "     cache      rows     pages",
-        "    64 KiB    25.0 %    75.0 %",
-        "64 KiB of rows would serve 25.0 % of the reads, and no cache of rows more than 25.0 %: "
+        "  64.0 KiB    25.0 %    75.0 %",
+        "64.0 KiB of rows would serve 25.0 % of the reads, and no cache of rows more than 25.0 %: "
         "the other 75.0 % are first touches",
-        "64 KiB of pages would serve 75.0 % of the reads, and no cache of pages more than 75.0 %: "
+        "64.0 KiB of pages would serve 75.0 % of the reads, and no cache of pages more than 75.0 %: "
         "the other 25.0 % are first touches",
     ]
 

@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "trace": "engram_runtime.commands.tables_trace:trace",
     "mrc": "engram_runtime.commands.tables_mrc:mrc",
     "heat": "engram_runtime.commands.tables_heat:heat",
+    "warm": "engram_runtime.commands.tables_warm:warm",
 }
 
 

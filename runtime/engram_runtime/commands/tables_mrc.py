@@ -10,8 +10,9 @@ from engram_runtime.commands.options import json_option
 from engram_runtime.commands.trace_options import site_option, trace_argument
 from engram_runtime.lens.cache_curves import UNITS, CacheCurve, cache_curve
 from engram_runtime.lens.curve_plot import plot_curves
-from engram_runtime.lens.sizes import share_text, size_text
+from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.trace import TraceSite, read_trace
+from engram_runtime.sizes import format_size
 
 
 def parse_rate(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
@@ -69,13 +70,13 @@ def _table(site: TraceSite, curves: Sequence[CacheCurve]) -> str:
     lines.append(f"{'cache':>10}" + "".join(f"{curve.unit + 's':>10}" for curve in curves))
     for place, size in enumerate(longest.sizes):
         rates = (curve.hit_rates[min(place, len(curve.sizes) - 1)] for curve in curves)
-        lines.append(f"{size_text(size):>10}" + "".join(f"{share_text(rate):>10}" for rate in rates))
+        lines.append(f"{format_size(size):>10}" + "".join(f"{format_share(rate):>10}" for rate in rates))
     return "\n".join([*lines, *(curve.verdict for curve in curves)])
 
 
 def _title(site: TraceSite, curve: CacheCurve) -> str:
-    how = "exact" if curve.curve.rate == 1 else f"from a sample of {share_text(curve.curve.rate)}"
-    whole = size_text(curve.curve.distinct * curve.unit_bytes)
+    how = "exact" if curve.curve.rate == 1 else f"from a sample of {format_share(curve.curve.rate)}"
+    whole = format_size(curve.curve.distinct * curve.unit_bytes)
     return (
         f"{site.site}: {curve.curve.accesses:,} reads of {curve.curve.distinct:,} {curve.unit}s "
         f"of {curve.unit_bytes} bytes, {whole} in all, {how}"

@@ -12,8 +12,9 @@ from engram_runtime.commands.options import bundle_argument, json_option
 from engram_runtime.commands.trace_options import site_option
 from engram_runtime.errors import RequestError
 from engram_runtime.golden import GOLDEN_FILE, Golden
-from engram_runtime.lens.sizes import share_text, size_text
+from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.table_stats import table_stats
+from engram_runtime.sizes import format_size
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.files import FileTable
 
@@ -84,7 +85,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     read = "all read" if facts["rows_read"] >= rows else f"{facts['rows_read']:,} of them read"
     return [
         f"{facts['site']}: {rows:,} rows of {facts['record_bytes']} bytes ({record['payload']} x {record['columns']}, "
-        f"scale {record['scale']}), {size_text(rows * facts['record_bytes'])}, {read}",
+        f"scale {record['scale']}), {format_size(rows * facts['record_bytes'])}, {read}",
         f"  {facts['rows_unreachable']:,} rows that no n-gram leads to",
         f"  {_standing_out(facts['zero'], 'all zeros')}",
         f"  {_standing_out(facts['not_finite'], 'NaN or infinite values')}",
@@ -106,7 +107,7 @@ def _standing_out(rows: dict[str, Any], what: str) -> str:
 
 def _copies(copies: dict[str, Any]) -> str:
     whole = copies["share_compared"] == 1
-    which = "all" if whole else f"{share_text(copies['share_compared'])}, chosen by hash,"
+    which = "all" if whole else f"{format_share(copies['share_compared'])}, chosen by hash,"
     return (
         f"{copies['rows']:,} rows are copies of an earlier one; {copies['compared']:,} were compared, {which} that are "
         f"finite and not zero"
@@ -127,4 +128,6 @@ def _bars(histogram: list[list[float]]) -> list[str]:
 def _error(error: dict[str, float] | str) -> str:
     if isinstance(error, str):
         return error
-    return f"{share_text(error['mean'])} off on average, {share_text(error['max'])} at most, of {error['rows']:,} rows"
+    return (
+        f"{format_share(error['mean'])} off on average, {format_share(error['max'])} at most, of {error['rows']:,} rows"
+    )

@@ -48,14 +48,16 @@ class PartAddresses:
         return start // PAGE_BYTES, (start + self.row_bytes - 1) // PAGE_BYTES
 
 
-def touched_pages(parts: Sequence[PartAddresses], row_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the pages that ``[N]`` rows are on, row by row; a row has as many as it touches."""
+def touched_pages(
+    parts: Sequence[PartAddresses], row_ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pages that ``[N]`` rows are on, row by row, as many as each touches, and of each the row's place."""
     spans = [part.page_span(row_ids) for part in parts]
     first, last = (np.stack(pages, axis=1).ravel() for pages in zip(*spans, strict=True))
     counts = last - first + 1
     after_first = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    pages: NDArray[np.int64] = np.repeat(first, counts) + after_first
-    return pages
+    rows = np.repeat(np.arange(len(row_ids)).repeat(len(parts)), counts)
+    return np.repeat(first, counts) + after_first, rows
 
 
 def part_addresses(spec: TableSpec) -> tuple[PartAddresses, ...]:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from engram_runtime.errors import TableError
 from engram_runtime.lens.addresses import PAGE_BYTES, touched_pages
 from engram_runtime.lens.miss_ratio import MissRatioCurve, miss_ratio_curve, sample_rate
-from engram_runtime.lens.sizes import share_text, size_text
+from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.sizes import format_size
 
 SMALLEST_CACHE_BYTES = 64 << 10
 BLOCK_READS = 1 << 18  # whose pages are found at a time
@@ -53,9 +54,9 @@ class CacheCurve:
             return f"no {self.unit} is read twice: no cache of {self.unit}s serves anything"
         served = self.hit_rates[self.sizes.index(self.enough)]
         return (
-            f"{size_text(self.enough)} of {self.unit}s would serve {share_text(served)} of the reads, and no cache of "
-            f"{self.unit}s more than {share_text(self.curve.ceiling)}: the other "
-            f"{share_text(self.curve.first_touches)} are first touches"
+            f"{format_size(self.enough)} of {self.unit}s would serve {format_share(served)} of the reads, and no cache "
+            f"of {self.unit}s more than {format_share(self.curve.ceiling)}: the other "
+            f"{format_share(self.curve.first_touches)} are first touches"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def cache_curve(trace: Trace, site: TraceSite, unit: str, rate: float | None) ->
 def _blocks(site: TraceSite, reads: NDArray[np.signedinteger[Any]], unit: str) -> Blocks:
     for start in range(0, len(reads), BLOCK_READS):
         block = reads[start : start + BLOCK_READS]
-        yield block if unit == ROW else touched_pages(site.parts, block.astype(np.int64))
+        yield block if unit == ROW else touched_pages(site.parts, block.astype(np.int64))[0]
 
 
 def _doublings(least: int) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from engram_runtime.lens.cache_curves import CacheCurve
 from engram_runtime.lens.figures import new_figure, save_png
-from engram_runtime.lens.sizes import share_text, size_text
+from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.sizes import format_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def _draw(axes: "Axes", site: TraceSite, curves: Sequence[CacheCurve]) -> None:
         axes.plot(curve.sizes, rates, color=COLOURS[curve.unit], marker="o", markersize=3, label=label)
         axes.axhline(100 * curve.curve.ceiling, color=COLOURS[curve.unit], linestyle=":", linewidth=1)
         axes.annotate(
-            f"first touches above {share_text(curve.curve.ceiling)}",
+            f"first touches above {format_share(curve.curve.ceiling)}",
             (curve.sizes[0], 100 * curve.curve.ceiling),
             xytext=(0, 3),
             textcoords="offset points",
@@ -40,7 +41,7 @@ def _draw(axes: "Axes", site: TraceSite, curves: Sequence[CacheCurve]) -> None:
         )
     sizes = max((curve.sizes for curve in curves), key=len)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes[::2], [size_text(size) for size in sizes[::2]], fontsize=8)
+    axes.set_xticks(sizes[::2], [format_size(size) for size in sizes[::2]], fontsize=8)
     axes.minorticks_off()
     axes.set_ylim(0, 104)
     axes.set_title(site.site, fontsize=10, loc="left", parse_math=False)
