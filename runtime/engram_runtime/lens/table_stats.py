@@ -66,14 +66,12 @@ def columns_of(spec: TableSpec) -> list[ColumnRows]:
 
 def sample_blocks(num_rows: int, wanted: int | None, block_rows: int) -> Iterator[tuple[int, int]]:
     """Yield (first, count) of rows to read: all, or at least ``wanted`` in small blocks evenly spread."""
-    if wanted is None or wanted >= num_rows:
+    size = min(SAMPLE_BLOCK_ROWS, block_rows, num_rows if wanted is None else wanted)
+    blocks = num_rows if wanted is None else -(-wanted // size)
+    if blocks * size >= num_rows:
         yield from ((first, min(block_rows, num_rows - first)) for first in range(0, num_rows, block_rows))
         return
-    size = min(SAMPLE_BLOCK_ROWS, wanted, block_rows)
-    blocks = -(-wanted // size)
-    for block in range(blocks):
-        first = block * num_rows // blocks
-        yield first, min(size, num_rows - first)
+    yield from ((block * num_rows // blocks, size) for block in range(blocks))
 
 
 class TableStats:
