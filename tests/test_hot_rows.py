@@ -140,7 +140,7 @@ def test_the_command_tells_what_it_brought_in(
         "engram", "tables", "warm", bundle, "--from", tmp_path / "a.trace", "--table-io", table_io, "--json"
     )
     (facts,) = outcome.json
-    rows = len(np.unique(trace.reads(trace.sites[0])))
+    rows = len(np.unique(trace.row_ids["layer_1"]))
     assert facts.pop("seconds") > 0
     assert facts == {
         "site": "layer_1",

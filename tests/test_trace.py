@@ -174,6 +174,16 @@ DAMAGE = {
         change_site(first_rows=[0, 1000]),
         "columns of site layer_1 begin at rows [0, 1000], expected ascending ones from 0",
     ),
+    "large records": (
+        change_site(record_bytes=2**40, parts=[{"row_bytes": 2**40, "first_rows": [0], "addresses": [0]}]),
+        "site layer_1 has 1000 rows of 1099511627776 bytes, expected records of at most 262144 "
+        "and 1152921504606846976 in all",
+    ),
+    "large table": (
+        change_site(num_rows=2**53 - 1),
+        "site layer_1 has 9007199254740991 rows of 160 bytes, expected records of at most 262144 "
+        "and 1152921504606846976 in all",
+    ),
     "row bytes": (change_part(row_bytes=5), "parts of site layer_1 don't sum to 160 bytes"),
     "addresses": (
         change_part(addresses=[-1]),
@@ -205,10 +215,20 @@ def test_facts_that_are_no_object_are_refused(tmp_path: Path, text: str) -> None
     assert refusal(tmp_path / "a")
 
 
-@pytest.mark.parametrize("row", [-2, 1000])
-def test_row_ids_the_table_does_not_have_are_refused(tmp_path: Path, row: int) -> None:
+@pytest.mark.parametrize("row", [-2, 0, 499, 1000])
+def test_row_ids_their_column_does_not_have_are_refused(tmp_path: Path, row: int) -> None:
     write_raw(tmp_path / "a", sound_facts(), {"rows.layer_1": np.array([[0, row]], dtype=np.int32)})
-    assert refusal(tmp_path / "a") == f"row id {row} of site layer_1 is outside [0, 1000)"
+    assert refusal(tmp_path / "a") == f"row id {row} of column 1 of site layer_1 is outside [500, 1000)"
+
+
+def test_reads_are_told_in_order_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_file, "BLOCK_READS", 4)
+    trace = make_trace([[7, 500], [-1, -1], [3, 999], [7, 999], [7, 600]])
+    site = trace.sites[0]
+    assert [block.tolist() for block in trace.blocks(site)] == [[7, 500], [3, 999, 7, 999], [7, 600]]
+    row_ids, counts = trace.counts(site)
+    assert (row_ids.tolist(), counts.tolist()) == ([3, 7, 500, 600, 999], [1, 3, 1, 1, 2])
+    assert trace.num_reads(site) == 8
 
 
 def test_other_dtypes_and_tensors_are_refused(tmp_path: Path) -> None:
@@ -226,7 +246,6 @@ def test_the_command_tells_what_is_read(workshop: Workshop, tmp_path: Path, comm
         "engram", "tables", "trace", workshop.uncompiled().path, "--text", text, "--tokens", 9, "-o", out, "--json"
     )
     trace = read_trace(out)
-    (site,) = trace.sites
     assert (outcome.code, trace.tokens, trace.text) == (0, 9, "text.txt")
     assert outcome.json == {
         "file": str(out),
@@ -236,7 +255,7 @@ def test_the_command_tells_what_is_read(workshop: Workshop, tmp_path: Path, comm
             {
                 "site": "layer_1",
                 "reads": 36,
-                "distinct": len(np.unique(trace.reads(site))),
+                "distinct": len(np.unique(trace.row_ids["layer_1"])),
                 "rows": 326,
                 "without_row": 0,
             }

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, json_option
@@ -44,12 +43,12 @@ def trace(bundle: Path, text: Path, tokens: int, out: Path, as_json: bool) -> No
 def _facts(trace: Trace, out: Path) -> dict[str, Any]:
     sites = []
     for site in trace.sites:
-        reads = trace.reads(site)
+        row_ids, counts = trace.counts(site)
         sites.append(
             {
                 "site": site.site,
-                "reads": len(reads),
-                "distinct": len(np.unique(reads)),
+                "reads": int(counts.sum()),
+                "distinct": len(row_ids),
                 "rows": site.num_rows,
                 "without_row": int((trace.row_ids[site.site][:, 0] == NO_ROW).sum()),
             }

@@ -15,11 +15,9 @@ from engram_runtime.lens.trace import Trace, TraceSite
 from engram_runtime.sizes import format_size
 
 SMALLEST_CACHE_BYTES = 64 << 10
-BLOCK_READS = 1 << 18  # whose pages are found at a time
 NEARLY = 0.95  # of what a cache of any size serves: what is said of a curve in one number
 ROW, PAGE = "row", "page"
 UNITS = (ROW, PAGE)
-Blocks = Iterator[NDArray[np.signedinteger[Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +82,13 @@ def cache_curve(trace: Trace, site: TraceSite, unit: str, rate: float | None) ->
     Raises:
         TableError: no row is read at all, or none of the sample.
     """
-    reads = trace.reads(site)
-    if not len(reads):
+    num_reads = trace.num_reads(site)
+    if not num_reads:
         raise TableError(f"the trace reads no row of site {site.site}; record one of another text")
-    curve = miss_ratio_curve(_blocks(site, reads, unit), sample_rate(len(reads)) if rate is None else rate)
+    curve = miss_ratio_curve(_blocks(trace, site, unit), sample_rate(num_reads) if rate is None else rate)
     if not curve.sampled:
         raise TableError(
-            f"a sample of {curve.rate} has none of the {len(reads)} reads of site {site.site}; use a larger one"
+            f"a sample of {curve.rate} has none of the {num_reads} reads of site {site.site}; use a larger one"
         )
     unit_bytes = site.record_bytes if unit == ROW else PAGE_BYTES
     sizes = _doublings(curve.distinct * unit_bytes)
@@ -98,10 +96,10 @@ def cache_curve(trace: Trace, site: TraceSite, unit: str, rate: float | None) ->
     return CacheCurve(unit=unit, unit_bytes=unit_bytes, curve=curve, sizes=sizes, hit_rates=tuple(hit_rates))
 
 
-def _blocks(site: TraceSite, reads: NDArray[np.signedinteger[Any]], unit: str) -> Blocks:
-    for start in range(0, len(reads), BLOCK_READS):
-        block = reads[start : start + BLOCK_READS]
-        yield block if unit == ROW else touched_pages(site.parts, block.astype(np.int64))[0]
+def _blocks(trace: Trace, site: TraceSite, unit: str) -> Iterator[NDArray[np.int64]]:
+    if unit == ROW:
+        return trace.blocks(site)
+    return (touched_pages(site.parts, block)[0] for block in trace.blocks(site))
 
 
 def _doublings(least: int) -> tuple[int, ...]:

@@ -29,9 +29,9 @@ class HotRows:
 
 def hot_rows(trace: Trace, site: TraceSite, ram_bytes: int | None) -> HotRows:
     """Return the rows read most often whose pages fit, or all that are read; of equally frequent ones the lower."""
-    found, counts = np.unique(trace.reads(site), return_counts=True)
+    row_ids, counts = trace.counts(site)
     order = np.argsort(-counts, kind="stable")
-    row_ids, counts = found[order].astype(np.int64), counts[order]
+    row_ids, counts = row_ids[order], counts[order]
     pages, rows = touched_pages(site.parts, row_ids)
     _, first = np.unique(pages, return_index=True)
     needed = np.cumsum(np.bincount(rows[first], minlength=len(row_ids)))  # pages of the rows up to each

@@ -5,8 +5,9 @@ metadata. A trace may come from anywhere, so everything in it is checked before 
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +30,9 @@ FORMAT_VERSION = 1
 FACTS = "engram_trace"  # key of the metadata
 MAX_TOKENS = 10_000_000
 MAX_ROW_IDS = 160_000_000  # over all sites: 10 M tokens of 16 rows, 640 MB
+MAX_RECORD_BYTES = 1 << 18  # 7 times that of Gemma 3n; each read is taken apart into its pages
+MAX_TABLE_BYTES = 1 << 60  # keeps addresses far from int64
+BLOCK_READS = 1 << 18
 DTYPES = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # as safetensors call them
 
 
@@ -91,6 +95,11 @@ class TraceSite:
             raise BundleError(f"columns of site {self.site} begin at rows {starts[:4]}, expected ascending ones from 0")
         if sum(part.row_bytes for part in self.parts) != self.record_bytes:
             raise BundleError(f"parts of site {self.site} don't sum to {self.record_bytes} bytes")
+        if self.record_bytes > MAX_RECORD_BYTES or self.num_rows * self.record_bytes > MAX_TABLE_BYTES:
+            raise BundleError(
+                f"site {self.site} has {self.num_rows} rows of {self.record_bytes} bytes, expected records of at most "
+                f"{MAX_RECORD_BYTES} and {MAX_TABLE_BYTES} in all"
+            )
         if any(part.first_rows[-1] >= self.num_rows for part in self.parts):
             raise BundleError(f"parts of site {self.site} go beyond its {self.num_rows} rows")
 
@@ -145,11 +154,23 @@ class Trace:
             raise TableError(f"the trace has no site {name!r}, it has {[site.site for site in self.sites]}")
         return sites
 
-    def reads(self, site: TraceSite) -> NDArray[np.signedinteger[Any]]:
-        """Return the rows read, ``[N]``, in their order."""
-        row_ids = self.row_ids[site.site].ravel()
-        reads: NDArray[np.signedinteger[Any]] = row_ids[row_ids != NO_ROW]
-        return reads
+    def num_reads(self, site: TraceSite) -> int:
+        """Return how many rows were read, with repetition."""
+        return int((self.row_ids[site.site] != NO_ROW).sum())
+
+    def blocks(self, site: TraceSite) -> Iterator[NDArray[np.int64]]:
+        """Yield the rows read, ``[n]`` at a time, in their order."""
+        step = max(1, BLOCK_READS // site.columns)
+        for start in range(0, self.tokens, step):
+            block = self.row_ids[site.site][start : start + step].ravel().astype(np.int64)
+            yield block[block != NO_ROW]
+
+    def counts(self, site: TraceSite) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the distinct rows read, ``[N]`` ascending, and how often each was."""
+        # Column by column, whose rows are apart: what is sorted at once stays small.
+        columns = [np.unique(column[column != NO_ROW], return_counts=True) for column in self.row_ids[site.site].T]
+        row_ids, counts = (np.concatenate(part) for part in zip(*columns, strict=True))
+        return row_ids.astype(np.int64), counts
 
 
 def tensor_name(site: str) -> str:
@@ -239,8 +260,13 @@ def _row_ids(file: Any, site: TraceSite, tokens: int) -> NDArray[np.signedintege
             f"row ids of site {site.site} are {dtype} {shape}, expected {site.dtype} {[tokens, site.columns]}"
         )
     row_ids: NDArray[np.signedinteger[Any]] = file.get_tensor(tensor_name(site.site))
-    lowest, highest = int(row_ids.min()), int(row_ids.max())
-    if lowest < NO_ROW or highest >= site.num_rows:
-        outside = lowest if lowest < NO_ROW else highest
-        raise BundleError(f"row id {outside} of site {site.site} is outside [0, {site.num_rows})")
+    for column, (first, end) in enumerate(itertools.pairwise((*site.first_rows, site.num_rows))):
+        _check_rows(site, column, row_ids[:, column], first, end)
     return row_ids
+
+
+def _check_rows(site: TraceSite, column: int, row_ids: NDArray[np.signedinteger[Any]], first: int, end: int) -> None:
+    outside = (row_ids != NO_ROW) & ((row_ids < first) | (row_ids >= end))
+    if outside.any():
+        found = int(row_ids[outside.argmax()])
+        raise BundleError(f"row id {found} of column {column} of site {site.site} is outside [{first}, {end})")
