@@ -1,6 +1,7 @@
 """Miss-ratio curves equal an LRU cache that is played out, and samples come close to it."""
 
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,6 +176,17 @@ def test_the_command_prints_json_and_draws(tmp_path: Path, command: Command) -> 
     (curve,) = site["curves"]
     assert (site["site"], curve["unit"], curve["reads"], curve["hit_rates"]) == ("layer_1", "row", 4, [0.25])
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_plot_that_can_not_be_written_is_refused_before_anything_is_computed(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("engram", "tables", "mrc", tmp_path / "gone.trace", "--plot")
+    outcome = command(*line, "curve.jpg")
+    assert (outcome.code, outcome.err) == (2, "engram: plot curve.jpg has the suffix '.jpg', expected .png\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = command(*line, "curve.png")
+    assert (outcome.code, outcome.err) == (4, "engram: plots need matplotlib: pip install 'engram-edge[plot]'\n")
 
 
 @pytest.mark.parametrize("rate", ["0", "1.5", "nan", "much"])

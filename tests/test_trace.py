@@ -1,5 +1,6 @@
 """Traces: the row ids a text reads, and whatever else may stand in such a file."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from tests.conftest import Command
 from tests.tiny import TinyModel
@@ -20,6 +23,9 @@ from engram_runtime.errors import RequestError, TableError
 from engram_runtime.lens import recording
 from engram_runtime.lens import trace as trace_file
 from engram_runtime.lens.addresses import part_addresses, touched_pages
+from engram_runtime.lens.cache_curves import PAGE, cache_curve
+from engram_runtime.lens.heat import heat_strips
+from engram_runtime.lens.hot_rows import hot_rows
 from engram_runtime.lens.recording import record_trace, text_token_ids
 from engram_runtime.lens.trace import read_trace, write_trace
 from engram_runtime.tokenizer import TextTokenizer
@@ -237,6 +243,23 @@ def test_other_dtypes_and_tensors_are_refused(tmp_path: Path) -> None:
     sound = np.zeros((1, 2), dtype=np.int32)
     write_raw(tmp_path / "a", sound_facts(), {"rows.layer_1": sound, "more": sound})
     assert refusal(tmp_path / "a") == "it has tensors ['more', 'rows.layer_1'] for sites ['layer_1']"
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_trace_is_refused_or_can_be_worked_on(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "a.trace"
+    write_trace(path, make_trace([[0, 500], [-1, -1], [3, 999]]))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(TableError):
+        trace = read_trace(path)
+        for site in trace.sites:
+            heat_strips(trace, site)
+            hot_rows(trace, site, 1 << 20)
+            cache_curve(trace, site, PAGE, None)
 
 
 def test_the_command_tells_what_is_read(workshop: Workshop, tmp_path: Path, command: Command) -> None:

@@ -10,6 +10,7 @@ from engram_runtime.commands.options import json_option
 from engram_runtime.commands.trace_options import site_option, trace_argument
 from engram_runtime.lens.cache_curves import UNITS, CacheCurve, cache_curve
 from engram_runtime.lens.curve_plot import plot_curves
+from engram_runtime.lens.figures import check_png
 from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.trace import TraceSite, read_trace
 from engram_runtime.sizes import format_size
@@ -49,6 +50,8 @@ def mrc(
 
     Curves are exact for up to 4 million reads, longer traces are sampled.
     """
+    if plot is not None:
+        check_png(plot)
     read = read_trace(trace)
     units = UNITS if unit is None else (unit,)
     sites = read.chosen(site)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engram_runtime.lens.figures import new_figure, save_png
+from engram_runtime.lens.figures import check_png, new_figure, save_png
 from engram_runtime.lens.heat import HeatStrip
 from engram_runtime.lens.trace import Trace
 
@@ -19,6 +19,7 @@ COLOURS, BLANK, LINE = "inferno", "#08060f", "#d1603d"
 
 def plot_heat(path: Path, trace: Trace, strips: Sequence[HeatStrip]) -> None:
     """Write a PNG with the strips below one another, each with its share of first touches."""
+    check_png(path)
     figure = new_figure(11, 0.7 + 3.4 * len(strips))
     figure.suptitle(f"{trace.model}: {trace.tokens:,} tokens of {trace.text}", fontsize=12, parse_math=False)
     for part, strip in zip(figure.subfigures(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
