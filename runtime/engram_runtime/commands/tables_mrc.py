@@ -46,9 +46,9 @@ def parse_rate(context: click.Context, parameter: click.Parameter, value: str) -
 def mrc(
     trace: Path, site: str | None, unit: str | None, sample: float | None, plot: Path | None, as_json: bool
 ) -> None:
-    """Print what share of TRACE's reads LRU caches of several sizes would serve: its miss-ratio curve.
+    """Tell what caches would serve: a miss-ratio curve.
 
-    Curves are exact for up to 4 million reads, longer traces are sampled.
+    Prints which share of TRACE's reads LRU caches of rows, and of pages, would serve. Curves are exact for up to 4 million reads, longer traces are sampled.
     """
     if plot is not None:
         check_png(plot)

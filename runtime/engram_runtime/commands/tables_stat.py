@@ -43,7 +43,10 @@ def parse_rows(context: click.Context, parameter: click.Parameter, value: str) -
 )
 @json_option
 def stat(bundle: Path, site: str | None, rows: int | None, as_json: bool) -> None:
-    """Tell norms, dead rows and copies of BUNDLE's tables, and what quantising them would cost."""
+    """Tell norms, dead rows and copies of its tables.
+
+    Also what BUNDLE's rows would lose by being quantised, where engram-edge[export] is installed.
+    """
     opened = Bundle.open(bundle)
     found = [_stat(opened, spec, rows) for spec in chosen_tables(opened, site)]
     parity = _parity(opened)

@@ -26,7 +26,10 @@ from engram_runtime.tokenizer import TextTokenizer
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @json_option
 def trace(bundle: Path, text: Path, tokens: int, out: Path, as_json: bool) -> None:
-    """Record which rows of BUNDLE's tables a text reads, as one sequence; no graph is run, no row is read."""
+    """Record which rows of its tables a text reads.
+
+    The text is one sequence, whatever the model's context; no graph of BUNDLE is run and no row is read.
+    """
     opened = Bundle.open(bundle)
     if not opened.manifest.tables:
         raise RequestError(f"bundle {bundle} has no tables, so there is nothing to record")

@@ -35,7 +35,10 @@ from engram_runtime.tables.policy import TableChoice
 )
 @json_option
 def warm(bundle: Path, trace: Path, site: str | None, ram: int | None, table_io: str, as_json: bool) -> None:
-    """Bring the rows that a trace reads most often into the page cache, where mapped and read tables find them."""
+    """Bring a trace's rows into the page cache.
+
+    Those read most often come first; BUNDLE's tables find them there when they are mapped or read row by row.
+    """
     opened, read = Bundle.open(bundle), read_trace(trace)
     specs = {table.site: table for table in opened.manifest.tables}
     choices = {choice.site: choice for choice in choose_stores(opened, TableOptions(io=table_io))}
