@@ -25,7 +25,8 @@ WRITERS: dict[str, Callable[[Path, Trace, Sequence[HeatStrip]], None]] = {".png"
 def heat(trace: Path, site: str | None, out: Path, as_json: bool) -> None:
     """Draw which rows are read over time.
 
-    Each n-gram order of each site of TRACE is a strip. A .html file stands by itself and tells what is under the pointer; .png needs engram-edge[plot].
+    Each n-gram order of each site of TRACE is a strip. A .html file stands by itself and tells what is under the
+    pointer; .png needs engram-edge[plot].
     """
     if out.suffix not in WRITERS:
         raise RequestError(f"picture {out} has the suffix {out.suffix!r}, expected .png or .html")

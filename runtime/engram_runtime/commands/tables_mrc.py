@@ -48,7 +48,8 @@ def mrc(
 ) -> None:
     """Tell what caches would serve: a miss-ratio curve.
 
-    Prints which share of TRACE's reads LRU caches of rows, and of pages, would serve. Curves are exact for up to 4 million reads, longer traces are sampled.
+    Prints which share of TRACE's reads LRU caches of rows, and of pages, would serve. Curves are exact for
+    up to 4 million reads, longer traces are sampled.
     """
     if plot is not None:
         check_png(plot)
