@@ -35,7 +35,9 @@ def error_of(command: Command, *arguments: object) -> tuple[int, str]:
 
 def test_bench_measures_both_executors(workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", iter([(0.5, 9.0, 9.0), (0.75, 9.0, 9.0)]).__next__)
-    found = command("engram", "bench", workshop.ready().path, *SIZES, "--against", "onnxruntime", "--json").json
+    found = command(
+        "engram", "bench", workshop.ready().path, *SIZES, "--against", "onnxruntime", "--table-io", "mmap", "--json"
+    ).json
     for figures, runner in ((found, "tvm"), (found["against"], "onnxruntime")):
         assert (figures["runner"], figures["threads"]) == (runner, 1)
         assert list(figures["verify_cost"]) == ["2", "4", "8", "16"]
@@ -46,11 +48,13 @@ def test_bench_measures_both_executors(workshop: Workshop, command: Command, mon
     assert {*FIGURES, "verify_cost", "depths", "bandwidth_share"} <= found["against"]["ratios"].keys()
     assert (found["prompt_tokens"], found["decode_tokens"], found["rounds"]) == (5, 3, 2)
     assert (found["load_average"], found["load_average_after"]) == (0.5, 0.75)
+    assert [(table["site"], table["io"]) for table in found["tables"]] == [("layer_1", "mmap")]
 
 
 def test_bench_alone_prints_a_table_and_where_the_time_goes(workshop: Workshop, command: Command) -> None:
-    outcome = command("engram", "bench", workshop.ready().path, *SIZES, "--profile")
+    outcome = command("engram", "bench", workshop.ready().path, *SIZES, "--profile", "--table-io", "pread")
     lines = outcome.out.splitlines()
+    assert outcome.err.splitlines()[-1] == "table layer_1: pread, 5.7 KiB: as asked for"
     assert "|  | tvm |" in lines
     assert [line.split(",")[0] for line in lines if "| calls |" in line] == ["| decode", "| prefill"]
     assert sum(line.startswith("| outside kernels |") for line in lines) == 2

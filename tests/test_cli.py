@@ -13,8 +13,10 @@ from tests.conftest import Command
 from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
 
-from engram_runtime import LLM, Bundle, SamplingOptions
+from engram_runtime import LLM, Bundle, Generation, SamplingOptions
 from engram_runtime.commands.chat import HELP
+from engram_runtime.commands.run import summary
+from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.options import TABLE_IO
 from engram_targets import profile_names
 
@@ -49,6 +51,35 @@ def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop,
     assert table == SMALL_TABLE
     assert figures.startswith("[12 tokens, ")
     assert figures.endswith(" ms; length]")
+
+
+def test_run_counts_what_it_asked_of_each_table(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready()
+    made = command("engram", "run", bundle.path, PROMPT, "--max-tokens", 12, "--json").json
+    (figures,) = made["tables"]
+    (site,) = bundle.manifest.tables
+    computed = made["prompt_tokens"] + len(made["token_ids"]) - 1
+    assert figures.keys() > {"site", "io", "rows", "unique", "bytes", "cold", "wait_ms"}
+    assert (figures["site"], figures["io"]) == (site.site, "resident")
+    assert figures["rows"] == computed * site.keyer.columns
+    assert figures["bytes"] == figures["unique"] * site.record.record_bytes
+
+
+def test_the_summary_tells_rows_from_disk() -> None:
+    generation = Generation(
+        text="ab",
+        token_ids=(1, 2),
+        finish_reason="length",
+        prompt_tokens=4,
+        prefilled_tokens=4,
+        prefill_s=0.5,
+        ttft_s=0.5,
+        decode_s=0.1,
+        tables={"a": TableCounters(cold=30, wait_s=0.004), "b": TableCounters(cold=2, wait_s=0.001)},
+    )
+    assert summary(generation) == (
+        "[2 tokens, 10.0 tok/s; prompt 4 tokens, 8.0 tok/s; first token after 500 ms; 32 rows from disk, 5 ms; length]"
+    )
 
 
 def test_run_without_tables_makes_another_text(workshop: Workshop, command: Command) -> None:
@@ -264,7 +295,7 @@ def chat(command: Command, bundle: Path, *lines: str, options: tuple[object, ...
     """Chat for six tokens an answer; returns what was printed after each prompt."""
     stdin = "".join(f"{line}\n" for line in lines)
     outcome = command("engram", "chat", bundle, "--max-tokens", 6, *options, stdin=stdin)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, f"{SMALL_TABLE}\n")
     return outcome.out.split("> ")[1:]
 
 
@@ -312,7 +343,8 @@ def test_chat_survives_a_conversation_beyond_the_context(workshop: Workshop, com
     outcome = command("engram", "chat", workshop.ready().path, "--max-tokens", 6, stdin=f"{long}\nhello\n")
     with LLM(workshop.ready().path, threads=THREADS) as llm:
         tokens = len(llm.tokenizer.encode_chat([{"role": "user", "content": long.strip()}]))
-    assert outcome.err == f"{tokens} tokens exceed the context of {CONTEXT}; shorten the prompt; /reset begins anew\n"
+    refusal = f"{tokens} tokens exceed the context of {CONTEXT}; shorten the prompt; /reset begins anew"
+    assert outcome.err == f"{SMALL_TABLE}\n{refusal}\n"
     assert (outcome.code, outcome.out) == (0, f"> > {answer_to(workshop.ready().path, 'hello')}\n> \n")
 
 
@@ -425,8 +457,8 @@ OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "table-io-off": (
         ("--table-io", "mmap", "--tables", "off"),
-        "engram: --table-io and --table-ram say how tables are read, with --tables off none is; leave out one or the "
-        "other",
+        "engram: --table-io, --table-ram and --overlay say how tables are read, with --tables off none is; "
+        "leave out one or the other",
     ),
     "table-room": (
         ("--table-io", "resident", "--table-ram", "1KiB"),
@@ -487,6 +519,7 @@ def test_a_bundle_without_chat_template_takes_no_chat(workshop: Workshop, comman
     )
     outcome = command("engram", "chat", bundle, stdin="hello\n")
     assert outcome.err == (
+        f"{SMALL_TABLE}\n"
         "the bundle has no chat template, so it takes no messages; give a plain prompt; /reset begins anew\n"
     )
 

@@ -12,6 +12,7 @@ from tests.workshop import THREADS, Workshop, random_ids, stepwise_logits
 
 from engram_runtime import LLM, EngramError, Generation, SamplingOptions
 from engram_runtime.errors import RequestError
+from engram_runtime.tables.counters import TableCounters
 
 PROMPT = "The tide comes in"
 WARM = SamplingOptions(temperature=1.0, seed=5)
@@ -177,6 +178,22 @@ def test_figures_count_tokens_and_seconds(llm: LLM) -> None:
     assert 0 < made.prefill_s <= made.ttft_s
     assert made.prefill_tok_s == made.prefilled_tokens / made.prefill_s
     assert made.decode_tok_s == 5 / made.decode_s
+
+
+def test_figures_count_the_rows_of_this_request_alone(llm: LLM) -> None:
+    (site,) = llm.bundle.manifest.tables
+    for prompt, max_tokens in ((random_ids(11), 6), (random_ids(9, seed=1), 3)):
+        made = llm.generate(prompt, max_tokens=max_tokens, sampling=WARM)
+        counters = made.tables[site.site]
+        computed = made.prefilled_tokens + len(made.token_ids) - 1
+        assert counters.rows == computed * site.keyer.columns
+        assert 0 < counters.unique <= counters.rows
+        assert counters.bytes == counters.unique * site.record.record_bytes
+
+
+def test_figures_of_tables_are_zeros_with_tables_off(workshop: Workshop) -> None:
+    with LLM(workshop.ready().path, threads=1, tables_on=False) as llm:
+        assert llm.generate(PROMPT, max_tokens=3).tables == {"layer_1": TableCounters()}
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -32,6 +32,7 @@ from engram_runtime.errors import BundleError
 from engram_runtime.golden import Golden
 from engram_runtime.hashing import column_offsets, derive_primes
 from engram_runtime.session import open_sites
+from engram_runtime.tables.options import PREAD, TableOptions
 
 PLAIN = TinyModel()
 SITE = TinySite()
@@ -348,7 +349,7 @@ def test_a_table_of_four_gib_is_exported_by_reference_in_no_more_memory_than_a_s
     row_ids = source.tables[0].keyer.keyer(VOCAB, None).row_ids([], token_ids)
     fill_rows(large, row_ids)
     assert measured(large)["anonymous"] < small["anonymous"] + (16 << 20)
-    (site,) = open_sites(Bundle.open(large.with_name("bundle")))
+    (site,) = open_sites(Bundle.open(large.with_name("bundle")), TableOptions(io=PREAD))
     stored = SafetensorsFile(large / "model.safetensors")
     expected = [[stored.read_rows(TABLE, row, row + 1)[0] for row in rows] for rows in row_ids.tolist()]
     np.testing.assert_array_equal(site.rows([], token_ids), np.array(expected))

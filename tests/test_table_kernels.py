@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.arm64 import Arm64Kernels
+from tests.small_tables import row_format
 from tests.test_kernels import compile_kernels, needs_avx2
-from tests.test_tables import row_format
 from tests.workshop import Workshop
 
 from engram_compilers.kernels.table_rows import SHARED_FROM_ROWS, decode_rows

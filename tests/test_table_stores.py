@@ -332,20 +332,19 @@ def test_distinct_values_and_their_places_are_those_of_numpy(values: list[int]) 
     np.testing.assert_array_equal(places, inverse, strict=True)
 
 
-def test_rows_read_that_were_not_in_memory_are_cold_once(tmp_path: Path) -> None:
-    spec = split_spec(tmp_path)
-    table = PreadTable(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=RecordedReads())
-    gathered(table, COLUMNS, as_ids([5, 5, 7]))
-    assert (table.counters.unique, table.counters.cold) == (2, 2)
-    assert table.counters.wait_s > 0
-    table.close()
-
-
-def test_rows_read_that_were_in_memory_are_not_cold(tmp_path: Path) -> None:
-    table = opened(PreadTable, tmp_path, split_spec(tmp_path))
-    gathered(table, COLUMNS, as_ids([5, 5, 7]))  # written a moment ago
-    assert (table.counters.unique, table.counters.cold, table.counters.wait_s) == (2, 0, 0.0)
-    table.close()
+def test_rows_read_a_moment_ago_are_cold_only_if_they_would_have_to_be_waited_for(tmp_path: Path) -> None:
+    spec, read = split_spec(tmp_path), RecordedReads()
+    nothing_cached, all_cached = (
+        PreadTable(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=each) for each in (read, os.preadv)
+    )
+    cold = []
+    for table in (nothing_cached, all_cached):
+        for _ in range(2):
+            gathered(table, COLUMNS, as_ids([5, 5, 7]))
+            cold.append(table.counters.cold)
+        table.close()
+    assert cold == [2, 4, 2, 2]
+    assert nothing_cached.counters.wait_s > 0
 
 
 def test_a_file_system_that_cannot_tell_what_is_in_memory_is_read_all_the_same(tmp_path: Path) -> None:
@@ -409,7 +408,7 @@ def test_a_row_is_known_if_and_only_if_all_its_pages_are(size: int, shift: int, 
 
 def test_what_was_forgotten_is_unknown() -> None:
     residency = Residency(5000 * PAGE, [10])
-    pages = as_ids([[1, 4999]])
+    pages = np.array([[1, 4999]])
     residency.mark(pages, REQUESTED)
     assert residency.states(pages).tolist() == [[REQUESTED, REQUESTED]]
     residency.forget()

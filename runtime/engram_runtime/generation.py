@@ -1,6 +1,6 @@
 """Token by token generation over a session, and what it took."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.sampling import Sampler
 from engram_runtime.session import Session
+from engram_runtime.tables.counters import TableCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,7 @@ class Generation:
         prefilled_tokens: prompt tokens that were computed, be it again; the states held the others already.
         ttft_s: seconds from the request to the first token.
         decode_s: seconds from the first token to the last.
+        tables: by site, what its table was asked for, see `Session.counters`; zeros with tables off.
     """
 
     text: str
@@ -29,6 +31,7 @@ class Generation:
     prefill_s: float
     ttft_s: float
     decode_s: float
+    tables: Mapping[str, TableCounters]
 
     @property
     def prefill_tok_s(self) -> float:

@@ -107,6 +107,7 @@ class LLM:
             raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
         tokenizer = self.tokenizer
         text = tokenizer.stream(stop)
+        counters = self.session.counters
         started = time.perf_counter()
         prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         logits, computed = self._prefill(prompt_ids)
@@ -138,6 +139,7 @@ class LLM:
             prefill_s=prefilled - started,
             ttft_s=first - started,
             decode_s=last - first,
+            tables={site: now - counters[site] for site, now in self.session.counters.items()},
         )
 
     def chat(

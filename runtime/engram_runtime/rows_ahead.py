@@ -34,23 +34,23 @@ class RowsAhead:
         Raises:
             TableError: a table no longer holds what the manifest says.
         """
-        tokens = self._tokens(history, token_ids)
+        recent = self._recent(history)
         ahead = self.settle()
-        if ahead is not None and ahead.tokens.same_as(tokens):
+        if ahead is not None and ahead.is_of(recent, token_ids):
             return ahead.rows.result()
-        return self._fetch(tokens, self._next_buffers())
+        return self._fetch(recent, token_ids, self._next_buffers())
 
     def begin(self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]) -> None:
         """Begin to fetch the rows of ``following``, which stand after ``token_ids``, whose rows were asked for last."""
         if self._sites:
-            tokens = self._tokens([*self._recent(history), *token_ids.tolist()], following)
-            rows = self._thread().submit(self._fetch, tokens, self._next_buffers())
-            self._ahead = _Ahead(tokens, rows)
+            recent = self._recent([*self._recent(history), *token_ids.tolist()])
+            rows = self._thread().submit(self._fetch, recent, following, self._next_buffers())
+            self._ahead = _Ahead(recent, following, rows)
 
     def request(self, history: Sequence[int], token_ids: Sequence[int]) -> None:
         """Begin to bring rows into memory without waiting; where that fails, fetching them does and says why."""
         if self._sites:
-            self._thread().submit(self._request, self._tokens(history, np.array(token_ids, dtype=np.int64)))
+            self._thread().submit(self._request, self._recent(history), np.array(token_ids, dtype=np.int64))
 
     def settle(self) -> "_Ahead | None":
         """Wait until no thread fills a buffer, and return what was fetched ahead and not asked for."""
@@ -67,9 +67,6 @@ class RowsAhead:
             self._worker.shutdown(cancel_futures=True)
         self._worker = None
 
-    def _tokens(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> "_Tokens":
-        return _Tokens(self._recent(history), token_ids)
-
     def _recent(self, history: Sequence[int]) -> Sequence[int]:
         return history[max(0, len(history) - self._context) :]
 
@@ -83,39 +80,34 @@ class RowsAhead:
             self._process = os.getpid()
         return self._worker
 
-    def _fetch(self, tokens: "_Tokens", buffers: "_Buffers") -> Rows:
-        row_ids = self._row_ids(tokens)
+    def _fetch(self, recent: Sequence[int], token_ids: NDArray[np.int64], buffers: "_Buffers") -> Rows:
+        row_ids = self._row_ids(recent, token_ids)
         # One site's rows are waited for while those of the others are on their way.
-        for site, ids in zip(self._sites[1:], row_ids[1:], strict=True):
+        for site, ids in row_ids[1:]:
             site.request(ids)
-        rows = buffers.rows(len(tokens.token_ids))
-        for site, ids in zip(self._sites, row_ids, strict=True):
+        rows = buffers.rows(len(token_ids))
+        for site, ids in row_ids:
             site.gather(ids, rows[site.name])
         return rows
 
-    def _request(self, tokens: "_Tokens") -> None:
-        for site, ids in zip(self._sites, self._row_ids(tokens), strict=True):
+    def _request(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> None:
+        for site, ids in self._row_ids(recent, token_ids):
             site.request(ids)
 
-    def _row_ids(self, tokens: "_Tokens") -> list[NDArray[np.int64]]:
-        return [site.keyer.row_ids(tokens.history, tokens.token_ids) for site in self._sites]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tokens:
-    """What row ids depend on: tokens, and as many before them as keyers look back."""
-
-    history: Sequence[int]
-    token_ids: NDArray[np.int64]
-
-    def same_as(self, other: "_Tokens") -> bool:
-        return self.history == other.history and np.array_equal(self.token_ids, other.token_ids)
+    def _row_ids(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> list[tuple[Site, NDArray[np.int64]]]:
+        return [(site, site.keyer.row_ids(recent, token_ids)) for site in self._sites]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ahead:
-    tokens: _Tokens
+    """Rows that are being fetched, and what they depend on: tokens, and as many before them as keyers look back."""
+
+    recent: Sequence[int]
+    token_ids: NDArray[np.int64]
     rows: Future[Rows]
+
+    def is_of(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> bool:
+        return self.recent == recent and np.array_equal(self.token_ids, token_ids)
 
 
 class _Buffers:

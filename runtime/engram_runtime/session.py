@@ -18,6 +18,7 @@ from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores, open_table, silently
 from engram_runtime.tables.options import PREAD, TableOptions
+from engram_runtime.tables.overlay import read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
 
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
@@ -33,21 +34,23 @@ def open_sites(
     """Open every table of a bundle, or none where one can't be opened; the caller closes their stores.
 
     Args:
-        executor: what will run beside them, or None for nothing.
+        executor: what will run beside them, whose compiled decoders are used; or None for nothing.
         announce: told how each is read, and of its loading.
 
     Raises:
         RequestError: tables are to be resident and don't fit.
-        TableError: a file is missing, too short or another one.
+        TableError: a file is missing, too short or another one, or an overlay is damaged or for another table.
     """
+    overlays = read_overlays(bundle, options.overlays)
     choices = choose_stores(bundle, options, model_bytes=_model_bytes(bundle, executor) if executor else 0)
     with contextlib.ExitStack() as opened:
         sites = []
         for spec, choice in zip(bundle.manifest.tables, choices, strict=True):
             keyer = bundle.keyer(spec.keyer)
-            table = open_table(bundle, spec, choice.io, progress=announce(choice))
+            decoder = executor.row_decoder(spec.site) if executor else None
+            table = open_table(bundle, spec, choice.io, decoder=decoder, progress=announce(choice))
             opened.callback(table.close)
-            sites.append(Site(spec, keyer, table, choice))
+            sites.append(Site(spec, keyer, with_overlays(table, overlays.get(spec.site, [])), choice))
         opened.pop_all()
     return sites
 

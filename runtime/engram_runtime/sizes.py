@@ -1,12 +1,11 @@
 """Sizes and times as people write them."""
 
 import re
-from fractions import Fraction
 
 from engram_runtime.errors import RequestError
 
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(B|[KMGT]iB)?")
+SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))? ?(B|[KMGT]iB)?")
 
 
 def parse_size(text: str) -> int:
@@ -18,8 +17,8 @@ def parse_size(text: str) -> int:
     found = SIZE.fullmatch(text)
     if found is None:
         raise RequestError(f"{text!r} is not a size, expected one such as 512MiB, 1.5GiB or 0")
-    number, unit = found.groups("B")
-    return int(Fraction(number) * UNITS[unit])
+    whole, decimals, size = found[1], found[2] or "0", UNITS[found[3] or "B"]
+    return int(whole) * size + int(f"{decimals:0<18}") * size // 10**18
 
 
 def format_size(num_bytes: int) -> str:

@@ -9,6 +9,7 @@ from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
+    overlay_option,
     read_options,
     sampling_options,
     table_options,
@@ -32,6 +33,7 @@ HELP = """/help   show this
 @executor_option
 @threads_option
 @table_options
+@overlay_option
 def chat(
     bundle: Path,
     system: str | None,
@@ -41,12 +43,13 @@ def chat(
     tables: str,
     table_io: str,
     table_ram: int | None,
+    overlays: tuple[Path, ...],
     **sampling: Any,
 ) -> None:
     """Talk with the model in BUNDLE; /help lists the commands."""
     options = SamplingOptions(**sampling)
     beginning = [{"role": "system", "content": system}] if system else []
-    reading = read_options(tables, table_io, table_ram)
+    reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
         bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
     ) as llm:

@@ -25,6 +25,13 @@ threads_option = click.option(
     type=click.IntRange(min=1, max=MOST_THREADS),
     help="Worker threads.  [default: the profile's, else one per core]",
 )
+overlay_option = click.option(
+    "--overlay",
+    "overlays",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Rows to use in place of a table's, from engram tables diff; of several the last one comes first.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -54,16 +61,17 @@ def table_options(command: Command) -> Command:
     return command
 
 
-def read_options(tables: str, table_io: str, table_ram: int | None) -> TableOptions:
+def read_options(tables: str, table_io: str, table_ram: int | None, overlays: tuple[Path, ...] = ()) -> TableOptions:
     """Return how tables are to be read.
 
     Raises:
         RequestError: the options contradict one another.
     """
-    options = TableOptions(io=table_io, ram_bytes=table_ram)
+    options = TableOptions(io=table_io, ram_bytes=table_ram, overlays=overlays)
     if tables == "off" and options != AUTO_OPTIONS:
         raise RequestError(
-            "--table-io and --table-ram say how tables are read, with --tables off none is; leave out one or the other"
+            "--table-io, --table-ram and --overlay say how tables are read, with --tables off none is; "
+            "leave out one or the other"
         )
     return options
 

@@ -1,6 +1,8 @@
 """``engram run``: continue one prompt."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
     json_option,
+    overlay_option,
     read_options,
     sampling_options,
     table_options,
@@ -19,6 +22,8 @@ from engram_runtime.commands.options import (
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
+from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.policy import TableChoice
 
 
 @click.command()
@@ -29,6 +34,7 @@ from engram_runtime.sampling import SamplingOptions
 @executor_option
 @threads_option
 @table_options
+@overlay_option
 @json_option
 def run(
     bundle: Path,
@@ -40,12 +46,13 @@ def run(
     tables: str,
     table_io: str,
     table_ram: int | None,
+    overlays: tuple[Path, ...],
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
-    reading = read_options(tables, table_io, table_ram)
+    reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
         bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
     ) as llm:
@@ -61,7 +68,7 @@ def run(
                         "executor": executor,
                         "threads": llm.executor.threads,
                         "tables_on": tables == "on",
-                        "tables": [choice.figures() for choice in llm.tables],
+                        "tables": [table_figures(choice, llm.last.tables) for choice in llm.tables],
                     }
                 )
             )
@@ -83,10 +90,23 @@ def generation_figures(generation: Generation) -> dict[str, Any]:
     }
 
 
+def table_figures(choice: TableChoice, asked: Mapping[str, TableCounters]) -> dict[str, Any]:
+    """Return how a table is read and what a request asked of it, as JSON values; times in milliseconds."""
+    counts = asdict(asked[choice.site])
+    wait_s = counts.pop("wait_s")
+    return {**choice.figures(), **counts, "wait_ms": round(wait_s * 1e3, 3)}
+
+
 def summary(generation: Generation) -> str:
     """Return a generation's figures in one line."""
     return (
         f"[{len(generation.token_ids)} tokens, {generation.decode_tok_s:.1f} tok/s; prompt "
         f"{generation.prompt_tokens} tokens, {generation.prefill_tok_s:.1f} tok/s; "
-        f"first token after {generation.ttft_s * 1e3:.0f} ms; {generation.finish_reason}]"
+        f"first token after {generation.ttft_s * 1e3:.0f} ms; {_cold_rows(generation)}{generation.finish_reason}]"
     )
+
+
+def _cold_rows(generation: Generation) -> str:
+    cold = sum(counters.cold for counters in generation.tables.values())
+    wait_s = sum(counters.wait_s for counters in generation.tables.values())
+    return f"{cold} rows from disk, {wait_s * 1e3:.0f} ms; " if cold else ""

@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "mrc": "engram_runtime.commands.tables_mrc:mrc",
     "heat": "engram_runtime.commands.tables_heat:heat",
     "warm": "engram_runtime.commands.tables_warm:warm",
+    "diff": "engram_runtime.commands.tables_diff:diff",
 }
 
 

@@ -81,7 +81,7 @@ class DirectReader:
         A block begins at a multiple of `BLOCK_BYTES`.
 
         Raises:
-            OSError: the disk fails, or a place lies beyond the end of the file.
+            OSError: the disk fails, or a place lies beyond the end of the file; nothing can be read afterwards.
         """
         count = len(offsets)
         requests = self._requests(offsets)

@@ -20,7 +20,6 @@ from engram_runtime.tables.row_ids import count_distinct
 from engram_runtime.tables.store import check_row_ids, closed
 
 BLOCK_ROWS = 8192  # asked for while those before are waited for: their pages, 32 MiB, need room in memory together
-MOST_AGE_S = 60.0  # of knowledge: kernels that page idle memory out do so after a minute or more
 
 
 class MappedTable:
@@ -58,13 +57,11 @@ class MappedTable:
             self._close = opened.pop_all().close
         self._base = self._memory.ctypes.data
         self._residency = Residency(self._files.num_bytes, self._files.part_bytes)
-        self._known_since = time.perf_counter()
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""
         check_row_ids(row_ids, self._spec.num_rows)
-        if time.perf_counter() - self._known_since > MOST_AGE_S:
-            self._forget()
+        self._residency.forget_old()
         cold, wait_s = 0, 0.0
         for start in range(0, len(row_ids), BLOCK_ROWS):
             stop = start + BLOCK_ROWS
@@ -88,7 +85,7 @@ class MappedTable:
         faults = _major_faults()
         self._decode(self._memory, addresses, out)
         if _major_faults() != faults:  # pages that were known had been evicted
-            self._forget()
+            self._residency.forget()
         return cold, wait_s
 
     def request(self, row_ids: NDArray[np.int64]) -> None:
@@ -130,10 +127,6 @@ class MappedTable:
         ranges = self._residency.ranges(addresses)
         ranges[:, 0] += self._base
         return ranges.view(np.uint64)
-
-    def _forget(self) -> None:
-        self._residency.forget()
-        self._known_since = time.perf_counter()
 
     def close(self) -> None:
         """Close the files and release the map; a second call does nothing."""

@@ -21,7 +21,7 @@ from engram_runtime.tables.store import TableStore
 Announce = Callable[[TableChoice], Progress]  # told of a table before it is opened; the other of its loading
 
 AUTO_OPTIONS = TableOptions()
-STORES = {MMAP: MappedTable, PREAD: PreadTable}  # that load nothing
+STORES: dict[str, type[MappedTable] | type[PreadTable]] = {MMAP: MappedTable, PREAD: PreadTable}  # that load nothing
 
 
 def silently(choice: TableChoice) -> Progress:

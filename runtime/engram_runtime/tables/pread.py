@@ -10,6 +10,7 @@ from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
 from engram_runtime.tables.record_files import Locate, Read, RecordFiles
+from engram_runtime.tables.residency import PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import distinct
 from engram_runtime.tables.store import check_row_ids
 
@@ -32,6 +33,7 @@ class PreadTable:
         self.counters = TableCounters()
         self.files = RecordFiles(spec, locate, read)
         self.files.expect_random_reads()
+        self._residency = Residency(self.files.num_bytes, self.files.part_bytes)
         self._decode = decoder
         self._block = max(1, STAGING_BYTES // spec.record.record_bytes)
         self._staging = np.empty(self._block * spec.record.record_bytes, dtype=np.uint8)
@@ -45,6 +47,7 @@ class PreadTable:
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`. Each distinct row of a block is read once, in file order."""
         check_row_ids(row_ids, self.spec.num_rows)
+        self._residency.forget_old()
         cold, wait_s = 0, 0.0
         for start in range(0, len(row_ids), self._block):
             stop = start + self._block
@@ -58,29 +61,35 @@ class PreadTable:
         self.counters.count(row_ids, self.spec.record.record_bytes, cold, wait_s)
 
     def _read(self, unique: NDArray[np.int64]) -> int:
-        """Fill the staging with ``[N]`` rows; returns how many of them weren't in memory.
+        """Fill the staging with ``[N]`` rows; returns how many of them were not known to be in memory.
 
-        All are asked for before the first one is waited for.
+        Those are asked for before the first one is waited for.
         """
+        addresses = self.files.addresses(unique)
+        pages = self._residency.pages(addresses)
+        known = (self._residency.states(pages) == PRESENT).all(axis=0).tolist()
         waiting = []
-        for addresses, size, begin in zip(
-            self.files.addresses(unique), self.files.part_bytes, self._begins, strict=True
-        ):
-            for row, (file, offset) in enumerate(self.files.places(addresses)):
+        for found, size, begin in zip(addresses, self.files.part_bytes, self._begins, strict=True):
+            for row, (file, offset) in enumerate(self.files.places(found)):
                 buffer = self._bytes[begin + row * size : begin + (row + 1) * size]
-                if not file.read_if_cached(buffer, offset):
+                if not (known[row] and file.read_if_cached(buffer, offset)):
+                    file.announce(offset, size)
                     waiting.append((row, file, buffer, offset))
         for _, file, buffer, offset in waiting:
             file.read_into(buffer, offset)
+        self._residency.mark(pages, PRESENT)
         return len({row for row, *_ in waiting})
 
     def request(self, row_ids: NDArray[np.int64]) -> None:
-        """See `TableStore.request`."""
+        """See `TableStore.request`: what was read or requested lately is not asked for."""
         check_row_ids(row_ids, self.spec.num_rows)
-        unique, _ = distinct(row_ids)
-        for addresses, size in zip(self.files.addresses(unique), self.files.part_bytes, strict=True):
-            for file, offset in self.files.places(addresses):
+        addresses = self.files.addresses(row_ids)
+        pages = self._residency.pages(addresses)
+        unknown = (self._residency.states(pages) == UNKNOWN).any(axis=0)
+        for found, size in zip(addresses, self.files.part_bytes, strict=True):
+            for file, offset in self.files.places(found[unknown]):
                 file.announce(offset, size)
+        self._residency.mark(pages[:, unknown], REQUESTED)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""

@@ -53,7 +53,7 @@ class RecordFile:
             raise TableError(f"table file {self.path} ends before byte {self.num_bytes}: it was truncated")
 
     def read_if_cached(self, buffer: memoryview, offset: int) -> bool:
-        """Fill a buffer of bytes if that takes no waiting; if it would, the disk is asked and False returned."""
+        """Fill a buffer of bytes if that takes no waiting, else return False."""
         try:
             return self._read(self.descriptor, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
         except BlockingIOError:
@@ -61,8 +61,7 @@ class RecordFile:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise self._unreadable(offset, error) from error
-            self.announce(offset, len(buffer))  # on such a file system nothing tells what is in memory
-            return False
+            return False  # on such a file system nothing tells what is in memory
 
     def announce(self, offset: int, num_bytes: int) -> None:
         """Ask the disk for bytes that are about to be read."""

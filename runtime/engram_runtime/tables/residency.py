@@ -1,6 +1,7 @@
 """Which pages of a mapped table are in memory, as far as is known without asking the kernel."""
 
 import mmap
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
 PAGE_BITS = PAGE.bit_length() - 1
+MOST_AGE_S = 60.0  # kernels that page idle memory out do so after a minute or more
 UNKNOWN, REQUESTED, PRESENT = range(3)
 
 
@@ -23,6 +25,7 @@ class Residency:
         self._map = mmap.mmap(-1, -(-num_bytes // PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._states = np.frombuffer(self._map, dtype=np.uint8)
         self._reach = np.array(part_bytes, dtype=np.int64)[:, None] + (PAGE - 1)
+        self._since = time.perf_counter()
         # A row whose first, second and last page are known is known: others hold no byte of any other row.
         probes = [
             (part, byte) for part, size in enumerate(part_bytes) for byte in sorted({0, min(PAGE, size - 1), size - 1})
@@ -48,6 +51,12 @@ class Residency:
     def forget(self) -> None:
         """Know nothing any more."""
         self._map.madvise(mmap.MADV_DONTNEED)
+        self._since = time.perf_counter()
+
+    def forget_old(self) -> None:
+        """Know nothing any more if the oldest knowledge is older than `MOST_AGE_S`."""
+        if time.perf_counter() - self._since > MOST_AGE_S:
+            self.forget()
 
     def ranges(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return ``[parts * N, 2]`` first byte and length of the whole pages that hold parts at ``[parts, N]``."""

@@ -1,0 +1,255 @@
+"""Overlay files: rows that take the place of some of a table's, and what tells which table that is.
+
+A safetensors file with ``row_ids [N]`` int64, strictly ascending, and ``records [N, record_bytes]`` uint8; its metadata
+holds `OverlaySpec` as JSON. Overlays may come from anywhere, so everything in them is checked before it is used.
+"""
+
+import dataclasses
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.cpu import physical_memory
+from engram_runtime.errors import BundleError, RequestError, TableError
+from engram_runtime.keyer_digest import keyer_digest
+from engram_runtime.records import RecordFormat
+from engram_runtime.strict_json import MAX_JSON_BYTES, Fields
+from engram_runtime.table_spec import TableSpec
+
+FORMAT_VERSION = 1
+FACTS = "engram_overlay"  # key of the metadata
+ROW_IDS, RECORDS = "row_ids", "records"
+BLOCK_ROWS = 1 << 16  # checked or copied at a time
+MEMORY_SHARE = 2  # an overlay may take one part in so many of the machine's memory
+
+RowBlock = tuple[NDArray[np.int64], NDArray[np.uint8]]  # row ids [n] and their records [n, record_bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlaySpec:
+    """The table an overlay is for, and the format of the overlay's own records.
+
+    Attributes:
+        num_rows: of the table.
+        record: need not be the table's, but for the number of columns.
+        keyer_sha256: see `keyer_digest`.
+    """
+
+    site: str
+    num_rows: int
+    record: RecordFormat
+    keyer_sha256: str
+
+    @classmethod
+    def of(cls, bundle: Bundle, table: TableSpec, record: RecordFormat | None = None) -> Self:
+        """Describe an overlay for a bundle's table; ``record`` is the table's own unless given."""
+        return cls(
+            site=table.site,
+            num_rows=table.num_rows,
+            record=record or table.record,
+            keyer_sha256=keyer_digest(bundle, table.keyer),
+        )
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Self:
+        """Parse and check."""
+        version = fields.count("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(f"it has format version {version}, this runtime reads {FORMAT_VERSION}; make it again")
+        spec = cls(
+            site=fields.take("site", str),
+            num_rows=fields.count("num_rows", least=1),
+            record=RecordFormat.from_fields(fields.fields("record")),
+            keyer_sha256=fields.take("keyer_sha256", str),
+        )
+        fields.finish()
+        return spec
+
+    def to_json(self) -> str:
+        """Return what `from_fields` reads."""
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
+
+    def mismatch(self, other: Self) -> tuple[str, int | str, int | str] | None:
+        """Return the first fact that must be the same and isn't, as its name, this value and the other's."""
+        facts = (
+            ("number of rows", self.num_rows, other.num_rows),
+            ("number of columns", self.record.columns, other.record.columns),
+            ("keyer digest", self.keyer_sha256, other.keyer_sha256),
+        )
+        return next((fact for fact in facts if fact[1] != fact[2]), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Overlay:
+    """Rows of a table: ``row_ids [N]``, strictly ascending, and ``records [N, record_bytes]``."""
+
+    spec: OverlaySpec
+    row_ids: NDArray[np.int64]
+    records: NDArray[np.uint8]
+
+
+def read_overlay(path: Path) -> Overlay:
+    """Read an overlay into memory.
+
+    Raises:
+        TableError: not an overlay, of another version, too large, or with rows that no table can have.
+    """
+    try:
+        _check_file(path)
+        with safe_open(path, framework="numpy") as file:
+            return _read(file)
+    except OSError as error:
+        raise TableError(f"overlay {path} can't be read: {error.strerror}") from error
+    except (SafetensorError, BundleError) as error:
+        raise TableError(f"overlay {path} can't be used: {error}") from error
+
+
+def write_overlay(
+    path: Path, spec: OverlaySpec, row_ids: NDArray[np.int64], records: NDArray[np.uint8], *, replace: bool = False
+) -> None:
+    """Write an overlay of ``row_ids [N]``, strictly ascending, and ``records [N, record_bytes]``.
+
+    Args:
+        spec: best from `OverlaySpec.of`.
+        replace: whether a file that is there already may be replaced.
+
+    Raises:
+        RequestError: there is a file already.
+        TableError: rows that no table can have: ids not ascending or outside it, values that aren't finite.
+    """
+    write_overlay_blocks(path, spec, [(row_ids, records)], replace=replace)
+
+
+def write_overlay_blocks(path: Path, spec: OverlaySpec, blocks: Iterable[RowBlock], *, replace: bool = False) -> int:
+    """Write an overlay of blocks in ascending order, never more than one in memory; returns how many rows it has.
+
+    The file appears whole or not at all. Raises what `write_overlay` does.
+    """
+    if os.path.lexists(path) and not replace:
+        raise RequestError(f"{path} exists; replace it with --force or choose another place")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("xb") as file, tempfile.TemporaryFile(dir=path.parent) as records:
+            row_ids = _spill(spec, blocks, records)
+            file.write(_header(spec, len(row_ids)) + row_ids.astype("<i8").tobytes())
+            records.seek(0)
+            while data := records.read(BLOCK_ROWS):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    return len(row_ids)
+
+
+def _spill(spec: OverlaySpec, blocks: Iterable[RowBlock], file: IO[bytes]) -> NDArray[np.int64]:
+    """Write records one after another and return all row ids: only then is it known where records begin."""
+    row_ids = [np.empty(0, dtype=np.int64)]
+    after = -1
+    for ids, records in blocks:
+        check_rows(spec, ids, records, after)
+        file.write(records.tobytes())
+        row_ids.append(ids)
+        after = int(ids[-1]) if len(ids) else after
+    return np.concatenate(row_ids)
+
+
+def _header(spec: OverlaySpec, count: int) -> bytes:
+    ids_bytes, records_bytes = 8 * count, spec.record.record_bytes * count
+    records = {"dtype": "U8", "shape": [count, spec.record.record_bytes]}
+    text = json.dumps(
+        {
+            "__metadata__": {FACTS: spec.to_json()},
+            ROW_IDS: {"dtype": "I64", "shape": [count], "data_offsets": [0, ids_bytes]},
+            RECORDS: records | {"data_offsets": [ids_bytes, ids_bytes + records_bytes]},
+        }
+    ).encode()
+    text += b" " * (-len(text) % 8)  # so that row ids are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _check_file(path: Path) -> None:
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError("it is a link or not a plain file; give the file itself")
+    if status.st_size * MEMORY_SHARE > (memory := physical_memory()):
+        raise BundleError(
+            f"it holds {status.st_size} bytes, at most half of this machine's memory of {memory} is allowed; "
+            f"export a bundle with these rows"
+        )
+
+
+def _read(file: Any) -> Overlay:
+    spec = OverlaySpec.from_fields(_facts(file.metadata() or {}))
+    if (names := sorted(file.keys())) != [RECORDS, ROW_IDS]:
+        raise BundleError(f"it has tensors {names[:8]}, expected {[RECORDS, ROW_IDS]}")
+    count = next(iter(file.get_slice(ROW_IDS).get_shape()), 0)
+    _check_tensor(file, ROW_IDS, "I64", [count])
+    _check_tensor(file, RECORDS, "U8", [count, spec.record.record_bytes])
+    overlay = Overlay(spec=spec, row_ids=file.get_tensor(ROW_IDS), records=file.get_tensor(RECORDS))
+    after = -1
+    for ids, records in _blocks(overlay):
+        check_rows(spec, ids, records, after)
+        after = int(ids[-1])
+    return overlay
+
+
+def _facts(metadata: dict[str, str]) -> Fields:
+    if FACTS not in metadata:
+        raise BundleError(f"its metadata has no {FACTS!r}; make one with engram tables diff")
+    if (size := len(metadata[FACTS])) > MAX_JSON_BYTES:
+        raise BundleError(f"its metadata holds {size} characters, at most {MAX_JSON_BYTES} are allowed")
+    try:
+        return Fields(json.loads(metadata[FACTS]), FACTS)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"its metadata is not valid JSON: {error}") from error
+
+
+def _check_tensor(file: Any, name: str, dtype: str, shape: list[int]) -> None:
+    tensor = file.get_slice(name)
+    found = tensor.get_dtype(), list(tensor.get_shape())
+    if found != (dtype, shape):
+        raise BundleError(f"its {name} are {found[0]} {found[1]}, expected {dtype} {shape}")
+
+
+def _blocks(overlay: Overlay) -> Iterator[RowBlock]:
+    for start in range(0, len(overlay.row_ids), BLOCK_ROWS):
+        stop = start + BLOCK_ROWS
+        yield overlay.row_ids[start:stop], overlay.records[start:stop]
+
+
+def check_rows(spec: OverlaySpec, row_ids: NDArray[np.int64], records: NDArray[np.uint8], after: int) -> None:
+    """Refuse rows that no table can have.
+
+    Args:
+        row_ids: ``[n]``.
+        records: ``[n, record_bytes]``.
+        after: the row id before the first one, or -1.
+
+    Raises:
+        TableError: ids that aren't ascending or outside the table, or values that aren't finite.
+    """
+    expected = (len(row_ids), spec.record.record_bytes)
+    if row_ids.dtype != np.int64 or records.dtype != np.uint8 or records.shape != expected:
+        raise TableError(f"records are {records.dtype} {list(records.shape)}, expected uint8 {list(expected)}")
+    before = np.concatenate([[after], row_ids[:-1]])[: len(row_ids)]
+    if (wrong := np.flatnonzero(row_ids <= before)).size:
+        place = wrong[0]
+        raise TableError(f"row id {row_ids[place]} comes after {before[place]}, expected ascending ids from 0")
+    if len(row_ids) and row_ids[-1] >= spec.num_rows:
+        raise TableError(f"row id {row_ids[-1]} is outside [0, {spec.num_rows})")
+    finite = np.isfinite(spec.record.decode(records)).all(axis=1)
+    if not finite.all():
+        raise TableError(f"row {row_ids[~finite][0]} has a value that is not finite; it would spoil all later tokens")
