@@ -26,7 +26,7 @@ FOLDERS = {  # lowest first: a package may import itself and those before it
 }
 PACKAGES = list(FOLDERS)
 # What neither a device nor `import engram_runtime` has to do with.
-HEAVY = ["torch", "onnx", "tvm", "transformers", "safetensors", "gguf", "ml_dtypes", "onnxscript", "onnx_ir"]
+HEAVY = ["torch", "onnx", "tvm", "transformers", "matplotlib", "gguf", "ml_dtypes", "onnxscript", "onnx_ir"]
 ENGINES = {
     "onnxruntime": "engram_runtime.executors.onnxruntime_session",
     "tvm_ffi": "engram_runtime.executors.tvm_library",
@@ -39,6 +39,7 @@ NAMED_UPWARDS = {
     ("engram_runtime.commands.bench", "engram_export.gguf_writer"),
     ("engram_runtime.commands.inspect", "engram_export.inspection"),
     ("engram_runtime.commands.verify", "engram_export.parity"),
+    ("engram_runtime.lens.repack_errors", "engram_export.repack"),
 }
 
 # Imports every module of a package but those left out, where some packages are not installed; prints as JSON which of
@@ -111,7 +112,8 @@ def above(package: str) -> list[str]:
 def declared_modules() -> set[str]:
     """Return the modules of the runtime's dependencies as pyproject.toml declares them."""
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = [*project["dependencies"], *project["optional-dependencies"]["ort"]]
+    extras = project["optional-dependencies"]
+    distributions = [*project["dependencies"], *extras["ort"], *extras["plot"]]
     names = [re.split(r"[<>=!~ \[;]", distribution)[0] for distribution in distributions]
     return {IMPORT_NAMES.get(name, name).lower() for name in names}
 

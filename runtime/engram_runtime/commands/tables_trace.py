@@ -1,0 +1,66 @@
+"""``engram tables trace``: which rows a text reads."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.commands.options import bundle_argument, json_option
+from engram_runtime.errors import RequestError
+from engram_runtime.keyers import NO_ROW
+from engram_runtime.lens.recording import record_trace, text_token_ids
+from engram_runtime.lens.trace import MAX_TOKENS, Trace, write_trace
+from engram_runtime.tokenizer import TextTokenizer
+
+
+@click.command()
+@bundle_argument
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text file to read.")
+@click.option(
+    "--tokens", type=click.IntRange(1, MAX_TOKENS), default=MAX_TOKENS, show_default=True, help="Most tokens to take."
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@json_option
+def trace(bundle: Path, text: Path, tokens: int, out: Path, as_json: bool) -> None:
+    """Record which rows of its tables a text reads.
+
+    The text is one sequence, whatever the model's context; no graph of BUNDLE is run and no row is read.
+    """
+    opened = Bundle.open(bundle)
+    if not opened.manifest.tables:
+        raise RequestError(f"bundle {bundle} has no tables, so there is nothing to record")
+    token_ids = text_token_ids(TextTokenizer.load(opened.path), text, tokens)
+    ids = len(token_ids) * sum(table.keyer.columns for table in opened.manifest.tables)
+    command = shlex.join(["engram", *sys.argv[1:]])
+    with click.progressbar(length=ids, label="hashing", file=sys.stderr) as bar:
+        recorded = record_trace(opened, token_ids, text=text.name, command=command, progress=bar.update)
+    write_trace(out, recorded)
+    facts = _facts(recorded, out)
+    click.echo(json.dumps(facts) if as_json else _text(facts))
+
+
+def _facts(trace: Trace, out: Path) -> dict[str, Any]:
+    sites = []
+    for site in trace.sites:
+        row_ids, counts = trace.counts(site)
+        sites.append(
+            {
+                "site": site.site,
+                "reads": int(counts.sum()),
+                "distinct": len(row_ids),
+                "rows": site.num_rows,
+                "without_row": int((trace.row_ids[site.site][:, 0] == NO_ROW).sum()),
+            }
+        )
+    return {"file": str(out), "bytes": out.stat().st_size, "tokens": trace.tokens, "sites": sites}
+
+
+def _text(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['file']}: {facts['tokens']:,} tokens, {facts['bytes']:,} bytes"]
+    for site in facts["sites"]:
+        lines.append(f"  {site['site']}: {site['reads']:,} reads of {site['distinct']:,} of {site['rows']:,} rows")
+    return "\n".join(lines)
