@@ -8,10 +8,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows
 from engram_runtime.keyers import NO_ROW, Keyer
+from engram_runtime.manifest import ACTIVITY
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.opening import open_table
 from engram_runtime.tables.store import TableStore
@@ -93,6 +95,14 @@ class Session:
     def token_ids(self) -> Sequence[int]:
         """Ids of all tokens the states hold: a view that grows with the sequence, not to be changed."""
         return self._token_ids
+
+    @property
+    def activity(self) -> Activity:
+        """What gated sites did to the tokens of the last forward pass: one, a draft, or a chunk of a longer text.
+
+        By site; empty before the first pass, and of a bundle whose graph doesn't say it.
+        """
+        return {name.removeprefix(ACTIVITY): SiteActivity.of(told) for name, told in self._step.activity.items()}
 
     @property
     def room(self) -> int:
