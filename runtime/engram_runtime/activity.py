@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,26 +11,28 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteActivity:
-    """A site's work on T tokens and G residual streams; arrays are float32 ``[T, G]``.
+    """A site's work on T tokens and G residual streams: the graph's output ``[T, G, 3]``, its three values named."""
 
-    Attributes:
-        gate: what the rows' value is multiplied by, from 0 to 1. On rows of zeros it says nothing.
-        added: L2 norm of all that the site added to a stream: gated values, their convolution, the output scale.
-        stream: L2 norm of that stream before the site.
-    """
+    values: Values
 
-    gate: Values
-    added: Values
-    stream: Values
+    @property
+    def gate(self) -> Values:
+        """``[T, G]``, what the rows' value is multiplied by, from 0 to 1; on rows of zeros it means nothing."""
+        return self.values[..., 0]
 
-    @classmethod
-    def of(cls, values: Values) -> Self:
-        """Name the values ``[T, G, 3]`` of a graph's output."""
-        return cls(*np.moveaxis(values, -1, 0))
+    @property
+    def added(self) -> Values:
+        """``[T, G]``, L2 norm of all the site adds to a stream: gated value, its convolution, the output scale."""
+        return self.values[..., 1]
+
+    @property
+    def stream(self) -> Values:
+        """``[T, G]``, L2 norm of the stream before the site."""
+        return self.values[..., 2]
 
     @property
     def contribution(self) -> Values:
-        """``[T]``: the norm of what was added to all streams over theirs before; 0 where nothing was added."""
+        """``[T]``, norm of what is added to all streams over theirs before; 0 where nothing is added."""
         added, stream = (np.linalg.norm(norms, axis=1) for norms in (self.added, self.stream))
         ratio: Values = np.divide(added, stream, out=np.zeros_like(added), where=added > 0)
         return ratio

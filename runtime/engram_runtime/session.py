@@ -102,7 +102,7 @@ class Session:
 
         By site; empty before the first pass, and of a bundle whose graph doesn't say it.
         """
-        return {name.removeprefix(ACTIVITY): SiteActivity.of(told) for name, told in self._step.activity.items()}
+        return {name.removeprefix(ACTIVITY): SiteActivity(told) for name, told in self._step.activity.items()}
 
     @property
     def room(self) -> int:

@@ -5,7 +5,9 @@ import click
 from engram_runtime.lazy_group import LazyGroup
 
 # name -> module:attribute
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "why": "engram_runtime.commands.tables_why:why",
+}
 
 
 @click.command(cls=LazyGroup, modules=COMMANDS)

@@ -1,0 +1,1 @@
+"""What host tables are read for, and what their rows do."""
