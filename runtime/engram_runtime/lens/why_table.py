@@ -9,7 +9,8 @@ import numpy as np
 from engram_runtime.lens.columns import column, quoted
 from engram_runtime.lens.why import Ngram, Reading, SiteReadings
 
-TOKEN_COLUMNS, NGRAM_COLUMNS, ROWS_COLUMNS = 16, 28, 42  # with the numbers between them 120
+LINE_COLUMNS = 120
+TOKEN_COLUMNS, NGRAM_COLUMNS, ROWS_COLUMNS = 16, 28, 42  # the numbers between them take the rest
 PAD, DEAD = "·", "*"
 LEGEND = (
     "gate: 0 to 1, the largest of several streams; adds: norm of what the site adds over the stream's\n"
@@ -38,7 +39,7 @@ def chosen(site: SiteReadings, *, sort: str, top: int | None) -> list[Reading]:
 
 
 def lines(site: SiteReadings, readings: Sequence[Reading], decode: Decode) -> Iterator[str]:
-    """Yield a title, a header, and for each token a line an n-gram, at most 120 columns wide."""
+    """Yield a title, a header, and for each token a line an n-gram, at most `LINE_COLUMNS` wide."""
     orders = " and ".join(map(str, site.orders))
     yield f"site {site.site}: n-grams of {orders} tokens, {site.num_heads} rows each"
     yield _line(("", "token", "gate", "adds"), "n-gram", "norm", "rows")
