@@ -52,6 +52,22 @@ def reference_logits(
     return logits
 
 
+def reference_activity(
+    checkpoint: Path, token_ids: Sequence[int], block: Mapping[str, Any], site_tensors: Weights
+) -> Array:
+    """Return ``[T, 1, 3]`` of a model's only site: its gate, and the norms of its update and the stream before it."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+    site = {name.removeprefix("engram."): as_float64(values) for name, values in site_tensors.items()}
+    streams: list[Array] = []
+    layer = model.model.layers[block["layer_ids"][0]]
+    layer.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0].numpy()))
+    _run(model, token_ids)
+    (hidden,) = streams
+    gate = site_gate(hidden, site_rows(token_ids, block, site), block, site)
+    norms = [np.linalg.norm(x, axis=1) for x in (site_update(hidden, token_ids, block, site), hidden)]
+    return np.stack([gate[:, 0], *norms], axis=-1)[:, None]
+
+
 def site_blocks(checkpoint: Path) -> list[dict[str, Any]]:
     """Return the engram blocks of a checkpoint or site folder."""
     blocks = json.loads((checkpoint / "config.json").read_text())["engram"]
@@ -81,18 +97,23 @@ def _add_update(
 
 def site_update(hidden: Array, token_ids: Sequence[int], block: Mapping[str, Any], site: Mapping[str, Array]) -> Array:
     """Return ``[T, D]`` that a site adds to ``hidden [T, D]``: the equations of arXiv 2601.07372, one by one."""
-    gate = block["gate"]
     embedding = site_rows(token_ids, block, site)  # [T, C * d]
-    key, value = embedding @ site["key_proj.weight"].T, embedding @ site["value_proj.weight"].T
+    update = site_gate(hidden, embedding, block, site) * (embedding @ site["value_proj.weight"].T)
+    if block["conv"] is not None:
+        update = update + _silu(_convolved(update, block["conv"], site))
+    return np.asarray(update * block.get("output_scale", 1.0))
+
+
+def site_gate(hidden: Array, embedding: Array, block: Mapping[str, Any], site: Mapping[str, Array]) -> Array:
+    """Return ``[T, 1]``, how far a site opens for its rows ``[T, C * d]`` at ``hidden [T, D]``."""
+    gate = block["gate"]
+    key = embedding @ site["key_proj.weight"].T
     normed_query = _norm(hidden, site.get("query_norm.weight"), gate["query_norm_eps"])
     normed_key = _norm(key, site.get("key_norm.weight"), gate["key_norm_eps"])
     score = (normed_query * normed_key).sum(axis=1, keepdims=True) / np.sqrt(hidden.shape[1])
     root = np.sign(score) * np.sqrt(np.maximum(np.abs(score), gate["signed_root_floor"]))
     bias = site["gate_bias"] if "bias" in gate else 0.0
-    update = value / (1 + np.exp(-(root + bias)))
-    if block["conv"] is not None:
-        update = update + _silu(_convolved(update, block["conv"], site))
-    return np.asarray(update * block.get("output_scale", 1.0))
+    return np.asarray(1 / (1 + np.exp(-(root + bias))))
 
 
 def site_rows(token_ids: Sequence[int], block: Mapping[str, Any], site: Mapping[str, Array]) -> Array:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.rows import gathered
+from tests.steps import FunctionStep
 
 from engram_runtime.bundle import Bundle, file_identity, manifest_bytes
 from engram_runtime.errors import BundleError, TableError, VerificationError
@@ -820,7 +821,7 @@ class ScriptedExecutor:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             return self._logits[[inputs.position]]
 
-        return step
+        return FunctionStep(step)
 
 
 def scripted_logits(argmax: Sequence[int]) -> NDArray[np.float32]:

@@ -404,6 +404,7 @@ def row_kernels() -> dict[Any, Callable[..., None]]:
     for rows in (1, 17):
         for columns in (9, 77, 576):
             kernels["rms_norm", rows, columns] = normalise.rms_norm(rows, columns, 1e-5)
+            kernels["l2_norm", rows, columns] = normalise.l2_norm(rows, columns)
             kernels["silu_mul", rows, columns] = activation.gated(rows, columns, activation.silu)
             kernels["add", rows, columns] = activation.add(rows, columns)
     return compile_kernels(kernels)
@@ -412,6 +413,10 @@ def row_kernels() -> dict[Any, Callable[..., None]]:
 def rms_norm(x: Array) -> Array:
     gain = floats(x.shape[1], seed=6)
     return call(row_kernels()["rms_norm", *x.shape], x, gain, np.zeros_like(x))[-1]
+
+
+def l2_norm(x: Array) -> Array:
+    return call(row_kernels()["l2_norm", *x.shape], x, np.zeros(len(x), np.float32))[-1]
 
 
 def silu_mul(gate_up: Array) -> Array:
@@ -426,6 +431,14 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square(columns: int) -> None:
     expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * floats(columns, seed=6)
     # Sums of squares of 36 terms per lane and a few roundings after: well under 20 of 2^-24, or of a denormal.
     np.testing.assert_allclose(rms_norm(x), expected, rtol=20 * 2.0**-24, atol=2.0**-149)
+
+
+@pytest.mark.parametrize("columns", [9, 77, 576])
+def test_l2_norm_is_the_root_of_the_sum_of_squares(columns: int) -> None:
+    x = hard_rows(17, columns)
+    x[2] = 0  # the squares of denormals are 0
+    expected = np.linalg.norm(x.astype(np.float64), axis=1)
+    np.testing.assert_allclose(l2_norm(x), expected, rtol=20 * 2.0**-24, atol=0)
 
 
 @pytest.mark.parametrize("columns", [9, 77, 576])
@@ -454,9 +467,9 @@ def test_add_adds(columns: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [9, 77, 576])
-@pytest.mark.parametrize("function", [rms_norm, silu_mul])
+@pytest.mark.parametrize("function", [rms_norm, l2_norm, silu_mul])
 def test_a_row_does_not_depend_on_its_neighbours(function: Callable[[Array], Array], columns: int) -> None:
-    x = floats(17, columns if function is rms_norm else 2 * columns)
+    x = floats(17, 2 * columns if function is silu_mul else columns)
     alone = [function(x[row : row + 1]) for row in range(17)]
     assert same_bits(function(x), np.concatenate(alone))
 

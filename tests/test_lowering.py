@@ -87,6 +87,12 @@ def test_integers_are_added_as_integers(tmp_path: Path) -> None:
     assert "int64" in str(lowered(tmp_path, nodes)["forward_2_1"])
 
 
+def test_norms_of_other_axes_than_the_last_are_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, [Node("ReduceL2", ("x", "zero"), ("logits",), {})]) == (
+        "ReduceL2 over axes [0] of (2, 128) is not supported, only over the last"
+    )
+
+
 @pytest.mark.parametrize("state", [KEYS, WINDOW], ids=["positional", "window"])
 def test_a_state_that_no_kernel_changes_in_place_is_refused(tmp_path: Path, state: StateSpec) -> None:
     doubled = Node("Add", (state.name, state.name), (f"next.{state.name}",), {})

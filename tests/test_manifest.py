@@ -600,6 +600,42 @@ def test_logits_of_another_vocabulary_are_refused() -> None:
     )
 
 
+ACTIVITY = {"name": "activity.layer_1", "dtype": "float32", "shape": ["T", 2, 3]}
+
+
+def with_activity(*outputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the sound manifest with more outputs of its decoder."""
+    raw = sound_manifest()
+    raw["graphs"]["decoder"]["outputs"] += outputs
+    return raw
+
+
+def test_a_graph_may_say_what_its_sites_do() -> None:
+    assert Manifest.from_dict(sound_manifest()).decoder.activity_outputs == ()
+    assert Manifest.from_dict(with_activity(ACTIVITY)).decoder.activity_outputs == ("activity.layer_1",)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"name": "activity.layer_2"}, "('activity.layer_2', 'float32', ('T', 2, 3))"),
+        ({"dtype": "float16"}, "('activity.layer_1', 'float16', ('T', 2, 3))"),
+        ({"shape": ["T", "R", 3]}, "('activity.layer_1', 'float32', ('T', 'R', 3))"),
+        ({"shape": ["T", 2, 4]}, "('activity.layer_1', 'float32', ('T', 2, 4))"),
+        ({"shape": ["R", 2, 3]}, "('activity.layer_1', 'float32', ('R', 2, 3))"),
+        ({"shape": ["T", 3]}, "('activity.layer_1', 'float32', ('T', 3))"),
+    ],
+)
+def test_outputs_that_are_no_sites_are_refused(change: dict[str, Any], found: str) -> None:
+    assert message(with_activity({**ACTIVITY, **change})) == (
+        f"the graph has output {found}, expected one of ['activity.layer_1'], float32 ('T', streams, 3)"
+    )
+
+
+def test_a_site_says_what_it_does_once() -> None:
+    assert message(with_activity(ACTIVITY, ACTIVITY)) == "manifest names output 'activity.layer_1' twice"
+
+
 def test_only_states_with_an_entry_per_position_are_as_long_as_the_context() -> None:
     """A key/value cache rolls back, window and recurrent state do not; their sizes are their own."""
     raw = sound_manifest()

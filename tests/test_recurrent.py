@@ -15,6 +15,7 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.steps import FunctionStep
 from tests.test_kernels import call, compile_kernels, floats, same_bits
 from tests.test_manifest import sound_manifest
 from torch import Tensor, nn
@@ -429,7 +430,7 @@ class RunningSum:
             states["state.0"][...] += inputs.token_ids.sum()
             return np.full((len(inputs.logit_rows), 1), states["state.0"].flat[0])
 
-        return step
+        return FunctionStep(step)
 
 
 def test_trimming_computes_a_recurrent_state_again() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.steps import FunctionStep
 from tests.test_manifest import sound_manifest
 
 from engram_runtime import executor as executors
@@ -51,7 +52,7 @@ class InterruptedSum:
                 raise KeyboardInterrupt
             return np.full((len(inputs.logit_rows), 1), state.flat[0])
 
-        return step
+        return FunctionStep(step)
 
 
 def interrupted(executor: InterruptedSum, state: Mapping[str, object]) -> Session:

@@ -61,7 +61,8 @@ def lower(
     """Lower every (tokens, rows of logits) of ``passes`` to a function ``forward_<T>_<R>``.
 
     The functions take the graph's inputs, its states, which they update in place, then ``packed``'s tensors in order.
-    They return the logits, the windows and recurrent states, and of each layer with experts how many it has read.
+    They return the logits, the activity of gated sites, the windows and recurrent states, and of each layer with
+    experts how many it has read.
     Keys and values of attention are kept in ``cache_dtype``.
 
     Raises:
@@ -98,7 +99,8 @@ def _lower_pass(
                 _convert(forward, node)
             updated = {state: _updated(forward, state) for state in spec.states}
             returned = [value for state, value in updated.items() if not state.rolls_back]
-            results = [value.expr for value in (_activation(forward, "logits"), *returned)]
+            computed = [_activation(forward, name) for name in ("logits", *spec.activity_outputs)]
+            results = [value.expr for value in (*computed, *returned)]
             results += [read.count for read in forward.expert_reads]
             outputs = [builder.emit_output(result) for result in results]
         builder.emit_func_output(relax.Tuple(outputs), [*arguments, *weights.variables.values()])

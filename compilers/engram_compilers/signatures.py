@@ -88,6 +88,7 @@ _STANDARD = {
     "Gelu": Signature(range(1), required={"approximate": (b"tanh",)}),
     "Gemm": Signature(range(2), required={"transB": (1,)}, optional={"transA": (0,), "alpha": (1.0,), "beta": (1.0,)}),
     "RMSNormalization": Signature(range(2), optional={"axis": ANY, "epsilon": ANY, "stash_type": (1,)}),
+    "ReduceL2": _REDUCTION,
     "ReduceMean": _REDUCTION,
     "ReduceSum": _REDUCTION,
     "Reshape": Signature(range(2), optional={"allowzero": FLAG}),

@@ -12,9 +12,11 @@ import numpy as np
 from tvm import relax, te, topi
 
 from engram_compilers.forward_pass import Converter, Converters, ForwardPass
+from engram_compilers.kernels import normalise
 from engram_compilers.onnx_model import Node
 from engram_compilers.standard_converters import constant, elementwise
 from engram_compilers.values import Rows, Sum, Value
+from engram_runtime.errors import CompileError
 
 OPAQUE = 8  # TVM's OpPatternKind of a kernel that is fused with no other
 
@@ -57,8 +59,22 @@ def _mean(x: te.Tensor, axis: Sequence[int], keepdims: bool) -> te.Tensor:
     return topi.divide(topi.sum(x, axis, keepdims), te.const(float(count), x.dtype))
 
 
+def reduce_l2(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower the Euclidean norm over the last axis."""
+    x = forward.activation(node, 0)
+    axes = constant(forward, node, 1).reshape(-1).tolist()
+    if axes not in ([-1], [len(x.shape) - 1]):
+        raise CompileError(f"{node.operator} over axes {axes} of {x.shape} is not supported, only over the last")
+    *outer, columns = x.shape
+    rows = math.prod(outer)
+    kernel = forward.kernels.get(f"l2_norm_{rows}_{columns}", lambda: normalise.l2_norm(rows, columns))
+    norms = forward.call(kernel, [forward.reshape(x, (rows, columns)).expr], (rows,))
+    return [forward.reshape(norms, (*outer, 1) if node.attributes.get("keepdims", 1) else outer)]
+
+
 SUM_CONVERTERS: Converters = {
     "Add": add,
+    "ReduceL2": reduce_l2,
     "ReduceMean": reduction(unfused(_mean)),
     "ReduceSum": reduction(unfused(topi.sum)),
     "Sub": elementwise(unfused(topi.subtract), np.subtract),

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Step:
         rows: ``[T, C, d]`` float32 by site.
         states: by name, in the shapes of their `StateSpec`.
         rotations: cosine and sine ``[S, rotary_dim / 2]`` by kind of attention.
+        activity: what gated sites say of themselves, by site; see `GatedSite`.
     """
 
     token_ids: Tensor
@@ -40,6 +41,7 @@ class Step:
     rows: Mapping[str, Tensor]
     states: dict[str, Tensor]
     rotations: Mapping[str, tuple[Tensor, Tensor]]
+    activity: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Stateful(nn.Module):
@@ -52,6 +54,26 @@ class TableSite(Stateful):
     """A module that reads rows of a host table."""
 
     table_input: TableInput
+
+
+class GatedSite(TableSite):
+    """A site that gates its rows into G residual streams of D values, and says how far."""
+
+    def tell(self, step: Step, *, streams: Tensor, update: Tensor, gate: Tensor) -> None:
+        """Leave ``[T, G, 3]`` in ``step.activity``, the values of `engram_runtime.activity.SiteActivity`.
+
+        Args:
+            streams: ``[T, G * D]``, before the site.
+            update: ``[T, G * D]``, all that the site adds to them.
+            gate: ``[T, G]``.
+        """
+        parts = [gate.unsqueeze(-1), *(_stream_norms(x, gate.shape[-1]) for x in (update, streams))]
+        step.activity[self.table_input.site] = torch.cat(parts, dim=-1)
+
+
+def _stream_norms(x: Tensor, streams: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(torch.unflatten(x, -1, (streams, -1)), dim=-1, keepdim=True)
+    return norms
 
 
 class Rotation(nn.Module):
@@ -96,6 +118,10 @@ class Decoder(nn.Module, ABC):
         """Return the table rows in the order `forward` takes them."""
         return tuple(module.table_input for module in self.modules() if isinstance(module, TableSite))
 
+    def gated_sites(self) -> tuple[str, ...]:
+        """Return the sites whose activity `forward` returns, in its order."""
+        return tuple(module.table_input.site for module in self.modules() if isinstance(module, GatedSite))
+
     def rotation_tables(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return cosine and sine ``[S, rotary_dim / 2]`` by kind of attention."""
         return {kind: (rotation.cos, rotation.sin) for kind, rotation in self.rotations.items()}  # type: ignore[misc]
@@ -125,7 +151,7 @@ class Decoder(nn.Module, ABC):
             states: in the order of `state_specs`.
 
         Returns:
-            ``[R, V]`` logits and the next states.
+            ``[R, V]`` logits, the activity ``[T, G, 3]`` of `gated_sites`, and the next states.
         """
         specs = self.state_specs()
         step = Step(
@@ -136,4 +162,5 @@ class Decoder(nn.Module, ABC):
             rotations=self.rotation_tables(),
         )
         logits = self.logits(self.hidden(step).index_select(0, logit_rows))
-        return logits, *(step.states[spec.name] for spec in specs)
+        activity = [step.activity[site] for site in self.gated_sites()]
+        return logits, *activity, *(step.states[spec.name] for spec in specs)

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from engram_export.decoder import Step, TableInput, TableSite
+from engram_export.decoder import GatedSite, Step, TableInput
 from engram_export.engram_config import ConvConfig, EngramConfig
 from engram_export.linear import LinearFactory
 from engram_export.norms import RmsNorm
@@ -37,7 +37,7 @@ class CausalConv(nn.Module):
         return causal_conv(self.norm(x), self.weight, window, dilation=self.dilation, activation="silu")
 
 
-class EngramSite(TableSite):
+class EngramSite(GatedSite):
     """Gate rows of the table into the residual stream."""
 
     def __init__(self, config: EngramConfig, hidden_size: int, make_linear: LinearFactory) -> None:
@@ -56,14 +56,18 @@ class EngramSite(TableSite):
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """Add to ``hidden [T, D]`` what the site's rows ``[T, C, d]`` say."""
         embedding = step.rows[self.config.site].flatten(1)  # [T, C * d]
-        update: Tensor = self._gate(hidden, self.key_proj(embedding)) * self.value_proj(embedding)
+        gate = self._gate(hidden, self.key_proj(embedding))
+        update: Tensor = gate * self.value_proj(embedding)
         if self.conv is not None:
             (window,) = (spec.name for spec in self.state_specs)
             convolved, step.states[window] = self.conv(update, step.states[window])
             update = update + convolved
-        return hidden + self.config.output_scale * update
+        update = self.config.output_scale * update
+        self.tell(step, streams=hidden, update=update, gate=gate)
+        return hidden + update
 
     def _gate(self, hidden: Tensor, key: Tensor) -> Tensor:
+        """Return ``[T, 1]``."""
         products = self.query_norm(hidden) * self.key_norm(key)
         score = products.sum(dim=-1, keepdim=True) * (1 / math.sqrt(hidden.shape[-1]))
         root = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=self.config.signed_root_floor))

@@ -2,22 +2,25 @@
 
 Per position, with e the rows of the table, h_g the streams, k_g = W_K^g e and v = W_V e:
     gate_g = sigmoid(signed_root(<norm(k_g), norm(h_g)> / sqrt(D))),  u_g = gate_g * v
-    h_g <- h_g + u_g + silu(conv(norm(u)))_g
+    h_g <- h_g + (u_g + silu(conv(norm(u)))_g)
 
 Reference: transformers ``modeling_qwen4_exp.py``, ``Qwen4ExpTextPLELayer``.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from engram_export.decoder import Step, TableInput, TableSite
+from engram_export.decoder import GatedSite, Step, TableInput
 from engram_export.formats import WeightFormat
 from engram_export.hyper_connection import StreamsConfig
 from engram_export.linear import empty_parameter
 from engram_export.recurrent_operators import causal_conv
 from engram_export.stream_operators import engram_gate
 from engram_runtime.manifest import StateSpec
+
+_LEAST_NORM = 1e-18  # of a value that a gate is read from: squares of smaller ones are no float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class NgramSiteConfig:
         return (self.conv_kernel - 1) * self.conv_dilation
 
 
-class NgramSite(TableSite):
+class NgramSite(GatedSite):
     """Gate rows of the table into every stream."""
 
     def __init__(self, name: str, config: NgramSiteConfig, streams: StreamsConfig, weights: WeightFormat) -> None:
@@ -59,10 +62,11 @@ class NgramSite(TableSite):
     def forward(self, streams: Tensor, step: Step) -> Tensor:
         """Add to ``streams [T, G * D]`` what the site's rows ``[T, C, d]`` say."""
         embedding = step.rows[self.config.site].flatten(1)  # [T, C * d]
+        value = self.value(embedding)
         gated, normed = engram_gate(
             self.key(embedding),
             streams,
-            self.value(embedding),
+            value,
             self.key_gain,
             self.query_gain,
             self.conv_gain,
@@ -73,4 +77,13 @@ class NgramSite(TableSite):
         convolved, step.states[window] = causal_conv(
             normed, self.conv, step.states[window], dilation=self.config.conv_dilation, activation="silu"
         )
-        return streams + gated + convolved
+        update = gated + convolved
+        self.tell(step, streams=streams, update=update, gate=self._gate(gated, value))
+        return streams + update
+
+    def _gate(self, gated: Tensor, value: Tensor) -> Tensor:
+        """Return ``[T, G]``, read back from ``gated [T, G * D]``, as the gate's node keeps it; 0 without a value."""
+        let_through = torch.linalg.vector_norm(torch.unflatten(gated, -1, (self.streams.streams, -1)), dim=-1)
+        whole = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+        gate: Tensor = let_through / torch.clamp(whole, min=_LEAST_NORM)
+        return gate

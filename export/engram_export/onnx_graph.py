@@ -19,7 +19,7 @@ from engram_export.decoder import Decoder
 from engram_export.multi_stream_site import MultiStreamSite
 from engram_export.onnx_functions import add_functions
 from engram_export.weights_file import TensorPlan
-from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
+from engram_runtime.manifest import ACTIVITY, GraphSpec, StateSpec, TensorSpec
 
 OPSET = 23  # the first with RMSNormalization
 TRACED_TOKENS, TRACED_LOGIT_ROWS = 5, 3  # unlike each other and 1, so that no axis is taken for a constant
@@ -67,12 +67,12 @@ class TracedGraph:
                 )
         ir.save(self.model, path)
         graph, folder = self.model.graph, path.parent.name
-        state_names = {state.name for state in self.states}
+        state_names = {name for state in self.states for name in (state.name, f"next.{state.name}")}
         return GraphSpec(
             file=f"{folder}/{path.name}",
             weights=f"{folder}/{weights_file}",
             inputs=tuple(_tensor_spec(value) for value in graph.inputs if value.name not in state_names),
-            outputs=(_tensor_spec(graph.outputs[0]),),
+            outputs=tuple(_tensor_spec(value) for value in graph.outputs if value.name not in state_names),
             states=self.states,
         )
 
@@ -81,7 +81,8 @@ def trace(build: Callable[[], Decoder]) -> TracedGraph:
     """Trace the model ``build()`` makes; no parameter gets memory.
 
     The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
-    the states; its outputs are logits ``[R, V]`` and ``next.<state>``.
+    the states; its outputs are logits ``[R, V]``, ``activity.<site>`` ``[T, G, 3]`` of gated sites, and
+    ``next.<state>``.
     """
     with FakeTensorMode():
         model = build()
@@ -99,7 +100,9 @@ def trace(build: Callable[[], Decoder]) -> TracedGraph:
     _optimise(graph, model)
     sites = [f"rows.{table.site}" for table in model.table_inputs()]
     inputs = ["token_ids", "position", "logit_rows", *sites, *(state.name for state in states)]
-    _name_interface(graph, inputs, ["logits", *(f"next.{state.name}" for state in states)], {0: "T", 2: "R"})
+    activity = [f"{ACTIVITY}{site}" for site in model.gated_sites()]
+    outputs = ["logits", *activity, *(f"next.{state.name}" for state in states)]
+    _name_interface(graph, inputs, outputs, {0: "T", 2: "R"})
     return TracedGraph(graph, model, states)
 
 

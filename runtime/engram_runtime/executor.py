@@ -44,6 +44,14 @@ class StepInputs:
 class Step(Protocol):
     """A graph bound to one sequence's states, which it updates in place."""
 
+    @property
+    def activity(self) -> Mapping[str, NDArray[np.float32]]:
+        """What the last pass said of its T tokens, ``[T, G, 3]`` by the names of the graph's `activity_outputs`.
+
+        Empty before the first pass; see `engram_runtime.activity` for the values.
+        """
+        ...
+
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Return ``[R, V]`` logits, a fresh array."""
         ...

@@ -59,8 +59,8 @@ class LibraryInfo:
 
     The library's functions are ``forward_<T>_<R>`` for each (T, R) of ``passes``; their arguments are token_ids,
     position, logit_rows, the rows of each table, the states, then the packed weights, each in manifest order.
-    They return the logits, the windows and recurrent states, and for each entry of ``expert_bytes``, a layer with
-    experts, how many experts of that size it has read, int32 ``[1]``.
+    They return the logits, the decoder's `activity_outputs`, the windows and recurrent states, and for each entry of
+    ``expert_bytes``, a layer with experts, how many experts of that size it has read, int32 ``[1]``.
     A `row_function` for each kind of records takes the arguments of `engram_runtime.tables.decoding.RowDecoder`.
     ``threads`` is how many run it unless told otherwise, 0 for one on each core this process may use.
     States in ``float16_states`` are float16, the others float32.

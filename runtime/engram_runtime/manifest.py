@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -17,6 +17,8 @@ STATE_KINDS = ("positional", "window", "recurrent")
 MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions is 4 GiB
 DECODER = "decoder"
 SITE_GRAPH = "site."  # before the name of the site whose graph it is
+ACTIVITY = "activity."  # before the name of the site whose output it is
+ACTIVITY_VALUES = 3  # of each token and stream: gate, norm of what is added, norm of the stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,11 @@ class StateSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
-    """An ONNX graph, its external weights and its interface."""
+    """An ONNX graph, its external weights and its interface.
+
+    A decoder's ``outputs`` are the logits and, of sites that gate their rows, ``activity.<site>`` ``[T, G, 3]``; see
+    `engram_runtime.activity`. Bundles exported before there were such outputs have the logits alone.
+    """
 
     file: str
     weights: str
@@ -114,6 +120,11 @@ class GraphSpec:
         )
         fields.finish()
         return graph
+
+    @property
+    def activity_outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that say what sites do."""
+        return tuple(output.name for output in self.outputs if output.name.startswith(ACTIVITY))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +239,13 @@ class Manifest:
             raise BundleError(
                 f"the graph's inputs are {reprlib.repr(found)}, its tables call for {reprlib.repr(inputs)}"
             )
-        outputs: list[Interface] = [("logits", "float32", ("R", self.model.vocab_size))]
-        if (found := _interfaces(decoder.outputs)) != outputs:
-            raise BundleError(f"the graph's outputs are {reprlib.repr(found)}, its vocabulary calls for {outputs}")
+        logits: list[Interface] = [("logits", "float32", ("R", self.model.vocab_size))]
+        if (found := _interfaces(decoder.outputs))[:1] != logits:
+            raise BundleError(f"the graph's outputs are {reprlib.repr(found)}, its vocabulary calls for {logits}")
+        sites = {f"{ACTIVITY}{table.site}" for table in self.tables}
+        for output in found[1:]:
+            _check_activity(output, sites)
+        _refuse_twice([name for name, _, _ in found], "output")
 
 
 Interface = tuple[str, str, tuple[int | str, ...]]  # name, dtype, shape of a tensor
@@ -242,6 +257,16 @@ def _interfaces(tensors: tuple[TensorSpec, ...]) -> list[Interface]:
 
 def _rows_input(table: TableSpec) -> Interface:
     return f"rows.{table.site}", "float32", ("T", table.keyer.columns, table.record.columns)
+
+
+def _check_activity(output: Interface, names: Collection[str]) -> None:
+    name, dtype, shape = output
+    sized = len(shape) == 3 and shape[0] == "T" and type(shape[1]) is int and shape[2] == ACTIVITY_VALUES
+    if name not in names or dtype != "float32" or not sized:
+        raise BundleError(
+            f"the graph has output {reprlib.repr(output)}, expected one of {reprlib.repr(sorted(names))}, "
+            f"float32 ('T', streams, {ACTIVITY_VALUES})"
+        )
 
 
 def _check_site_graph(name: str, graph: GraphSpec, table: TableSpec) -> None:

@@ -10,9 +10,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.manifest import ACTIVITY
 from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
@@ -125,6 +127,14 @@ class Session:
     def token_ids(self) -> Sequence[int]:
         """Ids of all tokens the states hold: a view that grows with the sequence, not to be changed."""
         return self._token_ids
+
+    @property
+    def activity(self) -> Activity:
+        """What gated sites did to the tokens of the last forward pass: one, a draft, or a chunk of a longer text.
+
+        By site; empty before the first pass, and of a bundle whose graph doesn't say it.
+        """
+        return {name.removeprefix(ACTIVITY): SiteActivity(told) for name, told in self._step.activity.items()}
 
     @property
     def room(self) -> int:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="valid-type, untyped-decorator"
-"""Root mean square normalisation of rows, alone or with what comes before and after it.
+"""Root mean square normalisation of rows, alone or with what comes before and after it, and norms of rows.
 
 Order: lane i sums columns i, i+16, i+32, ... ascending by fma, then the tree of `lane_sum`; the mean and eps are joined
 by one fma, sum * (1/D) + eps. A normed value is x * (1 / sqrt(mean(x^2) + eps)) * gain.
@@ -45,6 +45,28 @@ def rms_norm(rows: int, columns: int, eps: float, branches: int = 1) -> tirx.Pri
                     )
                 for i in T.unroll(rest):
                     y[row, whole * LANES + i] = x[row, whole * LANES + i] * factor * gain[first + whole * LANES + i]
+
+    return kernel
+
+
+def l2_norm(rows: int, columns: int) -> tirx.PrimFunc:
+    """Build ``(x f32 [M, D]) -> y f32 [M]``, y = sqrt(sum of x^2 over a row)."""
+    whole, rest = divmod(columns, LANES)
+
+    @T.prim_func(s_tir=True, private=True)
+    def kernel(x: T.Buffer((rows, columns), "float32"), y: T.Buffer((rows,), "float32")) -> None:
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True})
+        with T.sblock("root"):
+            for row in loop_over(rows, rows * columns / _VALUES_PER_US):
+                squares = new_lanes("float32")
+                squares[lanes(0)] = splat(0.0)
+                for step in T.serial(whole):
+                    value: T.let = x[row, lanes(step * LANES)]
+                    squares[lanes(0)] = fma(value, value, squares[lanes(0)])
+                for i in T.unroll(rest):
+                    edge: T.let = x[row, whole * LANES + i]
+                    squares[i] = fma(edge, edge, squares[i])
+                y[row] = T.sqrt(lane_sum(squares[lanes(0)]))
 
     return kernel
 

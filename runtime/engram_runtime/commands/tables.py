@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
     "heat": "engram_runtime.commands.tables_heat:heat",
     "warm": "engram_runtime.commands.tables_warm:warm",
     "diff": "engram_runtime.commands.tables_diff:diff",
+    "why": "engram_runtime.commands.tables_why:why",
 }
 
 

@@ -9,6 +9,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import State, StepInputs
+from engram_runtime.manifest import ACTIVITY
 
 try:
     import onnxruntime as ort
@@ -59,10 +60,17 @@ class OnnxRuntimeStep:
     def __init__(self, session: "ort.InferenceSession", states: Mapping[str, State]) -> None:
         self._session = session
         self._binding = session.io_binding()
+        self._activity = [output.name for output in session.get_outputs() if output.name.startswith(ACTIVITY)]
+        self._told: Sequence[ort.OrtValue] = ()
         self._states = [ort.OrtValue.ortvalue_from_numpy(array) for array in states.values()]
         for name, value in zip(states, self._states, strict=True):
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(f"next.{name}", value)
+
+    @property
+    def activity(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `Step.activity`."""
+        return {name: value.numpy() for name, value in zip(self._activity, self._told, strict=False)}
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`."""
@@ -72,13 +80,15 @@ class OnnxRuntimeStep:
         binding.bind_cpu_input("logit_rows", inputs.logit_rows)
         for site, rows in inputs.rows.items():
             binding.bind_cpu_input(f"rows.{site}", rows)
-        binding.bind_output("logits")
+        for name in ("logits", *self._activity):
+            binding.bind_output(name)
         try:
             self._session.run_with_iobinding(binding)
         except REFUSALS as error:
             raise BundleError(f"onnxruntime {ort.__version__} can't run the graph: {error}") from error
-        logits: NDArray[np.float32] = binding.get_outputs()[len(self._states)].numpy()
-        return logits
+        logits, *self._told = binding.get_outputs()[len(self._states) :]
+        values: NDArray[np.float32] = logits.numpy()
+        return values
 
 
 def load(bundle: Bundle, *, threads: int | None) -> OnnxRuntimeExecutor:

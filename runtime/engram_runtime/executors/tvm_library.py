@@ -48,9 +48,22 @@ class TvmExecutor:
 
     name = "tvm"
 
-    def __init__(self, folder: Path, info: LibraryInfo, tables: Sequence[TableSpec] = (), *, threads: int) -> None:
-        """Load a library whose files are those of ``info``; raises TargetError where it can't be loaded."""
+    def __init__(
+        self,
+        folder: Path,
+        info: LibraryInfo,
+        tables: Sequence[TableSpec] = (),
+        *,
+        threads: int,
+        activity: Sequence[str] = (),
+    ) -> None:
+        """Load a library whose files are those of ``info``; raises TargetError where it can't be loaded.
+
+        Args:
+            activity: the graph's `activity_outputs`, which follow the logits.
+        """
         self.threads = threads
+        self.activity = activity
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
@@ -112,7 +125,14 @@ class TvmStep:
         self._executor = executor
         self._forward = forward
         self._fixed = [*states, *weights]
+        self._told: Sequence[Any] = ()
         self._copies: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
+
+    @property
+    def activity(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `Step.activity`."""
+        values = (np.asarray(np.from_dlpack(tensor)) for tensor in self._told)
+        return dict(zip(self._executor.activity, values, strict=False))
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`; raises TargetError where threads or memory are lacking."""
@@ -120,6 +140,7 @@ class TvmStep:
             logits, *others = self._forward_pass(inputs)
         except RuntimeError as error:
             raise TargetError(f"the compiled library failed: {error}") from error
+        self._told = others[: len(self._executor.activity)]
         self._executor.count_experts(others)
         return np.asarray(np.from_dlpack(logits), dtype=np.float32)
 
@@ -155,7 +176,8 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
     folder, info = find_library(bundle)
     load_tvm_runtime(installed_twin(folder / info.runtime, info.sha256["runtime"]))
     threads = threads or info.threads or min(available_cores(), MOST_THREADS)
-    return TvmExecutor(folder, info, bundle.manifest.tables, threads=threads)
+    activity = bundle.manifest.decoder.activity_outputs
+    return TvmExecutor(folder, info, bundle.manifest.tables, threads=threads, activity=activity)
 
 
 def load_module(path: Path) -> Any:
