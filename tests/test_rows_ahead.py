@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.steps import FunctionStep
 from tests.test_manifest import sound_manifest
 
 from engram_runtime.bundle import Bundle
@@ -108,7 +109,7 @@ class RecordingExecutor:
             total = sum(float(rows.sum()) for rows in inputs.rows.values())
             return np.full((len(inputs.logit_rows), 1), total, dtype=np.float32)
 
-        return step
+        return FunctionStep(step)
 
 
 def site(name: str, table: WatchedTable) -> Site:
@@ -212,7 +213,7 @@ def test_buffers_are_used_again(table: WatchedTable) -> None:
                 places.add(inputs.rows["site 0"].ctypes.data)
                 return np.zeros((len(inputs.logit_rows), 1), dtype=np.float32)
 
-            return step
+            return FunctionStep(step)
 
     raw = sound_manifest()
     raw["graphs"]["decoder"]["states"] = []

@@ -13,7 +13,8 @@ from engram_runtime.executor import Executor
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
 from engram_runtime.manifest import ACTIVITY
-from engram_runtime.session import Session, Site, open_sites
+from engram_runtime.session import Session, open_sites
+from engram_runtime.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
