@@ -5,6 +5,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -452,6 +453,22 @@ def test_without_batches_mapped_rows_are_the_same(tmp_path: Path, monkeypatch: p
     advise = memory_advice(monkeypatch, batched=False)
     table = MappedTable(spec, lambda rows: tmp_path / rows.file, decoder(spec), open_advice=lambda: advise)
     np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([9, 1])), true_values(INT8)[[9, 1]], strict=True)
+    table.close()
+
+
+@pytest.mark.parametrize("open_store", OPEN)
+def test_rows_are_right_while_another_thread_requests(tmp_path: Path, open_store: Open) -> None:
+    spec = wide_spec(tmp_path, 500, PAGE)
+    values, table = wide_values(tmp_path, spec), opened(open_store, tmp_path, spec)
+    batches = np.random.default_rng(1).integers(0, 500, (300, 16))
+    with ThreadPoolExecutor(1) as other:
+        requests = [other.submit(table.request, batch) for batch in batches[::-1]]
+        for index, batch in enumerate(batches):
+            if index % 50 == 0:
+                evict(tmp_path / "wide.bin")
+            np.testing.assert_array_equal(gathered(table, PAGE, batch), values[batch], strict=True)
+        assert [request.result() for request in requests] == [None] * 300
+    assert table.counters.rows == 300 * 16
     table.close()
 
 
