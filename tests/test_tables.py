@@ -286,6 +286,13 @@ def test_every_float8_and_every_e8m0_scale_is_read_as_torch_reads_it() -> None:
     np.testing.assert_array_equal(record.decode(data[None]), expected.numpy(), strict=True)
 
 
+@pytest.mark.parametrize("columns", [1, 5, 255])
+def test_an_odd_number_of_float8_is_read_as_an_even_one(columns: int) -> None:
+    codes = random_bytes(9, columns + 1)
+    odd, even = (row_format("float8_e4m3", "none", columns=count) for count in (columns, columns + 1))
+    np.testing.assert_array_equal(odd.decode(codes[:, :-1]), even.decode(codes)[:, :-1], strict=True)
+
+
 def test_every_power_of_two_of_e8m0_is_read_as_ml_dtypes_reads_it() -> None:
     record = row_format("int8", "e8m0", columns=256, scale_columns=1)
     data = np.concatenate([np.ones(256, dtype=np.uint8), np.arange(256, dtype=np.uint8)])

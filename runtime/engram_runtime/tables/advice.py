@@ -21,8 +21,8 @@ _libc.syscall.restype = ctypes.c_long
 class Advice(Protocol):
     """What tells the kernel about ranges of memory: `MemoryAdvice`, or a double of it."""
 
-    def __call__(self, ranges: NDArray[np.uint64], advice: int) -> int:
-        """Advise ``[N, 2]`` address and length, whole pages; returns how many took it before one that failed."""
+    def __call__(self, ranges: NDArray[np.int64], advice: int) -> int:
+        """Advise ``[N, 2]``, first byte of a page and bytes; returns how many took it before one that failed."""
         ...
 
     def close(self) -> None:
@@ -43,17 +43,17 @@ class MemoryAdvice:
         except OSError:  # an old kernel, or a sandbox: then nothing is batched
             self._process = CLOSED
         page = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=np.uint8)
-        ranges = np.array([[page.ctypes.data, mmap.PAGESIZE]], dtype=np.uint64)
+        ranges = np.array([[page.ctypes.data, mmap.PAGESIZE]], dtype=np.int64)
         self._batched = {advice for advice in (WILL_NEED, POPULATE_READ) if self._advise_block(ranges, advice)}
         self.populates = _advise_singly(ranges, POPULATE_READ) == 1
 
-    def __call__(self, ranges: NDArray[np.uint64], advice: int) -> int:
+    def __call__(self, ranges: NDArray[np.int64], advice: int) -> int:
         """See `Advice`; where pages can't be populated they are merely not there yet."""
         if advice == POPULATE_READ and not self.populates:
             return len(ranges)
         return self._advise_batched(ranges, advice) if advice in self._batched else _advise_singly(ranges, advice)
 
-    def _advise_batched(self, ranges: NDArray[np.uint64], advice: int) -> int:
+    def _advise_batched(self, ranges: NDArray[np.int64], advice: int) -> int:
         done = 0
         while done < len(ranges):
             taken = self._advise_block(ranges[done : done + MOST_RANGES], advice)
@@ -62,7 +62,7 @@ class MemoryAdvice:
             done += taken
         return done
 
-    def _advise_block(self, ranges: NDArray[np.uint64], advice: int) -> int:
+    def _advise_block(self, ranges: NDArray[np.int64], advice: int) -> int:
         address = ctypes.c_void_p(ranges.ctypes.data)
         count = _libc.syscall(PROCESS_MADVISE, self._process, address, ctypes.c_size_t(len(ranges)), advice, 0)
         if count == ranges[:, 1].sum():
@@ -76,7 +76,7 @@ class MemoryAdvice:
             self._process = CLOSED
 
 
-def _advise_singly(ranges: NDArray[np.uint64], advice: int) -> int:
+def _advise_singly(ranges: NDArray[np.int64], advice: int) -> int:
     for done, (address, length) in enumerate(ranges.tolist()):
         if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice):
             return done

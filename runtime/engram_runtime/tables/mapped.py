@@ -23,8 +23,8 @@ from engram_runtime.tables.store import check_row_ids, closed
 class MappedTable:
     """A table mapped read-only, all its files side by side.
 
-    Before rows are copied from the map their files are checked for truncation and the rows' pages, unless known to be
-    in memory, are read with the errors of reads. A file truncated between the check and the copy, microseconds, or a
+    Before rows are copied from the map their pages, unless known to be in memory, are read with the errors of reads,
+    and their files are checked for truncation. A file truncated between the check and the copy, microseconds, or a
     page that was evicted and can't be read again still kills the process with SIGBUS: `PreadTable` has no such gap.
     """
 
@@ -72,7 +72,6 @@ class MappedTable:
     def _gather_block(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> tuple[int, float]:
         """Fill ``out``; returns how many distinct rows were not known to be in memory, and seconds spent for them."""
         addresses = self._files.addresses(row_ids)
-        self._files.check_sizes(addresses)
         states = self._residency.states(self._residency.pages(addresses))
         cold, wait_s = 0, 0.0
         if states.min() != PRESENT:
@@ -80,6 +79,7 @@ class MappedTable:
             absent = states.min(axis=0) != PRESENT
             cold = self._bring_in(row_ids[absent], addresses[:, absent])
             wait_s = time.perf_counter() - started
+        self._files.check_sizes(addresses)
         faults = _major_faults()
         self._decode(self._memory, addresses, out)
         if _major_faults() != faults:  # pages that were known had been evicted
@@ -97,7 +97,7 @@ class MappedTable:
         pages = self._residency.pages(addresses)
         unknown = self._residency.states(pages) == UNKNOWN
         if unknown.any():
-            self._advise(self._ranges(addresses[:, unknown.any(axis=0)]), WILL_NEED)
+            self._advise(self._residency.ranges(addresses[:, unknown.any(axis=0)], self._base), WILL_NEED)
             self._residency.mark(pages[unknown], REQUESTED)
 
     def _bring_in(self, row_ids: NDArray[np.int64], addresses: NDArray[np.int64]) -> int:
@@ -106,12 +106,12 @@ class MappedTable:
         Raises:
             TableError: the file no longer holds them.
         """
-        ranges = self._ranges(addresses)
+        ranges = self._residency.ranges(addresses, self._base)
         self._advise(ranges, WILL_NEED)  # all at once, even if requested: a request may be long ago
         count, pages = count_distinct(row_ids), self._residency.pages(addresses)  # while the disk works
-        if self._advise(ranges, POPULATE_READ) == len(ranges):
-            self._residency.mark(pages, PRESENT)
-        else:
+        self._residency.mark(pages, PRESENT)
+        if self._advise(ranges, POPULATE_READ) != len(ranges):
+            self._residency.mark(pages, UNKNOWN)
             self._read(addresses)
         return count
 
@@ -120,11 +120,6 @@ class MappedTable:
         for found, num_bytes in zip(addresses, self._files.part_bytes, strict=True):
             for file, offset in self._files.places(found):
                 file.read_into(memoryview(bytearray(num_bytes)), offset)
-
-    def _ranges(self, addresses: NDArray[np.int64]) -> NDArray[np.uint64]:
-        ranges = self._residency.ranges(addresses)
-        ranges[:, 0] += self._base
-        return ranges.view(np.uint64)
 
     def close(self) -> None:
         """Close the files and release the map; a second call does nothing."""

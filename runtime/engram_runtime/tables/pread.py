@@ -79,6 +79,8 @@ class PreadTable:
                 if states[row] != REQUESTED:
                     file.announce(offset, size)
                 waiting.append((row, file, buffer, offset))
+        if not waiting:
+            return 0
         for _, file, buffer, offset in waiting:
             file.read_into(buffer, offset)
         self._residency.mark(pages, PRESENT)

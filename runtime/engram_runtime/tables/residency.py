@@ -25,7 +25,7 @@ class Residency:
         """Know nothing of ``num_bytes`` of memory that hold records whose parts have ``part_bytes``."""
         self._map = mmap.mmap(-1, -(-num_bytes // PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._states = np.frombuffer(self._map, dtype=np.uint8)
-        self._reach = np.array(part_bytes, dtype=np.int64)[:, None] + (PAGE - 1)
+        self._part_bytes = np.array(part_bytes, dtype=np.int64)[:, None]
         self._since = time.perf_counter()
         # A row whose first, second and last page are known is known: others hold no byte of any other row.
         second = [PAGE] if max(part_bytes) > PAGE else []  # otherwise the second page is the last one
@@ -56,16 +56,15 @@ class Residency:
         if time.perf_counter() - self._since > MOST_AGE_S:
             self.forget()
 
-    def ranges(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return ``[parts * N, 2]`` first byte and length of the whole pages that hold parts at ``[parts, N]``.
+    def ranges(self, addresses: NDArray[np.int64], base: int) -> NDArray[np.int64]:
+        """Return ``[parts * N, 2]``: where in memory the pages that hold parts at ``[parts, N]`` begin, and bytes.
 
-        They ascend part by part: the disk's rows arrive a tenth sooner than in the order they are wanted.
+        The bytes go to the end of the part: the kernel rounds them up to whole pages. ``base`` is address 0 in memory.
         """
         found = np.empty((*addresses.shape, 2), dtype=np.int64)
         begins, lengths = found[..., 0], found[..., 1]
-        begins[...] = np.sort(addresses, axis=1)
-        np.add(begins, self._reach, out=lengths)
-        begins &= -PAGE
-        lengths &= -PAGE
-        lengths -= begins
+        np.bitwise_and(addresses, -PAGE, out=begins)
+        np.subtract(addresses, begins, out=lengths)
+        lengths += self._part_bytes
+        begins += base
         return found.reshape(-1, 2)
