@@ -32,7 +32,7 @@ class StepInputs:
         token_ids: ``[T]`` int64.
         position: how many tokens the states already hold.
         logit_rows: ``[R]`` int64, the tokens of this pass whose logits are wanted.
-        rows: by site, ``[T, C, d]`` float32.
+        rows: by site, ``[T, C, d]`` float32, the caller's: good until the pass ends.
     """
 
     token_ids: NDArray[np.int64]
