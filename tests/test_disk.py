@@ -96,7 +96,7 @@ def test_this_machine_has_places() -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of read is made once."""
-    for name in ("ONE_S", "BATCH_S", "FLOW_S", "SEQUENTIAL_S", "FLOW_CALL_S"):
+    for name in ("ONE_S", "BATCH_S", "FLOW_S", "LOADING_S", "FLOW_CALL_S"):
         monkeypatch.setattr(disk, name, 0.0)
 
 

@@ -176,7 +176,7 @@ def test_figures_are_those_the_decision_went_by() -> None:
     assert figures == {
         "site": "layer_1",
         "io": "mmap",
-        "num_bytes": 6 * GIB,
+        "table_bytes": 6 * GIB,
         "reason": SLOW_LOAD,
         "room_bytes": 10 * GIB,
         "load_s": 6.0,

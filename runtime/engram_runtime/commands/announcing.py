@@ -15,7 +15,7 @@ def announce_table(choice: TableChoice) -> Callable[[int], None]:
     """Say on stderr how a table is read; its loading gets a progress bar once it takes a while."""
     click.echo(str(choice), err=True)
     started = time.perf_counter()
-    bar = click.progressbar(length=choice.num_bytes, label=f"loading {choice.site}", file=sys.stderr)
+    bar = click.progressbar(length=choice.table_bytes, label=f"loading {choice.site}", file=sys.stderr)
     loaded = 0
 
     def progress(num_bytes: int) -> None:

@@ -15,7 +15,6 @@ from engram_runtime.tables.options import TABLE_IO, TableOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 executor_option = click.option(
     "--executor", type=click.Choice(list(EXECUTORS)), default="tvm", show_default=True, help="What runs the graph."

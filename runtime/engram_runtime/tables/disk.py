@@ -20,9 +20,9 @@ from engram_runtime.tables.aio import DirectReader
 from engram_runtime.tables.place import Place
 
 AT_ONCE = 16  # reads: the rows of a token of common models, and what `reads_per_s` keeps in flight
-ONE_S, BATCH_S, FLOW_S, SEQUENTIAL_S = 0.12, 0.16, 0.12, 0.10  # half a second in all
+ONE_S, BATCH_S, FLOW_S, LOADING_S = 0.12, 0.16, 0.12, 0.10  # half a second in all
 FLOW_CALL_S = 0.02  # of the third, so that a slow disk doesn't take longer than its share
-LARGE_READ_BYTES, LARGE_READS = 1 << 20, 4  # of the sequential rate: in flight together, as reading ahead does
+PIECE_BYTES, STREAM_BYTES = 4 << 20, 32 << 20  # read one piece after another, at most so many in all
 VALID_S = 30 * 24 * 3600  # disks age and get full
 CACHE_NAME = "engram-edge/disks.json"
 
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFacts:
-    """What random reads of 4 KiB and sequential ones take, past all caches of this machine.
+    """What reads of a disk take where this machine has nothing of it in memory.
 
     Attributes:
-        one_p50_s, one_p99_s: of a read by itself.
+        one_p50_s, one_p99_s: of 4 KiB somewhere.
         batch_p50_s, batch_p99_s: of `AT_ONCE` reads together, until the last one is there.
         reads_per_s: with `AT_ONCE` in flight.
-        bytes_per_s: of large sequential reads.
+        bytes_per_s: of one piece after another, through the page cache, as tables are loaded.
         measured_at: in seconds since 1970.
     """
 
@@ -90,16 +90,13 @@ def measure_disk(path: Path) -> DiskFacts:
         batch = read_anywhere(AT_ONCE, BATCH_S)
         many = AT_ONCE * max(1, int(FLOW_CALL_S / np.median(batch)))
         flow = read_anywhere(many, FLOW_S)
-    with DirectReader(path, LARGE_READS, LARGE_READ_BYTES) as reader:
-        run = LARGE_READ_BYTES * np.arange(LARGE_READS)
-        sequential = _repeat(reader, lambda: run + rng.integers(size - run[-1]), SEQUENTIAL_S)
     return DiskFacts(
         one_p50_s=float(np.median(one)),
         one_p99_s=float(np.percentile(one, 99)),
         batch_p50_s=float(np.median(batch)),
         batch_p99_s=float(np.percentile(batch, 99)),
         reads_per_s=many / float(np.median(flow)),
-        bytes_per_s=LARGE_READS * LARGE_READ_BYTES / float(np.median(sequential)),
+        bytes_per_s=_loading_rate(path, int(rng.integers(max(size - STREAM_BYTES, 1)))),
         measured_at=time.time(),
     )
 
@@ -108,7 +105,7 @@ def _sound_size(path: Path) -> int:
     """Return the size of a file; raises OSError where its reads would say nothing of the disk."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size < LARGE_READS * LARGE_READ_BYTES:
+        if size < PIECE_BYTES:
             raise OSError(errno.EINVAL, f"{path} is too small")
         if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size:
             raise OSError(errno.EINVAL, f"{path} has holes, which no disk reads")
@@ -122,6 +119,18 @@ def _repeat(reader: DirectReader, places: Callable[[], NDArray[np.int64]], secon
     while not elapsed or time.perf_counter() < until:
         elapsed.append(reader.read(places()).elapsed_s)
     return np.array(elapsed)
+
+
+def _loading_rate(path: Path, start: int) -> float:
+    """Return the bytes a second of reading on from ``start``, one piece at least; direct reads may be twice as fast."""
+    done, began = 0, time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), start, STREAM_BYTES, os.POSIX_FADV_DONTNEED)
+        while done < STREAM_BYTES and (piece := os.pread(file.fileno(), PIECE_BYTES, start + done)):
+            done += len(piece)
+            if time.perf_counter() > began + LOADING_S:
+                break
+    return done / (time.perf_counter() - began)
 
 
 def cache_file() -> Path:

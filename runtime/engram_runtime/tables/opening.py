@@ -44,7 +44,7 @@ def choose_stores(
     choices = []
     for spec in bundle.manifest.tables:
         choice = choose(table_facts(bundle, spec), options, room, disk_facts)
-        room = replace(room, taken=room.taken + choice.num_bytes * (choice.io == RESIDENT))
+        room = replace(room, taken=room.taken + choice.table_bytes * (choice.io == RESIDENT))
         choices.append(choice)
     return choices
 

@@ -65,7 +65,7 @@ class TableChoice:
 
     Attributes:
         io: ``resident``, ``mmap`` or ``pread``.
-        num_bytes: of the table.
+        table_bytes: its size.
         reason: words.
         room_bytes: what resident tables might have taken beside those before this one.
         load_s, session_s: of loading the table and of reading the rows of `SESSION_TOKENS` tokens, where both had to be
@@ -75,7 +75,7 @@ class TableChoice:
 
     site: str
     io: str
-    num_bytes: int
+    table_bytes: int
     reason: str
     room_bytes: int
     load_s: float | None = None
@@ -84,7 +84,7 @@ class TableChoice:
     disk: DiskFacts | None = None
 
     def __str__(self) -> str:
-        return f"table {self.site}: {self.io}, {format_size(self.num_bytes)}: {self.reason}"
+        return f"table {self.site}: {self.io}, {format_size(self.table_bytes)}: {self.reason}"
 
     def figures(self) -> dict[str, Any]:
         """Return all of it as JSON values."""
@@ -156,5 +156,5 @@ def _unloaded(table: TableFacts, room: Room, reason: str, **weighed: Any) -> Tab
 
 def _choice(table: TableFacts, room: Room, io: str, reason: str, **weighed: Any) -> TableChoice:
     return TableChoice(
-        site=table.site, io=io, num_bytes=table.num_bytes, reason=reason, room_bytes=room.left, **weighed
+        site=table.site, io=io, table_bytes=table.num_bytes, reason=reason, room_bytes=room.left, **weighed
     )
