@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "The tide comes in"
-NOT_INSTALLED = ["tvm", "torch", "onnx", "onnxruntime", "transformers", "safetensors", "gguf", "pytest"]
+NOT_INSTALLED = ["tvm", "torch", "onnx", "onnxruntime", "transformers", "matplotlib", "gguf", "pytest"]
 
 Device = Callable[..., subprocess.CompletedProcess[str]]
 
