@@ -29,6 +29,7 @@ from engram_runtime.bundle import Bundle, file_identity
 from engram_runtime.session import close_sites, open_sites
 from engram_runtime.site import Site
 from engram_runtime.sizes import format_size
+from engram_runtime.tables.aio import DirectReader
 from engram_runtime.tables.options import MMAP, TableOptions
 
 MIB = 1 << 20
@@ -39,6 +40,7 @@ WARM_UP = 8
 FLAT = 0.2  # growth over the whole range that is called flat
 
 Times = dict[int, list[float]]  # medians of the rounds in seconds, by size in bytes or tokens of history
+Progress = Callable[[int], object]
 Lookups = list[tuple[list[int], Any]]
 
 
@@ -85,6 +87,16 @@ def cold(bundle: Bundle, seed: int) -> float:
         return look_up(site, lookups(site, seed, COLD_TOKENS))
 
 
+def raw(bundle: Bundle, seed: int) -> float:
+    """Return the median of as many direct reads at once, at random places of the table's first file."""
+    (spec,) = bundle.manifest.tables
+    rows, reads = spec.ranges[0], spec.keyer.columns
+    rng = np.random.default_rng(seed)
+    with DirectReader(bundle.table_path(rows), reads) as reader:
+        ids = [np.sort(rng.integers(0, rows.num_rows, size=reads)) for _ in range(COLD_TOKENS)]
+        return statistics.median(reader.read(rows.offset + each * spec.parts[0].row_bytes).elapsed_s for each in ids)
+
+
 def first_rows(bundle: Bundle, size_bytes: int, folder: Path) -> Bundle:
     """Write a bundle whose table is the first rows of another's, where they lie."""
     (spec,) = bundle.manifest.tables
@@ -99,27 +111,37 @@ def first_rows(bundle: Bundle, size_bytes: int, folder: Path) -> Bundle:
     return write_manifest(folder, table.spec(tuple(ranges)), [])
 
 
-def measure_sizes(bundle: Bundle, rounds: int, folder: Path, progress: Callable[[int], object]) -> tuple[Times, Times]:
-    """Return warm times of tables of holes and cold times of the bundle's first rows, by size."""
+def measure_holes(bundle: Bundle, rounds: int, folder: Path, progress: Progress) -> Times:
+    """Return warm times of tables of holes by size."""
     (spec,) = bundle.manifest.tables
-    record = RECORDS_BY_BYTES[spec.record.record_bytes]
-    least = spec.num_rows * record.record_bytes
-    holes = {size: write_sparse_bundle(folder / f"holes-{size}", big_table(size, record, 16)) for size in SIZES}
-    parts = {size: first_rows(bundle, size, folder / f"rows-{size}") for size in SIZES if size * 1.001 < least}
-    warms: Times = {size: [] for size in holes}
-    colds: Times = {size: [] for size in parts}
+    tables = {size: big_table(size, RECORDS_BY_BYTES[spec.record.record_bytes], spec.keyer.columns) for size in SIZES}
+    times: Times = {size: [] for size in SIZES}
     with contextlib.ExitStack() as stack:
+        holes = {size: write_sparse_bundle(folder / f"holes-{size}", table) for size, table in tables.items()}
         sites = {size: stack.enter_context(opened(each)) for size, each in holes.items()}
         for seed in range(rounds):
             for size, site in sites.items():
-                warms[size].append(warm(site, lookups(site, seed, WARM_TOKENS)))
-            for size, part in parts.items():
-                colds[size].append(cold(part, 1000 + seed))
+                times[size].append(warm(site, lookups(site, seed, WARM_TOKENS)))
             progress(1)
-    return warms, colds
+    return times
 
 
-def measure_histories(bundle: Bundle, rounds: int, progress: Callable[[int], object]) -> Times:
+def measure_rows(bundle: Bundle, rounds: int, folder: Path, progress: Progress) -> tuple[Times, Times]:
+    """Return cold times of the bundle's first rows by size, and those of raw reads there."""
+    (spec,) = bundle.manifest.tables
+    sizes = [size for size in SIZES if size * 1.001 < spec.num_rows * spec.record.record_bytes]  # primes take more
+    parts = {size: first_rows(bundle, size, folder / f"rows-{size}") for size in sizes}
+    colds: Times = {size: [] for size in sizes}
+    raws: Times = {size: [] for size in sizes}
+    for seed in range(rounds):
+        for size, part in parts.items():
+            colds[size].append(cold(part, 1000 + seed))
+            raws[size].append(raw(part, 2000 + seed))
+        progress(1)
+    return colds, raws
+
+
+def measure_histories(bundle: Bundle, rounds: int, progress: Progress) -> Times:
     """Return warm times by length of the history."""
     times: Times = {length: [] for length in HISTORIES}
     with opened(bundle) as site:
@@ -160,18 +182,21 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4), layout="constrained")
-    panels = (
+    panels: tuple[tuple[str, str, Callable[[int], str]], ...] = (
         ("warm", "table (holes), rows in memory", format_size),
         ("cold", "table (random bytes), rows on the disk", format_size),
         ("history", "tokens of history, rows in memory", lambda tokens: f"{tokens:,}"),
     )
     for axes, (name, label, spelt) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         sizes = found[name]["sizes"]
-        axes.plot(sizes, found[name]["us"], "o-")
+        axes.plot(sizes, found[name]["us"], "o-", label="look-up")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes[::2], [spelt(size) for size in sizes[::2]], rotation=30)
         axes.set(xlabel=label, ylabel=f"one token, {found['rows_per_token']} rows: us")
         axes.set_ylim(0, 1.3 * max(found[name]["us"]))
+        if name == "cold":
+            axes.plot(sizes, found["raw"]["us"], "o--", label="raw reads at once")
+            axes.legend()
     figure.savefig(path, dpi=100)
 
 
@@ -185,9 +210,10 @@ def main(bundle: Path, out: Path, rounds: int) -> None:
     before = os.getloadavg()[0]
     with (
         tempfile.TemporaryDirectory(dir=bundle.resolve().parent) as folder,  # /tmp may be memory
-        click.progressbar(length=2 * rounds, label="rounds") as bar,
+        click.progressbar(length=3 * rounds, label="rounds") as bar,
     ):
-        warms, colds = measure_sizes(table, rounds, Path(folder), bar.update)
+        warms = measure_holes(table, rounds, Path(folder), bar.update)
+        colds, raws = measure_rows(table, rounds, Path(folder), bar.update)
         histories = measure_histories(table, rounds, bar.update)
     found: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}",
@@ -196,12 +222,13 @@ def main(bundle: Path, out: Path, rounds: int) -> None:
         "rows_per_token": table.manifest.tables[0].keyer.columns,
         "warm": fit(warms),
         "cold": fit(colds),
+        "raw": fit(raws),
         "history": fit(histories),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot(found, out.with_suffix(".png"))
-    for name in ("warm", "cold", "history"):
+    for name in ("warm", "cold", "raw", "history"):
         click.echo(sentence(name, found[name]))
 
 
