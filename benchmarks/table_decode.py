@@ -77,11 +77,17 @@ class Decoding:
         vocabulary = self._bundle.manifest.model.vocab_size
         ids: list[int] = np.random.default_rng(seed).integers(0, vocabulary, size=PROMPT + tokens).tolist()
         session.prefill(ids[:PROMPT])
-        logits, started = [], time.perf_counter()
+        waited, logits, started = self.waited(), [], time.perf_counter()
         for token_id in ids[PROMPT:]:
             logits.append(session.decode([token_id]))
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "digest": hashlib.sha256(np.concatenate(logits).tobytes()).hexdigest()}
+        digest = hashlib.sha256(np.concatenate(logits).tobytes()).hexdigest()
+        return {"seconds": seconds, "waited": self.waited() - waited, "digest": digest}
+
+    def waited(self) -> float:
+        """Return the seconds that rows were waited for so far."""
+        assert self._session is not None
+        return sum(counters.wait_s for counters in self._session.counters.values())
 
     def memory(self) -> Answer:
         """Return resident MB by what they hold."""
@@ -180,7 +186,11 @@ def report(answers: Mapping[str, list[Answer]], memory: Mapping[str, Answer], to
     """Print speeds, ratios, whether logits are equal, and memory."""
     for name, own in answers.items():
         speed = statistics.median(tokens / answer["seconds"] for answer in own)
-        click.echo(f"{name}: {speed:.1f} tok/s; MB resident: {json.dumps(memory[name])}")
+        waited = 1e6 * statistics.median(answer["waited"] for answer in own) / tokens
+        click.echo(
+            f"{name}: {speed:.1f} tok/s, waited {waited:.0f} us a token for rows; MB resident: "
+            f"{json.dumps(memory[name])}"
+        )
     for name, other in ((CAPPED, IN_MEMORY), (CAPPED, PLAIN), (IN_MEMORY, PLAIN)):
         click.echo(f"{name} over {other}: {ratio(answers[name], answers[other])}")
     pairs = list(zip(answers[CAPPED], answers[IN_MEMORY], strict=True))
