@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.executor import StepInputs
+from engram_runtime.executor import PendingRows, StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +18,15 @@ class FunctionStep:
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         return self.run(inputs)
+
+
+def filled_rows(rows: PendingRows) -> NDArray[np.float32]:
+    """Wait for rows and return them in a fresh array."""
+    values = np.full(rows.shape, np.nan, dtype=np.float32)
+    rows.fill(values)
+    return values
+
+
+def ready_rows(values: NDArray[np.float32]) -> PendingRows:
+    """Return rows that needn't be waited for."""
+    return PendingRows(values.shape, lambda out: np.copyto(out, values))

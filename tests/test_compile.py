@@ -13,6 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from tests.reference import dequantised_weights, reference_logits
+from tests.steps import ready_rows
 from tests.tiny import TinyModel, TinySite, site_files
 from tests.workshop import (
     THREADS,
@@ -231,7 +232,7 @@ def states_after(bundle: Bundle, executor: str, *, tokens: int) -> dict[str, Sta
     rows = np.ones((tokens, 4, 16), dtype=np.float32)
     every = np.arange(tokens)
     step = load_executor(executor, bundle, threads=THREADS).bind(states)
-    step(StepInputs(token_ids=every, position=0, logit_rows=every, rows={"layer_1": rows}))
+    step(StepInputs(token_ids=every, position=0, logit_rows=every, rows={"layer_1": ready_rows(rows)}))
     return states
 
 

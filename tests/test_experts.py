@@ -15,6 +15,7 @@ import pytest
 import torch
 import tvm
 from numpy.typing import NDArray
+from tests.steps import ready_rows
 from tests.test_kernels import HAS_VNNI, floats, same_bits
 from torch import Tensor, nn
 from transformers import MixtralConfig, Qwen3MoeConfig
@@ -253,7 +254,7 @@ class Library:
         self.executor.threads = threads
         nothing = np.zeros(1, np.int64)
         token_ids = np.zeros(len(x), np.int64)
-        inputs = StepInputs(token_ids=token_ids, position=0, logit_rows=nothing, rows={"x": x})
+        inputs = StepInputs(token_ids=token_ids, position=0, logit_rows=nothing, rows={"x": ready_rows(x)})
         return self.executor.bind({})(inputs)
 
 

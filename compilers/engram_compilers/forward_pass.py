@@ -30,6 +30,7 @@ from engram_compilers.values import (
     Value,
 )
 from engram_runtime.errors import CompileError
+from engram_runtime.library import AWAIT_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class ForwardPass:
         self.model = model
         self.position: relax.Expr = None
         self.expert_reads: list[ExpertRead] = []
+        self.pending_rows: dict[str, tuple[int, Activation]] = {}  # by input, filled when the pass comes to its site
         self._values: dict[str, Value] = {**model.constants, **model.weights}
         self._computed: dict[Deferred, Activation] = {}
         self._quantised: dict[tuple[Rows, int], list[relax.Expr]] = {}
@@ -65,6 +67,16 @@ class ForwardPass:
     def get(self, name: str) -> Value:
         """Return an ONNX value; None for an input that is left out."""
         return self._values[name] if name else None
+
+    def await_rows(self, node: Node) -> None:
+        """Have the rows that a node is the first to read put into their input before it."""
+        for name in node.inputs:
+            if name in self.pending_rows:
+                site, rows = self.pending_rows.pop(name)
+                of_type = relax.TensorType(rows.shape, rows.dtype)
+                arguments = rows.expr, relax.prim_value(site)
+                filled = relax.op.call_inplace_packed(AWAIT_ROWS, *arguments, inplace_indices=0, ty_args=of_type)
+                self.set(name, self.emit(filled, rows.shape, rows.dtype))
 
     def activation(self, node: Node, index: int) -> Activation:
         """Return a node's input as an activation, computing what was put off."""

@@ -33,6 +33,7 @@ CONVERTERS: Converters = {
     **RECURRENT_CONVERTERS,
     **STREAM_CONVERTERS,
 }
+TOKEN_INPUTS = ("token_ids", "position", "logit_rows")  # the other inputs are rows of tables
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +119,8 @@ def _define_inputs(forward: ForwardPass, spec: GraphSpec, tokens: int, rows: int
         variables.append(relax.Var(name.replace(".", "_"), relax.TensorType(shape, dtype)))
         forward.set(name, Activation(variables[-1], shape, dtype))
     forward.position = _activation(forward, "position").expr
+    sites = [tensor.name for tensor in spec.inputs if tensor.name not in TOKEN_INPUTS]
+    forward.pending_rows = {name: (index, _activation(forward, name)) for index, name in enumerate(sites)}
     return variables
 
 
@@ -127,6 +130,7 @@ def _convert(forward: ForwardPass, node: Node) -> None:
     SIGNATURES[node.operator].check(node)
     if undefined := [name for name in node.inputs if name and not forward.is_defined(name)]:
         raise CompileError(f"{node.operator} takes {undefined}, which no node before it makes; export the bundle again")
+    forward.await_rows(node)
     values = CONVERTERS[node.operator](forward, node)
     if len(values) != len(node.outputs):
         raise CompileError(

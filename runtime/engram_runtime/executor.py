@@ -3,7 +3,7 @@
 import importlib
 import math
 import mmap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,20 @@ FLOAT32, FLOAT16 = "float32", "float16"  # dtypes of states
 State = NDArray[np.float32] | NDArray[np.float16]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingRows:
+    """Rows of a site that are on their way.
+
+    Attributes:
+        shape: ``[T, C, d]``.
+        fill: waits for them and puts them into a contiguous float32 array of that shape; to be called once at most,
+            during the pass.
+    """
+
+    shape: tuple[int, ...]
+    fill: Callable[[NDArray[np.float32]], None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepInputs:
     """One forward pass over T tokens.
@@ -32,13 +46,13 @@ class StepInputs:
         token_ids: ``[T]`` int64.
         position: how many tokens the states already hold.
         logit_rows: ``[R]`` int64, the tokens of this pass whose logits are wanted.
-        rows: by site, ``[T, C, d]`` float32, the caller's: good until the pass ends.
+        rows: by site in the manifest's order, asked for when the pass begins and waited for when it comes to the site.
     """
 
     token_ids: NDArray[np.int64]
     position: int
     logit_rows: NDArray[np.int64]
-    rows: Mapping[str, NDArray[np.float32]]
+    rows: Mapping[str, PendingRows]
 
 
 class Step(Protocol):
@@ -139,9 +153,9 @@ def _dtype(spec: StateSpec, float16_states: Collection[str]) -> str:
     return FLOAT16 if spec.name in float16_states else FLOAT32
 
 
-def empty_rows(table: TableSpec, count: int) -> NDArray[np.float32]:
+def empty_rows(table: TableSpec, count: int) -> PendingRows:
     """Return ``[T, C, d]`` zeros, which switch an Engram site off; see `Session`."""
-    return np.zeros((count, table.keyer.columns, table.record.columns), dtype=np.float32)
+    return PendingRows((count, table.keyer.columns, table.record.columns), lambda out: out.fill(0))
 
 
 def aligned_zeros(shape: Sequence[int], dtype: str = FLOAT32) -> NDArray[Any]:

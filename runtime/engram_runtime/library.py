@@ -18,6 +18,7 @@ from engram_runtime.table_spec import TableSpec
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
 LIBRARY_INFO_VERSION = 4
+AWAIT_ROWS = "engram.await_rows"  # a global function of the process that a library calls, see `LibraryInfo`
 LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
@@ -61,6 +62,8 @@ class LibraryInfo:
     position, logit_rows, the rows of each table, the states, then the packed weights, each in manifest order.
     They return the logits, the decoder's `activity_outputs`, the windows and recurrent states, and for each entry of
     ``expert_bytes``, a layer with experts, how many experts of that size it has read, int32 ``[1]``.
+    Before they read the rows of a table, they call `AWAIT_ROWS` with that argument and the table's place in manifest
+    order, which returns the argument once it is filled.
     A `row_function` for each kind of records takes the arguments of `engram_runtime.tables.decoding.RowDecoder`.
     ``threads`` is how many run it unless told otherwise, 0 for one on each core this process may use.
     States in ``float16_states`` are float16, the others float32.

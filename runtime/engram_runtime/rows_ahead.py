@@ -1,13 +1,15 @@
-"""Rows of the tokens after those the graph runs on, fetched by a thread meanwhile."""
+"""Rows on their way: asked for before the graph runs, and those of the next tokens fetched by a thread meanwhile."""
 
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.executor import PendingRows
 from engram_runtime.site import Site
 
 Rows = Mapping[str, NDArray[np.float32]]  # by site, [T, C, d]
@@ -24,41 +26,54 @@ class RowsAhead:
         self._sites = sites
         self._context = max((site.keyer.context for site in sites), default=0)
         self._current, self._other = _Buffers(sites), _Buffers(sites)
-        self._ahead: _Ahead | None = None
+        self._taken: _Fetched | None = None  # what the caller waits for, or has waited for
+        self._ahead: _Fetched | None = None
         self._worker: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
-    def rows(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> Rows:
-        """Return the rows of ``token_ids [T]`` after ``history``; the second next call overwrites them.
+    def rows(
+        self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]
+    ) -> Mapping[str, PendingRows]:
+        """Return the rows of ``token_ids [T]`` after ``history``, to be used before the next call.
 
-        Raises:
-            TableError: a table no longer holds what the manifest says.
+        Where there are tokens that will follow, all are fetched by the thread, those of ``following`` while the caller
+        goes on. Where there are none, the rows are asked for now and fetched by whoever waits for them.
         """
+        if not self._sites:
+            return {}
         recent = self._recent(history)
-        ahead = self.settle()
-        if ahead is not None and ahead.is_of(recent, token_ids):
-            return ahead.rows.result()
-        return self._fetch(recent, token_ids, self._next_buffers())
+        taken = self._ahead
+        if taken is None or not taken.is_of(recent, token_ids):
+            self.settle()
+            if len(following) == 0:
+                return self._asked_for(recent, token_ids)
+            taken = self._begin(recent, token_ids)
+        self._taken, self._ahead = taken, None
+        if len(following):
+            self._ahead = self._begin(self._recent([*recent, *token_ids.tolist()]), following)
+        return taken.pending(self._sites)
 
-    def begin(self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]) -> None:
-        """Begin to fetch the rows of ``following``, which stand after ``token_ids``, whose rows were asked for last."""
-        if self._sites:
-            recent = self._recent([*self._recent(history), *token_ids.tolist()])
-            rows = self._thread().submit(self._fetch, recent, following, self._next_buffers())
-            self._ahead = _Ahead(recent, following, rows)
+    def _asked_for(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> Mapping[str, PendingRows]:
+        row_ids = self._row_ids(recent, token_ids)
+        for site, ids in row_ids:
+            site.request(ids)
+        return {site.name: PendingRows(site.shape(len(ids)), partial(site.gather, ids)) for site, ids in row_ids}
+
+    def _begin(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> "_Fetched":
+        self._current, self._other = self._other, self._current
+        return _Fetched(recent, token_ids, self._thread().submit(self._fetch, recent, token_ids, self._current))
 
     def request(self, history: Sequence[int], token_ids: Sequence[int]) -> None:
         """Begin to bring rows into memory without waiting; where that fails, fetching them does and says why."""
         if self._sites:
             self._thread().submit(self._request, self._recent(history), np.array(token_ids, dtype=np.int64))
 
-    def settle(self) -> "_Ahead | None":
-        """Wait until no thread fills a buffer, and return what was fetched ahead and not asked for."""
-        ahead = self._ahead
-        if ahead is not None:
-            ahead.rows.exception()
-            self._ahead = None  # not before: an interrupted wait leaves the thread at work
-        return ahead
+    def settle(self) -> None:
+        """Wait until no thread fills a buffer, and forget what was fetched ahead."""
+        for fetched in (self._taken, self._ahead):
+            if fetched is not None:
+                fetched.rows.exception()
+        self._taken = self._ahead = None  # not before: an interrupted wait leaves the thread at work
 
     def close(self) -> None:
         """End the thread; tables can be closed then."""
@@ -69,10 +84,6 @@ class RowsAhead:
 
     def _recent(self, history: Sequence[int]) -> Sequence[int]:
         return history[max(0, len(history) - self._context) :]
-
-    def _next_buffers(self) -> "_Buffers":
-        self._current, self._other = self._other, self._current
-        return self._current
 
     def _thread(self) -> ThreadPoolExecutor:
         if self._worker is None or self._process != os.getpid():  # threads don't live on in a forked child
@@ -99,8 +110,8 @@ class RowsAhead:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Ahead:
-    """Rows that are being fetched, and what they depend on: tokens, and as many before them as keyers look back."""
+class _Fetched:
+    """Rows that the thread fetches, and what they depend on: tokens, and as many before them as keyers look back."""
 
     recent: Sequence[int]
     token_ids: NDArray[np.int64]
@@ -108,6 +119,13 @@ class _Ahead:
 
     def is_of(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> bool:
         return self.recent == recent and np.array_equal(self.token_ids, token_ids)
+
+    def pending(self, sites: Sequence[Site]) -> Mapping[str, PendingRows]:
+        count = len(self.token_ids)
+        return {site.name: PendingRows(site.shape(count), partial(self._copy, site.name)) for site in sites}
+
+    def _copy(self, name: str, out: NDArray[np.float32]) -> None:
+        out[...] = self.rows.result()[name]
 
 
 class _Buffers:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.executor import Executor, PendingRows, StepInputs, allocate_states, empty_rows, state_bytes
 from engram_runtime.manifest import ACTIVITY
 from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
@@ -256,13 +256,10 @@ class Session:
 
     def _rows(
         self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]
-    ) -> Mapping[str, NDArray[np.float32]]:
+    ) -> Mapping[str, PendingRows]:
         if not self._tables_on:
             return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
-        rows = self._rows_ahead.rows(history, token_ids)
-        if len(following):
-            self._rows_ahead.begin(history, token_ids, following)
-        return rows
+        return self._rows_ahead.rows(history, token_ids, following)
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
         self._check_vocabulary(token_ids)

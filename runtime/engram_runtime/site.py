@@ -30,7 +30,11 @@ class Site:
 
     def empty(self, count: int) -> NDArray[np.float32]:
         """Return room for the rows of ``count`` tokens, ``[count, C, d]``."""
-        return np.empty((count, self.keyer.columns, self.spec.record.columns), dtype=np.float32)
+        return np.empty(self.shape(count), dtype=np.float32)
+
+    def shape(self, count: int) -> tuple[int, int, int]:
+        """Return ``[count, C, d]``."""
+        return count, self.keyer.columns, self.spec.record.columns
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Fill ``out [T, C, d]``, the caller's and contiguous, with the rows of ``[T, C]`` ids; zeros for `NO_ROW`."""

@@ -79,7 +79,9 @@ class OnnxRuntimeStep:
         binding.bind_cpu_input("position", np.array([inputs.position], dtype=np.int64))
         binding.bind_cpu_input("logit_rows", inputs.logit_rows)
         for site, rows in inputs.rows.items():
-            binding.bind_cpu_input(f"rows.{site}", rows)
+            filled = np.empty(rows.shape, dtype=np.float32)
+            rows.fill(filled)
+            binding.bind_cpu_input(f"rows.{site}", filled)
         for name in ("logits", *self._activity):
             binding.bind_output(name)
         try:

@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import mmap
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.executor import MOST_THREADS, State, StepInputs
+from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
-from engram_runtime.library import LibraryInfo, PackedTensor, find_library, row_function
+from engram_runtime.library import AWAIT_ROWS, LibraryInfo, PackedTensor, find_library, row_function
 from engram_runtime.table_spec import TableSpec
 
 
@@ -41,6 +42,25 @@ except ModuleNotFoundError as error:
     raise TargetError("the tvm executor needs apache-tvm-ffi: pip install engram-edge") from error
 
 CPU_DEVICE, POOLED_ALLOCATOR = 1, 2  # DLPack's kDLCPU; AllocatorType::kPooled of TVM's virtual machine
+
+
+class _Running(threading.local):
+    """The pass that this thread runs."""
+
+    step: "TvmStep | None" = None
+
+
+_running = _Running()
+
+
+def _await_rows(rows: Any, site: int) -> Any:
+    """Fill an input of the pass that this thread runs; generated code calls this before it reads the rows of a site."""
+    assert _running.step is not None
+    _running.step.fill_rows(site)
+    return rows
+
+
+tvm_ffi.register_global_func(AWAIT_ROWS, _await_rows, override=True)
 
 
 class TvmExecutor:
@@ -126,7 +146,9 @@ class TvmStep:
         self._forward = forward
         self._fixed = [*states, *weights]
         self._told: Sequence[Any] = ()
-        self._copies: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
+        self._pending: list[tuple[PendingRows, NDArray[np.float32]]] = []
+        self._failure: BaseException | None = None
 
     @property
     def activity(self) -> Mapping[str, NDArray[np.float32]]:
@@ -135,11 +157,16 @@ class TvmStep:
         return dict(zip(self._executor.activity, values, strict=False))
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """See `Step`; raises TargetError where threads or memory are lacking."""
+        """See `Step`; raises TargetError where threads or memory are lacking, and what waiting for rows raises."""
+        _running.step, self._failure = self, None
         try:
             logits, *others = self._forward_pass(inputs)
         except RuntimeError as error:
+            if self._failure is not None:
+                raise self._failure from None
             raise TargetError(f"the compiled library failed: {error}") from error
+        finally:
+            _running.step, self._pending = None, []
         self._told = others[: len(self._executor.activity)]
         self._executor.count_experts(others)
         return np.asarray(np.from_dlpack(logits), dtype=np.float32)
@@ -147,24 +174,43 @@ class TvmStep:
     def _forward_pass(self, inputs: StepInputs) -> Sequence[Any]:
         self._executor.claim_threads()
         function = self._forward[len(inputs.token_ids), len(inputs.logit_rows)]
+        buffers = [self._buffer(site, rows.shape, np.float32) for site, rows in inputs.rows.items()]
+        self._pending = [(rows, buffer) for rows, (buffer, _) in zip(inputs.rows.values(), buffers, strict=True)]
         outputs: Sequence[Any] = function(
             self._copy("token_ids", inputs.token_ids),
             self._copy("position", np.array([inputs.position], dtype=np.int64)),
             self._copy("logit_rows", inputs.logit_rows),
-            *(self._copy(site, rows) for site, rows in inputs.rows.items()),
+            *(tensor for _, tensor in buffers),
             *self._fixed,
         )
         return outputs
 
+    def fill_rows(self, site: int) -> None:
+        """Wait for the rows of a site of the pass and put them into its input.
+
+        Raises:
+            RuntimeError: they can't be had; the call of the pass raises what says why.
+        """
+        rows, buffer = self._pending[site]
+        try:
+            rows.fill(buffer)
+        except BaseException as error:  # an interrupt, too, would not find its way through the machine code
+            self._failure = error
+            raise RuntimeError("rows can't be had") from error
+
     def _copy(self, name: str, values: NDArray[Any]) -> Any:
-        """Copy an input into the aligned buffer kept for it; compiled code needs the alignment."""
-        key = (name, values.shape)
-        if key not in self._copies:
-            buffer = _aligned_like(values)
-            self._copies[key] = (buffer, as_tensor(buffer))
-        buffer, tensor = self._copies[key]
+        """Copy an input into the buffer kept for it."""
+        buffer, tensor = self._buffer(name, values.shape, values.dtype)
         buffer[...] = values
         return tensor
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], Any]:
+        """Return the aligned buffer kept for an input, which compiled code needs, as an array and as a tensor."""
+        key = (name, shape)
+        if key not in self._buffers:
+            buffer = aligned_zeros(shape, np.dtype(dtype).name)
+            self._buffers[key] = (buffer, as_tensor(buffer))
+        return self._buffers[key]
 
 
 def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
@@ -240,9 +286,3 @@ def as_tensor(array: NDArray[Any]) -> Any:
     if array.ctypes.data % 64:
         raise ValueError(f"array at {array.ctypes.data:#x} is not 64-byte aligned")
     return tvm_ffi.from_dlpack(array)
-
-
-def _aligned_like(values: NDArray[Any]) -> NDArray[Any]:
-    buffer = np.zeros(values.nbytes + 64, dtype=np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
