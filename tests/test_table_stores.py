@@ -39,7 +39,7 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, MemoryAdvice
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
+from engram_runtime.tables.decoding import SHARED_FROM_ROWS, NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.memory import ResidentTable
 from engram_runtime.tables.pread import PreadTable
@@ -498,11 +498,30 @@ def test_after_a_page_had_to_be_waited_for_all_are_asked_for_again(tmp_path: Pat
     table.close()
 
 
+def test_pages_that_other_threads_waited_for_are_noticed_too(tmp_path: Path) -> None:
+    """A library's threads share many rows, so the one that asked for them has no fault of its own."""
+    spec = wide_spec(tmp_path, SHARED_FROM_ROWS, PAGE)
+    plain = decoder(spec)
+    with ThreadPoolExecutor(1) as other:
+
+        def decode(memory: NDArray[np.uint8], offsets: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+            other.submit(plain, memory, offsets, out).result()
+
+        table = MappedTable(spec, lambda rows: tmp_path / rows.file, decode)
+        gathered(table, PAGE, np.arange(SHARED_FROM_ROWS))
+        evict(tmp_path / "wide.bin")
+        if not major_faults_of(lambda: gathered(table, PAGE, np.arange(SHARED_FROM_ROWS))):
+            pytest.skip("this file system keeps its files in memory")
+        gathered(table, PAGE, as_ids([9]))
+        assert table.counters.cold == SHARED_FROM_ROWS + 1
+        table.close()
+
+
 def major_faults_of(work: Callable[[], object]) -> int:
     resource = pytest.importorskip("resource")
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
     work()
-    return int(resource.getrusage(resource.RUSAGE_THREAD).ru_majflt - before)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before)
 
 
 @pytest.mark.parametrize("open_store", ON_DISK)

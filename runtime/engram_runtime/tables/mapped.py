@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, Advice, MemoryAdvice
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.decoding import RowDecoder
+from engram_runtime.tables.decoding import SHARED_FROM_ROWS, RowDecoder
 from engram_runtime.tables.record_files import Locate, Read, RecordFiles
 from engram_runtime.tables.regions import map_files
 from engram_runtime.tables.residency import BLOCK_ROWS, PRESENT, REQUESTED, UNKNOWN, Residency
@@ -80,9 +80,10 @@ class MappedTable:
             cold = self._bring_in(row_ids[absent], addresses[:, absent])
             wait_s = time.perf_counter() - started
         self._files.check_sizes(addresses)
-        faults = _major_faults()
+        whose = resource.RUSAGE_SELF if len(out) >= SHARED_FROM_ROWS else resource.RUSAGE_THREAD
+        faults = resource.getrusage(whose).ru_majflt
         self._decode(self._memory, addresses, out)
-        if _major_faults() != faults:  # pages that were known had been evicted
+        if resource.getrusage(whose).ru_majflt != faults:  # pages that were known had been evicted
             self._residency.forget()
         return cold, wait_s
 
@@ -125,8 +126,3 @@ class MappedTable:
         """Close the files and release the map; a second call does nothing."""
         self._close()
         self._memory, self._decode = np.empty(0, dtype=np.uint8), closed
-
-
-def _major_faults() -> int:
-    """Return how often this thread has waited for a page of a file."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
