@@ -81,8 +81,7 @@ class Scattered:
             np.lib.stride_tricks.sliding_window_view(self.memory, size)[starts]
             for size, starts in zip(parts, self.offsets, strict=True)
         ]
-        with np.errstate(all="ignore"):
-            return record.decode(np.concatenate(pieces, axis=1))
+        return record.decode(np.concatenate(pieces, axis=1))
 
 
 def scattered(layout: Layout, count: int, seed: int = 0, memory_bytes: int = 3001) -> Scattered:
