@@ -27,6 +27,7 @@ from tests.small_tables import (
     as_ids,
     joined_spec,
     open_descriptors,
+    records,
     row_format,
     row_range,
     sharded_spec,
@@ -46,7 +47,7 @@ from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.memory import ResidentTable
 from engram_runtime.tables.pread import PreadTable
 from engram_runtime.tables.record_files import Locate, can_lease
-from engram_runtime.tables.regions import huge_bytes
+from engram_runtime.tables.regions import allocate_huge, reserve
 from engram_runtime.tables.residency import BLOCK_ROWS, PAGE, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct, distinct
 from engram_runtime.tables.store import TableStore
@@ -303,9 +304,37 @@ def test_loading_tells_of_every_byte(tmp_path: Path) -> None:
     assert (len(told), sum(told)) == (3, 3000 * 6000)
 
 
-def test_a_small_table_has_no_huge_pages(tmp_path: Path) -> None:
-    table = ResidentTable.load(joined_spec(tmp_path), lambda rows: tmp_path / rows.file, decoder(joined_spec(tmp_path)))
-    assert table.huge_bytes == huge_bytes(np.empty(10, dtype=np.uint8)) == 0
+def test_resident_tables_are_given_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no huge pages")
+    plain, huge = np.frombuffer(reserve(8 << 20), dtype=np.uint8), allocate_huge(8 << 20)
+    assert ["hg" in vm_flags(memory) for memory in (plain, huge)] == [False, True]
+
+
+def vm_flags(memory: NDArray[np.uint8]) -> list[str]:
+    """Return the flags of the range of addresses that memory begins in, see proc_pid_smaps(5)."""
+    smaps = Path("/proc/self/smaps").read_text()
+    ranges = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", smaps, flags=re.MULTILINE | re.DOTALL)
+    return next(flags.split() for begin, end, flags in ranges if int(begin, 16) <= memory.ctypes.data < int(end, 16))
+
+
+def test_addresses_that_are_not_granted_are_an_error_with_advice() -> None:
+    with pytest.raises(TableError) as caught:
+        reserve(1 << 60)
+    assert str(caught.value) == (
+        "1048576.0 TiB of addresses for a table are refused: Cannot allocate memory; "
+        "free memory or raise this process' limit (ulimit -v)"
+    )
+
+
+def test_a_table_is_not_loaded_before_its_files_were_found_long_enough(tmp_path: Path) -> None:
+    write_part(tmp_path / "rows.bin", records(INT8))
+    part = TablePart(row_bytes=INT8.record_bytes, ranges=(row_range("rows.bin", 0, 1 << 50),))
+    with pytest.raises(TableError) as caught:
+        opened(ResidentTable.load, tmp_path, table_spec(INT8, [part], rows=1 << 50))
+    assert str(caught.value) == (
+        f"table file {tmp_path / 'rows.bin'} holds 420 bytes, its rows need {8 * 2**50 + 100}; export it again"
+    )
 
 
 def test_counters_are_sums_over_batches_of_what_was_distinct_in_each(tmp_path: Path) -> None:

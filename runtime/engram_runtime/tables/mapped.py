@@ -54,13 +54,13 @@ class MappedTable:
             opened.callback(self._files.close)
             self._files.expect_random_reads()
             self._memory = map_files(self._files)
+            self._residency = Residency(self._files.num_bytes, self._files.part_bytes)
             self._advise = open_advice()
             opened.callback(self._advise.close)
             self._close = opened.pop_all().close
         self._files.lease()
         self._base = self._memory.ctypes.data
         self._instead: PreadTable | None = None  # once a file is wanted by another program
-        self._residency = Residency(self._files.num_bytes, self._files.part_bytes)
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""
