@@ -469,6 +469,16 @@ def test_the_range_that_takes_no_advice_is_told(monkeypatch: pytest.MonkeyPatch,
     advise.close()
 
 
+def test_a_forked_child_advises_its_own_memory() -> None:
+    advise = MemoryAdvice()
+    memory = np.frombuffer(mmap.mmap(-1, 3 * PAGE), dtype=np.uint8)
+    ranges = np.array([(memory.ctypes.data + PAGE * page, PAGE) for page in range(3)], dtype=np.int64)
+    if (child := os.fork()) == 0:
+        os._exit(advise(ranges, POPULATE_READ))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == advise(ranges, POPULATE_READ) == 3
+    advise.close()
+
+
 def memory_advice(monkeypatch: pytest.MonkeyPatch, batched: bool) -> MemoryAdvice:
     def refuse(process: int) -> int:
         raise PermissionError(errno.EPERM, "a sandbox")
@@ -672,6 +682,23 @@ def test_a_page_of_a_map_that_cannot_be_read_is_named_and_the_next_batch_works(t
     assert str(caught.value) == f"table file {tmp_path / 'records.bin'} can't be read at 116: Input/output error"
     read.broken, advice.fails = False, None
     np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([2])), true_values(INT8)[[2]], strict=True)
+    table.close()
+
+
+def test_after_an_interrupted_wait_nothing_is_taken_for_present(tmp_path: Path) -> None:
+    advice = RecordedAdvice()
+    table = mapped(tmp_path, split_spec(tmp_path), advice)
+
+    def interrupt() -> None:
+        if advice.told[-1][0] == POPULATE_READ:
+            raise KeyboardInterrupt
+
+    advice.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        gathered(table, COLUMNS, as_ids([2]))
+    advice.before = lambda: None
+    np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([2])), true_values(INT8)[[2]], strict=True)
+    assert [advised for advised, _ in advice.told] == [WILL_NEED, POPULATE_READ] * 2
     table.close()
 
 

@@ -137,8 +137,13 @@ class MappedTable:
         self._advise(ranges, WILL_NEED)  # all at once, even if requested: a request may be long ago
         count, pages = count_distinct(row_ids), self._residency.pages(addresses)  # while the disk works
         self._residency.mark(pages, PRESENT)
-        if self._advise(ranges, POPULATE_READ) != len(ranges):
-            self._residency.mark(pages, UNKNOWN)
+        populated = 0
+        try:
+            populated = self._advise(ranges, POPULATE_READ)
+        finally:  # the wait may be interrupted
+            if populated != len(ranges):
+                self._residency.mark(pages, UNKNOWN)
+        if populated != len(ranges):
             self._read(addresses)
         return count
 
