@@ -38,6 +38,9 @@ class ResidentTable:
     def load(cls, spec: TableSpec, locate: Locate, decoder: RowDecoder, *, progress: Progress = no_progress) -> Self:
         """Read a table's files; ``progress`` is told of the bytes of each piece.
 
+        They stay in the page cache as well, until something needs that memory: the next process loads the table from
+        there.
+
         Raises:
             TableError: a file is missing, too short or can't be read, or there is no memory.
         """
