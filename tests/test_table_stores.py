@@ -447,6 +447,18 @@ def test_what_was_forgotten_is_unknown() -> None:
     assert residency.states(pages).tolist() == [[UNKNOWN, UNKNOWN]]
 
 
+@pytest.mark.parametrize(("most_age_s", "cold"), [(3600.0, 1), (0.0, 2)])
+def test_what_is_known_is_forgotten_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_age_s: float, cold: int
+) -> None:
+    monkeypatch.setattr("engram_runtime.tables.residency.MOST_AGE_S", most_age_s)
+    table = opened(MappedTable, tmp_path, joined_spec(tmp_path))
+    for _ in range(2):
+        gathered(table, COLUMNS, as_ids([3]))
+    assert table.counters.cold == cold
+    table.close()
+
+
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 3000])
 def test_as_many_ranges_as_there_are_take_advice(monkeypatch: pytest.MonkeyPatch, batched: bool, count: int) -> None:
