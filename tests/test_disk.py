@@ -125,6 +125,12 @@ def test_a_file_too_small_says_nothing_of_its_disk(tmp_path: Path) -> None:
         measure_disk(tmp_path / "rows")
 
 
+def test_a_pipe_in_place_of_a_file_is_too_small_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows")
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'rows'} is too small")):
+        measure_disk(tmp_path / "rows")
+
+
 def test_a_file_with_holes_says_nothing_of_its_disk(tmp_path: Path) -> None:
     with (tmp_path / "rows").open("wb") as file:
         file.truncate(8 * MIB)
