@@ -43,6 +43,7 @@ DISKS = {
     "8:1 pci/block/sda/sda1": {"partition": "1\n"},
     "8:16 pci/usb2/block/sdb": {"size": "2000\n", "removable": "0\n"},
     "8:32 pci/block/sdc": {"size": "3000\n", "removable": "1\n"},
+    "8:48 pci/block/sdd": {"size": "4000\n", "device/wwid/folder": ""},  # a folder can't be read, as a wwid at times
 }
 SDA_IDENTITY = "sda naa.5 A disk 1000"
 
@@ -58,6 +59,7 @@ def line(device: str, point: str, file_system: str, source: str = "source", opti
         (line("8:1", "/", "xfs", optional=""), (DISK, "xfs", "sda", SDA_IDENTITY)),
         (line("8:16", "/", "exfat"), (REMOVABLE, "exfat", "sdb", "sdb 2000")),
         (line("8:32", "/", "vfat"), (REMOVABLE, "vfat", "sdc", "sdc 3000")),
+        (line("8:48", "/", "ext4"), (DISK, "ext4", "sdd", "sdd 4000")),
         (line("0:50", "/", "nfs4", "host:/export"), (NETWORK, "nfs4", "host:/export", "0:50 nfs4 host:/export")),
         (line("0:51", "/", "fuse.sshfs", "host:"), (FUSE, "fuse.sshfs", "host:", "0:51 fuse.sshfs host:")),
         (line("0:52", "/", "tmpfs", "tmpfs"), (MEMORY, "tmpfs", "tmpfs", "0:52 tmpfs tmpfs")),
@@ -84,6 +86,12 @@ def test_links_are_followed_and_escapes_undone(tmp_path: Path, monkeypatch: pyte
     assert place_of(tmp_path / "link") == Place(
         kind=NETWORK, file_system="nfs", device="a b:/", identity="0:9 nfs a b:/"
     )
+
+
+def test_links_in_a_circle_lie_where_the_first_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    machine_with(monkeypatch, tmp_path, line("8:0", "/", "ext4"), DISKS)
+    assert place_of(tmp_path / "link").device == "sda"
 
 
 def test_this_machine_has_places() -> None:
@@ -113,6 +121,12 @@ def test_a_disk_is_measured_by_reading_a_file(tmp_path: Path) -> None:
 
 def test_a_file_too_small_says_nothing_of_its_disk(tmp_path: Path) -> None:
     (tmp_path / "rows").write_bytes(bytes(4 * MIB - 1))
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'rows'} is too small")):
+        measure_disk(tmp_path / "rows")
+
+
+def test_a_pipe_in_place_of_a_file_is_too_small_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows")
     with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'rows'} is too small")):
         measure_disk(tmp_path / "rows")
 

@@ -1,7 +1,9 @@
 """Row ids of whole texts, cut into calls of any size, equal the equation in plain integers: no mismatch in any."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.test_hashing import DEEPSEEK_VOCAB, as_ids, deepseek_keyer, pilot_keyer
+from tests.test_manifest import sound_manifest
 
+from engram_runtime.bundle import Bundle
 from engram_runtime.hashing import INT64_MAX, column_offsets, derive_primes, derive_splitmix_multipliers
+from engram_runtime.keyer_digest import keyer_digest
+from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec, TokenKeyerSpec
 from engram_runtime.keyers import NO_ROW, Keyer, NgramKeyer, TokenKeyer
+from engram_runtime.manifest import Manifest
 
 QWEN_VOCAB, QWEN_EOS = 248_320, 248_044
 BIG_VOCAB = 300_000
@@ -148,3 +155,27 @@ def test_row_ids_are_a_fresh_array(keyer: Keyer, vocab: int, count: int) -> None
     expected = keyer.row_ids([], ids).copy()
     keyer.row_ids([], ids)[...] = NO_ROW
     np.testing.assert_array_equal(keyer.row_ids([], ids), expected, strict=True)
+
+
+NGRAMS = NgramKeyerSpec(
+    orders=(2,), num_heads=1, multipliers=(3, 5), primes=(7,), offsets=(0,), pad_id=1, barrier_ids=(2,), token_map="map"
+)
+NGRAMS_AS_JSON = (
+    '{"barrier_ids":[2],"kind":"xor_prime","multipliers":[3,5],"num_heads":1,"offsets":[0],"orders":[2],'
+    '"pad_id":1,"primes":[7],"silent_ids":[]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "hashed"),
+    [
+        (TokenKeyerSpec(vocab_size=9, pad_id=1), '{"kind":"token","pad_id":1,"vocab_size":9}'),
+        (NGRAMS, f"{NGRAMS_AS_JSON}bytes of the map"),
+        (dataclasses.replace(NGRAMS, token_map=None), NGRAMS_AS_JSON),
+    ],
+)
+def test_files_made_for_a_keyer_know_it_for_ever(tmp_path: Path, spec: KeyerSpec, hashed: str) -> None:
+    """Overlays and traces hold this digest: with another spelling none of those written so far would fit."""
+    (tmp_path / "map").write_text("bytes of the map")
+    bundle = Bundle(tmp_path, Manifest.from_dict(sound_manifest()))
+    assert keyer_digest(bundle, spec) == hashlib.sha256(hashed.encode()).hexdigest()

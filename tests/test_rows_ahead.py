@@ -53,6 +53,8 @@ class WatchedTable:
         at_work: how many gathers run now.
     """
 
+    in_memory = False
+
     def __init__(self) -> None:
         self.counters = TableCounters()
         self.fails_at = -1

@@ -17,15 +17,17 @@ from tests.small_tables import row_format
 from tests.test_kernels import compile_kernels, needs_avx2
 from tests.workshop import Workshop
 
-from engram_compilers.kernels.table_rows import SHARED_FROM_ROWS, decode_rows
+from engram_compilers.kernels.table_rows import decode_rows
 from engram_compilers.table_functions import table_functions
 from engram_runtime.executor import Executor, load_executor
 from engram_runtime.executors.tvm_library import TvmExecutor
+from engram_runtime.executors.tvm_pool import LibraryPool
+from engram_runtime.executors.tvm_rows import TvmRowDecoder
 from engram_runtime.keyer_spec import TokenKeyerSpec
 from engram_runtime.library import find_library
 from engram_runtime.records import RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
-from engram_runtime.tables.decoding import RowDecoder
+from engram_runtime.tables.decoding import SHARED_FROM_ROWS, RowDecoder
 from engram_targets import load_profile
 
 Rows = NDArray[np.float32]
@@ -79,8 +81,7 @@ class Scattered:
             np.lib.stride_tricks.sliding_window_view(self.memory, size)[starts]
             for size, starts in zip(parts, self.offsets, strict=True)
         ]
-        with np.errstate(all="ignore"):
-            return record.decode(np.concatenate(pieces, axis=1))
+        return record.decode(np.concatenate(pieces, axis=1))
 
 
 def scattered(layout: Layout, count: int, seed: int = 0, memory_bytes: int = 3001) -> Scattered:
@@ -178,6 +179,40 @@ def test_a_librarys_decoder_gives_the_values_of_numpy(workshop: Workshop, thread
     decoder, layout = decoder_of(workshop, threads)
     records = scattered(layout, count)
     assert_same_values(run(decoder, layout, records), records.decoded(layout))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_rows_decoded_while_a_step_is_at_work_have_the_same_values(workshop: Workshop, count: int) -> None:
+    executor, table = loaded(workshop)
+    assert isinstance(executor, TvmExecutor)
+    decoder = executor.row_decoder(table.site)
+    assert decoder is not None
+    layout = table.record, tuple(part.row_bytes for part in table.parts)
+    records = scattered(layout, count)
+    with executor.pool.for_step():
+        assert_same_values(run(decoder, layout, records), records.decoded(layout))
+
+
+def test_a_step_keeps_its_threads_while_rows_are_decoded() -> None:
+    claimed: list[int] = []
+    calls: list[tuple[int, int]] = []
+    pool = LibraryPool(claimed.append, 3)
+
+    def function(memory: NDArray[np.uint8], offsets: NDArray[np.int64], out: Rows) -> None:
+        calls.append((len(out), len(claimed)))
+        np.copyto(out, memory[offsets[0] + offsets[1]][:, None])
+
+    decoder = TvmRowDecoder(function, lambda array: array, pool.for_rows)
+    records = scattered((row_format("int8", "none", columns=1), (1, 1)), 2 * SHARED_FROM_ROWS, memory_bytes=100)
+    memory, out = np.arange(200, dtype=np.uint8), np.empty((2 * SHARED_FROM_ROWS, 1), dtype=np.float32)
+    decoder(memory, records.offsets, out)
+    assert calls == [(512, 1)]
+    with pool.for_step(), pool.for_step():
+        decoder(memory, records.offsets, out)
+    assert calls[1:] == [(255, 3), (255, 3), (2, 3)]
+    np.testing.assert_array_equal(out[:, 0], records.offsets.sum(axis=0))
+    decoder(memory, records.offsets, out)
+    assert (calls[4:], claimed) == ([(512, 4)], [3, 3, 3, 3])
 
 
 def test_a_decoder_serves_several_memories_and_sizes_in_turn(workshop: Workshop) -> None:

@@ -27,6 +27,7 @@ from tests.small_tables import (
     as_ids,
     joined_spec,
     open_descriptors,
+    records,
     row_format,
     row_range,
     sharded_spec,
@@ -41,12 +42,12 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, MemoryAdvice
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
+from engram_runtime.tables.decoding import SHARED_FROM_ROWS, NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.memory import ResidentTable
 from engram_runtime.tables.pread import PreadTable
 from engram_runtime.tables.record_files import Locate, can_lease
-from engram_runtime.tables.regions import huge_bytes
+from engram_runtime.tables.regions import allocate_huge, reserve
 from engram_runtime.tables.residency import BLOCK_ROWS, PAGE, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct, distinct
 from engram_runtime.tables.store import TableStore
@@ -303,9 +304,37 @@ def test_loading_tells_of_every_byte(tmp_path: Path) -> None:
     assert (len(told), sum(told)) == (3, 3000 * 6000)
 
 
-def test_a_small_table_has_no_huge_pages(tmp_path: Path) -> None:
-    table = ResidentTable.load(joined_spec(tmp_path), lambda rows: tmp_path / rows.file, decoder(joined_spec(tmp_path)))
-    assert table.huge_bytes == huge_bytes(np.empty(10, dtype=np.uint8)) == 0
+def test_resident_tables_are_given_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no huge pages")
+    plain, huge = np.frombuffer(reserve(8 << 20), dtype=np.uint8), allocate_huge(8 << 20)
+    assert ["hg" in vm_flags(memory) for memory in (plain, huge)] == [False, True]
+
+
+def vm_flags(memory: NDArray[np.uint8]) -> list[str]:
+    """Return the flags of the range of addresses that memory begins in, see proc_pid_smaps(5)."""
+    smaps = Path("/proc/self/smaps").read_text()
+    ranges = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", smaps, flags=re.MULTILINE | re.DOTALL)
+    return next(flags.split() for begin, end, flags in ranges if int(begin, 16) <= memory.ctypes.data < int(end, 16))
+
+
+def test_addresses_that_are_not_granted_are_an_error_with_advice() -> None:
+    with pytest.raises(TableError) as caught:
+        reserve(1 << 60)
+    assert str(caught.value) == (
+        "1048576.0 TiB of addresses for a table are refused: Cannot allocate memory; "
+        "free memory or raise this process' limit (ulimit -v)"
+    )
+
+
+def test_a_table_is_not_loaded_before_its_files_were_found_long_enough(tmp_path: Path) -> None:
+    write_part(tmp_path / "rows.bin", records(INT8))
+    part = TablePart(row_bytes=INT8.record_bytes, ranges=(row_range("rows.bin", 0, 1 << 50),))
+    with pytest.raises(TableError) as caught:
+        opened(ResidentTable.load, tmp_path, table_spec(INT8, [part], rows=1 << 50))
+    assert str(caught.value) == (
+        f"table file {tmp_path / 'rows.bin'} holds 420 bytes, its rows need {8 * 2**50 + 100}; export it again"
+    )
 
 
 def test_counters_are_sums_over_batches_of_what_was_distinct_in_each(tmp_path: Path) -> None:
@@ -418,6 +447,18 @@ def test_what_was_forgotten_is_unknown() -> None:
     assert residency.states(pages).tolist() == [[UNKNOWN, UNKNOWN]]
 
 
+@pytest.mark.parametrize(("most_age_s", "cold"), [(3600.0, 1), (0.0, 2)])
+def test_what_is_known_is_forgotten_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_age_s: float, cold: int
+) -> None:
+    monkeypatch.setattr("engram_runtime.tables.residency.MOST_AGE_S", most_age_s)
+    table = opened(MappedTable, tmp_path, joined_spec(tmp_path))
+    for _ in range(2):
+        gathered(table, COLUMNS, as_ids([3]))
+    assert table.counters.cold == cold
+    table.close()
+
+
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 3000])
 def test_as_many_ranges_as_there_are_take_advice(monkeypatch: pytest.MonkeyPatch, batched: bool, count: int) -> None:
@@ -437,6 +478,16 @@ def test_the_range_that_takes_no_advice_is_told(monkeypatch: pytest.MonkeyPatch,
     ranges[bad, 0] += 1  # not the beginning of a page
     assert advise(ranges, POPULATE_READ) == bad
     advise.close()
+    advise.close()
+
+
+def test_a_forked_child_advises_its_own_memory() -> None:
+    advise = MemoryAdvice()
+    memory = np.frombuffer(mmap.mmap(-1, 3 * PAGE), dtype=np.uint8)
+    ranges = np.array([(memory.ctypes.data + PAGE * page, PAGE) for page in range(3)], dtype=np.int64)
+    if (child := os.fork()) == 0:
+        os._exit(advise(ranges, POPULATE_READ))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == advise(ranges, POPULATE_READ) == 3
     advise.close()
 
 
@@ -500,11 +551,30 @@ def test_after_a_page_had_to_be_waited_for_all_are_asked_for_again(tmp_path: Pat
     table.close()
 
 
+def test_pages_that_other_threads_waited_for_are_noticed_too(tmp_path: Path) -> None:
+    """A library's threads share many rows, so the one that asked for them has no fault of its own."""
+    spec = wide_spec(tmp_path, SHARED_FROM_ROWS, PAGE)
+    plain = decoder(spec)
+    with ThreadPoolExecutor(1) as other:
+
+        def decode(memory: NDArray[np.uint8], offsets: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+            other.submit(plain, memory, offsets, out).result()
+
+        table = MappedTable(spec, lambda rows: tmp_path / rows.file, decode)
+        gathered(table, PAGE, np.arange(SHARED_FROM_ROWS))
+        evict(tmp_path / "wide.bin")
+        if not major_faults_of(lambda: gathered(table, PAGE, np.arange(SHARED_FROM_ROWS))):
+            pytest.skip("this file system keeps its files in memory")
+        gathered(table, PAGE, as_ids([9]))
+        assert table.counters.cold == SHARED_FROM_ROWS + 1
+        table.close()
+
+
 def major_faults_of(work: Callable[[], object]) -> int:
     resource = pytest.importorskip("resource")
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
     work()
-    return int(resource.getrusage(resource.RUSAGE_THREAD).ru_majflt - before)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before)
 
 
 @pytest.mark.parametrize("open_store", ON_DISK)
@@ -624,6 +694,23 @@ def test_a_page_of_a_map_that_cannot_be_read_is_named_and_the_next_batch_works(t
     assert str(caught.value) == f"table file {tmp_path / 'records.bin'} can't be read at 116: Input/output error"
     read.broken, advice.fails = False, None
     np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([2])), true_values(INT8)[[2]], strict=True)
+    table.close()
+
+
+def test_after_an_interrupted_wait_nothing_is_taken_for_present(tmp_path: Path) -> None:
+    advice = RecordedAdvice()
+    table = mapped(tmp_path, split_spec(tmp_path), advice)
+
+    def interrupt() -> None:
+        if advice.told[-1][0] == POPULATE_READ:
+            raise KeyboardInterrupt
+
+    advice.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        gathered(table, COLUMNS, as_ids([2]))
+    advice.before = lambda: None
+    np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([2])), true_values(INT8)[[2]], strict=True)
+    assert [advised for advised, _ in advice.told] == [WILL_NEED, POPULATE_READ] * 2
     table.close()
 
 

@@ -41,7 +41,7 @@ from tests.small_tables import (
 )
 
 from engram_runtime.errors import BundleError, TableError
-from engram_runtime.records import NO_FACTOR, RecordFormat
+from engram_runtime.records import NO_FACTOR, PAYLOAD_BITS, SCALE_BYTES, RecordFormat
 from engram_runtime.table_spec import TablePart, TableSpec
 from engram_runtime.tables.files import FileTable
 from engram_runtime.tables.store import TableStore, check_row_ids
@@ -284,6 +284,17 @@ def test_every_float8_and_every_e8m0_scale_is_read_as_torch_reads_it() -> None:
     scales = torch.from_numpy(data[256:]).view(torch.float8_e8m0fnu).float()
     expected = (payload.reshape(64, 4) * scales[:, None]).reshape(1, 256)
     np.testing.assert_array_equal(record.decode(data[None]), expected.numpy(), strict=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("payload", list(PAYLOAD_BITS))
+@pytest.mark.parametrize("scale", list(SCALE_BYTES))
+def test_any_bytes_are_decoded_without_a_warning(payload: str, scale: str) -> None:
+    """An infinite scale times zero and the largest one times 448 among them."""
+    record = row_format(payload, scale, columns=32, factor="0x1.fffffe0000000p+127")
+    codes = random_bytes(3000, record.record_bytes)
+    codes[:1000, : record.payload_bytes], codes[:2000:2, record.payload_bytes :] = 0, 0x7F
+    assert record.decode(codes).shape == (3000, 32)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 255])

@@ -128,12 +128,13 @@ class RecordFormat:
 
     def decode_into(self, records: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         """Fill ``out [N, columns]``, contiguous, with the values of ``[N, record_bytes]`` bytes."""
-        PAYLOAD_DECODERS[self.payload](records[:, : self.payload_bytes], out)
-        if self.num_scales:
-            groups = out.reshape(len(out), self.num_scales, self.scale_columns)
-            groups *= scale_values(np.ascontiguousarray(records[:, self.payload_bytes :]), self.scale)[:, :, None]
-        if self.factor != NO_FACTOR:
-            out *= np.float32(float.fromhex(self.factor))
+        with np.errstate(over="ignore", invalid="ignore"):  # a table may hold any bytes, those of inf and nan as well
+            PAYLOAD_DECODERS[self.payload](records[:, : self.payload_bytes], out)
+            if self.num_scales:
+                groups = out.reshape(len(out), self.num_scales, self.scale_columns)
+                groups *= scale_values(np.ascontiguousarray(records[:, self.payload_bytes :]), self.scale)[:, :, None]
+            if self.factor != NO_FACTOR:
+                out *= np.float32(float.fromhex(self.factor))
 
 
 def scale_values(scales: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:

@@ -77,6 +77,7 @@ class Session:
         """Start an empty sequence.
 
         Args:
+            sites: closed with it. While tokens are added their tables are read by a thread too, so by nobody else.
             tables_on: False feeds zero rows. Engram sites then add nothing; Gemma's per-layer inputs are left with the
                 projection of the token's embedding, at the scale it has beside rows.
         """

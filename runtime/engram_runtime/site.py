@@ -38,14 +38,16 @@ class Site:
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Fill ``out [T, C, d]``, the caller's and contiguous, with the rows of ``[T, C]`` ids; zeros for `NO_ROW`."""
-        found = row_ids != NO_ROW
-        if found.all():
+        if row_ids.min(initial=0) > NO_ROW:
             self.table.gather(row_ids.ravel(), out.reshape(-1, out.shape[-1]))
             return
+        found = row_ids != NO_ROW
         some = np.empty((int(found.sum()), out.shape[-1]), dtype=np.float32)
         self.table.gather(row_ids[found], some)
         out[found], out[~found] = some, 0
 
     def request(self, row_ids: NDArray[np.int64]) -> None:
         """Begin to bring the rows of ids of any shape into memory, each once."""
+        if self.table.in_memory:
+            return
         self.table.request(np.unique(row_ids[row_ids != NO_ROW]))

@@ -13,8 +13,8 @@ from tvm.script import tirx as T
 from engram_compilers.kernels.intrinsics import Expr, prefetch
 from engram_compilers.kernels.loops import LANES
 from engram_runtime.records import NO_FACTOR, PAYLOAD_BITS, SCALE_BYTES, RecordFormat
+from engram_runtime.tables.decoding import SHARED_FROM_ROWS
 
-SHARED_FROM_ROWS = 256  # about 10 us of work on one thread
 _ROWS_AHEAD = 8  # asked for early: their reads overlap, where a row alone waits 100 ns for memory
 _LINE_BYTES = 64
 # Bits of the mantissa and of the exponent, and the first code that is not finite; by integers, as a cast of float16 is

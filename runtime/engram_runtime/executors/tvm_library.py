@@ -17,6 +17,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
+from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
 from engram_runtime.library import AWAIT_ROWS, LibraryInfo, PackedTensor, find_library, row_function
 from engram_runtime.table_spec import TableSpec
@@ -91,7 +92,7 @@ class TvmExecutor:
         self._row_functions = {table.site: row_function(table) for table in tables}
         self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
         self._module = module = load_module(folder / info.library)
-        self._use_threads = module.get_function("use_threads", query_imports=True)
+        self.pool = LibraryPool(module.get_function("use_threads", query_imports=True), threads)
         self._machine_code = module["vm_load_executable"]()
         self._machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
         self._weights = map_weights(folder / info.weights, info)
@@ -103,10 +104,6 @@ class TvmExecutor:
             times, count = divmod(count, size)
             chunks += [size] * times
         return chunks
-
-    def claim_threads(self) -> None:
-        """Make the library's threads as many as this executor's; others may have loaded the same library."""
-        self._use_threads(self.threads)
 
     def watch(self, watcher: Callable[..., None] | None) -> None:
         """See `engram_runtime.bench.kernel_times.Watchable`."""
@@ -124,7 +121,7 @@ class TvmExecutor:
         if not self._module.implements_function(name, query_imports=True):
             return None
         function = self._module.get_function(name, query_imports=True)
-        return TvmRowDecoder(function, tvm_ffi.from_dlpack, self.claim_threads)
+        return TvmRowDecoder(function, tvm_ffi.from_dlpack, self.pool.for_rows)
 
     def bind(self, states: Mapping[str, State]) -> "TvmStep":
         """See `Executor.bind`."""
@@ -172,17 +169,18 @@ class TvmStep:
         return np.asarray(np.from_dlpack(logits), dtype=np.float32)
 
     def _forward_pass(self, inputs: StepInputs) -> Sequence[Any]:
-        self._executor.claim_threads()
         function = self._forward[len(inputs.token_ids), len(inputs.logit_rows)]
         buffers = [self._buffer(site, rows.shape, np.float32) for site, rows in inputs.rows.items()]
         self._pending = [(rows, buffer) for rows, (buffer, _) in zip(inputs.rows.values(), buffers, strict=True)]
-        outputs: Sequence[Any] = function(
+        arguments = (
             self._copy("token_ids", inputs.token_ids),
             self._copy("position", np.array([inputs.position], dtype=np.int64)),
             self._copy("logit_rows", inputs.logit_rows),
             *(tensor for _, tensor in buffers),
             *self._fixed,
         )
+        with self._executor.pool.for_step():
+            outputs: Sequence[Any] = function(*arguments)
         return outputs
 
     def fill_rows(self, site: int) -> None:

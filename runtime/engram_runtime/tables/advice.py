@@ -38,17 +38,24 @@ class MemoryAdvice:
     """
 
     def __init__(self) -> None:
-        try:
-            self._process = os.pidfd_open(os.getpid())
-        except OSError:  # an old kernel, or a sandbox: then nothing is batched
-            self._process = CLOSED
+        self._open()
         page = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=np.uint8)
         ranges = np.array([[page.ctypes.data, mmap.PAGESIZE]], dtype=np.int64)
         self._batched = {advice for advice in (WILL_NEED, POPULATE_READ) if self._advise_block(ranges, advice)}
         self.populates = _advise_singly(ranges, POPULATE_READ) == 1
 
+    def _open(self) -> None:
+        self._owner = os.getpid()
+        try:
+            self._process = os.pidfd_open(self._owner)
+        except OSError:  # an old kernel, or a sandbox: then nothing is batched
+            self._process = CLOSED
+
     def __call__(self, ranges: NDArray[np.int64], advice: int) -> int:
         """See `Advice`; where pages can't be populated they are merely not there yet."""
+        if self._owner != os.getpid():  # a forked child, whose handle is the parent's
+            self.close()
+            self._open()
         if advice == POPULATE_READ and not self.populates:
             return len(ranges)
         return self._advise_batched(ranges, advice) if advice in self._batched else _advise_singly(ranges, advice)

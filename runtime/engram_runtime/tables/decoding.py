@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from engram_runtime.records import RecordFormat
 
 BLOCK_BYTES = 512 << 10  # of rows decoded at a time: with their records they stay in a core's cache
+SHARED_FROM_ROWS = 256  # compiled decoders may share so many among threads: about 10 us of work on one
 
 
 class RowDecoder(Protocol):
-    """Turns records that lie anywhere in memory into rows."""
+    """Turns records that lie anywhere in memory into rows, many (`SHARED_FROM_ROWS`) maybe on several threads."""
 
     def __call__(self, memory: NDArray[np.uint8], offsets: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Fill ``out [N, columns]``, contiguous, with the rows whose part p begins at ``memory[offsets[p, i]]``.

@@ -103,10 +103,10 @@ def measure_disk(path: Path) -> DiskFacts:
 
 def _sound_size(path: Path) -> int:
     """Return the size of a file; raises OSError where its reads would say nothing of the disk."""
+    size = path.stat().st_size
+    if size < PIECE_BYTES:  # a pipe as well, which would wait for a writer if it were opened
+        raise OSError(errno.EINVAL, f"{path} is too small")
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < PIECE_BYTES:
-            raise OSError(errno.EINVAL, f"{path} is too small")
         if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size:
             raise OSError(errno.EINVAL, f"{path} has holes, which no disk reads")
     return size

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, Advice, MemoryAdvice
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.decoding import RowDecoder
+from engram_runtime.tables.decoding import SHARED_FROM_ROWS, RowDecoder
 from engram_runtime.tables.pread import PreadTable
 from engram_runtime.tables.record_files import FileWanted, Locate, Read, RecordFiles
 from engram_runtime.tables.regions import map_files
@@ -54,13 +54,18 @@ class MappedTable:
             opened.callback(self._files.close)
             self._files.expect_random_reads()
             self._memory = map_files(self._files)
+            self._residency = Residency(self._files.num_bytes, self._files.part_bytes)
             self._advise = open_advice()
             opened.callback(self._advise.close)
             self._close = opened.pop_all().close
         self._files.lease()
         self._base = self._memory.ctypes.data
         self._instead: PreadTable | None = None  # once a file is wanted by another program
-        self._residency = Residency(self._files.num_bytes, self._files.part_bytes)
+
+    @property
+    def in_memory(self) -> bool:
+        """See `TableStore.in_memory`."""
+        return False
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""
@@ -103,9 +108,10 @@ class MappedTable:
             cold = self._bring_in(row_ids[absent], addresses[:, absent])
             wait_s = time.perf_counter() - started
         self._files.check(addresses)
-        faults = _major_faults()
+        whose = resource.RUSAGE_SELF if len(out) >= SHARED_FROM_ROWS else resource.RUSAGE_THREAD
+        faults = resource.getrusage(whose).ru_majflt
         self._decode(self._memory, addresses, out)
-        if _major_faults() != faults:  # pages that were known had been evicted
+        if resource.getrusage(whose).ru_majflt != faults:  # pages that were known had been evicted
             self._residency.forget()
         return cold, wait_s
 
@@ -136,8 +142,13 @@ class MappedTable:
         self._advise(ranges, WILL_NEED)  # all at once, even if requested: a request may be long ago
         count, pages = count_distinct(row_ids), self._residency.pages(addresses)  # while the disk works
         self._residency.mark(pages, PRESENT)
-        if self._advise(ranges, POPULATE_READ) != len(ranges):
-            self._residency.mark(pages, UNKNOWN)
+        populated = 0
+        try:
+            populated = self._advise(ranges, POPULATE_READ)
+        finally:  # the wait may be interrupted
+            if populated != len(ranges):
+                self._residency.mark(pages, UNKNOWN)
+        if populated != len(ranges):
             self._read(addresses)
         return count
 
@@ -151,8 +162,3 @@ class MappedTable:
         """Close the files and release the map; a second call does nothing."""
         self._close()
         self._memory, self._decode = np.empty(0, dtype=np.uint8), closed
-
-
-def _major_faults() -> int:
-    """Return how often this thread has waited for a page of a file."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

@@ -10,7 +10,7 @@ from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
 from engram_runtime.tables.record_files import Locate, RecordFiles
-from engram_runtime.tables.regions import allocate_huge, huge_bytes
+from engram_runtime.tables.regions import allocate_huge
 from engram_runtime.tables.store import check_row_ids, closed
 
 READ_BYTES = 8 << 20  # at a time
@@ -38,14 +38,17 @@ class ResidentTable:
     def load(cls, spec: TableSpec, locate: Locate, decoder: RowDecoder, *, progress: Progress = no_progress) -> Self:
         """Read a table's files; ``progress`` is told of the bytes of each piece.
 
+        They stay in the page cache as well, until something needs that memory: the next process loads the table from
+        there.
+
         Raises:
-            TableError: a file is missing, too short or can't be read.
+            TableError: a file is missing, too short or can't be read, or there is no memory.
         """
         record_bytes = spec.record.record_bytes
-        memory = allocate_huge(spec.num_rows * record_bytes)
-        records = memory.reshape(spec.num_rows, record_bytes)
         files = RecordFiles(spec, locate)
         try:
+            memory = allocate_huge(spec.num_rows * record_bytes)
+            records = memory.reshape(spec.num_rows, record_bytes)
             step = max(1, READ_BYTES // record_bytes)
             for start in range(0, spec.num_rows, step):
                 piece = records[start : start + step]
@@ -56,9 +59,9 @@ class ResidentTable:
         return cls(memory, spec, decoder)
 
     @property
-    def huge_bytes(self) -> int:
-        """How many of its bytes are in huge pages."""
-        return huge_bytes(self._memory)
+    def in_memory(self) -> bool:
+        """See `TableStore.in_memory`."""
+        return True
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""

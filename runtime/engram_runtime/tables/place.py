@@ -49,7 +49,7 @@ NO_MOUNT = _Mount(device="0:0", point=Path("/"), file_system="unknown", source="
 
 def place_of(path: Path) -> Place:
     """Return where a file lies, followed through links; of a file that isn't there, where it would."""
-    mount = _mount_of(path.resolve())
+    mount = _mount_of(Path(os.path.realpath(path)))  # unlike Path.resolve it bears links in a circle
     disk = _disk(mount)
     if disk is None:
         identity = f"{mount.device} {mount.file_system} {mount.source}"
@@ -113,4 +113,8 @@ def _can_be_removed(disk: Path) -> bool:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.exists() else ""
+    """Return what a file of /sys says; nothing where it isn't there or the disk, asked for it, doesn't know."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""

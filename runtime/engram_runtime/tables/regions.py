@@ -4,20 +4,33 @@ import contextlib
 import ctypes
 import mmap
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import TableError
+from engram_runtime.sizes import format_size
 from engram_runtime.tables.record_files import RecordFiles
 
 MAP_FIXED = 0x10  # Linux, on every processor but Alpha and PA-RISC; Python doesn't name it
-SMAPS = Path("/proc/self/smaps")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+
+def reserve(num_bytes: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+    """Return so many bytes of addresses, zeros that take memory once they are written.
+
+    Raises:
+        TableError: the system doesn't grant them.
+    """
+    try:
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=prot)
+    except OSError as error:
+        raise TableError(
+            f"{format_size(num_bytes)} of addresses for a table are refused: {error.strerror}; "
+            f"free memory or raise this process' limit (ulimit -v)"
+        ) from error
 
 
 def map_files(files: RecordFiles) -> NDArray[np.uint8]:
@@ -26,9 +39,9 @@ def map_files(files: RecordFiles) -> NDArray[np.uint8]:
     The map lasts as long as the array and views of it. What is behind the end of a file must not be touched.
 
     Raises:
-        TableError: a file can't be mapped.
+        TableError: a file can't be mapped, or there are too few addresses.
     """
-    region = mmap.mmap(-1, files.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
+    region = reserve(files.num_bytes, prot=0)
     memory = np.frombuffer(region, dtype=np.uint8)
     for file in files.files:
         start = memory.ctypes.data + file.start
@@ -41,20 +54,12 @@ def map_files(files: RecordFiles) -> NDArray[np.uint8]:
 
 
 def allocate_huge(num_bytes: int) -> NDArray[np.uint8]:
-    """Return ``[num_bytes]`` zeros in huge pages, as far as the system has them for those who ask."""
-    region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages; `huge_bytes` tells
+    """Return ``[num_bytes]`` zeros in huge pages, as far as the system has them for those who ask.
+
+    Raises:
+        TableError: the system doesn't grant them.
+    """
+    region = reserve(num_bytes)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         region.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(region, dtype=np.uint8)
-
-
-def huge_bytes(memory: NDArray[np.uint8]) -> int:
-    """Return how many bytes of an array are in huge pages now."""
-    begin, end = memory.ctypes.data, memory.ctypes.data + len(memory)
-    total, inside = 0, False
-    for line in SMAPS.read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) < end and begin < int(found[2], 16)
-        elif inside and line.startswith("AnonHugePages:"):
-            total += 1024 * int(line.split()[1])
-    return total

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.tables.regions import reserve
+
 PAGE = mmap.PAGESIZE
 PAGE_BITS = PAGE.bit_length() - 1
 BLOCK_ROWS = 4096  # are asked for while those before are waited for: their pages, 32 MiB, are in memory together
@@ -23,7 +25,7 @@ class Residency:
 
     def __init__(self, num_bytes: int, part_bytes: Sequence[int]) -> None:
         """Know nothing of ``num_bytes`` of memory that hold records whose parts have ``part_bytes``."""
-        self._map = mmap.mmap(-1, -(-num_bytes // PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map = reserve(-(-num_bytes // PAGE))
         self._states = np.frombuffer(self._map, dtype=np.uint8)
         self._part_bytes = np.array(part_bytes, dtype=np.int64)[:, None]
         self._since = time.perf_counter()

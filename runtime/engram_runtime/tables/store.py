@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.row_ids import FEW_ROWS
 
 
 class TableStore(Protocol):
@@ -17,6 +18,11 @@ class TableStore(Protocol):
     @property
     def counters(self) -> TableCounters:
         """Sums since the table was opened: the store's own object, which goes on counting."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all rows are, so that there is nothing to request."""
         ...
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
@@ -43,6 +49,10 @@ class TableStore(Protocol):
 
 def check_row_ids(row_ids: NDArray[np.int64], num_rows: int) -> None:
     """Raise IndexError for an id outside ``[0, num_rows)``, negative ids included."""
+    if len(row_ids) <= FEW_ROWS:
+        listed = row_ids.tolist()
+        if not listed or (min(listed) >= 0 and max(listed) < num_rows):
+            return
     # As unsigned numbers negative ids are huge, so one comparison finds both kinds.
     outside = row_ids.view(np.uint64) >= np.uint64(num_rows)
     if np.count_nonzero(outside):  # half the time of any()
