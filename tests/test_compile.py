@@ -31,8 +31,12 @@ from engram_compilers.build import compile_bundle
 from engram_compilers.lowering import CONVERTERS
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import cpu_flags
-from engram_runtime.errors import BundleError, CompileError, TargetError
-from engram_runtime.executor import State, StepInputs, allocate_states, load_executor
+from engram_runtime.errors import BundleError, CompileError, TableError, TargetError
+from engram_runtime.executor import EXECUTORS, State, StepInputs, allocate_states, load_executor
+from engram_runtime.session import Session, open_sites
+from engram_runtime.site import Site
+from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.store import TableStore
 
 UNTIED = TinyModel(tied=False)
 QWEN = TinyModel(family="qwen3", head_dim=32)
@@ -234,6 +238,44 @@ def states_after(bundle: Bundle, executor: str, *, tokens: int) -> dict[str, Sta
     step = load_executor(executor, bundle, threads=THREADS).bind(states)
     step(StepInputs(token_ids=every, position=0, logit_rows=every, rows={"layer_1": ready_rows(rows)}))
     return states
+
+
+class FailingOnce:
+    """A table whose first rows can't be read."""
+
+    def __init__(self, table: TableStore) -> None:
+        self._table = table
+        self._failed = False
+
+    @property
+    def counters(self) -> TableCounters:
+        return self._table.counters
+
+    def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        if not self._failed:
+            self._failed = True
+            raise TableError("table file t can't be read at 0: Input/output error")
+        self._table.gather(row_ids, out)
+
+    def request(self, row_ids: NDArray[np.int64]) -> None:
+        self._table.request(row_ids)
+
+    def close(self) -> None:
+        self._table.close()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_rows_that_cannot_be_read_end_a_pass_with_their_own_error(workshop: Workshop, executor: str) -> None:
+    bundle, token_ids = workshop.ready(), [5, 9, 2]
+    loaded = load_executor(executor, bundle, threads=THREADS)
+    with Session.open(bundle, loaded) as session:
+        expected = session.decode(token_ids)
+    sites = [Site(site.spec, site.keyer, FailingOnce(site.table)) for site in open_sites(bundle)]
+    with Session(bundle, loaded, sites) as session:
+        with pytest.raises(TableError) as caught:
+            session.decode(token_ids)
+        assert str(caught.value) == "table file t can't be read at 0: Input/output error"
+        np.testing.assert_array_equal(session.decode(token_ids), expected, strict=True)
 
 
 def test_a_text_is_run_in_the_largest_compiled_sizes_that_fit(workshop: Workshop) -> None:

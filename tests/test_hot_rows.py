@@ -35,8 +35,6 @@ ROWS = 200_000  # of 8 bytes: 391 pages
 class AskedStore:
     """A store that notes what it is asked."""
 
-    in_memory = False
-
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[int]]] = []
         self.counters = TableCounters()

@@ -58,8 +58,6 @@ def overlay(row_ids: Sequence[int], seed: int = 1, record: RecordFormat = FORMAT
 class RecordsBelow:
     """A table of random rows that keeps which ones it is asked for."""
 
-    in_memory = False
-
     def __init__(self, name: str = "int8") -> None:
         self._rows = FORMATS[name].decode(records(0, FORMATS[name]))
         self.counters = TableCounters()

@@ -1,4 +1,4 @@
-"""Rows on their way: asked for before the graph runs, and those of the next tokens fetched by a thread meanwhile."""
+"""Rows on their way: a thread fetches them while the graph runs towards the sites that read them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -36,8 +36,7 @@ class RowsAhead:
     ) -> Mapping[str, PendingRows]:
         """Return the rows of ``token_ids [T]`` after ``history``, to be used before the next call.
 
-        Where there are tokens that will follow, all are fetched by the thread, those of ``following`` while the caller
-        goes on. Where there are none, the rows are asked for now and fetched by whoever waits for them.
+        The thread fetches them, and those of ``following`` after them, while the caller goes on.
         """
         if not self._sites:
             return {}
@@ -45,19 +44,11 @@ class RowsAhead:
         taken = self._ahead
         if taken is None or not taken.is_of(recent, token_ids):
             self.settle()
-            if len(following) == 0:
-                return self._asked_for(recent, token_ids)
             taken = self._begin(recent, token_ids)
         self._taken, self._ahead = taken, None
         if len(following):
             self._ahead = self._begin(self._recent([*recent, *token_ids.tolist()]), following)
         return taken.pending(self._sites)
-
-    def _asked_for(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> Mapping[str, PendingRows]:
-        row_ids = self._row_ids(recent, token_ids)
-        for site, ids in row_ids:
-            site.request(ids)
-        return {site.name: PendingRows(site.shape(len(ids)), partial(site.gather, ids)) for site, ids in row_ids}
 
     def _begin(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> "_Fetched":
         self._current, self._other = self._other, self._current

@@ -48,6 +48,4 @@ class Site:
 
     def request(self, row_ids: NDArray[np.int64]) -> None:
         """Begin to bring the rows of ids of any shape into memory, each once."""
-        if self.table.in_memory:
-            return
         self.table.request(np.unique(row_ids[row_ids != NO_ROW]))

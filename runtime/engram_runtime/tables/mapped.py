@@ -62,11 +62,6 @@ class MappedTable:
         self._base = self._memory.ctypes.data
         self._instead: PreadTable | None = None  # once a file is wanted by another program
 
-    @property
-    def in_memory(self) -> bool:
-        """See `TableStore.in_memory`."""
-        return False
-
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""
         check_row_ids(row_ids, self._spec.num_rows)

@@ -58,11 +58,6 @@ class ResidentTable:
             files.close()
         return cls(memory, spec, decoder)
 
-    @property
-    def in_memory(self) -> bool:
-        """See `TableStore.in_memory`."""
-        return True
-
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""
         check_row_ids(row_ids, self._spec.num_rows)

@@ -29,11 +29,6 @@ class OverlayTable:
         self._records = overlay.records
         self._unique = 0  # distinct rows of the overlay, batch by batch
 
-    @property
-    def in_memory(self) -> bool:
-        """See `TableStore.in_memory`."""
-        return self._base.in_memory
-
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""
         check_row_ids(row_ids, self._num_rows)

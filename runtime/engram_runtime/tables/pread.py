@@ -50,11 +50,6 @@ class PreadTable:
         """
         return cls(spec, decoder, RecordFiles(spec, locate, read))
 
-    @property
-    def in_memory(self) -> bool:
-        """See `TableStore.in_memory`."""
-        return False
-
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`. Each distinct row of a block is read once, in file order."""
         check_row_ids(row_ids, self.spec.num_rows)

@@ -20,11 +20,6 @@ class TableStore(Protocol):
         """Sums since the table was opened: the store's own object, which goes on counting."""
         ...
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether all rows are, so that there is nothing to request."""
-        ...
-
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Fill ``out [N, columns]``, the caller's and contiguous, with the rows of ``[N]`` ids; duplicates allowed.
 
