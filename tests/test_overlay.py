@@ -24,6 +24,7 @@ from engram_export.repack import encode_rows, repacked_format
 from engram_runtime import LLM
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError, TableError
+from engram_runtime.memory import FreeMemory
 from engram_runtime.records import RecordFormat
 from engram_runtime.session import open_sites
 from engram_runtime.tables import overlay_file
@@ -265,15 +266,17 @@ def test_a_truncated_overlay_is_refused(tmp_path_factory: pytest.TempPathFactory
         read_overlay(path)
 
 
-def test_an_overlay_larger_than_half_of_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlay_larger_than_half_of_the_free_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, path = overlay([1, 4]), tmp_path / "o"
     write_overlay(path, made.spec, made.row_ids, made.records)
-    monkeypatch.setattr(overlay_file, "physical_memory", lambda: 600)
+    monkeypatch.setattr(overlay_file, "free_memory", lambda: FreeMemory(num_bytes=600))
     with pytest.raises(TableError) as caught:
         read_overlay(path)
     assert str(caught.value) == (
-        f"overlay {path} can't be used: it holds {path.stat().st_size} bytes, at most half of this machine's memory "
-        f"of 600 is allowed; export a bundle with these rows"
+        f"overlay {path} can't be used: it holds {path.stat().st_size} B, at most half of the 600 B available is "
+        f"allowed; export a bundle with these rows"
     )
 
 

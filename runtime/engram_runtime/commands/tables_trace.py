@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.options import bundle_argument, json_option
+from engram_runtime.commands.options import bundle_argument, force_option, json_option
 from engram_runtime.errors import RequestError
 from engram_runtime.keyers import NO_ROW
 from engram_runtime.lens.recording import record_trace, text_token_ids
 from engram_runtime.lens.trace import MAX_TOKENS, Trace, write_trace
+from engram_runtime.new_file import check_place
 from engram_runtime.tokenizer import TextTokenizer
 
 
@@ -24,12 +25,14 @@ from engram_runtime.tokenizer import TextTokenizer
     "--tokens", type=click.IntRange(1, MAX_TOKENS), default=MAX_TOKENS, show_default=True, help="Most tokens to take."
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@force_option
 @json_option
-def trace(bundle: Path, text: Path, tokens: int, out: Path, as_json: bool) -> None:
+def trace(bundle: Path, text: Path, tokens: int, out: Path, force: bool, as_json: bool) -> None:
     """Record which rows of its tables a text reads.
 
     The text is one sequence, whatever the model's context; no graph of BUNDLE is run and no row is read.
     """
+    check_place(out, replace=force)
     opened = Bundle.open(bundle)
     if not opened.manifest.tables:
         raise RequestError(f"bundle {bundle} has no tables, so there is nothing to record")
@@ -38,7 +41,7 @@ def trace(bundle: Path, text: Path, tokens: int, out: Path, as_json: bool) -> No
     command = shlex.join(["engram", *sys.argv[1:]])
     with click.progressbar(length=ids, label="hashing", file=sys.stderr) as bar:
         recorded = record_trace(opened, token_ids, text=text.name, command=command, progress=bar.update)
-    write_trace(out, recorded)
+    write_trace(out, recorded, replace=force)
     facts = _facts(recorded, out)
     click.echo(json.dumps(facts) if as_json else _text(facts))
 

@@ -15,7 +15,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, TableError
@@ -23,7 +22,9 @@ from engram_runtime.keyer_digest import keyer_digest
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
 from engram_runtime.lens.addresses import PartAddresses, part_addresses
-from engram_runtime.strict_json import MAX_JSON_BYTES, Fields
+from engram_runtime.new_file import new_file
+from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
+from engram_runtime.strict_json import Fields, parse_facts
 from engram_runtime.table_spec import TableSpec
 
 FORMAT_VERSION = 1
@@ -32,7 +33,8 @@ MAX_TOKENS = 10_000_000
 MAX_ROW_IDS = 160_000_000  # over all sites: 10 M tokens of 16 rows, 640 MB
 MAX_RECORD_BYTES = 1 << 18  # 7 times that of Gemma 3n; each read is taken apart into its pages
 MAX_TABLE_BYTES = 1 << 60  # keeps addresses far from int64
-BLOCK_READS = 1 << 18
+MAX_PARTS = 16  # of a record; payload and scale are two
+BLOCK_READS = 1 << 16
 DTYPES = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # as safetensors call them
 
 
@@ -93,6 +95,8 @@ class TraceSite:
             raise BundleError(f"site {self.site} has {len(starts)} columns for n-grams of {orders[:8]}")
         if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= self.num_rows:
             raise BundleError(f"columns of site {self.site} begin at rows {starts[:4]}, expected ascending ones from 0")
+        if len(self.parts) > MAX_PARTS:
+            raise BundleError(f"site {self.site} has records of {len(self.parts)} parts, expected at most {MAX_PARTS}")
         if sum(part.row_bytes for part in self.parts) != self.record_bytes:
             raise BundleError(f"parts of site {self.site} don't sum to {self.record_bytes} bytes")
         if self.record_bytes > MAX_RECORD_BYTES or self.num_rows * self.record_bytes > MAX_TABLE_BYTES:
@@ -187,8 +191,8 @@ def check_size(tokens: int, columns: int) -> None:
         )
 
 
-def write_trace(path: Path, trace: Trace) -> None:
-    """Write a trace beside ``path`` and rename it."""
+def write_trace(path: Path, trace: Trace, *, replace: bool = False) -> None:
+    """Write a trace, whole or not at all; raises RequestError where a file is there that may not be replaced."""
     facts = {
         "format_version": FORMAT_VERSION,
         "model": trace.model,
@@ -197,13 +201,13 @@ def write_trace(path: Path, trace: Trace) -> None:
         "tokens": trace.tokens,
         "sites": [dataclasses.asdict(site) for site in trace.sites],
     }
-    scratch = path.with_name(path.name + ".tmp")
     tensors = {tensor_name(site.site): trace.row_ids[site.site] for site in trace.sites}
-    try:
-        save_file(tensors, scratch, metadata={FACTS: json.dumps(facts)})
-        scratch.replace(path)
-    except SafetensorError as error:
-        raise TableError(f"trace {path} can't be written: {error}") from error
+    plans = [TensorPlan(name, ids.dtype.name, ids.shape) for name, ids in tensors.items()]
+    layout = SafetensorsLayout.of(plans, metadata={FACTS: json.dumps(facts)})
+    with new_file(path, replace=replace) as file:
+        file.write(layout.header)
+        for name in layout.offsets:
+            file.write(np.ascontiguousarray(tensors[name]).data)
 
 
 def read_trace(path: Path) -> Trace:
@@ -222,7 +226,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def _read(file: Any) -> Trace:
-    facts = _facts(file.metadata() or {})
+    facts = parse_facts(file.metadata(), FACTS, "make one with engram tables trace")
     version = facts.count("format_version")
     if version != FORMAT_VERSION:
         raise BundleError(f"it has format version {version}, this runtime reads {FORMAT_VERSION}; record it again")
@@ -234,17 +238,6 @@ def _read(file: Any) -> Trace:
     check_size(tokens, sum(site.columns for site in sites))
     row_ids = {site.site: _row_ids(file, site, tokens) for site in sites}
     return Trace(model=model, text=text, command=command, sites=sites, row_ids=row_ids)
-
-
-def _facts(metadata: dict[str, str]) -> Fields:
-    if FACTS not in metadata:
-        raise BundleError(f"its metadata has no {FACTS!r}; make one with engram tables trace")
-    if len(metadata[FACTS]) > MAX_JSON_BYTES:
-        raise BundleError(f"its metadata holds {len(metadata[FACTS])} characters, at most {MAX_JSON_BYTES} are allowed")
-    try:
-        return Fields(json.loads(metadata[FACTS]), "trace")
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"its metadata is not valid JSON: {error}") from error
 
 
 def _check_names(sites: Sequence[str], tensors: Sequence[str]) -> None:
