@@ -36,12 +36,17 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 def table_options(command: Command) -> Command:
-    """Add ``--tables``, ``--table-io`` and ``--table-ram``; `read_options` makes `TableOptions` of them."""
+    """Add ``--tables`` and `reading_options`; `read_options` makes `TableOptions` of them."""
+    on_or_off = click.option(
+        "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read them, or not."
+    )
+    return on_or_off(reading_options(command))
+
+
+def reading_options(command: Command) -> Command:
+    """Add ``--table-io`` and ``--table-ram``."""
     for option in reversed(
         [
-            click.option(
-                "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read them, or not."
-            ),
             click.option(
                 "--table-io",
                 type=click.Choice(TABLE_IO),
