@@ -165,7 +165,7 @@ def test_a_trace_of_another_table_is_refused(workshop: Workshop, tmp_path: Path,
     outcome = command("engram", "tables", "warm", workshop.uncompiled().path, "--from", tmp_path / "a.trace")
     assert (outcome.code, outcome.err) == (
         3,
-        "engram: the trace is of another table layer_1: its rows is 1000, the bundle's 326; "
+        "engram: the trace is of another table layer_1: its number of rows is 1000, the bundle's 326; "
         "record a trace of this bundle\n",
     )
 

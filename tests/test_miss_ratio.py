@@ -231,7 +231,7 @@ def test_a_site_the_trace_lacks_is_named(tmp_path: Path, command: Command) -> No
     path = tmp_path / "text.trace"
     write_trace(path, make_trace([[0, 500]]))
     outcome = command("engram", "tables", "mrc", path, "--site", "layer_9")
-    assert (outcome.code, outcome.err) == (3, "engram: the trace has no site 'layer_9', it has ['layer_1']\n")
+    assert (outcome.code, outcome.err) == (2, "engram: the trace has no site 'layer_9', it has ['layer_1']\n")
 
 
 def test_curves_of_several_sites_are_apart(tmp_path: Path, command: Command) -> None:

@@ -348,7 +348,28 @@ def opened(*folders: Path) -> list[Bundle]:
 def test_a_site_the_bundle_lacks_cant_be_compared(tmp_path: Path, command: Command) -> None:
     first = write_bundle(tmp_path / "a")
     outcome = command("engram", "tables", "diff", first, first, "-o", tmp_path / "o", "--site", "layer_9")
-    assert (outcome.code, outcome.err) == (3, f"engram: bundle {first} has no site 'layer_9', it has ['layer_1']\n")
+    assert (outcome.code, outcome.err) == (2, f"engram: bundle {first} has no site 'layer_9', it has ['layer_1']\n")
+
+
+def test_tables_of_sites_with_other_names_cant_be_compared(tmp_path: Path, command: Command) -> None:
+    first, second = write_bundle(tmp_path / "a"), write_bundle(tmp_path / "b")
+    change_manifest(second, "tables", 0, "site", value="layer_2")
+    change_manifest(second, "graphs", value={})
+    outcome = command("engram", "tables", "diff", first, second, "-o", tmp_path / "o")
+    assert (outcome.code, outcome.err) == (
+        3,
+        "engram: tables layer_1 can't be compared: the site of the first is layer_1, of the second layer_2\n",
+    )
+
+
+def test_one_of_several_tables_must_be_chosen(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    sites = [TinySite(layer_id=layer, convolution=False) for layer in (0, 1)]
+    bundle = workshop.bundle(workshop.checkpoint(TinyModel(), *sites)).path
+    outcome = command("engram", "tables", "diff", bundle, bundle, "-o", tmp_path / "o")
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"engram: bundle {bundle} has sites ['layer_0', 'layer_1']; choose one with --site\n",
+    )
 
 
 def written(path: Path, bundle: Path, **changes: Any) -> Path:
@@ -412,6 +433,26 @@ def test_a_model_with_an_overlay_says_what_the_other_model_says(
     (table,) = found["tables"]
     assert (table["site"], table["cold"]) == ("layer_1", 0)
     assert table["rows"] > table["unique"] > 0
+
+
+TOLD = {"perplexity": ("eval", "ppl", "--text", "text"), "sites": ("tables", "why", PROMPT, "--table-io", "pread")}
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_perplexity_and_ngrams_are_those_of_the_table_with_its_overlay(
+    workshop: Workshop, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    first, second = workshop.ready().path, other_rows(workshop.ready(), tmp_path / "b")
+    command("engram", "tables", "diff", first, second, "-o", tmp_path / "o")
+    (tmp_path / "text").write_text(PROMPT)
+    monkeypatch.chdir(tmp_path)
+    group, name, *others = TOLD[what]
+    expected, found, before = (
+        command("engram", group, name, *bundle, *others, "--json")
+        for bundle in ((second,), (first, "--overlay", "o"), (first,))
+    )
+    assert found.json[what] == expected.json[what] != before.json[what]
+    assert found.err.startswith("table layer_1: ")
 
 
 def test_an_overlay_may_have_another_format_than_the_table(

@@ -123,7 +123,8 @@ def test_a_trace_fits_the_bundle_it_was_recorded_of_alone(workshop: Workshop) ->
     with pytest.raises(TableError) as caught:
         dataclasses.replace(site, num_rows=7).check_table(bundle, spec)
     assert str(caught.value) == (
-        "the trace is of another table layer_1: its rows is 7, the bundle's 326; record a trace of this bundle"
+        "the trace is of another table layer_1: its number of rows is 7, the bundle's 326; "
+        "record a trace of this bundle"
     )
 
 
@@ -273,6 +274,15 @@ def test_a_damaged_trace_is_refused_or_can_be_worked_on(tmp_path: Path, data: st
             heat_strips(trace, site)
             hot_rows(trace, site, 1 << 20)
             cache_curve(trace, site, PAGE, None)
+
+
+def test_a_name_that_is_not_utf8_does_not_spoil_the_trace(workshop: Workshop, tmp_path: Path, command: Command) -> None:
+    text = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    text.write_text(TEXT)
+    out = tmp_path / "a.trace"
+    assert command("engram", "tables", "trace", workshop.uncompiled().path, "--text", text, "-o", out).code == 0
+    trace = read_trace(out)
+    assert (trace.text, f"{tmp_path}/caf?.txt" in trace.command) == ("caf?.txt", True)
 
 
 def test_a_trace_that_can_not_be_written_is_refused_before_the_text_is_read(

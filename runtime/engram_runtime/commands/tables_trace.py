@@ -38,12 +38,17 @@ def trace(bundle: Path, text: Path, tokens: int, out: Path, force: bool, as_json
         raise RequestError(f"bundle {bundle} has no tables, so there is nothing to record")
     token_ids = text_token_ids(TextTokenizer.load(opened.path), text, tokens)
     ids = len(token_ids) * sum(table.keyer.columns for table in opened.manifest.tables)
-    command = shlex.join(["engram", *sys.argv[1:]])
+    name, command = map(_readable, (text.name, shlex.join(["engram", *sys.argv[1:]])))
     with click.progressbar(length=ids, label="hashing", file=sys.stderr) as bar:
-        recorded = record_trace(opened, token_ids, text=text.name, command=command, progress=bar.update)
+        recorded = record_trace(opened, token_ids, text=name, command=command, progress=bar.update)
     write_trace(out, recorded, replace=force)
     facts = _facts(recorded, out)
     click.echo(json.dumps(facts) if as_json else _text(facts))
+
+
+def _readable(text: str) -> str:
+    """Return a text with question marks for bytes of file names that are not UTF-8, which no trace can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _facts(trace: Trace, out: Path) -> dict[str, Any]:

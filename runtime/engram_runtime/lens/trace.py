@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import BundleError, TableError
+from engram_runtime.errors import BundleError, RequestError, TableError
 from engram_runtime.keyer_digest import keyer_digest
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
@@ -29,6 +29,7 @@ from engram_runtime.table_spec import TableSpec
 
 FORMAT_VERSION = 1
 FACTS = "engram_trace"  # key of the metadata
+COMPARED = (("num_rows", "number of rows"), ("record_bytes", "record size"), ("keyer_sha256", "keyer digest"))
 MAX_TOKENS = 10_000_000
 MAX_ROW_IDS = 160_000_000  # over all sites: 10 M tokens of 16 rows, 640 MB
 MAX_RECORD_BYTES = 1 << 18  # 7 times that of Gemma 3n; each read is taken apart into its pages
@@ -120,7 +121,7 @@ class TraceSite:
     def check_table(self, bundle: Bundle, spec: TableSpec) -> None:
         """Refuse a table other than the one that was read; raises TableError."""
         found = TraceSite.of(bundle, spec)
-        for name, what in (("num_rows", "rows"), ("record_bytes", "bytes a row"), ("keyer_sha256", "keyer digest")):
+        for name, what in COMPARED:
             if (mine := getattr(self, name)) != (other := getattr(found, name)):
                 raise TableError(
                     f"the trace is of another table {self.site}: its {what} is {mine}, the bundle's {other}; "
@@ -152,10 +153,10 @@ class Trace:
         return len(self.row_ids[self.sites[0].site])
 
     def chosen(self, name: str | None) -> tuple[TraceSite, ...]:
-        """Return the site of a name, or all; raises TableError for a name it hasn't."""
+        """Return the site of a name, or all; raises RequestError for a name it hasn't."""
         sites = tuple(site for site in self.sites if name in (None, site.site))
         if not sites:
-            raise TableError(f"the trace has no site {name!r}, it has {[site.site for site in self.sites]}")
+            raise RequestError(f"the trace has no site {name!r}, it has {[site.site for site in self.sites]}")
         return sites
 
     def num_reads(self, site: TraceSite) -> int:
