@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,13 @@ from engram_runtime.lens.addresses import PAGE_BYTES, part_addresses, touched_pa
 from engram_runtime.lens.hot_rows import bring_in, hot_rows
 from engram_runtime.lens.recording import record_trace
 from engram_runtime.lens.trace import Trace, TraceSite, write_trace
+from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.decoding import NumpyRowDecoder
+from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.pread import PreadTable
+from engram_runtime.tables.record_files import Locate
+from engram_runtime.tables.store import TableStore
 
 ROWS = 200_000  # of 8 bytes: 391 pages
 
@@ -107,9 +111,9 @@ def test_the_next_batch_is_asked_for_before_one_is_waited_for(monkeypatch: pytes
     ]
 
 
-@pytest.mark.parametrize("store", [PreadTable, MappedTable])
+@pytest.mark.parametrize("open_store", [PreadTable.open, MappedTable])
 def test_exactly_the_pages_of_the_rows_are_in_memory_afterwards(
-    tmp_path: Path, store: type[PreadTable] | type[MappedTable]
+    tmp_path: Path, open_store: Callable[[TableSpec, Locate, RowDecoder], TableStore]
 ) -> None:
     path = tmp_path / "records.bin"
     part = write_part(path, as_bytes(np.zeros((ROWS, INT8.record_bytes), dtype=np.uint8)))
@@ -118,7 +122,7 @@ def test_exactly_the_pages_of_the_rows_are_in_memory_afterwards(
     if pages_in_memory(path).any():
         pytest.skip(f"the file system under {tmp_path} doesn't let go of pages")
     row_ids = np.random.default_rng(0).choice(ROWS, 40, replace=False)
-    table = store(spec, lambda rows: path, NumpyRowDecoder(INT8, [part.row_bytes]))
+    table = open_store(spec, lambda rows: path, NumpyRowDecoder(INT8, [part.row_bytes]))
     bring_in(table, spec, row_ids)
     table.close()
     expected = set(touched_pages(part_addresses(spec), row_ids)[0].tolist())

@@ -30,9 +30,17 @@ FLASH = flash_disk()
 AUTO, RESIDENT = TableOptions(), TableOptions(io="resident")
 
 
-def table(num_bytes: int, *, reads: int = 16, external: bool = False, place: Place = VDA) -> TableFacts:
+def table(
+    num_bytes: int, *, reads: int = 16, external: bool = False, leased: bool = True, place: Place = VDA
+) -> TableFacts:
     return TableFacts(
-        site="layer_1", num_bytes=num_bytes, reads=reads, external=external, path=Path("rows"), place=place
+        site="layer_1",
+        num_bytes=num_bytes,
+        reads=reads,
+        external=external,
+        leased=leased,
+        path=Path("rows"),
+        place=place,
     )
 
 
@@ -79,6 +87,11 @@ SENTENCES: list[tuple[TableFacts, Callable[[Path, Place], DiskFacts], str]] = [
     (table(6 * GIB, place=on(MEMORY, "tmpfs")), unmeasured, "mmap, 6.0 GiB: its files are in memory already (tmpfs)"),
     (table(400 * MIB, external=True), flash, f"resident, 400.0 MiB: {SMALL_LOAD}"),
     (table(6 * GIB, external=True), flash, f"pread, 6.0 GiB: {SLOW_LOAD}; {OUTSIDE}"),
+    (
+        table(6 * GIB, leased=False),
+        flash,
+        f"pread, 6.0 GiB: {SLOW_LOAD}; not mapped, as no lease keeps others from its files",
+    ),
     (
         table(11 * GIB, external=True),
         unmeasured,

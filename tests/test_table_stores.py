@@ -4,6 +4,8 @@ import ctypes
 import errno
 import mmap
 import os
+import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +45,7 @@ from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.memory import ResidentTable
 from engram_runtime.tables.pread import PreadTable
-from engram_runtime.tables.record_files import Locate
+from engram_runtime.tables.record_files import Locate, can_lease
 from engram_runtime.tables.regions import huge_bytes
 from engram_runtime.tables.residency import BLOCK_ROWS, PAGE, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct, distinct
@@ -59,8 +61,8 @@ class Open(Protocol):
     def __call__(self, spec: TableSpec, locate: Locate, decoder: RowDecoder, /) -> TableStore: ...
 
 
-OPEN: list[Open] = [ResidentTable.load, MappedTable, PreadTable]
-ON_DISK: list[Open] = [MappedTable, PreadTable]
+OPEN: list[Open] = [ResidentTable.load, MappedTable, PreadTable.open]
+ON_DISK: list[Open] = [MappedTable, PreadTable.open]
 LAYOUTS: list[Callable[[Path], TableSpec]] = [joined_spec, split_spec, sharded_spec]
 
 
@@ -336,7 +338,7 @@ def test_distinct_values_and_their_places_are_those_of_numpy(values: list[int]) 
 def test_rows_read_a_moment_ago_are_cold_only_if_they_would_have_to_be_waited_for(tmp_path: Path) -> None:
     spec, read = split_spec(tmp_path), RecordedReads()
     nothing_cached, all_cached = (
-        PreadTable(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=each) for each in (read, os.preadv)
+        PreadTable.open(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=each) for each in (read, os.preadv)
     )
     cold = []
     for table in (nothing_cached, all_cached):
@@ -355,7 +357,7 @@ def test_a_file_system_that_cannot_tell_what_is_in_memory_is_read_all_the_same(t
         return os.preadv(descriptor, buffers, offset)
 
     spec = sharded_spec(tmp_path)
-    table = PreadTable(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=unable)
+    table = PreadTable.open(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=unable)
     np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([9, 1])), true_values(INT8)[[9, 1]], strict=True)
     table.close()
 
@@ -508,21 +510,61 @@ def major_faults_of(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("open_store", ON_DISK)
 def test_a_truncated_file_is_an_error_until_it_is_whole_again(tmp_path: Path, open_store: Open) -> None:
     spec, path = wide_spec(tmp_path, 40, PAGE), tmp_path / "wide.bin"
-    data, table = path.read_bytes(), opened(open_store, tmp_path, spec)
-    gathered(table, PAGE, as_ids([39, 0]))
-    os.truncate(path, len(data) - PAGE)
-    with pytest.raises(TableError) as caught:
-        gathered(table, PAGE, as_ids([0, 39]))
-    assert str(caught.value) == f"table file {path} ends before byte {len(data)}: it was truncated"
-    with path.open("r+b") as file:
+    data = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:  # open for writing: nobody gets a lease of it
+        table = opened(open_store, tmp_path, spec)
+        gathered(table, PAGE, as_ids([39, 0]))
+        file.truncate(len(data) - PAGE)
+        with pytest.raises(TableError) as caught:
+            gathered(table, PAGE, as_ids([0, 39]))
+        assert str(caught.value) == f"table file {path} ends before byte {len(data)}: it was truncated"
         file.write(data)
     np.testing.assert_array_equal(gathered(table, PAGE, as_ids([39])), wide_values(tmp_path, spec)[[39]], strict=True)
     table.close()
 
 
+def test_a_program_that_truncates_a_mapped_file_waits_and_the_table_is_read_from_then_on(tmp_path: Path) -> None:
+    spec, path = wide_spec(tmp_path, 40, PAGE), tmp_path / "wide.bin"
+    if not can_lease(path):
+        pytest.skip("this file system or user gets no leases")
+    data, values, table = path.read_bytes(), wide_values(tmp_path, spec), opened(MappedTable, tmp_path, spec)
+    other = threading.Thread(target=os.truncate, args=(path, len(data) - PAGE))
+    other.start()
+
+    def gather_until_it_is_done() -> None:
+        while other.is_alive():
+            np.testing.assert_array_equal(gathered(table, PAGE, as_ids([0, 30])), values[[0, 30]], strict=True)
+
+    message = f"table file {path} is being changed by another program; its table is no longer mapped but read"
+    with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
+        gather_until_it_is_done()
+    with pytest.raises(TableError, match="it was truncated"):
+        gathered(table, PAGE, as_ids([0, 39]))
+    path.write_bytes(data)
+    np.testing.assert_array_equal(gathered(table, PAGE, as_ids([39])), values[[39]], strict=True)
+    table.close()
+
+
+def test_a_closed_table_keeps_nobody_from_its_files(tmp_path: Path) -> None:
+    opened(MappedTable, tmp_path, joined_spec(tmp_path)).close()
+    os.close(os.open(tmp_path / "records.bin", os.O_RDWR | os.O_NONBLOCK))  # BlockingIOError while there is a lease
+
+
+def test_a_file_open_for_writing_gets_no_lease(tmp_path: Path) -> None:
+    path = tmp_path / "records.bin"
+    joined_spec(tmp_path)
+    granted = can_lease(path)
+    with path.open("r+b"):
+        assert not can_lease(path)
+    assert can_lease(path) == granted
+    assert not can_lease(tmp_path / "gone")
+
+
 def test_of_many_files_those_are_checked_that_rows_are_in(tmp_path: Path) -> None:
-    table = opened(MappedTable, tmp_path, sharded_spec(tmp_path))
-    os.truncate(tmp_path / "scales39.bin", 1)
+    spec = sharded_spec(tmp_path)
+    with (tmp_path / "scales39.bin").open("r+b") as file:
+        table = opened(MappedTable, tmp_path, spec)
+        file.truncate(1)
     np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([38, 0])), true_values(INT8)[[38, 0]], strict=True)
     with pytest.raises(TableError) as caught:
         gathered(table, COLUMNS, as_ids([0, 39]))
@@ -531,11 +573,12 @@ def test_of_many_files_those_are_checked_that_rows_are_in(tmp_path: Path) -> Non
 
 
 def test_a_file_truncated_after_the_check_is_an_error_of_the_wave(tmp_path: Path) -> None:
-    advice, path = RecordedAdvice(), tmp_path / "wide.bin"
-    table = mapped(tmp_path, wide_spec(tmp_path, 40, PAGE), advice)
-    advice.before = lambda: os.truncate(path, 3 * PAGE)
-    with pytest.raises(TableError) as caught:
-        gathered(table, PAGE, as_ids([0, 30]))
+    advice, path, spec = RecordedAdvice(), tmp_path / "wide.bin", wide_spec(tmp_path, 40, PAGE)
+    with path.open("r+b") as file:
+        table = mapped(tmp_path, spec, advice)
+        advice.before = lambda: os.truncate(file.fileno(), 3 * PAGE)
+        with pytest.raises(TableError) as caught:
+            gathered(table, PAGE, as_ids([0, 30]))
     assert str(caught.value) == f"table file {path} ends before byte {31 * PAGE + 100}: it was truncated"
     table.close()
 
@@ -562,7 +605,7 @@ def test_a_resident_table_needs_its_files_no_more(tmp_path: Path) -> None:
 
 def test_an_io_error_while_reading_is_named_and_the_next_batch_works(tmp_path: Path) -> None:
     spec, read = joined_spec(tmp_path), FailingReads()
-    table = PreadTable(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=read)
+    table = PreadTable.open(spec, lambda rows: tmp_path / rows.file, decoder(spec), read=read)
     read.broken = True
     with pytest.raises(TableError) as caught:
         gathered(table, COLUMNS, as_ids([2]))

@@ -33,9 +33,23 @@ from engram_runtime.tables.policy import TableChoice
 GGUF_WRITER, GGUF_SIZES = "engram_export.gguf_writer", "engram_export.gguf_sizes"
 LLAMA_CPP_PACKAGE = "llama_cpp"
 LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"
+TABLES, TABLES_COMMAND = "tables", "engram_runtime.commands.bench_tables"
 
 
-@click.command()
+class BundleOrTables(click.Command):
+    """``engram bench BUNDLE``, and ``engram bench tables BUNDLE``, which is another command."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse; a bundle in a folder called tables is ``./tables``."""
+        if args[:1] != [TABLES]:
+            return super().make_context(info_name, args, parent, **extra)
+        command: click.Command = importlib.import_module(TABLES_COMMAND).tables
+        return command.make_context(f"{info_name} {TABLES}", args[1:], parent, **extra)
+
+
+@click.command(cls=BundleOrTables, epilog="Its tables by themselves: engram bench tables BUNDLE")
 @bundle_argument
 @executor_option
 @click.option("--against", type=click.Choice([LLAMA_CPP, ONNXRUNTIME]), help="Measure this peer as well, in turn.")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.decoding import NumpyRowDecoder
 from engram_runtime.tables.pread import PreadTable
-from engram_runtime.tables.record_files import Locate, Read
+from engram_runtime.tables.record_files import Locate, Read, RecordFiles
 
 
 class FileTable(PreadTable):
@@ -19,7 +19,7 @@ class FileTable(PreadTable):
     def __init__(self, spec: TableSpec, locate: Locate, *, read: Read = os.preadv) -> None:
         """See `PreadTable`."""
         decoder = NumpyRowDecoder(spec.record, [part.row_bytes for part in spec.parts])
-        super().__init__(spec, locate, decoder, read=read)
+        super().__init__(spec, decoder, RecordFiles(spec, locate, read))
 
     def read_rows(self, first: int, count: int) -> NDArray[np.uint8]:
         """Return ``[count, record_bytes]`` records of consecutive rows, which must be in the table."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,8 @@ from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, Advice, MemoryAdvice
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
-from engram_runtime.tables.record_files import Locate, Read, RecordFiles
+from engram_runtime.tables.pread import PreadTable
+from engram_runtime.tables.record_files import FileWanted, Locate, Read, RecordFiles
 from engram_runtime.tables.regions import map_files
 from engram_runtime.tables.residency import BLOCK_ROWS, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct
@@ -23,9 +25,11 @@ from engram_runtime.tables.store import check_row_ids, closed
 class MappedTable:
     """A table mapped read-only, all its files side by side.
 
-    Before rows are copied from the map their pages, unless known to be in memory, are read with the errors of reads,
-    and their files are checked for truncation. A file truncated between the check and the copy, microseconds, or a
-    page that was evicted and can't be read again still kills the process with SIGBUS: `PreadTable` has no such gap.
+    Before rows are copied from the map their pages, unless known to be in memory, are read with the errors of reads.
+    Its files are leased: a program that would truncate one waits, and from then on the table is read as `PreadTable`
+    does. A page that was evicted and can't be read again still kills the process with SIGBUS, and so does, where the
+    system grants no lease, a truncation in the microseconds between the look at the size and the copy: `PreadTable`
+    has no such gaps.
     """
 
     def __init__(
@@ -53,12 +57,31 @@ class MappedTable:
             self._advise = open_advice()
             opened.callback(self._advise.close)
             self._close = opened.pop_all().close
+        self._files.lease()
         self._base = self._memory.ctypes.data
+        self._instead: PreadTable | None = None  # once a file is wanted by another program
         self._residency = Residency(self._files.num_bytes, self._files.part_bytes)
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`."""
         check_row_ids(row_ids, self._spec.num_rows)
+        if self._instead is None:
+            try:
+                return self._gather_mapped(row_ids, out)
+            except FileWanted as wanted:
+                self._instead = self._unmapped(wanted)
+        self._instead.gather(row_ids, out)
+
+    def _unmapped(self, wanted: FileWanted) -> PreadTable:
+        """Return what reads the same files, which others may change from now on."""
+        message = f"table file {wanted} is being changed by another program; its table is no longer mapped but read"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        self._files.end_leases()
+        table = PreadTable(self._spec, self._decode, self._files)
+        table.counters = self.counters
+        return table
+
+    def _gather_mapped(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         self._residency.forget_old()
         cold, wait_s = 0, 0.0
         for start in range(0, len(row_ids), BLOCK_ROWS):
@@ -79,7 +102,7 @@ class MappedTable:
             absent = states.min(axis=0) != PRESENT
             cold = self._bring_in(row_ids[absent], addresses[:, absent])
             wait_s = time.perf_counter() - started
-        self._files.check_sizes(addresses)
+        self._files.check(addresses)
         faults = _major_faults()
         self._decode(self._memory, addresses, out)
         if _major_faults() != faults:  # pages that were known had been evicted
@@ -89,7 +112,10 @@ class MappedTable:
     def request(self, row_ids: NDArray[np.int64]) -> None:
         """See `TableStore.request`: what is known or asked for already is not asked for again."""
         check_row_ids(row_ids, self._spec.num_rows)
-        self._ask(row_ids)
+        if self._instead is None:
+            self._ask(row_ids)
+        else:
+            self._instead.request(row_ids)
 
     def _ask(self, row_ids: NDArray[np.int64]) -> None:
         """Begin to read the rows of which a page is unknown."""

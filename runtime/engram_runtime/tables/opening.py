@@ -16,12 +16,16 @@ from engram_runtime.tables.options import MMAP, PREAD, RESIDENT, TableOptions
 from engram_runtime.tables.place import place_of
 from engram_runtime.tables.policy import TableChoice, TableFacts, choose, table_room
 from engram_runtime.tables.pread import PreadTable
+from engram_runtime.tables.record_files import Locate, can_lease
 from engram_runtime.tables.store import TableStore
 
 Announce = Callable[[TableChoice], Progress]  # told of a table before it is opened; the other of its loading
 
 AUTO_OPTIONS = TableOptions()
-STORES: dict[str, type[MappedTable] | type[PreadTable]] = {MMAP: MappedTable, PREAD: PreadTable}  # that load nothing
+STORES: dict[str, Callable[[TableSpec, Locate, RowDecoder], TableStore]] = {  # that load nothing
+    MMAP: MappedTable,
+    PREAD: PreadTable.open,
+}
 
 
 def silently(choice: TableChoice) -> Progress:
@@ -60,6 +64,7 @@ def table_facts(bundle: Bundle, spec: TableSpec) -> TableFacts:
         num_bytes=spec.num_rows * spec.record.record_bytes,
         reads=spec.keyer.columns * len(spec.parts),
         external=any(rows.external for rows in spec.ranges),
+        leased=can_lease(path),
         path=path,
         place=place_of(path),
     )

@@ -16,7 +16,6 @@ from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, TableError
@@ -108,6 +107,8 @@ def read_overlay(path: Path) -> Overlay:
     Raises:
         TableError: not an overlay, of another version, too large, or with rows that no table can have.
     """
+    from safetensors import SafetensorError, safe_open  # most runs have no overlay
+
     try:
         _check_file(path)
         with safe_open(path, framework="numpy") as file:

@@ -31,6 +31,7 @@ class TableFacts:
     Attributes:
         reads: places a token reads: its rows, each in as many as a record has parts.
         external: whether its files lie outside the bundle, where others may change them.
+        leased: whether programs that would change them can be made to wait.
         path, place: of the largest of them, and what it lies on.
     """
 
@@ -38,6 +39,7 @@ class TableFacts:
     num_bytes: int
     reads: int
     external: bool
+    leased: bool
     path: Path
     place: Place
 
@@ -145,13 +147,19 @@ def _weigh(table: TableFacts, room: Room, measure: Measure) -> TableChoice:
 
 def _unloaded(table: TableFacts, room: Room, reason: str, **weighed: Any) -> TableChoice:
     """Map files that stay as they are; read the others."""
-    if table.external:
-        where = "outside the bundle"
-    elif table.place.kind in UNSAFE_TO_MAP:
-        where = f"{UNSAFE_TO_MAP[table.place.kind]} ({table.place.file_system})"
-    else:
+    danger = _danger_of_a_map(table)
+    if danger is None:
         return _choice(table, room, MMAP, reason, **weighed)
-    return _choice(table, room, PREAD, f"{reason}; not mapped, as its files lie {where}", **weighed)
+    return _choice(table, room, PREAD, f"{reason}; not mapped, as {danger}", **weighed)
+
+
+def _danger_of_a_map(table: TableFacts) -> str | None:
+    """Say why files might change while they are mapped, which has no errors but the end of the process."""
+    if table.external:
+        return "its files lie outside the bundle"
+    if table.place.kind in UNSAFE_TO_MAP:
+        return f"its files lie {UNSAFE_TO_MAP[table.place.kind]} ({table.place.file_system})"
+    return None if table.leased else "no lease keeps others from its files"
 
 
 def _choice(table: TableFacts, room: Room, io: str, reason: str, **weighed: Any) -> TableChoice:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +24,11 @@ class PreadTable:
     It is the store that no damage to a file can kill: what a file no longer gives is a `TableError`, each time.
     """
 
-    def __init__(self, spec: TableSpec, locate: Locate, decoder: RowDecoder, *, read: Read = os.preadv) -> None:
-        """Open every file once; ``locate`` tells where on this machine the file of a range is.
-
-        Raises:
-            TableError: a file is missing or too short.
-        """
+    def __init__(self, spec: TableSpec, decoder: RowDecoder, files: RecordFiles) -> None:
+        """Read from open files, which are the table's to close."""
         self.spec = spec
         self.counters = TableCounters()
-        self.files = RecordFiles(spec, locate, read)
+        self.files = files
         self.files.expect_random_reads()
         self._residency = Residency(self.files.num_bytes, self.files.part_bytes)
         self._decode = decoder
@@ -43,6 +40,15 @@ class PreadTable:
         begins = (part_bytes.cumsum() - part_bytes) * self._block
         self._begins: list[int] = begins.tolist()
         self._staged = part_bytes[:, None], begins[:, None]
+
+    @classmethod
+    def open(cls, spec: TableSpec, locate: Locate, decoder: RowDecoder, *, read: Read = os.preadv) -> Self:
+        """Open every file once; ``locate`` tells where on this machine the file of a range is.
+
+        Raises:
+            TableError: a file is missing or too short.
+        """
+        return cls(spec, decoder, RecordFiles(spec, locate, read))
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`. Each distinct row of a block is read once, in file order."""

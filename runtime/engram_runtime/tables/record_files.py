@@ -1,7 +1,9 @@
 """The files of a table's records, laid out as one range of addresses."""
 
 import errno
+import fcntl
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +27,10 @@ class Read(Protocol):
         ...
 
 
+class FileWanted(Exception):
+    """Another program waits to change a leased file, whose path is the only argument."""
+
+
 class RecordFile:
     """A file of records, open for reading at any place; its byte i has address ``start + i``."""
 
@@ -33,6 +39,7 @@ class RecordFile:
         self.start = start
         self.num_bytes = num_bytes  # as far as its records go
         self._read = read
+        self._leased = False
         try:
             # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -42,12 +49,37 @@ class RecordFile:
             self.close()
             raise TableError(f"table file {path} holds {size} bytes, its rows need {num_bytes}; export it again")
 
-    def check_size(self) -> None:
-        """Raise TableError if the file has become shorter than its records.
+    def lease(self) -> bool:
+        """Make programs that would write to the file or truncate it wait; returns whether the system grants that.
+
+        They wait until `end_lease`, but not longer than /proc/sys/fs/lease-break-time, 45 s as a rule. It is granted to
+        the owner of a file that nobody has open for writing, see fcntl(2).
+        """
+        try:
+            fcntl.fcntl(self.descriptor, fcntl.F_SETSIG, signal.SIGURG)  # ignored, where SIGIO would end the process
+            fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError:
+            return False
+        self._leased = True
+        return True
+
+    def end_lease(self) -> None:
+        """Let others change the file."""
+        if self._leased:
+            fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            self._leased = False
+
+    def check(self) -> None:
+        """Raise TableError if the file has become shorter than its records; a leased one can't before it is wanted.
 
         Raises:
+            FileWanted: another program waits to change it, until `end_lease` or its time is over.
             OSError: the file was closed.
         """
+        if self._leased:
+            if fcntl.fcntl(self.descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+                raise FileWanted(self.path)
+            return
         # A third of what fstat costs; nothing here reads from where the descriptor stands.
         if os.lseek(self.descriptor, 0, os.SEEK_END) < self.num_bytes:
             raise TableError(f"table file {self.path} ends before byte {self.num_bytes}: it was truncated")
@@ -89,6 +121,17 @@ class RecordFile:
         if self.descriptor != CLOSED:
             os.close(self.descriptor)
             self.descriptor = CLOSED
+
+
+def can_lease(path: Path) -> bool:
+    """Return whether the system grants this process a lease of a file, see `RecordFile.lease`."""
+    try:
+        file = RecordFile(path, 0, 0, os.preadv)
+    except TableError:
+        return False
+    granted = file.lease()
+    file.close()
+    return granted
 
 
 class RecordFiles:
@@ -133,13 +176,22 @@ class RecordFiles:
         offsets = addresses - self._starts[found]
         return [(self.files[index], offset) for index, offset in zip(found.tolist(), offsets.tolist(), strict=True)]
 
-    def check_sizes(self, addresses: NDArray[np.int64]) -> None:
-        """Raise TableError if a file that one of the addresses is in has become too short."""
+    def lease(self) -> bool:
+        """Lease every file, see `RecordFile.lease`; returns whether all of them are."""
+        return all([file.lease() for file in self.files])
+
+    def end_leases(self) -> None:
+        """Let others change the files."""
+        for file in self.files:
+            file.end_lease()
+
+    def check(self, addresses: NDArray[np.int64]) -> None:
+        """Do `RecordFile.check` for every file that one of the addresses is in."""
         if len(self.files) == 1:
-            return self.files[0].check_size()
+            return self.files[0].check()
         counts = np.bincount(self._starts.searchsorted(addresses.ravel(), side="right"))
         for index in counts.nonzero()[0].tolist():
-            self.files[index - 1].check_size()
+            self.files[index - 1].check()
 
     def expect_random_reads(self) -> None:
         """Tell the kernel not to read ahead."""

@@ -1,5 +1,6 @@
 """Ranges of this process' addresses: files side by side, and memory in huge pages."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -42,7 +43,8 @@ def map_files(files: RecordFiles) -> NDArray[np.uint8]:
 def allocate_huge(num_bytes: int) -> NDArray[np.uint8]:
     """Return ``[num_bytes]`` zeros in huge pages, as far as the system has them for those who ask."""
     region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages; `huge_bytes` tells
+        region.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(region, dtype=np.uint8)
 
 
