@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, force_option, json_option
@@ -36,7 +38,7 @@ def trace(bundle: Path, text: Path, tokens: int, out: Path, force: bool, as_json
     opened = Bundle.open(bundle)
     if not opened.manifest.tables:
         raise RequestError(f"bundle {bundle} has no tables, so there is nothing to record")
-    token_ids = text_token_ids(TextTokenizer.load(opened.path), text, tokens)
+    token_ids = _token_ids(opened, text, tokens)
     ids = len(token_ids) * sum(table.keyer.columns for table in opened.manifest.tables)
     name, command = map(_readable, (text.name, shlex.join(["engram", *sys.argv[1:]])))
     with click.progressbar(length=ids, label="hashing", file=sys.stderr) as bar:
@@ -44,6 +46,13 @@ def trace(bundle: Path, text: Path, tokens: int, out: Path, force: bool, as_json
     write_trace(out, recorded, replace=force)
     facts = _facts(recorded, out)
     click.echo(json.dumps(facts) if as_json else _text(facts))
+
+
+def _token_ids(bundle: Bundle, text: Path, most: int) -> NDArray[np.int64]:
+    tokenizer = TextTokenizer.load(bundle.path)
+    size = text.stat().st_size if text.is_file() else 0
+    with click.progressbar(length=size, label="tokenising", file=sys.stderr) as bar:
+        return text_token_ids(tokenizer, text, most, bar.update)
 
 
 def _readable(text: str) -> str:

@@ -18,8 +18,13 @@ PIECE_CHARS = 1 << 18  # of text tokenised at a time
 CHUNK_TOKENS = 8192  # hashed at a time
 
 
-def text_token_ids(tokenizer: TextTokenizer, path: Path, most: int) -> NDArray[np.int64]:
+def text_token_ids(
+    tokenizer: TextTokenizer, path: Path, most: int, progress: Callable[[int], None] = lambda count: None
+) -> NDArray[np.int64]:
     """Return the first ``most`` token ids of a UTF-8 text, tokenised in pieces that end where a line does.
+
+    Args:
+        progress: told the bytes of each piece.
 
     Raises:
         RequestError: a text that can't be read, is not UTF-8 or has no tokens.
@@ -30,6 +35,7 @@ def text_token_ids(tokenizer: TextTokenizer, path: Path, most: int) -> NDArray[n
         ids = tokenizer.encode(piece, add_special_tokens=not pieces)
         pieces.append(np.array(ids, dtype=np.int64))
         count += len(ids)
+        progress(len(piece.encode()))
         if count >= most:
             break
     if not count:
