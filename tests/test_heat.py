@@ -13,7 +13,8 @@ from tests.traces import make_trace, trace_site
 
 from engram_runtime.lens.heat import HeatStrip, heat_strips
 from engram_runtime.lens.heat_page import script_json, write_heat_page
-from engram_runtime.lens.trace import Trace, write_trace
+from engram_runtime.lens.trace import Trace
+from engram_runtime.lens.trace_file import write_trace
 
 HOSTILE = "</script><script>alert(1)</script>&<!--"
 

@@ -20,7 +20,8 @@ from engram_runtime.lens import hot_rows as hot_rows_module
 from engram_runtime.lens.addresses import PAGE_BYTES, part_addresses, touched_pages
 from engram_runtime.lens.hot_rows import bring_in, hot_rows
 from engram_runtime.lens.recording import record_trace
-from engram_runtime.lens.trace import Trace, TraceSite, write_trace
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import write_trace
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder

@@ -20,7 +20,7 @@ from engram_runtime.lens.addresses import PAGE_BYTES, PartAddresses, touched_pag
 from engram_runtime.lens.cache_curves import PAGE, ROW, cache_curve
 from engram_runtime.lens.miss_ratio import EXACT_ACCESSES, miss_ratio_curve, sample_rate
 from engram_runtime.lens.stack_distances import FIRST_TOUCH, stack_distances
-from engram_runtime.lens.trace import write_trace
+from engram_runtime.lens.trace_file import write_trace
 from engram_runtime.sizes import format_size
 
 SAMPLED_ERROR = 0.02  # of a hit rate, for samples of a tenth of 20 000 things and caches that hold 16 of the sample

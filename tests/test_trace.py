@@ -21,19 +21,20 @@ from tests.workshop import Workshop, random_ids
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError, TableError
 from engram_runtime.lens import recording
-from engram_runtime.lens import trace as trace_file
+from engram_runtime.lens import trace as trace_module
 from engram_runtime.lens.addresses import part_addresses, touched_pages
 from engram_runtime.lens.cache_curves import PAGE, cache_curve
 from engram_runtime.lens.heat import heat_strips
 from engram_runtime.lens.hot_rows import hot_rows
 from engram_runtime.lens.recording import record_trace, text_token_ids
-from engram_runtime.lens.trace import read_trace, write_trace
+from engram_runtime.lens.trace import Trace
+from engram_runtime.lens.trace_file import read_trace, write_trace
 from engram_runtime.tokenizer import TextTokenizer
 
 TEXT = "The tide comes in.\nThe tide goes out.\n" * 40
 
 
-def recorded(bundle: Bundle, token_ids: list[int]) -> trace_file.Trace:
+def recorded(bundle: Bundle, token_ids: list[int]) -> Trace:
     return record_trace(bundle, np.array(token_ids), text="text.txt", command="engram tables trace")
 
 
@@ -242,7 +243,7 @@ def test_row_ids_their_column_does_not_have_are_refused(tmp_path: Path, row: int
 
 
 def test_reads_are_told_in_order_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace_file, "BLOCK_READS", 4)
+    monkeypatch.setattr(trace_module, "BLOCK_READS", 4)
     trace = make_trace([[7, 500], [-1, -1], [3, 999], [7, 999], [7, 600]])
     site = trace.sites[0]
     assert [block.tolist() for block in trace.blocks(site)] == [[7, 500], [3, 999, 7, 999], [7, 600]]

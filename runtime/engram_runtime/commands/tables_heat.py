@@ -14,7 +14,8 @@ from engram_runtime.lens.figures import check_png
 from engram_runtime.lens.heat import HeatStrip, heat_strips
 from engram_runtime.lens.heat_page import write_heat_page
 from engram_runtime.lens.heat_plot import plot_heat
-from engram_runtime.lens.trace import Trace, read_trace
+from engram_runtime.lens.trace import Trace
+from engram_runtime.lens.trace_file import read_trace
 from engram_runtime.new_file import check_place, new_file
 
 PNG, HTML = ".png", ".html"

@@ -13,7 +13,8 @@ from engram_runtime.lens.cache_curves import UNITS, CacheCurve, cache_curve
 from engram_runtime.lens.curve_plot import plot_curves
 from engram_runtime.lens.figures import check_png
 from engram_runtime.lens.shares import format_share
-from engram_runtime.lens.trace import Trace, TraceSite, read_trace
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import read_trace
 from engram_runtime.new_file import check_place, new_file
 from engram_runtime.sizes import format_size
 

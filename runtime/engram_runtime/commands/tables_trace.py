@@ -15,7 +15,8 @@ from engram_runtime.commands.options import bundle_argument, force_option, json_
 from engram_runtime.errors import RequestError
 from engram_runtime.keyers import NO_ROW
 from engram_runtime.lens.recording import record_trace, text_token_ids
-from engram_runtime.lens.trace import MAX_TOKENS, Trace, write_trace
+from engram_runtime.lens.trace import Trace
+from engram_runtime.lens.trace_file import MAX_TOKENS, write_trace
 from engram_runtime.new_file import check_place
 from engram_runtime.tokenizer import TextTokenizer
 

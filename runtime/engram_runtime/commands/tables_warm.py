@@ -15,7 +15,8 @@ from engram_runtime.errors import TableError
 from engram_runtime.lens.addresses import PAGE_BYTES
 from engram_runtime.lens.hot_rows import bring_in, hot_rows
 from engram_runtime.lens.shares import format_share
-from engram_runtime.lens.trace import Trace, TraceSite, read_trace
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import read_trace
 from engram_runtime.sizes import format_seconds, format_size, parse_size
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.opening import choose_stores, open_table

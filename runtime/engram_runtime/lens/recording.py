@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.lens.trace import Trace, TraceSite, check_size
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import check_size
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tokenizer import TextTokenizer
 
