@@ -240,9 +240,9 @@ def linked(path: Path) -> None:
 
 BAD_PATHS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "can't be read: No such file or directory"),
-    "link": (linked, "can't be used: it is a link or not a plain file; give the file itself"),
-    "folder": (Path.mkdir, "can't be used: it is a link or not a plain file; give the file itself"),
-    "pipe": (os.mkfifo, "can't be used: it is a link or not a plain file; give the file itself"),
+    "link": (linked, "can't be read: No such file or directory"),
+    "folder": (Path.mkdir, "can't be used: it is not a plain file"),
+    "pipe": (os.mkfifo, "can't be used: it is not a plain file"),
     "empty": (Path.touch, "can't be used: Error while deserializing header: header too small"),
 }
 
@@ -254,6 +254,13 @@ def test_a_path_that_holds_no_overlay_is_refused(tmp_path: Path, name: str) -> N
     with pytest.raises(TableError) as caught:
         read_overlay(tmp_path / "o")
     assert str(caught.value) == f"overlay {tmp_path / 'o'} {sentence}"
+
+
+def test_an_overlay_may_be_linked_to(tmp_path: Path) -> None:
+    made = overlay([1, 4])
+    write_overlay(tmp_path / "elsewhere", made.spec, made.row_ids, made.records)
+    linked(tmp_path / "o")
+    assert read_overlay(tmp_path / "o").row_ids.tolist() == [1, 4]
 
 
 @given(cut=st.integers(0, 10_000))
@@ -429,6 +436,7 @@ def test_a_model_with_an_overlay_says_what_the_other_model_says(
     with LLM(second, threads=THREADS) as llm:
         expected = llm.generate(PROMPT, max_tokens=24).token_ids
     assert found["token_ids"] == list(expected)
+    assert found["overlays"] == [str(tmp_path / "o")]
     assert found["token_ids"] != command(*line, first, PROMPT).json["token_ids"]
     (table,) = found["tables"]
     assert (table["site"], table["cold"]) == ("layer_1", 0)
@@ -452,6 +460,7 @@ def test_perplexity_and_ngrams_are_those_of_the_table_with_its_overlay(
         for bundle in ((second,), (first, "--overlay", "o"), (first,))
     )
     assert found.json[what] == expected.json[what] != before.json[what]
+    assert (found.json["overlays"], before.json["overlays"]) == (["o"], [])
     assert found.err.startswith("table layer_1: ")
 
 

@@ -62,7 +62,8 @@ def ppl(
         chosen = [choice.figures() for choice in llm.tables]
     if as_json:
         report = {"perplexity": asdict(result), "executor": executor, "window": size}
-        click.echo(json.dumps({**report, "tables_on": tables == "on", "tables": chosen}))
+        read = {"tables_on": tables == "on", "tables": chosen, "overlays": list(map(str, overlays))}
+        click.echo(json.dumps({**report, **read}))
     else:
         click.echo(f"perplexity {result.value:.4f} ± {result.error:.4f} over {result.tokens} tokens, {executor}")
 

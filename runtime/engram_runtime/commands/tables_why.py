@@ -58,8 +58,8 @@ def why(
     decode = partial(tokenizer.decode, skip_special_tokens=False)
     shown = [(readings, chosen(readings, sort=sort, top=top)) for readings in sites]
     if as_json:
-        facts = {"executor": executor, "sites": [json_values(*part, decode) for part in shown]}
-        click.echo(json.dumps(facts))
+        facts = {"executor": executor, "overlays": list(map(str, overlays))}
+        click.echo(json.dumps({**facts, "sites": [json_values(*part, decode) for part in shown]}))
         return
     for part in shown:
         for line in lines(*part, decode):

@@ -169,9 +169,9 @@ def _header(spec: OverlaySpec, count: int) -> bytes:
 
 
 def _check_file(path: Path) -> None:
-    status = path.lstat()
+    status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise BundleError("it is a link or not a plain file; give the file itself")
+        raise BundleError("it is not a plain file")
     if status.st_size * MEMORY_SHARE > (available := free_memory().num_bytes):
         raise BundleError(
             f"it holds {format_size(status.st_size)}, at most half of the {format_size(available)} available is "
