@@ -21,6 +21,7 @@ from engram_runtime.bundle import MANIFEST_NAME, Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
+from engram_runtime.lens import why
 from engram_runtime.lens.columns import column, quoted, width
 from engram_runtime.lens.why import Ngram, Reading, SiteReadings, explained_sites, hashed_ids
 from engram_runtime.lens.why_table import LINE_COLUMNS, chosen, json_values, lines
@@ -174,6 +175,15 @@ def test_the_command_says_what_session_keyer_and_table_say(workshop: Workshop, c
         [norm for ngram in ngrams for norm in ngram["row_norms"]], np.linalg.norm(rows, axis=2).ravel(), rtol=1e-6
     )
     assert ngrams[3] == ngrams[3] | {"token_ids": [None, *token_ids[:2]], "text": tokenizer.decode(token_ids[:2])}
+
+
+def test_norms_do_not_depend_on_where_a_chunk_ends(
+    workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("engram", "tables", "why", tiny_bundle(workshop).path, TEXT, *HERE, "--json")
+    whole = command(*line).json
+    monkeypatch.setattr(why, "CHUNK_TOKENS", 3)
+    assert command(*line).json == whole
 
 
 def test_the_command_prints_no_line_wider_than_a_terminal(workshop: Workshop, command: Command) -> None:

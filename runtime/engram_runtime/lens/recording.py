@@ -1,6 +1,5 @@
 """Records traces: a text is tokenised and hashed, no graph is run and no row is read."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
+from engram_runtime.lens.chunks import chunks
 from engram_runtime.lens.trace import Trace, TraceSite
 from engram_runtime.lens.trace_file import check_size
 from engram_runtime.table_spec import TableSpec
@@ -87,9 +87,9 @@ def _row_ids(
 ) -> NDArray[np.signedinteger[Any]]:
     keyer = bundle.keyer(spec.keyer)
     row_ids = np.empty((len(token_ids), keyer.columns), dtype=dtype)
-    bounds = itertools.chain(range(0, len(token_ids), CHUNK_TOKENS), [len(token_ids)])
-    for start, stop in itertools.pairwise(bounds):
-        history = token_ids[max(0, start - keyer.context) : start].tolist()
-        row_ids[start:stop] = keyer.row_ids(history, token_ids[start:stop])
-        progress((stop - start) * keyer.columns)
+    done = 0
+    for history, chunk in chunks(token_ids, CHUNK_TOKENS, keyer.context):
+        row_ids[done : done + len(chunk)] = keyer.row_ids(history, chunk)
+        done += len(chunk)
+        progress(len(chunk) * keyer.columns)
     return row_ids

@@ -13,11 +13,14 @@ from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import Executor
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
+from engram_runtime.lens.chunks import chunks
 from engram_runtime.manifest import ACTIVITY
 from engram_runtime.session import Session, close_sites, open_sites
 from engram_runtime.site import Site
 from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, silently
 from engram_runtime.tables.options import TableOptions
+
+CHUNK_TOKENS = 512  # whose rows are held at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +122,7 @@ def explained_sites(bundle: Bundle, only: str | None) -> Mapping[str, NgramKeyer
 def _readings(site: Site, keyer: NgramKeyerSpec, token_ids: Sequence[int], activity: SiteActivity) -> Iterator[Reading]:
     ids = np.asarray(token_ids, dtype=np.int64)
     row_ids = site.keyer.row_ids([], ids)  # [T, C]
-    norms = np.linalg.norm(site.rows([], ids), axis=2)  # [T, C]
+    norms = _row_norms(site, ids)
     parts = (activity.gate, activity.added, activity.stream)
     for position, contribution in enumerate(activity.contribution):
         gate, added, stream = (tuple(part[position].tolist()) for part in parts)
@@ -139,6 +142,12 @@ def _readings(site: Site, keyer: NgramKeyerSpec, token_ids: Sequence[int], activ
                 )
             ),
         )
+
+
+def _row_norms(site: Site, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the L2 norms ``[T, C]`` of the rows of a text."""
+    pieces = chunks(token_ids, CHUNK_TOKENS, site.keyer.context)
+    return np.concatenate([np.linalg.norm(site.rows(history, chunk), axis=2) for history, chunk in pieces])
 
 
 def _ngrams(
