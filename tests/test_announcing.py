@@ -28,9 +28,9 @@ def _bars_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(announcing, "QUIET_S", 0)
 
 
-def load(terminal: Terminal, *pieces: int, error: BaseException | None = None) -> None:
+def load(stderr: io.StringIO, *pieces: int, error: BaseException | None = None) -> None:
     """Load a table as a command does."""
-    with contextlib.redirect_stderr(terminal), click.Context(click.Command("run")):
+    with contextlib.redirect_stderr(stderr), click.Context(click.Command("run")):
         progress = announce_table(CHOICE)
         for piece in pieces:
             progress(piece)
@@ -54,6 +54,14 @@ def test_a_table_is_announced_and_its_bar_ends_once() -> None:
     shown = terminal.getvalue()
     assert shown.startswith("table layer_1: resident, 100 B: as asked for\n")
     assert (shown.count(SHOW_CURSOR), "100%" in shown) == (1, True)
+
+
+@pytest.mark.parametrize(("quiet_s", "bar"), [(60, ""), (0, "loading layer_1\n")])
+def test_a_progress_bar_is_for_what_takes_a_while(monkeypatch: pytest.MonkeyPatch, quiet_s: float, bar: str) -> None:
+    monkeypatch.setattr(announcing, "QUIET_S", quiet_s)
+    file = io.StringIO()
+    load(file, 40, 60)
+    assert file.getvalue() == f"table layer_1: resident, 100 B: as asked for\n{bar}"
 
 
 def test_a_table_that_is_not_loaded_has_no_bar() -> None:
