@@ -9,7 +9,7 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import force_option, json_option
-from engram_runtime.commands.trace_options import only_table
+from engram_runtime.commands.tables_options import only_table
 from engram_runtime.tables.difference import check_comparable, different_rows
 from engram_runtime.tables.files import FileTable
 from engram_runtime.tables.overlay_file import OverlaySpec, write_overlay_blocks

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import click
 
 from engram_runtime.commands.options import force_option, json_option
-from engram_runtime.commands.trace_options import site_option, trace_argument
+from engram_runtime.commands.tables_options import site_option, trace_argument
 from engram_runtime.errors import RequestError
 from engram_runtime.lens.figures import check_png
 from engram_runtime.lens.heat import HeatStrip, heat_strips

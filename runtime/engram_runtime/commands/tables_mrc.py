@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from engram_runtime.commands.options import force_option, json_option
-from engram_runtime.commands.trace_options import site_option, trace_argument
+from engram_runtime.commands.tables_options import site_option, trace_argument
 from engram_runtime.lens.cache_curves import UNITS, CacheCurve, cache_curve
 from engram_runtime.lens.curve_plot import plot_curves
 from engram_runtime.lens.figures import check_png

@@ -9,7 +9,7 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, json_option
-from engram_runtime.commands.trace_options import chosen_tables, site_option
+from engram_runtime.commands.tables_options import chosen_tables, site_option
 from engram_runtime.golden import GOLDEN_FILE, Golden
 from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.table_stats import table_stats

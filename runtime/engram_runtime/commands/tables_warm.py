@@ -10,7 +10,7 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, json_option
-from engram_runtime.commands.trace_options import site_option
+from engram_runtime.commands.tables_options import site_option
 from engram_runtime.errors import TableError
 from engram_runtime.lens.addresses import PAGE_BYTES
 from engram_runtime.lens.hot_rows import bring_in, hot_rows
