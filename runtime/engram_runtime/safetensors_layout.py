@@ -34,7 +34,11 @@ class SafetensorsLayout:
 
     @classmethod
     def of(cls, plans: Sequence[TensorPlan], *, alignment: int = 8, metadata: Mapping[str, str] | None = None) -> Self:
-        """Lay tensors out one after another from a multiple of ``alignment`` on, after texts of any kind."""
+        """Lay tensors out one after another from a multiple of ``alignment`` on.
+
+        Args:
+            metadata: texts by name, which stand in the header.
+        """
         # Wider types first: every tensor then starts at a multiple of its item size without gaps, which are illegal.
         header: dict[str, Any] = {}
         end = 0
