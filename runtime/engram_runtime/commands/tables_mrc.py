@@ -55,7 +55,7 @@ def mrc(
     """Tell what caches would serve: a miss-ratio curve.
 
     Prints which share of TRACE's reads LRU caches of rows, and of pages, would serve. Curves are exact for
-    up to 4 million reads, longer traces are sampled.
+    up to 4 million reads of rows or pages, others are of a sample.
     """
     if plot is not None:
         check_png(plot)
