@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from engram_export.host_table import TableSource
 from engram_export.pipeline import producer
 from engram_export.table_writer import RECORDS, table_files, write_table_file
-from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter, TensorPlan
+from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_identity, file_sha256, manifest_bytes
 from engram_runtime.hashing import column_offsets, derive_multipliers, derive_primes
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.manifest import FileEntry, Manifest, ModelInfo
 from engram_runtime.records import NO_FACTOR, RecordFormat
+from engram_runtime.safetensors_layout import TensorPlan
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 
 SITE, TABLES_FOLDER, SEED = "layer_0", "tables", 0

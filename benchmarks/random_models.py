@@ -17,7 +17,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_export.weights_file import SafetensorsWriter, TensorPlan
+from engram_export.weights_file import SafetensorsWriter
+from engram_runtime.safetensors_layout import TensorPlan
 
 SEED, NORM_EPS, CONTEXT = 0, 1e-5, 8192
 

@@ -24,7 +24,7 @@ PLAIN, UNTIED = TinyModel(), TinyModel(tied=False)
 PROMPT = "The tide comes in"
 RUN_KEYS = {
     "text", "token_ids", "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_ms", "executor",
-    "threads", "tables_on", "tables",
+    "threads", "tables_on", "tables", "overlays",
 }  # fmt: skip
 SMALL_TABLE = "table layer_1: resident, 5.7 KiB: tables up to 64.0 MiB are, where there is room"
 WEIGHTS = "graph/weights.safetensors"

@@ -148,7 +148,9 @@ def test_families_that_llama_cpp_does_not_know_are_refused(workshop: Workshop, t
 
 def llama_cpp_logits(path: Path, token_ids: list[int]) -> NDArray[np.float32]:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'engram-edge[peers]'")
-    runner = llama_cpp_runner.load("llama.cpp", str(path), threads=1, tables_on=True, positions=CONTEXT)
+    runner = llama_cpp_runner.load(
+        "llama.cpp", str(path), threads=1, tables_on=True, table_io="auto", table_ram=None, positions=CONTEXT
+    )
     return runner.decode(token_ids).copy()
 
 
@@ -166,7 +168,9 @@ def test_llama_cpp_computes_the_same_model(workshop: Workshop, tmp_path: Path, s
 def test_llama_cpp_steps_back(workshop: Workshop, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'engram-edge[peers]'")
     path, token_ids = written(workshop.bundle(workshop.checkpoint(TinyModel())), tmp_path), random_ids(12)
-    runner = llama_cpp_runner.load("llama.cpp", str(path), threads=1, tables_on=True, positions=CONTEXT)
+    runner = llama_cpp_runner.load(
+        "llama.cpp", str(path), threads=1, tables_on=True, table_io="auto", table_ram=None, positions=CONTEXT
+    )
     first = runner.decode(token_ids)[-1].copy()
     runner.trim(5)
     assert len(runner) == 7
@@ -177,5 +181,13 @@ def test_llama_cpp_says_why_it_refuses_a_file(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'engram-edge[peers]'")
     (tmp_path / "model.gguf").write_bytes(b"GGUX" + bytes(100))
     with pytest.raises(TargetError) as caught:
-        llama_cpp_runner.load("llama.cpp", str(tmp_path / "model.gguf"), threads=1, tables_on=True, positions=8)
+        llama_cpp_runner.load(
+            "llama.cpp",
+            str(tmp_path / "model.gguf"),
+            threads=1,
+            tables_on=True,
+            table_io="auto",
+            table_ram=None,
+            positions=8,
+        )
     assert str(caught.value).startswith(f"llama.cpp can't load {tmp_path / 'model.gguf'}: ")

@@ -1,7 +1,9 @@
 """Heat pictures: reads are counted where they fall, and names of a trace stay text."""
 
 import html.parser
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from tests.traces import make_trace, trace_site
 
 from engram_runtime.lens.heat import HeatStrip, heat_strips
 from engram_runtime.lens.heat_page import script_json, write_heat_page
-from engram_runtime.lens.trace import Trace, write_trace
+from engram_runtime.lens.trace import Trace
+from engram_runtime.lens.trace_file import write_trace
 
 HOSTILE = "</script><script>alert(1)</script>&<!--"
 
@@ -66,10 +69,11 @@ def test_most_counts_lie_between_the_darkest_and_the_brightest_colour() -> None:
     assert 1 <= low < high <= 2 * strip.counts.max()
 
 
-def test_a_page_asks_nothing_of_the_network_and_keeps_names_as_text(tmp_path: Path) -> None:
+def test_a_page_asks_nothing_of_the_network_and_keeps_names_as_text() -> None:
     trace = make_trace([[0, 500]], sites=(trace_site(site=HOSTILE),))
-    write_heat_page(tmp_path / "a.html", trace, heat_strips(trace, trace.sites[0]))
-    page = (tmp_path / "a.html").read_text()
+    file = io.BytesIO()
+    write_heat_page(file, trace, heat_strips(trace, trace.sites[0]))
+    page = file.getvalue().decode()
     assert "alert(1)</script>" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert json.loads(Scripts.of(page)[0])["strips"][0]["title"].startswith(HOSTILE)
@@ -123,6 +127,31 @@ def test_a_picture_of_another_kind_is_refused(tmp_path: Path, command: Command) 
         2,
         "engram: picture a.gif has the suffix '.gif', expected .png or .html\n",
     )
+
+
+def test_a_picture_that_can_not_be_written_is_refused_before_the_trace_is_read(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("engram", "tables", "heat", tmp_path / "gone.trace", "-o")
+    assert command(*line, tmp_path / "no" / "a.html").err == (
+        f"engram: there is no folder {tmp_path / 'no'} to write a.html to; make it or choose another place\n"
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = command(*line, tmp_path / "a.png")
+    assert (outcome.code, outcome.err) == (4, "engram: plots need matplotlib: pip install 'engram-edge[plot]'\n")
+
+
+def test_more_strips_than_a_picture_holds_are_refused(tmp_path: Path, command: Command) -> None:
+    sites = [trace_site(site=f"layer_{layer}") for layer in range(130)]
+    write_trace(tmp_path / "a.trace", make_trace([[0, 500]], sites=sites))
+    line = ("engram", "tables", "heat", tmp_path / "a.trace", "-o", tmp_path / "a.png")
+    outcome = command(*line)
+    assert (outcome.code, outcome.err) == (
+        2,
+        "engram: the picture would be 66405 pixels high, 65536 are too many; choose one site with --site\n",
+    )
+    assert not (tmp_path / "a.png").exists()
+    assert command(*line, "--site", "layer_7").code == 0
 
 
 def test_a_trace_without_reads_is_drawn_empty() -> None:

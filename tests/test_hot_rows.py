@@ -1,6 +1,7 @@
 """Warming: the rows read most often go into the page cache, as many as fit."""
 
 import ctypes
+import dataclasses
 import mmap
 import os
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from tests.traces import make_trace, trace_site
 from tests.workshop import Workshop
 
 from engram_runtime.lens import hot_rows as hot_rows_module
-from engram_runtime.lens.addresses import PAGE_BYTES, part_addresses, touched_pages
+from engram_runtime.lens.addresses import PAGE_BYTES, PartAddresses, part_addresses, touched_pages
 from engram_runtime.lens.hot_rows import bring_in, hot_rows
 from engram_runtime.lens.recording import record_trace
-from engram_runtime.lens.trace import Trace, TraceSite, write_trace
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import write_trace
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
@@ -157,6 +159,18 @@ def test_the_command_tells_what_it_brought_in(
     }
 
 
+def test_pages_are_those_of_the_bundle_whatever_the_trace_says(
+    workshop: Workshop, tmp_path: Path, command: Command
+) -> None:
+    trace = tiny_trace(workshop)
+    apart = PartAddresses(row_bytes=18, first_rows=(0, 100, 200), addresses=(0, 1 << 20, 1 << 30))
+    sites = tuple(dataclasses.replace(site, parts=(apart,)) for site in trace.sites)
+    write_trace(tmp_path / "a.trace", dataclasses.replace(trace, sites=sites))
+    line = ("engram", "tables", "warm", workshop.uncompiled().path, "--from", tmp_path / "a.trace")
+    (facts,) = command(*line, "--table-io", "pread", "--json").json
+    assert facts["page_cache_bytes"] == 2 * PAGE_BYTES
+
+
 def test_there_is_nothing_to_do_for_a_resident_table(workshop: Workshop, tmp_path: Path, command: Command) -> None:
     write_trace(tmp_path / "a.trace", tiny_trace(workshop))
     outcome = command("engram", "tables", "warm", workshop.uncompiled().path, "--from", tmp_path / "a.trace")
@@ -169,7 +183,7 @@ def test_a_trace_of_another_table_is_refused(workshop: Workshop, tmp_path: Path,
     outcome = command("engram", "tables", "warm", workshop.uncompiled().path, "--from", tmp_path / "a.trace")
     assert (outcome.code, outcome.err) == (
         3,
-        "engram: the trace is of another table layer_1: its rows is 1000, the bundle's 326; "
+        "engram: the trace is of another table layer_1: its number of rows is 1000, the bundle's 326; "
         "record a trace of this bundle\n",
     )
 

@@ -72,7 +72,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLlamaCpp:
 
 
 def load() -> LlamaCppRunner:
-    return llama_cpp_runner.load("llama.cpp", "model.gguf", threads=3, tables_on=True, positions=32)
+    return llama_cpp_runner.load(
+        "llama.cpp", "model.gguf", threads=3, tables_on=True, table_io="auto", table_ram=None, positions=32
+    )
 
 
 def test_a_context_has_the_threads_and_positions_that_were_asked_for(fake: FakeLlamaCpp) -> None:

@@ -15,11 +15,12 @@ from tests.conftest import Command
 from tests.traces import make_trace, trace_site
 
 from engram_runtime.errors import TableError
+from engram_runtime.lens import miss_ratio
 from engram_runtime.lens.addresses import PAGE_BYTES, PartAddresses, touched_pages
 from engram_runtime.lens.cache_curves import PAGE, ROW, cache_curve
 from engram_runtime.lens.miss_ratio import EXACT_ACCESSES, miss_ratio_curve, sample_rate
 from engram_runtime.lens.stack_distances import FIRST_TOUCH, stack_distances
-from engram_runtime.lens.trace import write_trace
+from engram_runtime.lens.trace_file import write_trace
 from engram_runtime.sizes import format_size
 
 SAMPLED_ERROR = 0.02  # of a hit rate, for samples of a tenth of 20 000 things and caches that hold 16 of the sample
@@ -83,6 +84,21 @@ def test_a_sample_keeps_every_access_of_its_things() -> None:
     assert abs(curve.distinct - 5000) < 5000 * SAMPLED_ERROR * 3
 
 
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 60), min_size=1, max_size=120), rate=st.floats(0.01, 1))
+def test_a_cache_for_all_that_is_read_serves_what_any_does(ids: list[int], rate: float) -> None:
+    curve = miss_ratio_curve([np.array(ids)], rate)
+    assert curve.hit_rates([curve.distinct]) == [curve.ceiling]
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 12), max_size=80))
+def test_the_shares_of_the_work_that_are_told_add_up(ids: list[int]) -> None:
+    told: list[float] = []
+    stack_distances(np.array(ids, dtype=np.int64), told.append)
+    assert sum(told) == pytest.approx(1 if len(ids) > 1 else 0)
+
+
 def test_long_sequences_are_sampled_and_short_ones_not() -> None:
     assert sample_rate(EXACT_ACCESSES) == 1.0
     assert sample_rate(4 * EXACT_ACCESSES) == 0.25
@@ -115,6 +131,15 @@ def test_caches_of_rows_and_of_pages_are_told_apart() -> None:
         "64.0 KiB of rows would serve 25.0 % of the reads, and no cache of rows more than 25.0 %: "
         "the other 75.0 % are first touches"
     )
+
+
+def test_pages_are_sampled_by_how_many_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(miss_ratio, "EXACT_ACCESSES", 100)
+    part = PartAddresses(row_bytes=8 * PAGE_BYTES, first_rows=(0,), addresses=(0,))
+    site = trace_site(record_bytes=part.row_bytes, parts=(part,))
+    trace = make_trace([[row, row + 500] for row in range(50)], sites=(site,))
+    assert cache_curve(trace, site, ROW, None).curve.rate == 1
+    assert cache_curve(trace, site, PAGE, None).curve.rate == 1 / 8
 
 
 def test_a_trace_without_repetition_says_that_no_cache_helps() -> None:
@@ -182,6 +207,12 @@ def test_a_plot_that_can_not_be_written_is_refused_before_anything_is_computed(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ("engram", "tables", "mrc", tmp_path / "gone.trace", "--plot")
+    (tmp_path / "mine.png").write_text("mine")
+    outcome = command(*line, tmp_path / "mine.png")
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"engram: {tmp_path / 'mine.png'} exists; replace it with --force or choose another place\n",
+    )
     outcome = command(*line, "curve.jpg")
     assert (outcome.code, outcome.err) == (2, "engram: plot curve.jpg has the suffix '.jpg', expected .png\n")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -200,7 +231,7 @@ def test_a_site_the_trace_lacks_is_named(tmp_path: Path, command: Command) -> No
     path = tmp_path / "text.trace"
     write_trace(path, make_trace([[0, 500]]))
     outcome = command("engram", "tables", "mrc", path, "--site", "layer_9")
-    assert (outcome.code, outcome.err) == (3, "engram: the trace has no site 'layer_9', it has ['layer_1']\n")
+    assert (outcome.code, outcome.err) == (2, "engram: the trace has no site 'layer_9', it has ['layer_1']\n")
 
 
 def test_curves_of_several_sites_are_apart(tmp_path: Path, command: Command) -> None:

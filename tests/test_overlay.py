@@ -24,6 +24,7 @@ from engram_export.repack import encode_rows, repacked_format
 from engram_runtime import LLM
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError, TableError
+from engram_runtime.memory import FreeMemory
 from engram_runtime.records import RecordFormat
 from engram_runtime.session import open_sites
 from engram_runtime.tables import overlay_file
@@ -239,9 +240,9 @@ def linked(path: Path) -> None:
 
 BAD_PATHS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "can't be read: No such file or directory"),
-    "link": (linked, "can't be used: it is a link or not a plain file; give the file itself"),
-    "folder": (Path.mkdir, "can't be used: it is a link or not a plain file; give the file itself"),
-    "pipe": (os.mkfifo, "can't be used: it is a link or not a plain file; give the file itself"),
+    "link": (linked, "can't be read: No such file or directory"),
+    "folder": (Path.mkdir, "can't be used: it is not a plain file"),
+    "pipe": (os.mkfifo, "can't be used: it is not a plain file"),
     "empty": (Path.touch, "can't be used: Error while deserializing header: header too small"),
 }
 
@@ -255,6 +256,13 @@ def test_a_path_that_holds_no_overlay_is_refused(tmp_path: Path, name: str) -> N
     assert str(caught.value) == f"overlay {tmp_path / 'o'} {sentence}"
 
 
+def test_an_overlay_may_be_linked_to(tmp_path: Path) -> None:
+    made = overlay([1, 4])
+    write_overlay(tmp_path / "elsewhere", made.spec, made.row_ids, made.records)
+    linked(tmp_path / "o")
+    assert read_overlay(tmp_path / "o").row_ids.tolist() == [1, 4]
+
+
 @given(cut=st.integers(0, 10_000))
 def test_a_truncated_overlay_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     made, path = overlay([1, 4]), tmp_path_factory.getbasetemp() / "truncated"
@@ -265,15 +273,17 @@ def test_a_truncated_overlay_is_refused(tmp_path_factory: pytest.TempPathFactory
         read_overlay(path)
 
 
-def test_an_overlay_larger_than_half_of_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlay_larger_than_half_of_the_free_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, path = overlay([1, 4]), tmp_path / "o"
     write_overlay(path, made.spec, made.row_ids, made.records)
-    monkeypatch.setattr(overlay_file, "physical_memory", lambda: 600)
+    monkeypatch.setattr(overlay_file, "free_memory", lambda: FreeMemory(num_bytes=600))
     with pytest.raises(TableError) as caught:
         read_overlay(path)
     assert str(caught.value) == (
-        f"overlay {path} can't be used: it holds {path.stat().st_size} bytes, at most half of this machine's memory "
-        f"of 600 is allowed; export a bundle with these rows"
+        f"overlay {path} can't be used: it holds {path.stat().st_size} B, at most half of the 600 B available is "
+        f"allowed; export a bundle with these rows"
     )
 
 
@@ -345,7 +355,28 @@ def opened(*folders: Path) -> list[Bundle]:
 def test_a_site_the_bundle_lacks_cant_be_compared(tmp_path: Path, command: Command) -> None:
     first = write_bundle(tmp_path / "a")
     outcome = command("engram", "tables", "diff", first, first, "-o", tmp_path / "o", "--site", "layer_9")
-    assert (outcome.code, outcome.err) == (3, f"engram: bundle {first} has no site 'layer_9', it has ['layer_1']\n")
+    assert (outcome.code, outcome.err) == (2, f"engram: bundle {first} has no site 'layer_9', it has ['layer_1']\n")
+
+
+def test_tables_of_sites_with_other_names_cant_be_compared(tmp_path: Path, command: Command) -> None:
+    first, second = write_bundle(tmp_path / "a"), write_bundle(tmp_path / "b")
+    change_manifest(second, "tables", 0, "site", value="layer_2")
+    change_manifest(second, "graphs", value={})
+    outcome = command("engram", "tables", "diff", first, second, "-o", tmp_path / "o")
+    assert (outcome.code, outcome.err) == (
+        3,
+        "engram: tables layer_1 can't be compared: the site of the first is layer_1, of the second layer_2\n",
+    )
+
+
+def test_one_of_several_tables_must_be_chosen(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    sites = [TinySite(layer_id=layer, convolution=False) for layer in (0, 1)]
+    bundle = workshop.bundle(workshop.checkpoint(TinyModel(), *sites)).path
+    outcome = command("engram", "tables", "diff", bundle, bundle, "-o", tmp_path / "o")
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"engram: bundle {bundle} has sites ['layer_0', 'layer_1']; choose one with --site\n",
+    )
 
 
 def written(path: Path, bundle: Path, **changes: Any) -> Path:
@@ -405,10 +436,32 @@ def test_a_model_with_an_overlay_says_what_the_other_model_says(
     with LLM(second, threads=THREADS) as llm:
         expected = llm.generate(PROMPT, max_tokens=24).token_ids
     assert found["token_ids"] == list(expected)
+    assert found["overlays"] == [str(tmp_path / "o")]
     assert found["token_ids"] != command(*line, first, PROMPT).json["token_ids"]
     (table,) = found["tables"]
     assert (table["site"], table["cold"]) == ("layer_1", 0)
     assert table["rows"] > table["unique"] > 0
+
+
+TOLD = {"perplexity": ("eval", "ppl", "--text", "text"), "sites": ("tables", "why", PROMPT, "--table-io", "pread")}
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_perplexity_and_ngrams_are_those_of_the_table_with_its_overlay(
+    workshop: Workshop, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    first, second = workshop.ready().path, other_rows(workshop.ready(), tmp_path / "b")
+    command("engram", "tables", "diff", first, second, "-o", tmp_path / "o")
+    (tmp_path / "text").write_text(PROMPT)
+    monkeypatch.chdir(tmp_path)
+    group, name, *others = TOLD[what]
+    expected, found, before = (
+        command("engram", group, name, *bundle, *others, "--json")
+        for bundle in ((second,), (first, "--overlay", "o"), (first,))
+    )
+    assert found.json[what] == expected.json[what] != before.json[what]
+    assert (found.json["overlays"], before.json["overlays"]) == (["o"], [])
+    assert found.err.startswith("table layer_1: ")
 
 
 def test_an_overlay_may_have_another_format_than_the_table(

@@ -26,11 +26,12 @@ from engram_export.pipeline import Progress, export_bundle
 from engram_export.repack import RowErrors
 from engram_export.safetensors_file import SafetensorsFile
 from engram_export.source import open_source
-from engram_export.weights_file import SafetensorsWriter, TensorPlan
+from engram_export.weights_file import SafetensorsWriter
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.golden import Golden
 from engram_runtime.hashing import column_offsets, derive_primes
+from engram_runtime.safetensors_layout import TensorPlan
 from engram_runtime.session import open_sites
 from engram_runtime.tables.options import PREAD, TableOptions
 

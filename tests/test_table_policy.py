@@ -13,7 +13,6 @@ from tests.disks import VDA, flash_disk, slow_disk
 from tests.workshop import Workshop
 
 from engram_runtime import LLM
-from engram_runtime.commands import announcing
 from engram_runtime.errors import RequestError
 from engram_runtime.memory import FreeMemory
 from engram_runtime.sizes import UNITS, format_size, parse_size
@@ -248,20 +247,6 @@ def test_the_api_tells_how_tables_are_read(workshop: Workshop, io: str) -> None:
 def test_options_that_cant_be_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         TableOptions(**options)  # type: ignore[arg-type]
-
-
-# Loading.
-
-
-@pytest.mark.parametrize(("quiet_s", "bar"), [(60, ""), (0, "loading layer_1\n")])
-def test_a_progress_bar_is_for_what_takes_a_while(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet_s: float, bar: str
-) -> None:
-    monkeypatch.setattr(announcing, "QUIET_S", quiet_s)
-    progress = announcing.announce_table(choose(table(2 * GIB), RESIDENT, ROOM, unmeasured))
-    progress(GIB)
-    progress(GIB)
-    assert capsys.readouterr().err == f"table layer_1: resident, 2.0 GiB: as asked for\n{bar}"
 
 
 # Sizes.

@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from tests.conftest import Command
 from tests.small_tables import as_bytes, row_format
+from tests.tiny import TinyModel
 from tests.workshop import Workshop
 
 from engram_export.repack import RowErrors, encode_rows, repacked_format
@@ -95,7 +96,9 @@ def test_norms_of_each_column_are_of_its_own_rows() -> None:
     first, second = facts["columns"]
     assert (first["order"], first["head"], second["head"], second["first_row"]) == (2, 0, 1, 500)
     check_norms(first, norms[:500])
-    assert (second["rows"], facts["rows_unreachable"]) == (503, 3)
+    check_norms(second, norms[500:1000])
+    assert facts["rows_unreachable"] == 3
+    assert facts["norms"]["rows"] == 1003
 
 
 @settings(deadline=None)
@@ -254,15 +257,24 @@ def test_a_site_the_bundle_lacks_is_named(workshop: Workshop, command: Command) 
     outcome = command("engram", "tables", "stat", bundle, "--site", "layer_9")
     assert (outcome.code, outcome.err) == (
         2,
-        f"engram: bundle {bundle} has no table layer_9; its tables are ['layer_1']\n",
+        f"engram: bundle {bundle} has no site 'layer_9', it has ['layer_1']\n",
     )
 
 
-@pytest.mark.parametrize("rows", ["0", "-3", "many", "1.5"])
-def test_a_number_of_rows_that_is_none_is_a_usage_error(workshop: Workshop, command: Command, rows: str) -> None:
-    outcome = command("engram", "tables", "stat", workshop.uncompiled().path, "--rows", rows)
-    assert outcome.code == 2
-    assert f"{rows!r} is not all or a number of rows" in outcome.err
+def test_as_many_rows_are_read_as_are_asked_for(workshop: Workshop, command: Command) -> None:
+    line = ("engram", "tables", "stat", workshop.uncompiled().path, "--rows")
+    assert command(*line, 5, "--json").json["tables"][0]["rows_read"] == 5
+    outcome = command(*line, 0)
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (
+        2,
+        "Error: Invalid value for '--rows': 0 is not in the range x>=1.",
+    )
+
+
+def test_a_bundle_without_tables_has_no_statistics(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.bundle(workshop.checkpoint(TinyModel())).path
+    outcome = command("engram", "tables", "stat", bundle)
+    assert (outcome.code, outcome.err) == (2, f"engram: bundle {bundle} has no tables\n")
 
 
 def test_a_table_that_is_cut_short_is_named(workshop: Workshop, tmp_path: Path, command: Command) -> None:

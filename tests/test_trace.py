@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tests.conftest import Command
 from tests.tiny import TinyModel
 from tests.traces import make_trace, trace_site
@@ -21,19 +21,20 @@ from tests.workshop import Workshop, random_ids
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError, TableError
 from engram_runtime.lens import recording
-from engram_runtime.lens import trace as trace_file
+from engram_runtime.lens import trace as trace_module
 from engram_runtime.lens.addresses import part_addresses, touched_pages
 from engram_runtime.lens.cache_curves import PAGE, cache_curve
 from engram_runtime.lens.heat import heat_strips
 from engram_runtime.lens.hot_rows import hot_rows
 from engram_runtime.lens.recording import record_trace, text_token_ids
-from engram_runtime.lens.trace import read_trace, write_trace
+from engram_runtime.lens.trace import Trace
+from engram_runtime.lens.trace_file import read_trace, write_trace
 from engram_runtime.tokenizer import TextTokenizer
 
 TEXT = "The tide comes in.\nThe tide goes out.\n" * 40
 
 
-def recorded(bundle: Bundle, token_ids: list[int]) -> trace_file.Trace:
+def recorded(bundle: Bundle, token_ids: list[int]) -> Trace:
     return record_trace(bundle, np.array(token_ids), text="text.txt", command="engram tables trace")
 
 
@@ -98,7 +99,7 @@ def test_a_written_trace_is_read_back(tmp_path: Path) -> None:
     assert {name: ids.tolist() for name, ids in read.row_ids.items()} == {
         name: ids.tolist() for name, ids in trace.row_ids.items()
     }
-    assert os.listdir(tmp_path) == ["a.trace"]  # noqa: PTH208 - names alone
+    assert load_file(tmp_path / "a.trace")["rows.layer_2"].tolist() == [[0, 999], [-1, -1], [3, 500]]
 
 
 def test_row_ids_beyond_32_bits_are_kept(tmp_path: Path) -> None:
@@ -123,7 +124,8 @@ def test_a_trace_fits_the_bundle_it_was_recorded_of_alone(workshop: Workshop) ->
     with pytest.raises(TableError) as caught:
         dataclasses.replace(site, num_rows=7).check_table(bundle, spec)
     assert str(caught.value) == (
-        "the trace is of another table layer_1: its rows is 7, the bundle's 326; record a trace of this bundle"
+        "the trace is of another table layer_1: its number of rows is 7, the bundle's 326; "
+        "record a trace of this bundle"
     )
 
 
@@ -165,7 +167,7 @@ DAMAGE = {
         change(tokens=10**12),
         "a trace of 1000000000000 tokens of 2 rows is too large, 10000000 tokens are the most; use --tokens",
     ),
-    "unknown key": (change(colour=1), "trace has unknown keys ['colour']; it may need a newer engram-edge"),
+    "unknown key": (change(colour=1), "engram_trace has unknown keys ['colour']; it may need a newer engram-edge"),
     "no sites": (change(sites=[]), "it has tensors ['rows.layer_1'] for sites []"),
     "other site": (change_site(site="x"), "it has tensors ['rows.layer_1'] for sites ['x']"),
     "few rows": (change_site(num_rows=501, parts=[]), "parts of site layer_1 don't sum to 160 bytes"),
@@ -189,6 +191,10 @@ DAMAGE = {
         change_site(num_rows=2**53 - 1),
         "site layer_1 has 9007199254740991 rows of 160 bytes, expected records of at most 262144 "
         "and 1152921504606846976 in all",
+    ),
+    "parts": (
+        change_site(record_bytes=17, parts=[{"row_bytes": 1, "first_rows": [0], "addresses": [0]} for _ in range(17)]),
+        "site layer_1 has records of 17 parts, expected at most 16",
     ),
     "row bytes": (change_part(row_bytes=5), "parts of site layer_1 don't sum to 160 bytes"),
     "addresses": (
@@ -215,10 +221,19 @@ def test_facts_that_can_not_be_are_refused(tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path / "a") == message
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "NaN", "[" * 100_000])
+NO_OBJECTS = {
+    "{": "is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    "[1]": "holds a JSON list, expected an object",
+    "NaN": "is not valid JSON: NaN is not a JSON number",
+    '{"a": 1, "a": 2}': "is not valid JSON: key 'a' stands twice",
+    "[" * 100_000: "is not valid JSON: maximum recursion depth exceeded",
+}
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
 def test_facts_that_are_no_object_are_refused(tmp_path: Path, text: str) -> None:
     write_raw(tmp_path / "a", text)
-    assert refusal(tmp_path / "a")
+    assert refusal(tmp_path / "a").startswith(f"its metadata {NO_OBJECTS[text]}")
 
 
 @pytest.mark.parametrize("row", [-2, 0, 499, 1000])
@@ -228,7 +243,7 @@ def test_row_ids_their_column_does_not_have_are_refused(tmp_path: Path, row: int
 
 
 def test_reads_are_told_in_order_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace_file, "BLOCK_READS", 4)
+    monkeypatch.setattr(trace_module, "BLOCK_READS", 4)
     trace = make_trace([[7, 500], [-1, -1], [3, 999], [7, 999], [7, 600]])
     site = trace.sites[0]
     assert [block.tolist() for block in trace.blocks(site)] == [[7, 500], [3, 999, 7, 999], [7, 600]]
@@ -249,7 +264,7 @@ def test_other_dtypes_and_tensors_are_refused(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_a_damaged_trace_is_refused_or_can_be_worked_on(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "a.trace"
-    write_trace(path, make_trace([[0, 500], [-1, -1], [3, 999]]))
+    write_trace(path, make_trace([[0, 500], [-1, -1], [3, 999]]), replace=True)
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -260,6 +275,30 @@ def test_a_damaged_trace_is_refused_or_can_be_worked_on(tmp_path: Path, data: st
             heat_strips(trace, site)
             hot_rows(trace, site, 1 << 20)
             cache_curve(trace, site, PAGE, None)
+
+
+def test_a_name_that_is_not_utf8_does_not_spoil_the_trace(workshop: Workshop, tmp_path: Path, command: Command) -> None:
+    text = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    text.write_text(TEXT)
+    out = tmp_path / "a.trace"
+    assert command("engram", "tables", "trace", workshop.uncompiled().path, "--text", text, "-o", out).code == 0
+    trace = read_trace(out)
+    assert (trace.text, f"{tmp_path}/caf?.txt" in trace.command) == ("caf?.txt", True)
+
+
+def test_a_trace_that_can_not_be_written_is_refused_before_the_text_is_read(
+    workshop: Workshop, tmp_path: Path, command: Command
+) -> None:
+    out = tmp_path / "a.trace"
+    out.write_text("mine")
+    line = ("engram", "tables", "trace", workshop.uncompiled().path, "--text", tmp_path / "gone.txt", "-o")
+    refusals = {place: command(*line, place).err for place in (out, tmp_path, tmp_path / "no" / "a.trace")}
+    assert list(refusals.values()) == [
+        f"engram: {out} exists; replace it with --force or choose another place\n",
+        f"engram: {tmp_path} is a folder; give the name of a file\n",
+        f"engram: there is no folder {tmp_path / 'no'} to write a.trace to; make it or choose another place\n",
+    ]
+    assert out.read_text() == "mine"
 
 
 def test_the_command_tells_what_is_read(workshop: Workshop, tmp_path: Path, command: Command) -> None:

@@ -1,6 +1,8 @@
 """``engram tables why`` says which n-grams a token looked up, what was in their rows and what became of it."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from engram_runtime.bundle import MANIFEST_NAME, Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
+from engram_runtime.lens import why
 from engram_runtime.lens.columns import column, quoted, width
 from engram_runtime.lens.why import Ngram, Reading, SiteReadings, explained_sites, hashed_ids
-from engram_runtime.lens.why_table import LINE_COLUMNS, chosen, lines
+from engram_runtime.lens.why_table import LINE_COLUMNS, chosen, json_values, lines
 from engram_runtime.manifest import Manifest
 from engram_runtime.session import open_sites
 from engram_runtime.tokenizer import TextTokenizer
@@ -105,7 +108,7 @@ site layer_3: n-grams of 2 and 3 tokens, 2 rows each
        token              gate    adds  n-gram                          norm  rows
     0  "<s>"             0.500    5.2%  ·"<s>"                             5  5 1234567
                                         ··"<s>"                          0.5  5* 1234567
-    1  "?"               0.500    0.0%                                        none
+    1  "?"                   -    0.0%                                        none
     2  " a\\n"            0.500  150.0%  "日本語日本語 a\\n"                 5  5 1234567
                                         …éééééééééééééééééééééé a\\n"    2.24  1000000000* 1000000001 1000000002 +5 (2*)
 """
@@ -113,6 +116,11 @@ site layer_3: n-grams of 2 and 3 tokens, 2 rows each
 
 def test_a_line_shows_a_token_and_an_ngram() -> None:
     assert "\n".join(lines(READINGS, READINGS.readings, decode)) + "\n" == TABLE
+
+
+def test_what_is_added_to_a_stream_of_zeros_is_no_number_in_json() -> None:
+    site = dataclasses.replace(READINGS, readings=(reading(0, 0, math.inf),))
+    assert json.loads(json.dumps(json_values(site, site.readings, decode)))["readings"][0]["contribution"] is None
 
 
 def test_only_the_largest_contributions_may_be_shown_and_first() -> None:
@@ -169,11 +177,22 @@ def test_the_command_says_what_session_keyer_and_table_say(workshop: Workshop, c
     assert ngrams[3] == ngrams[3] | {"token_ids": [None, *token_ids[:2]], "text": tokenizer.decode(token_ids[:2])}
 
 
+def test_norms_do_not_depend_on_where_a_chunk_ends(
+    workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("engram", "tables", "why", tiny_bundle(workshop).path, TEXT, *HERE, "--json")
+    whole = command(*line).json
+    monkeypatch.setattr(why, "CHUNK_TOKENS", 3)
+    assert command(*line).json == whole
+
+
 def test_the_command_prints_no_line_wider_than_a_terminal(workshop: Workshop, command: Command) -> None:
     outcome = command("engram", "tables", "why", tiny_bundle(workshop).path, TEXT, *HERE, "--top", 3)
     assert len(outcome.out.splitlines()) == 2 + 3 * 2
     assert max(width(line) for line in outcome.out.splitlines()) <= LINE_COLUMNS
-    assert outcome.err.startswith("gate: 0 to 1")
+    table, legend, _ = outcome.err.splitlines()
+    assert table.startswith("table layer_1: resident, ")
+    assert legend.startswith("gate: 0 to 1")
 
 
 def test_one_of_several_sites_is_shown_alone(workshop: Workshop, command: Command) -> None:
@@ -233,4 +252,7 @@ def test_rows_of_a_token_alone_are_not_explained(command: Command, tmp_path: Pat
 
 def test_a_text_without_tokens_is_not_explained(workshop: Workshop, command: Command) -> None:
     outcome = command("engram", "tables", "why", tiny_bundle(workshop).path, "", *HERE)
-    assert (outcome.code, outcome.err) == (2, "engram: no tokens were given; the model needs at least one\n")
+    assert (outcome.code, outcome.err.splitlines()[1:]) == (
+        2,
+        ["engram: no tokens were given; the model needs at least one"],
+    )

@@ -26,7 +26,8 @@ from engram_export.source import ModelSource
 from engram_export.streamed import ReportedRows
 from engram_export.text_decoder import Layer
 from engram_export.verify import compared_rows, reference_logits
-from engram_export.weights_file import SafetensorsWriter, TensorPlan
+from engram_export.weights_file import SafetensorsWriter
+from engram_runtime.safetensors_layout import TensorPlan
 
 CALIBRATION_FILE = "calibration.safetensors"  # in the folder of a bundle until that is whole
 PROMOTION_GAIN = 0.25  # nats of divergence that a growth of the weights by as much again must save: 0.0025 for 1 %

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engram_export.decoder import Decoder
 from engram_export.multi_stream_site import MultiStreamSite
 from engram_export.onnx_functions import add_functions
-from engram_export.weights_file import TensorPlan
 from engram_runtime.manifest import ACTIVITY, GraphSpec, StateSpec, TensorSpec
+from engram_runtime.safetensors_layout import TensorPlan
 
 OPSET = 23  # the first with RMSNormalization
 TRACED_TOKENS, TRACED_LOGIT_ROWS = 5, 3  # unlike each other and 1, so that no axis is taken for a constant

@@ -45,10 +45,11 @@ from engram_export.verify import (
     reference_logits,
     verify_tokens,
 )
-from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsLayout, SafetensorsWriter
+from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
 from engram_runtime.errors import CheckpointError
 from engram_runtime.manifest import DECODER, FileEntry, GraphSpec, Manifest, ModelInfo
+from engram_runtime.safetensors_layout import SafetensorsLayout
 from engram_runtime.table_spec import TableSpec
 
 Progress = Callable[[int], None]

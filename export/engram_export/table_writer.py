@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from engram_export.host_table import TableSource
 from engram_export.journal import Facts
 from engram_export.repack import PAYLOADS, RowErrors, check_rows, encode_rows, repacked_format
-from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsLayout, SafetensorsWriter, TensorPlan
+from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import file_identity
 from engram_runtime.errors import RequestError
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.records import RecordFormat
+from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
 from engram_runtime.site import Site
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.files import FileTable

@@ -32,10 +32,11 @@ from engram_export.site_source import SiteSource, TablesSource
 from engram_export.site_verify import SiteVerification, verify_sites
 from engram_export.staging import staged_folder
 from engram_export.table_writer import WrittenTable, check_table_options, written_format
-from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsLayout, SafetensorsWriter
+from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CheckpointError, RequestError
 from engram_runtime.manifest import SITE_GRAPH, GraphSpec, Manifest, ModelInfo
+from engram_runtime.safetensors_layout import SafetensorsLayout
 
 
 def export_tables(options: ExportOptions, reporter: Reporter) -> list[SiteVerification]:

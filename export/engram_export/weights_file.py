@@ -1,10 +1,7 @@
 """Write a safetensors file whose tensors arrive one at a time, in any order."""
 
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,50 +9,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8", "int32": "I32", "int64": "I64"}
+from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
+
 WEIGHTS_ALIGNMENT = 64
 TABLE_ALIGNMENT = 64 << 10  # covers pages of 4, 16 and 64 KiB
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """A tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size of the data."""
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class SafetensorsLayout:
-    """The bytes before the data, and where in the file each tensor begins."""
-
-    header: bytes
-    offsets: Mapping[str, int]
-
-    @classmethod
-    def of(cls, plans: Sequence[TensorPlan], *, alignment: int) -> Self:
-        """Lay tensors out one after another from a multiple of ``alignment`` on."""
-        # Wider types first: every tensor then starts at a multiple of its item size without gaps, which are illegal.
-        header: dict[str, Any] = {}
-        end = 0
-        for plan in sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize):
-            header[plan.name] = {
-                "dtype": SAFETENSORS_DTYPES[plan.dtype],
-                "shape": list(plan.shape),
-                "data_offsets": [end, end + plan.bytes],
-            }
-            end += plan.bytes
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 8) % alignment)
-        start = len(text) + 8
-        offsets = {name: start + int(entry["data_offsets"][0]) for name, entry in header.items()}
-        return cls(len(text).to_bytes(8, "little") + text, offsets)
 
 
 class SafetensorsWriter:

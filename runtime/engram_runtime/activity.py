@@ -32,9 +32,13 @@ class SiteActivity:
 
     @property
     def contribution(self) -> Values:
-        """``[T]``, norm of what is added to all streams over theirs before; 0 where nothing is added."""
+        """``[T]``, norm of what is added to all streams over theirs before.
+
+        0 where nothing is added, also to zeros; infinite where something is added to zeros.
+        """
         added, stream = (np.linalg.norm(norms, axis=1) for norms in (self.added, self.stream))
-        ratio: Values = np.divide(added, stream, out=np.zeros_like(added), where=added > 0)
+        with np.errstate(divide="ignore"):
+            ratio: Values = np.divide(added, stream, out=np.zeros_like(added), where=added > 0)
         return ratio
 
 

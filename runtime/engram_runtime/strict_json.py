@@ -28,14 +28,35 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
         size = path.stat().st_size
         if size > max_bytes:
             raise BundleError(f"{path} holds {size} bytes, at most {max_bytes} are allowed")
-        value = json.loads(path.read_bytes(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+        text = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path} can't be read: {error.strerror}") from error
+    return parse_json_object(text, str(path))
+
+
+def parse_json_object(text: bytes | str, where: str) -> dict[str, Any]:
+    """Return the object a text is; raises BundleError where it isn't JSON, not an object, or has a key twice."""
+    try:
+        value = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not valid JSON: {error}") from error
+        raise BundleError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise BundleError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+        raise BundleError(f"{where} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def parse_facts(metadata: Mapping[str, str] | None, key: str, advice: str) -> "Fields":
+    """Return the JSON object under a key of a safetensors file's metadata.
+
+    Raises:
+        BundleError: there is none, it is too large or not JSON; ``advice`` says where such files come from.
+    """
+    text = (metadata or {}).get(key)
+    if text is None:
+        raise BundleError(f"its metadata has no {key!r}; {advice}")
+    if len(text) > MAX_JSON_BYTES:
+        raise BundleError(f"its metadata holds {len(text)} characters, at most {MAX_JSON_BYTES} are allowed")
+    return Fields(parse_json_object(text, "its metadata"), key)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -83,11 +83,17 @@ class LlamaCppRunner:
         return np.ctypeslib.as_array(pointer, shape=(rows, self.vocab_size))
 
 
-def load(name: str, model: str, *, threads: int, positions: int, **tables: Any) -> LlamaCppRunner:
-    """Load a GGUF file with room for ``positions`` tokens, all else as llama.cpp has it by default.
-
-    Args:
-        tables: how they are read; it has none.
+def load(
+    name: str,
+    model: str,
+    *,
+    threads: int,
+    tables_on: bool,
+    table_io: str,
+    table_ram: int | None,
+    positions: int,
+) -> LlamaCppRunner:
+    """Load a GGUF file with room for ``positions`` tokens, all else as llama.cpp has it by default; it has no tables.
 
     Raises:
         TargetError: llama.cpp refuses it, with the last line it said.

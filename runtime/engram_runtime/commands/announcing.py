@@ -18,6 +18,10 @@ def announce_table(choice: TableChoice) -> Callable[[int], None]:
     bar = click.progressbar(length=choice.table_bytes, label=f"loading {choice.site}", file=sys.stderr)
     loaded = 0
 
+    def finish() -> None:
+        if 0 < bar.pos < choice.table_bytes:  # an unfinished bar leaves the terminal without a cursor
+            bar.render_finish()
+
     def progress(num_bytes: int) -> None:
         nonlocal loaded
         loaded += num_bytes
@@ -26,4 +30,5 @@ def announce_table(choice: TableChoice) -> Callable[[int], None]:
             if bar.finished:
                 bar.render_finish()
 
+    click.get_current_context().call_on_close(finish)
     return progress

@@ -12,6 +12,7 @@ from engram_runtime.commands.options import (
     bundle_argument,
     executor_option,
     json_option,
+    overlay_option,
     read_options,
     table_options,
     threads_option,
@@ -34,6 +35,7 @@ def evaluate() -> None:
 @executor_option
 @threads_option
 @table_options
+@overlay_option
 @json_option
 def ppl(
     bundle: Path,
@@ -45,10 +47,11 @@ def ppl(
     tables: str,
     table_io: str,
     table_ram: int | None,
+    overlays: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Print the perplexity of BUNDLE on a text."""
-    reading = read_options(tables, table_io, table_ram)
+    reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
         bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
     ) as llm:
@@ -59,7 +62,8 @@ def ppl(
         chosen = [choice.figures() for choice in llm.tables]
     if as_json:
         report = {"perplexity": asdict(result), "executor": executor, "window": size}
-        click.echo(json.dumps({**report, "tables_on": tables == "on", "tables": chosen}))
+        read = {"tables_on": tables == "on", "tables": chosen, "overlays": list(map(str, overlays))}
+        click.echo(json.dumps({**report, **read}))
     else:
         click.echo(f"perplexity {result.value:.4f} ± {result.error:.4f} over {result.tokens} tokens, {executor}")
 

@@ -31,16 +31,22 @@ overlay_option = click.option(
     type=click.Path(path_type=Path),
     help="Rows to use in place of a table's, from engram tables diff; of several the last one comes first.",
 )
+force_option = click.option("--force", is_flag=True, help="Replace a file that exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 def table_options(command: Command) -> Command:
-    """Add ``--tables``, ``--table-io`` and ``--table-ram``; `read_options` makes `TableOptions` of them."""
+    """Add ``--tables`` and `reading_options`; `read_options` makes `TableOptions` of them."""
+    on_or_off = click.option(
+        "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read them, or not."
+    )
+    return on_or_off(reading_options(command))
+
+
+def reading_options(command: Command) -> Command:
+    """Add ``--table-io`` and ``--table-ram``."""
     for option in reversed(
         [
-            click.option(
-                "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read them, or not."
-            ),
             click.option(
                 "--table-io",
                 type=click.Choice(TABLE_IO),

@@ -69,6 +69,7 @@ def run(
                         "threads": llm.executor.threads,
                         "tables_on": tables == "on",
                         "tables": [table_figures(choice, llm.last.tables) for choice in llm.tables],
+                        "overlays": list(map(str, overlays)),
                     }
                 )
             )

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.options import json_option
-from engram_runtime.tables.difference import check_comparable, different_rows, table_of
+from engram_runtime.commands.options import force_option, json_option
+from engram_runtime.commands.tables_options import only_table
+from engram_runtime.tables.difference import check_comparable, different_rows
 from engram_runtime.tables.files import FileTable
 from engram_runtime.tables.overlay_file import OverlaySpec, write_overlay_blocks
 
@@ -19,12 +20,12 @@ from engram_runtime.tables.overlay_file import OverlaySpec, write_overlay_blocks
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The overlay to write.")
 @click.option("--site", help="Whose table.  [default: the only one]")
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@force_option
 @json_option
 def diff(first: Path, second: Path, out: Path, site: str | None, force: bool, as_json: bool) -> None:
     """Write the rows of bundle SECOND that differ from bundle FIRST's, for `engram run FIRST --overlay OUT`."""
     bundles = Bundle.open(first), Bundle.open(second)
-    tables = table_of(bundles[0], site), table_of(bundles[1], site)
+    tables = only_table(bundles[0], site), only_table(bundles[1], site)
     specs = OverlaySpec.of(bundles[0], tables[0]), OverlaySpec.of(bundles[1], tables[1])
     check_comparable(*specs)
     with (

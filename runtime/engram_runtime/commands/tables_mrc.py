@@ -1,19 +1,24 @@
 """``engram tables mrc``: what a cache of a size would serve."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from engram_runtime.commands.options import json_option
-from engram_runtime.commands.trace_options import site_option, trace_argument
+from engram_runtime.commands.options import force_option, json_option
+from engram_runtime.commands.tables_options import site_option, trace_argument
 from engram_runtime.lens.cache_curves import UNITS, CacheCurve, cache_curve
 from engram_runtime.lens.curve_plot import plot_curves
 from engram_runtime.lens.figures import check_png
 from engram_runtime.lens.shares import format_share
-from engram_runtime.lens.trace import TraceSite, read_trace
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import read_trace
+from engram_runtime.new_file import check_place, new_file
 from engram_runtime.sizes import format_size
+
+STEPS = 100  # of the progress bar for a curve
 
 
 def parse_rate(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
@@ -42,23 +47,26 @@ def parse_rate(context: click.Context, parameter: click.Parameter, value: str) -
     help="Share of rows or pages to look at.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write; needs engram-edge[plot].")
+@force_option
 @json_option
 def mrc(
-    trace: Path, site: str | None, unit: str | None, sample: float | None, plot: Path | None, as_json: bool
+    trace: Path, site: str | None, unit: str | None, sample: float | None, plot: Path | None, force: bool, as_json: bool
 ) -> None:
     """Tell what caches would serve: a miss-ratio curve.
 
     Prints which share of TRACE's reads LRU caches of rows, and of pages, would serve. Curves are exact for
-    up to 4 million reads, longer traces are sampled.
+    up to 4 million reads of rows or pages, others are of a sample.
     """
     if plot is not None:
         check_png(plot)
+        check_place(plot, replace=force)
     read = read_trace(trace)
     units = UNITS if unit is None else (unit,)
     sites = read.chosen(site)
-    curves = [[cache_curve(read, chosen, each, sample) for each in units] for chosen in sites]
+    curves = _curves(read, sites, units, sample)
     if plot is not None:
-        plot_curves(plot, read, sites, curves)
+        with new_file(plot, replace=force) as file:
+            plot_curves(file, read, sites, curves)
     if as_json:
         made = [
             {"site": at.site, "curves": [each.to_dict() for each in of]} for at, of in zip(sites, curves, strict=True)
@@ -66,6 +74,20 @@ def mrc(
         click.echo(json.dumps({"trace": str(trace), "tokens": read.tokens, "sites": made}))
     else:
         click.echo("\n\n".join(_table(at, of) for at, of in zip(sites, curves, strict=True)))
+
+
+def _curves(
+    trace: Trace, sites: Sequence[TraceSite], units: Sequence[str], rate: float | None
+) -> list[list[CacheCurve]]:
+    done = 0.0
+    with click.progressbar(length=STEPS * len(sites) * len(units), label="counting", file=sys.stderr) as bar:
+
+        def progress(share: float) -> None:
+            nonlocal done
+            done += share * STEPS
+            bar.update(round(done) - bar.pos)
+
+        return [[cache_curve(trace, site, unit, rate, progress) for unit in units] for site in sites]
 
 
 def _table(site: TraceSite, curves: Sequence[CacheCurve]) -> str:

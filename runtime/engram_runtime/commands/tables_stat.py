@@ -9,8 +9,7 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, json_option
-from engram_runtime.commands.trace_options import site_option
-from engram_runtime.errors import RequestError
+from engram_runtime.commands.tables_options import chosen_tables, site_option
 from engram_runtime.golden import GOLDEN_FILE, Golden
 from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.table_stats import table_stats
@@ -21,25 +20,11 @@ from engram_runtime.tables.files import FileTable
 BAR = 40  # characters of the longest bar
 
 
-def parse_rows(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
-    """Return a number of rows, or None for ``all``."""
-    if value == "all":
-        return None
-    if not value.isascii() or not value.isdigit() or not int(value):
-        raise click.BadParameter(f"{value!r} is not all or a number of rows")
-    return int(value)
-
-
 @click.command()
 @bundle_argument
 @site_option
 @click.option(
-    "--rows",
-    metavar="N|all",
-    callback=parse_rows,
-    default="all",
-    show_default=True,
-    help="Rows to read, in blocks evenly spread.",
+    "--rows", type=click.IntRange(min=1), help="Rows to read at least, in blocks evenly spread.  [default: all]"
 )
 @json_option
 def stat(bundle: Path, site: str | None, rows: int | None, as_json: bool) -> None:
@@ -58,15 +43,6 @@ def stat(bundle: Path, site: str | None, rows: int | None, as_json: bool) -> Non
         told = ", ".join(f"{name} {value:.4g}" for name, value in parity.items())
         lines.append(f"logits at export against the checkpoint, whatever was quantised: {told}")
     click.echo("\n".join(lines))
-
-
-def chosen_tables(bundle: Bundle, site: str | None) -> list[TableSpec]:
-    """Return the table of a site, or all; raises RequestError for one the bundle hasn't."""
-    tables = [table for table in bundle.manifest.tables if site in (None, table.site)]
-    if not tables:
-        names = [table.site for table in bundle.manifest.tables]
-        raise RequestError(f"bundle {bundle.path} has no table {site or ''}".rstrip() + f"; its tables are {names}")
-    return tables
 
 
 def _stat(bundle: Bundle, spec: TableSpec, rows: int | None) -> dict[str, Any]:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.options import bundle_argument, json_option
+from engram_runtime.commands.options import bundle_argument, force_option, json_option
 from engram_runtime.errors import RequestError
 from engram_runtime.keyers import NO_ROW
 from engram_runtime.lens.recording import record_trace, text_token_ids
-from engram_runtime.lens.trace import MAX_TOKENS, Trace, write_trace
+from engram_runtime.lens.trace import Trace
+from engram_runtime.lens.trace_file import MAX_TOKENS, write_trace
+from engram_runtime.new_file import check_place
 from engram_runtime.tokenizer import TextTokenizer
 
 
@@ -24,23 +28,37 @@ from engram_runtime.tokenizer import TextTokenizer
     "--tokens", type=click.IntRange(1, MAX_TOKENS), default=MAX_TOKENS, show_default=True, help="Most tokens to take."
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@force_option
 @json_option
-def trace(bundle: Path, text: Path, tokens: int, out: Path, as_json: bool) -> None:
+def trace(bundle: Path, text: Path, tokens: int, out: Path, force: bool, as_json: bool) -> None:
     """Record which rows of its tables a text reads.
 
     The text is one sequence, whatever the model's context; no graph of BUNDLE is run and no row is read.
     """
+    check_place(out, replace=force)
     opened = Bundle.open(bundle)
     if not opened.manifest.tables:
         raise RequestError(f"bundle {bundle} has no tables, so there is nothing to record")
-    token_ids = text_token_ids(TextTokenizer.load(opened.path), text, tokens)
+    token_ids = _token_ids(opened, text, tokens)
     ids = len(token_ids) * sum(table.keyer.columns for table in opened.manifest.tables)
-    command = shlex.join(["engram", *sys.argv[1:]])
+    name, command = map(_readable, (text.name, shlex.join(["engram", *sys.argv[1:]])))
     with click.progressbar(length=ids, label="hashing", file=sys.stderr) as bar:
-        recorded = record_trace(opened, token_ids, text=text.name, command=command, progress=bar.update)
-    write_trace(out, recorded)
+        recorded = record_trace(opened, token_ids, text=name, command=command, progress=bar.update)
+    write_trace(out, recorded, replace=force)
     facts = _facts(recorded, out)
     click.echo(json.dumps(facts) if as_json else _text(facts))
+
+
+def _token_ids(bundle: Bundle, text: Path, most: int) -> NDArray[np.int64]:
+    tokenizer = TextTokenizer.load(bundle.path)
+    size = text.stat().st_size if text.is_file() else 0
+    with click.progressbar(length=size, label="tokenising", file=sys.stderr) as bar:
+        return text_token_ids(tokenizer, text, most, bar.update)
+
+
+def _readable(text: str) -> str:
+    """Return a text with question marks for bytes of file names that are not UTF-8, which no trace can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _facts(trace: Trace, out: Path) -> dict[str, Any]:

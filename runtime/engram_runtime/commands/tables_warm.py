@@ -10,12 +10,13 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import bundle_argument, json_option
-from engram_runtime.commands.trace_options import site_option
+from engram_runtime.commands.tables_options import site_option
 from engram_runtime.errors import TableError
 from engram_runtime.lens.addresses import PAGE_BYTES
 from engram_runtime.lens.hot_rows import bring_in, hot_rows
 from engram_runtime.lens.shares import format_share
-from engram_runtime.lens.trace import Trace, TraceSite, read_trace
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import read_trace
 from engram_runtime.sizes import format_seconds, format_size, parse_size
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.opening import choose_stores, open_table
@@ -41,23 +42,21 @@ def warm(bundle: Path, trace: Path, site: str | None, ram: int | None, table_io:
     """
     opened, read = Bundle.open(bundle), read_trace(trace)
     specs = {table.site: table for table in opened.manifest.tables}
-    choices = {choice.site: choice for choice in choose_stores(opened, TableOptions(io=table_io))}
     chosen = read.chosen(site)
     for each in chosen:
         if each.site not in specs:
             raise TableError(f"the trace has site {each.site}, bundle {bundle} has tables of {list(specs)}")
         each.check_table(opened, specs[each.site])
-    done = [_warm(opened, specs[each.site], choices[each.site], read, each, ram) for each in chosen]
+    choices = {choice.site: choice for choice in choose_stores(opened, TableOptions(io=table_io))}
+    done = [_warm(opened, specs[each.site], choices[each.site], read, ram) for each in chosen]
     click.echo(json.dumps(done) if as_json else "\n".join(map(_text, done)))
 
 
-def _warm(
-    bundle: Bundle, spec: TableSpec, choice: TableChoice, trace: Trace, site: TraceSite, ram: int | None
-) -> dict[str, Any]:
+def _warm(bundle: Bundle, spec: TableSpec, choice: TableChoice, trace: Trace, ram: int | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"site": spec.site, "io": choice.io, "reason": choice.reason}
     if choice.io == RESIDENT:
         return facts
-    hot = hot_rows(trace, site, ram)
+    hot = hot_rows(trace, TraceSite.of(bundle, spec), ram)  # on the pages they are on here
     store = open_table(bundle, spec, choice.io)
     started = time.perf_counter()
     try:

@@ -7,10 +7,19 @@ from pathlib import Path
 import click
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.options import bundle_argument, executor_option, json_option, threads_option
+from engram_runtime.commands.announcing import announce_table
+from engram_runtime.commands.options import (
+    bundle_argument,
+    executor_option,
+    json_option,
+    overlay_option,
+    reading_options,
+    threads_option,
+)
 from engram_runtime.executor import load_executor
 from engram_runtime.lens.why import explain, explained_sites
 from engram_runtime.lens.why_table import LEGEND, SORTS, chosen, json_values, lines
+from engram_runtime.tables.options import TableOptions
 from engram_runtime.tokenizer import TextTokenizer
 
 
@@ -22,6 +31,8 @@ from engram_runtime.tokenizer import TextTokenizer
 @click.option("--sort", type=click.Choice(list(SORTS)), default="position", show_default=True, help="Order of tokens.")
 @executor_option
 @threads_option
+@reading_options
+@overlay_option
 @json_option
 def why(
     bundle: Path,
@@ -31,19 +42,24 @@ def why(
     sort: str,
     executor: str,
     threads: int | None,
+    table_io: str,
+    table_ram: int | None,
+    overlays: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Show what BUNDLE's tables do to each token of TEXT: n-grams, their rows, gates and contributions."""
+    reading = TableOptions(io=table_io, ram_bytes=table_ram, overlays=overlays)
     opened = Bundle.open(bundle)
     explained_sites(opened, site)
     tokenizer = TextTokenizer.load(bundle)
     loaded = load_executor(executor, opened, threads=threads)
-    sites = explain(opened, loaded, tokenizer.encode(text), only=site)
+    token_ids = tokenizer.encode(text)
+    sites = explain(opened, loaded, token_ids, only=site, options=reading, announce=announce_table)
     decode = partial(tokenizer.decode, skip_special_tokens=False)
     shown = [(readings, chosen(readings, sort=sort, top=top)) for readings in sites]
     if as_json:
-        facts = {"executor": executor, "sites": [json_values(*part, decode) for part in shown]}
-        click.echo(json.dumps(facts))
+        facts = {"executor": executor, "overlays": list(map(str, overlays))}
+        click.echo(json.dumps({**facts, "sites": [json_values(*part, decode) for part in shown]}))
         return
     for part in shown:
         for line in lines(*part, decode):

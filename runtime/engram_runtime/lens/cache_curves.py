@@ -11,6 +11,7 @@ from engram_runtime.errors import TableError
 from engram_runtime.lens.addresses import PAGE_BYTES, touched_pages
 from engram_runtime.lens.miss_ratio import MissRatioCurve, miss_ratio_curve, sample_rate
 from engram_runtime.lens.shares import format_share
+from engram_runtime.lens.stack_distances import Progress, no_progress
 from engram_runtime.lens.trace import Trace, TraceSite
 from engram_runtime.sizes import format_size
 
@@ -73,11 +74,14 @@ class CacheCurve:
         }
 
 
-def cache_curve(trace: Trace, site: TraceSite, unit: str, rate: float | None) -> CacheCurve:
+def cache_curve(
+    trace: Trace, site: TraceSite, unit: str, rate: float | None, progress: Progress = no_progress
+) -> CacheCurve:
     """Return the curve of a site's reads.
 
     Args:
         rate: share of the rows or pages that is looked at; None takes what `sample_rate` says.
+        progress: see `stack_distances`.
 
     Raises:
         TableError: no row is read at all, or none of the sample.
@@ -85,7 +89,9 @@ def cache_curve(trace: Trace, site: TraceSite, unit: str, rate: float | None) ->
     num_reads = trace.num_reads(site)
     if not num_reads:
         raise TableError(f"the trace reads no row of site {site.site}; record one of another text")
-    curve = miss_ratio_curve(_blocks(trace, site, unit), sample_rate(num_reads) if rate is None else rate)
+    if rate is None:  # a large row is read from many pages
+        rate = sample_rate(num_reads if unit == ROW else sum(map(len, _blocks(trace, site, unit))))
+    curve = miss_ratio_curve(_blocks(trace, site, unit), rate, progress)
     if not curve.sampled:
         raise TableError(
             f"a sample of {curve.rate} has none of the {num_reads} reads of site {site.site}; use a larger one"

@@ -1,8 +1,7 @@
 """Draws hit rate against cache size."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from engram_runtime.lens.cache_curves import CacheCurve
 from engram_runtime.lens.figures import new_figure, save_png
@@ -16,13 +15,15 @@ if TYPE_CHECKING:
 COLOURS = {"row": "#1f6f8b", "page": "#d1603d"}
 
 
-def plot_curves(path: Path, trace: Trace, sites: Sequence[TraceSite], curves: Sequence[Sequence[CacheCurve]]) -> None:
+def plot_curves(
+    file: BinaryIO, trace: Trace, sites: Sequence[TraceSite], curves: Sequence[Sequence[CacheCurve]]
+) -> None:
     """Write a PNG with the curves of each site below one another."""
     figure = new_figure(8, 0.6 + 3.6 * len(sites))
     for axes, site, of_site in zip(figure.subplots(len(sites), squeeze=False)[:, 0], sites, curves, strict=True):
         _draw(axes, site, of_site)
     figure.suptitle(f"{trace.model}: {trace.tokens:,} tokens of {trace.text}", fontsize=11, parse_math=False)
-    save_png(figure, path)
+    save_png(figure, file)
 
 
 def _draw(axes: "Axes", site: TraceSite, curves: Sequence[CacheCurve]) -> None:

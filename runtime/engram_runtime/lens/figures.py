@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from engram_runtime.errors import RequestError, TargetError
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+MOST_PIXELS = 1 << 16  # that matplotlib draws, either way
 
 
 def check_png(path: Path) -> None:
@@ -26,12 +27,17 @@ def check_png(path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of so many inches."""
+    """Return an empty figure of so many inches; raises RequestError for one that is too high to be drawn."""
     from matplotlib.figure import Figure
 
+    if height * DPI >= MOST_PIXELS:
+        raise RequestError(
+            f"the picture would be {height * DPI:.0f} pixels high, {MOST_PIXELS} are too many; choose one site with "
+            f"--site"
+        )
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_png(figure: "Figure", path: Path) -> None:
+def save_png(figure: "Figure", file: BinaryIO) -> None:
     """Write a figure."""
-    figure.savefig(path, format="png", dpi=DPI)
+    figure.savefig(file, format="png", dpi=DPI)

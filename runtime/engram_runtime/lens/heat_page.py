@@ -3,8 +3,7 @@
 import json
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from engram_runtime.lens.heat import HeatStrip
 from engram_runtime.lens.trace import Trace
@@ -12,7 +11,7 @@ from engram_runtime.lens.trace import Trace
 TEMPLATE, PLACE = "heat_page.html", "{{DATA}}"
 
 
-def write_heat_page(path: Path, trace: Trace, strips: Sequence[HeatStrip]) -> None:
+def write_heat_page(file: BinaryIO, trace: Trace, strips: Sequence[HeatStrip]) -> None:
     """Write a page with a picture of each strip, and what lies under the pointer."""
     page = files("engram_runtime.lens").joinpath(TEMPLATE).read_text(encoding="utf-8")
     data = {
@@ -20,7 +19,7 @@ def write_heat_page(path: Path, trace: Trace, strips: Sequence[HeatStrip]) -> No
         "about": trace.command,
         "strips": [_data(strip) for strip in strips],
     }
-    path.write_text(page.replace(PLACE, script_json(data)), encoding="utf-8")
+    file.write(page.replace(PLACE, script_json(data)).encode())
 
 
 def script_json(data: dict[str, Any]) -> str:

@@ -1,12 +1,11 @@
 """Draws the heat of a table as PNG."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from engram_runtime.lens.figures import check_png, new_figure, save_png
+from engram_runtime.lens.figures import new_figure, save_png
 from engram_runtime.lens.heat import HeatStrip
 from engram_runtime.lens.trace import Trace
 
@@ -17,14 +16,13 @@ if TYPE_CHECKING:
 COLOURS, BLANK, LINE = "inferno", "#08060f", "#d1603d"
 
 
-def plot_heat(path: Path, trace: Trace, strips: Sequence[HeatStrip]) -> None:
+def plot_heat(file: BinaryIO, trace: Trace, strips: Sequence[HeatStrip]) -> None:
     """Write a PNG with the strips below one another, each with its share of first touches."""
-    check_png(path)
     figure = new_figure(11, 0.7 + 3.4 * len(strips))
     figure.suptitle(f"{trace.model}: {trace.tokens:,} tokens of {trace.text}", fontsize=12, parse_math=False)
     for part, strip in zip(figure.subfigures(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
         _draw(part, strip)
-    save_png(figure, path)
+    save_png(figure, file)
 
 
 def with_commas(value: float, place: float | None) -> str:

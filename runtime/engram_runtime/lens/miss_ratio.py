@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.lens.mixing import in_sample, mixed_bits
-from engram_runtime.lens.stack_distances import FIRST_TOUCH, stack_distances
+from engram_runtime.lens.stack_distances import FIRST_TOUCH, Progress, no_progress, stack_distances
 
 EXACT_ACCESSES = 4_000_000  # about 5 s and 400 MB; longer sequences are sampled down to as many
 
@@ -37,7 +37,7 @@ class MissRatioCurve:
     @property
     def first_touches(self) -> float:
         """Share of the accesses that are the first one of their thing: no cache serves them."""
-        return min(1.0, self.distinct / self.accesses)
+        return min(1.0, (self.sampled - len(self.distances)) / (self.accesses * self.rate))
 
     @property
     def ceiling(self) -> float:
@@ -51,10 +51,10 @@ class MissRatioCurve:
         """
         reached = np.asarray(capacities, dtype=np.float64) * self.rate
         hits = np.searchsorted(self.distances, reached, side="left")
-        expected = self.accesses * self.rate
         # What the sample has in accesses too many or too few counts as hits of the smallest cache (SHARDS-adj).
-        rates: list[float] = ((hits + expected - self.sampled) / expected).clip(0, self.ceiling).tolist()
-        return rates
+        rates = 1 - (self.sampled - hits) / (self.accesses * self.rate)
+        within: list[float] = rates.clip(0, self.ceiling).tolist()
+        return within
 
 
 def sample_rate(accesses: int) -> float:
@@ -62,16 +62,21 @@ def sample_rate(accesses: int) -> float:
     return min(1.0, EXACT_ACCESSES / accesses)
 
 
-def miss_ratio_curve(blocks: Iterable[NDArray[np.signedinteger[Any]]], rate: float = 1.0) -> MissRatioCurve:
+def miss_ratio_curve(
+    blocks: Iterable[NDArray[np.signedinteger[Any]]], rate: float = 1.0, progress: Progress = no_progress
+) -> MissRatioCurve:
     """Return the curve of a sequence that comes in blocks of ids ``[n]``.
 
     Below rate 1 things are sampled by their hash, with all their accesses, and distances scaled by 1 / rate: SHARDS
     with a fixed rate, Waldspurger et al., FAST 2015.
+
+    Args:
+        progress: see `stack_distances`.
     """
     accesses, kept = 0, []
     for block in blocks:
         accesses += len(block)
         kept.append(block if rate == 1 else block[in_sample(mixed_bits(block.astype(np.uint64)), rate)])
-    distances = stack_distances(np.concatenate(kept))
+    distances = stack_distances(np.concatenate(kept), progress)
     again = np.sort(distances[distances != FIRST_TOUCH])
     return MissRatioCurve(accesses=accesses, rate=rate, sampled=len(distances), distances=again)

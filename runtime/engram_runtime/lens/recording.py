@@ -1,6 +1,5 @@
 """Records traces: a text is tokenised and hashed, no graph is run and no row is read."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.lens.trace import Trace, TraceSite, check_size
+from engram_runtime.lens.chunks import chunks
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import check_size
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tokenizer import TextTokenizer
 
@@ -18,8 +19,13 @@ PIECE_CHARS = 1 << 18  # of text tokenised at a time
 CHUNK_TOKENS = 8192  # hashed at a time
 
 
-def text_token_ids(tokenizer: TextTokenizer, path: Path, most: int) -> NDArray[np.int64]:
+def text_token_ids(
+    tokenizer: TextTokenizer, path: Path, most: int, progress: Callable[[int], None] = lambda count: None
+) -> NDArray[np.int64]:
     """Return the first ``most`` token ids of a UTF-8 text, tokenised in pieces that end where a line does.
+
+    Args:
+        progress: told the bytes of each piece.
 
     Raises:
         RequestError: a text that can't be read, is not UTF-8 or has no tokens.
@@ -30,6 +36,7 @@ def text_token_ids(tokenizer: TextTokenizer, path: Path, most: int) -> NDArray[n
         ids = tokenizer.encode(piece, add_special_tokens=not pieces)
         pieces.append(np.array(ids, dtype=np.int64))
         count += len(ids)
+        progress(len(piece.encode()))
         if count >= most:
             break
     if not count:
@@ -80,9 +87,9 @@ def _row_ids(
 ) -> NDArray[np.signedinteger[Any]]:
     keyer = bundle.keyer(spec.keyer)
     row_ids = np.empty((len(token_ids), keyer.columns), dtype=dtype)
-    bounds = itertools.chain(range(0, len(token_ids), CHUNK_TOKENS), [len(token_ids)])
-    for start, stop in itertools.pairwise(bounds):
-        history = token_ids[max(0, start - keyer.context) : start].tolist()
-        row_ids[start:stop] = keyer.row_ids(history, token_ids[start:stop])
-        progress((stop - start) * keyer.columns)
+    done = 0
+    for history, chunk in chunks(token_ids, CHUNK_TOKENS, keyer.context):
+        row_ids[done : done + len(chunk)] = keyer.row_ids(history, chunk)
+        done += len(chunk)
+        progress(len(chunk) * keyer.columns)
     return row_ids

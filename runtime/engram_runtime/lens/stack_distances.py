@@ -1,5 +1,6 @@
 """LRU stack distances of a sequence of accesses, exact, in numpy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,14 @@ from numpy.typing import NDArray
 
 FIRST_TOUCH = -1  # in place of a distance where a thing is accessed for the first time
 
+Progress = Callable[[float], None]  # told the share of the work that is done since it was told last
 
-def stack_distances(ids: NDArray[np.signedinteger[Any]]) -> NDArray[np.int64]:
+
+def no_progress(share: float) -> None:
+    """Be told of work that is done, and do nothing."""
+
+
+def stack_distances(ids: NDArray[np.signedinteger[Any]], progress: Progress = no_progress) -> NDArray[np.int64]:
     """Return ``[N]``: how many other things were accessed since this one of ``[N]`` ids was, or `FIRST_TOUCH`.
 
     An access hits an LRU cache of c things where its distance is below c (Mattson et al., IBM Systems Journal 1970).
@@ -24,7 +31,7 @@ def stack_distances(ids: NDArray[np.signedinteger[Any]]) -> NDArray[np.int64]:
     seen_again = np.zeros(len(ids), dtype=np.bool_)
     seen_again[earlier[again]] = True
     ranks[again] = num_first - 1 + np.cumsum(seen_again)[earlier[again]]
-    distances = _smaller_before(ranks) - earlier - 1
+    distances = _smaller_before(ranks, progress) - earlier - 1
     distances[~again] = FIRST_TOUCH
     return distances
 
@@ -38,7 +45,7 @@ def _previous(ids: NDArray[np.signedinteger[Any]]) -> NDArray[np.int64]:
     return previous
 
 
-def _smaller_before(ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+def _smaller_before(ranks: NDArray[np.int64], progress: Progress) -> NDArray[np.int64]:
     """Return ``[N]``: how many smaller values stand before each one of a permutation of 0 to N - 1.
 
     Sorts by one bit after the other, highest first. Two values are told apart by the highest bit in which they differ,
@@ -47,7 +54,8 @@ def _smaller_before(ranks: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     values, counts = ranks, np.zeros(len(ranks), dtype=np.int64)
     places = np.arange(len(ranks))
-    for bit in reversed(range(max(len(ranks) - 1, 0).bit_length())):
+    bits = max(len(ranks) - 1, 0).bit_length()
+    for bit in reversed(range(bits)):
         ones = (values >> bit & 1).astype(np.bool_)
         zeros_before: NDArray[np.int64] = np.cumsum(~ones) - ~ones
         base = values >> bit + 1 << bit + 1
@@ -55,6 +63,7 @@ def _smaller_before(ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         counts += np.where(ones, zeros, 0)
         target = np.where(ones, places - zeros + (1 << bit), base + zeros)
         values, counts = _moved(values, target), _moved(counts, target)
+        progress(1 / bits)
     return counts[ranks]
 
 

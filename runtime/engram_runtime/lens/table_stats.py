@@ -49,18 +49,17 @@ class ColumnRows:
     order: int
     head: int
     first_row: int
-    num_rows: int
 
 
 def columns_of(spec: TableSpec) -> list[ColumnRows]:
-    """Return where the rows of each column lie; rows behind the last one's are read by none."""
+    """Return where the rows of each column begin; those from the keyer's ``min_rows`` on are read by none."""
     keyer = spec.keyer
     if not isinstance(keyer, NgramKeyerSpec):
-        return [ColumnRows(order=1, head=0, first_row=0, num_rows=keyer.min_rows)]
+        return [ColumnRows(order=1, head=0, first_row=0)]
     places = itertools.product(keyer.orders, range(keyer.num_heads))
     return [
-        ColumnRows(order=order, head=head, first_row=first, num_rows=count)
-        for (order, head), first, count in zip(places, keyer.offsets, keyer.primes, strict=True)
+        ColumnRows(order=order, head=head, first_row=first)
+        for (order, head), first in zip(places, keyer.offsets, strict=True)
     ]
 
 
@@ -83,11 +82,11 @@ class TableStats:
         self.rows = 0
         self.zero, self.not_finite = RowsThatStandOut(0, []), RowsThatStandOut(0, [])
         self.columns = columns_of(spec)
-        self.norms = [NormHistogram() for _ in self.columns]
+        self._starts = np.array([*(column.first_row for column in self.columns), spec.keyer.min_rows])
+        self.norms = [NormHistogram() for _ in self._starts]  # the last one's rows are read by no column
         self.records = DistinctRecords(rows)
         self.errors = RepackErrors(spec.record.columns)
         self._error_step = -(-rows // ERROR_ROWS)
-        self._starts = np.array([column.first_row for column in self.columns])
 
     def add(self, first: int, records: NDArray[np.uint8]) -> None:
         """Take ``[N, record_bytes]`` records of the rows from ``first`` on."""
@@ -126,7 +125,7 @@ class TableStats:
             },
             "columns": [
                 {"order": column.order, "head": column.head, "first_row": column.first_row, **_norm_facts(norms)}
-                for column, norms in zip(self.columns, self.norms, strict=True)
+                for column, norms in zip(self.columns, self.norms[:-1], strict=True)
             ],
             "requantised": self.errors.results(),
         }

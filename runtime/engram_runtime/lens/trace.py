@@ -1,39 +1,26 @@
-"""A trace: the row ids a text reads, token by token, with what tells which table they are of.
+"""A trace: the row ids a text reads, token by token, with what tells which table they are of."""
 
-A safetensors file: a tensor ``rows.<site> [T, C]`` of int32 or int64 for each site, and its facts as JSON in the
-metadata. A trace may come from anywhere, so everything in it is checked before it is used.
-"""
-
-import dataclasses
-import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import BundleError, TableError
+from engram_runtime.errors import BundleError, RequestError, TableError
 from engram_runtime.keyer_digest import keyer_digest
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
 from engram_runtime.lens.addresses import PartAddresses, part_addresses
-from engram_runtime.strict_json import MAX_JSON_BYTES, Fields
+from engram_runtime.strict_json import Fields
 from engram_runtime.table_spec import TableSpec
 
-FORMAT_VERSION = 1
-FACTS = "engram_trace"  # key of the metadata
-MAX_TOKENS = 10_000_000
-MAX_ROW_IDS = 160_000_000  # over all sites: 10 M tokens of 16 rows, 640 MB
+COMPARED = (("num_rows", "number of rows"), ("record_bytes", "record size"), ("keyer_sha256", "keyer digest"))
 MAX_RECORD_BYTES = 1 << 18  # 7 times that of Gemma 3n; each read is taken apart into its pages
 MAX_TABLE_BYTES = 1 << 60  # keeps addresses far from int64
-BLOCK_READS = 1 << 18
-DTYPES = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # as safetensors call them
+MAX_PARTS = 16  # of a record; payload and scale are two
+BLOCK_READS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +80,8 @@ class TraceSite:
             raise BundleError(f"site {self.site} has {len(starts)} columns for n-grams of {orders[:8]}")
         if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= self.num_rows:
             raise BundleError(f"columns of site {self.site} begin at rows {starts[:4]}, expected ascending ones from 0")
+        if len(self.parts) > MAX_PARTS:
+            raise BundleError(f"site {self.site} has records of {len(self.parts)} parts, expected at most {MAX_PARTS}")
         if sum(part.row_bytes for part in self.parts) != self.record_bytes:
             raise BundleError(f"parts of site {self.site} don't sum to {self.record_bytes} bytes")
         if self.record_bytes > MAX_RECORD_BYTES or self.num_rows * self.record_bytes > MAX_TABLE_BYTES:
@@ -116,7 +105,7 @@ class TraceSite:
     def check_table(self, bundle: Bundle, spec: TableSpec) -> None:
         """Refuse a table other than the one that was read; raises TableError."""
         found = TraceSite.of(bundle, spec)
-        for name, what in (("num_rows", "rows"), ("record_bytes", "bytes a row"), ("keyer_sha256", "keyer digest")):
+        for name, what in COMPARED:
             if (mine := getattr(self, name)) != (other := getattr(found, name)):
                 raise TableError(
                     f"the trace is of another table {self.site}: its {what} is {mine}, the bundle's {other}; "
@@ -148,10 +137,10 @@ class Trace:
         return len(self.row_ids[self.sites[0].site])
 
     def chosen(self, name: str | None) -> tuple[TraceSite, ...]:
-        """Return the site of a name, or all; raises TableError for a name it hasn't."""
+        """Return the site of a name, or all; raises RequestError for a name it hasn't."""
         sites = tuple(site for site in self.sites if name in (None, site.site))
         if not sites:
-            raise TableError(f"the trace has no site {name!r}, it has {[site.site for site in self.sites]}")
+            raise RequestError(f"the trace has no site {name!r}, it has {[site.site for site in self.sites]}")
         return sites
 
     def num_reads(self, site: TraceSite) -> int:
@@ -171,102 +160,3 @@ class Trace:
         columns = [np.unique(column[column != NO_ROW], return_counts=True) for column in self.row_ids[site.site].T]
         row_ids, counts = (np.concatenate(part) for part in zip(*columns, strict=True))
         return row_ids.astype(np.int64), counts
-
-
-def tensor_name(site: str) -> str:
-    """Return the name of a site's tensor."""
-    return f"rows.{site}"
-
-
-def check_size(tokens: int, columns: int) -> None:
-    """Refuse a trace that would not fit; raises TableError."""
-    if tokens > MAX_TOKENS or tokens * columns > MAX_ROW_IDS:
-        most = min(MAX_TOKENS, MAX_ROW_IDS // columns)
-        raise TableError(
-            f"a trace of {tokens} tokens of {columns} rows is too large, {most} tokens are the most; use --tokens"
-        )
-
-
-def write_trace(path: Path, trace: Trace) -> None:
-    """Write a trace beside ``path`` and rename it."""
-    facts = {
-        "format_version": FORMAT_VERSION,
-        "model": trace.model,
-        "text": trace.text,
-        "command": trace.command,
-        "tokens": trace.tokens,
-        "sites": [dataclasses.asdict(site) for site in trace.sites],
-    }
-    scratch = path.with_name(path.name + ".tmp")
-    tensors = {tensor_name(site.site): trace.row_ids[site.site] for site in trace.sites}
-    try:
-        save_file(tensors, scratch, metadata={FACTS: json.dumps(facts)})
-        scratch.replace(path)
-    except SafetensorError as error:
-        raise TableError(f"trace {path} can't be written: {error}") from error
-
-
-def read_trace(path: Path) -> Trace:
-    """Read a trace; nothing in it is trusted.
-
-    Raises:
-        TableError: not a trace, of another version, too large, or with row ids its table doesn't have.
-    """
-    if not path.is_file():
-        raise TableError(f"{path} is not a trace: there is no such file; make one with engram tables trace")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return _read(file)
-    except (SafetensorError, BundleError, OSError) as error:
-        raise TableError(f"{path} is not a trace that can be used: {error}") from error
-
-
-def _read(file: Any) -> Trace:
-    facts = _facts(file.metadata() or {})
-    version = facts.count("format_version")
-    if version != FORMAT_VERSION:
-        raise BundleError(f"it has format version {version}, this runtime reads {FORMAT_VERSION}; record it again")
-    tokens = facts.count("tokens", least=1)
-    model, text, command = (facts.take(name, str) for name in ("model", "text", "command"))
-    sites = tuple(TraceSite.from_fields(item) for item in facts.objects("sites"))
-    facts.finish()
-    _check_names([site.site for site in sites], list(file.keys()))
-    check_size(tokens, sum(site.columns for site in sites))
-    row_ids = {site.site: _row_ids(file, site, tokens) for site in sites}
-    return Trace(model=model, text=text, command=command, sites=sites, row_ids=row_ids)
-
-
-def _facts(metadata: dict[str, str]) -> Fields:
-    if FACTS not in metadata:
-        raise BundleError(f"its metadata has no {FACTS!r}; make one with engram tables trace")
-    if len(metadata[FACTS]) > MAX_JSON_BYTES:
-        raise BundleError(f"its metadata holds {len(metadata[FACTS])} characters, at most {MAX_JSON_BYTES} are allowed")
-    try:
-        return Fields(json.loads(metadata[FACTS]), "trace")
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"its metadata is not valid JSON: {error}") from error
-
-
-def _check_names(sites: Sequence[str], tensors: Sequence[str]) -> None:
-    if not sites or len(set(sites)) != len(sites) or sorted(map(tensor_name, sites)) != sorted(tensors):
-        raise BundleError(f"it has tensors {sorted(tensors)[:8]} for sites {sorted(sites)[:8]}")
-
-
-def _row_ids(file: Any, site: TraceSite, tokens: int) -> NDArray[np.signedinteger[Any]]:
-    tensor = file.get_slice(tensor_name(site.site))
-    dtype, shape = tensor.get_dtype(), list(tensor.get_shape())
-    if DTYPES.get(dtype) != site.dtype or shape != [tokens, site.columns]:
-        raise BundleError(
-            f"row ids of site {site.site} are {dtype} {shape}, expected {site.dtype} {[tokens, site.columns]}"
-        )
-    row_ids: NDArray[np.signedinteger[Any]] = file.get_tensor(tensor_name(site.site))
-    for column, (first, end) in enumerate(itertools.pairwise((*site.first_rows, site.num_rows))):
-        _check_rows(site, column, row_ids[:, column], first, end)
-    return row_ids
-
-
-def _check_rows(site: TraceSite, column: int, row_ids: NDArray[np.signedinteger[Any]], first: int, end: int) -> None:
-    outside = (row_ids != NO_ROW) & ((row_ids < first) | (row_ids >= end))
-    if outside.any():
-        found = int(row_ids[outside.argmax()])
-        raise BundleError(f"row id {found} of column {column} of site {site.site} is outside [{first}, {end})")

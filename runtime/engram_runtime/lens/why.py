@@ -1,5 +1,6 @@
 """Why a token came out as it did: the n-grams it looked up, and how far sites let their rows in."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,14 @@ from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import Executor
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
+from engram_runtime.lens.chunks import chunks
 from engram_runtime.manifest import ACTIVITY
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import Session, close_sites, open_sites
 from engram_runtime.site import Site
+from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, silently
+from engram_runtime.tables.options import TableOptions
+
+CHUNK_TOKENS = 512  # whose rows are held at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +67,30 @@ class SiteReadings:
 
 
 def explain(
-    bundle: Bundle, executor: Executor, token_ids: Sequence[int], *, only: str | None = None
+    bundle: Bundle,
+    executor: Executor,
+    token_ids: Sequence[int],
+    *,
+    only: str | None = None,
+    options: TableOptions = AUTO_OPTIONS,
+    announce: Announce = silently,
 ) -> list[SiteReadings]:
     """Run a text and return what its sites with n-grams did, or the one that is named.
 
+    Args:
+        options: how tables are read, overlays included.
+        announce: see `open_sites`.
+
     Raises:
-        RequestError: no such site, or a text the model can't take.
+        RequestError: no such site, a text the model can't take, or no room for resident tables.
         BundleError: the bundle's graph doesn't say what its sites do.
+        TableError: as for `open_sites`.
     """
     keyers = explained_sites(bundle, only)
-    sites = open_sites(bundle)
-    with Session(bundle, executor, sites) as session:
+    with contextlib.ExitStack() as opened:
+        sites = open_sites(bundle, options, executor, announce=announce)
+        opened.callback(close_sites, sites)
+        session = opened.enter_context(Session(bundle, executor, sites))
         passes = [session.activity for _ in session.logits(token_ids)]
         activity = {name: SiteActivity(np.concatenate([told[name].values for told in passes])) for name in keyers}
         return [
@@ -103,7 +122,7 @@ def explained_sites(bundle: Bundle, only: str | None) -> Mapping[str, NgramKeyer
 def _readings(site: Site, keyer: NgramKeyerSpec, token_ids: Sequence[int], activity: SiteActivity) -> Iterator[Reading]:
     ids = np.asarray(token_ids, dtype=np.int64)
     row_ids = site.keyer.row_ids([], ids)  # [T, C]
-    norms = np.linalg.norm(site.rows([], ids), axis=2)  # [T, C]
+    norms = _row_norms(site, ids)
     parts = (activity.gate, activity.added, activity.stream)
     for position, contribution in enumerate(activity.contribution):
         gate, added, stream = (tuple(part[position].tolist()) for part in parts)
@@ -123,6 +142,12 @@ def _readings(site: Site, keyer: NgramKeyerSpec, token_ids: Sequence[int], activ
                 )
             ),
         )
+
+
+def _row_norms(site: Site, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the L2 norms ``[T, C]`` of the rows of a text."""
+    pieces = chunks(token_ids, CHUNK_TOKENS, site.keyer.context)
+    return np.concatenate([np.linalg.norm(site.rows(history, chunk), axis=2) for history, chunk in pieces])
 
 
 def _ngrams(

@@ -1,5 +1,6 @@
 """The readings of `engram_runtime.lens.why` as lines of text and as JSON values."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,7 +46,8 @@ def lines(site: SiteReadings, readings: Sequence[Reading], decode: Decode) -> It
     yield _line(("", "token", "gate", "adds"), "n-gram", "norm", "rows")
     for reading in readings:
         token = quoted(decode([reading.token_id]))
-        start = (str(reading.position), token, f"{max(reading.gate):.3f}", f"{reading.contribution:.1%}")
+        gate = f"{max(reading.gate):.3f}" if reading.ngrams else "-"  # without rows it lets nothing through
+        start = (str(reading.position), token, gate, f"{reading.contribution:.1%}")
         if not reading.ngrams:
             yield _line(start, "", "", "none")
         for ngram in reading.ngrams:
@@ -93,4 +95,6 @@ def _reading_json(reading: Reading, decode: Decode) -> dict[str, Any]:
         asdict(ngram) | {"text": decode([token_id for token_id in ngram.token_ids if token_id is not None])}
         for ngram in reading.ngrams
     ]
-    return asdict(reading) | {"token": decode([reading.token_id]), "ngrams": ngrams}
+    contribution = reading.contribution if math.isfinite(reading.contribution) else None  # JSON has no infinity
+    token = decode([reading.token_id])
+    return asdict(reading) | {"contribution": contribution, "token": token, "ngrams": ngrams}

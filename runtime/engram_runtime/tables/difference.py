@@ -5,28 +5,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
 from engram_runtime.records import RecordFormat
-from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.files import FileTable
 from engram_runtime.tables.overlay_file import OverlaySpec, RowBlock
 
 SLICE_BYTES = 8 << 20  # decoded rows of one table at a time
 
 Progress = Callable[[int], object]  # told how many rows were compared
-
-
-def table_of(bundle: Bundle, site: str | None) -> TableSpec:
-    """Return the table of a site, or the only one; raises TableError where there is none or more than one."""
-    tables = {table.site: table for table in bundle.manifest.tables}
-    if site is None and len(tables) == 1:
-        return next(iter(tables.values()))
-    if site is None:
-        raise TableError(f"bundle {bundle.path} has sites {sorted(tables)}; choose one with --site")
-    if site not in tables:
-        raise TableError(f"bundle {bundle.path} has no site {site!r}, it has {sorted(tables)}")
-    return tables[site]
 
 
 def check_comparable(first: OverlaySpec, second: OverlaySpec) -> None:

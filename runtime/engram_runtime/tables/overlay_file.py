@@ -6,10 +6,10 @@ holds `OverlaySpec` as JSON. Overlays may come from anywhere, so everything in t
 
 import dataclasses
 import json
-import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -18,18 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.cpu import physical_memory
-from engram_runtime.errors import BundleError, RequestError, TableError
+from engram_runtime.errors import BundleError, TableError
 from engram_runtime.keyer_digest import keyer_digest
+from engram_runtime.memory import free_memory
+from engram_runtime.new_file import new_file
 from engram_runtime.records import RecordFormat
-from engram_runtime.strict_json import MAX_JSON_BYTES, Fields
+from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
+from engram_runtime.sizes import format_size
+from engram_runtime.strict_json import Fields, parse_facts
 from engram_runtime.table_spec import TableSpec
 
 FORMAT_VERSION = 1
 FACTS = "engram_overlay"  # key of the metadata
 ROW_IDS, RECORDS = "row_ids", "records"
-BLOCK_ROWS = 1 << 16  # checked or copied at a time
-MEMORY_SHARE = 2  # an overlay may take one part in so many of the machine's memory
+BLOCK_BYTES = 8 << 20  # of float32 rows checked at a time
+MEMORY_SHARE = 2  # an overlay may take one part in so many of the memory that is available
 
 RowBlock = tuple[NDArray[np.int64], NDArray[np.uint8]]  # row ids [n] and their records [n, record_bytes]
 
@@ -81,6 +84,7 @@ class OverlaySpec:
     def mismatch(self, other: Self) -> tuple[str, int | str, int | str] | None:
         """Return the first fact that must be the same and isn't, as its name, this value and the other's."""
         facts = (
+            ("site", self.site, other.site),
             ("number of rows", self.num_rows, other.num_rows),
             ("number of columns", self.record.columns, other.record.columns),
             ("keyer digest", self.keyer_sha256, other.keyer_sha256),
@@ -125,7 +129,7 @@ def write_overlay(
         replace: whether a file that is there already may be replaced.
 
     Raises:
-        RequestError: there is a file already.
+        RequestError: there is a file already, or no folder for it.
         TableError: rows that no table can have: ids not ascending or outside it, values that aren't finite.
     """
     write_overlay_blocks(path, spec, [(row_ids, records)], replace=replace)
@@ -136,22 +140,11 @@ def write_overlay_blocks(path: Path, spec: OverlaySpec, blocks: Iterable[RowBloc
 
     The file appears whole or not at all. Raises what `write_overlay` does.
     """
-    if os.path.lexists(path) and not replace:
-        raise RequestError(f"{path} exists; replace it with --force or choose another place")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("xb") as file, tempfile.TemporaryFile(dir=path.parent) as records:
-            row_ids = _spill(spec, blocks, records)
-            file.write(_header(spec, len(row_ids)) + row_ids.astype("<i8").tobytes())
-            records.seek(0)
-            while data := records.read(BLOCK_ROWS):
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    with new_file(path, replace=replace) as file, tempfile.TemporaryFile(dir=path.parent) as records:
+        row_ids = _spill(spec, blocks, records)
+        file.write(_header(spec, len(row_ids)) + row_ids.astype("<i8").tobytes())
+        records.seek(0)
+        shutil.copyfileobj(records, file)
     return len(row_ids)
 
 
@@ -168,54 +161,34 @@ def _spill(spec: OverlaySpec, blocks: Iterable[RowBlock], file: IO[bytes]) -> ND
 
 
 def _header(spec: OverlaySpec, count: int) -> bytes:
-    ids_bytes, records_bytes = 8 * count, spec.record.record_bytes * count
-    records = {"dtype": "U8", "shape": [count, spec.record.record_bytes]}
-    text = json.dumps(
-        {
-            "__metadata__": {FACTS: spec.to_json()},
-            ROW_IDS: {"dtype": "I64", "shape": [count], "data_offsets": [0, ids_bytes]},
-            RECORDS: records | {"data_offsets": [ids_bytes, ids_bytes + records_bytes]},
-        }
-    ).encode()
-    text += b" " * (-len(text) % 8)  # so that row ids are aligned
-    return len(text).to_bytes(8, "little") + text
+    plans = [
+        TensorPlan(ROW_IDS, "int64", (count,)),
+        TensorPlan(RECORDS, "uint8", (count, spec.record.record_bytes)),
+    ]
+    return SafetensorsLayout.of(plans, metadata={FACTS: spec.to_json()}).header
 
 
 def _check_file(path: Path) -> None:
-    status = path.lstat()
+    status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise BundleError("it is a link or not a plain file; give the file itself")
-    if status.st_size * MEMORY_SHARE > (memory := physical_memory()):
+        raise BundleError("it is not a plain file")
+    if status.st_size * MEMORY_SHARE > (available := free_memory().num_bytes):
         raise BundleError(
-            f"it holds {status.st_size} bytes, at most half of this machine's memory of {memory} is allowed; "
-            f"export a bundle with these rows"
+            f"it holds {format_size(status.st_size)}, at most half of the {format_size(available)} available is "
+            f"allowed; export a bundle with these rows"
         )
 
 
 def _read(file: Any) -> Overlay:
-    spec = OverlaySpec.from_fields(_facts(file.metadata() or {}))
+    spec = OverlaySpec.from_fields(parse_facts(file.metadata(), FACTS, "make one with engram tables diff"))
     if (names := sorted(file.keys())) != [RECORDS, ROW_IDS]:
         raise BundleError(f"it has tensors {names[:8]}, expected {[RECORDS, ROW_IDS]}")
     count = next(iter(file.get_slice(ROW_IDS).get_shape()), 0)
     _check_tensor(file, ROW_IDS, "I64", [count])
     _check_tensor(file, RECORDS, "U8", [count, spec.record.record_bytes])
     overlay = Overlay(spec=spec, row_ids=file.get_tensor(ROW_IDS), records=file.get_tensor(RECORDS))
-    after = -1
-    for ids, records in _blocks(overlay):
-        check_rows(spec, ids, records, after)
-        after = int(ids[-1])
+    check_rows(spec, overlay.row_ids, overlay.records, -1)
     return overlay
-
-
-def _facts(metadata: dict[str, str]) -> Fields:
-    if FACTS not in metadata:
-        raise BundleError(f"its metadata has no {FACTS!r}; make one with engram tables diff")
-    if (size := len(metadata[FACTS])) > MAX_JSON_BYTES:
-        raise BundleError(f"its metadata holds {size} characters, at most {MAX_JSON_BYTES} are allowed")
-    try:
-        return Fields(json.loads(metadata[FACTS]), FACTS)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"its metadata is not valid JSON: {error}") from error
 
 
 def _check_tensor(file: Any, name: str, dtype: str, shape: list[int]) -> None:
@@ -223,12 +196,6 @@ def _check_tensor(file: Any, name: str, dtype: str, shape: list[int]) -> None:
     found = tensor.get_dtype(), list(tensor.get_shape())
     if found != (dtype, shape):
         raise BundleError(f"its {name} are {found[0]} {found[1]}, expected {dtype} {shape}")
-
-
-def _blocks(overlay: Overlay) -> Iterator[RowBlock]:
-    for start in range(0, len(overlay.row_ids), BLOCK_ROWS):
-        stop = start + BLOCK_ROWS
-        yield overlay.row_ids[start:stop], overlay.records[start:stop]
 
 
 def check_rows(spec: OverlaySpec, row_ids: NDArray[np.int64], records: NDArray[np.uint8], after: int) -> None:
@@ -251,6 +218,12 @@ def check_rows(spec: OverlaySpec, row_ids: NDArray[np.int64], records: NDArray[n
         raise TableError(f"row id {row_ids[place]} comes after {before[place]}, expected ascending ids from 0")
     if len(row_ids) and row_ids[-1] >= spec.num_rows:
         raise TableError(f"row id {row_ids[-1]} is outside [0, {spec.num_rows})")
-    finite = np.isfinite(spec.record.decode(records)).all(axis=1)
+    step = max(1, BLOCK_BYTES // (4 * spec.record.columns))
+    for start in range(0, len(row_ids), step):
+        _check_finite(spec.record, row_ids[start : start + step], records[start : start + step])
+
+
+def _check_finite(record: RecordFormat, row_ids: NDArray[np.int64], records: NDArray[np.uint8]) -> None:
+    finite = np.isfinite(record.decode(records)).all(axis=1)
     if not finite.all():
         raise TableError(f"row {row_ids[~finite][0]} has a value that is not finite; it would spoil all later tokens")
