@@ -1,6 +1,7 @@
 """``engram bench tables``: figures of made-up rounds, eviction, caps of memory, and the command on tiny bundles."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -194,6 +195,14 @@ def test_a_refused_cap_is_said() -> None:
     assert bench.measure(SPEC).skipped == {CAPPED: "no groups here"}
 
 
+def test_a_table_that_the_least_cap_holds_is_not_capped_unasked() -> None:
+    bench, log, steps = fake_bench()
+    reason = "a process needs 256.0 MiB, which hold the whole table of 4.0 MiB; give --memory to measure all the same"
+    assert bench.measure(dataclasses.replace(SPEC, num_rows=1 << 20)).skipped == {CAPPED: reason}
+    assert "fill" not in {what for what, _ in log}
+    assert sum(steps) == 3 * (1 + SETTINGS.rounds)
+
+
 def test_tables_in_memory_have_no_cold_rows() -> None:
     bench, _, steps = fake_bench(io="resident")
     reason = "the table is held in memory, where no row is cold; measure its files with --table-io mmap"
@@ -296,7 +305,7 @@ FIGURES = {"token_us", "ids_token_us", "chunk_ms", "ids_chunk_ms", "rows_s", "co
 
 def test_the_command_measures_a_tiny_bundle(workshop: Workshop, command: Command) -> None:
     line = ("bench", "tables", workshop.uncompiled().path, "--rounds", 1, "--tokens", 8, "--depth", 2)
-    (table,) = command("engram", *line, "--table-io", "mmap", "--json").json["tables"]
+    (table,) = command("engram", *line, "--table-io", "mmap", "--memory", "256MiB", "--json").json["tables"]
     assert (table["site"], table["rows_per_token"], table["io"], table["decoder"]) == ("layer_1", 4, "mmap", "numpy")
     assert table[WARM].keys() >= {*FIGURES, "take_rows_s", "rate_over_take"}
     assert all(table[state].keys() >= FIGURES or table[state].keys() == {"skipped"} for state in (COLD, CAPPED))
