@@ -73,7 +73,8 @@ def test_a_compiled_bundle_gives_the_tokens_it_gives_here(device: Device, worksh
     done = device("engram", "run", bundle, PROMPT, "--max-tokens", 24, "--json")
     with LLM(bundle, threads=THREADS) as llm:
         expected = llm.generate(PROMPT, max_tokens=24)
-    assert (done.returncode, done.stderr) == (0, "")
+        lines = "".join(f"{choice}\n" for choice in llm.tables)
+    assert (done.returncode, done.stderr) == (0, lines)
     assert json.loads(done.stdout)["token_ids"] == list(expected.token_ids)
     assert json.loads(done.stdout)["executor"] == "tvm"
 
