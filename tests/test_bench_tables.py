@@ -6,7 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,6 +17,7 @@ from tests.tiny import TinyModel
 from tests.workshop import Workshop, copy_folder
 
 from engram_export.engram_config import EngramConfig
+from engram_runtime import cpu
 from engram_runtime.bench import tables as bench_tables
 from engram_runtime.bench import tables_runner
 from engram_runtime.bench.cgroup import MemoryGroup, memory_group
@@ -237,37 +238,39 @@ def test_evicted_pages_are_gone_and_filling_brings_them_back(tmp_path: Path) -> 
     assert cached_share(path) >= 0.5
 
 
-def own_groups(folder: Path, *lines: str) -> Path:
-    path = folder / "own"
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
+@pytest.fixture
+def own_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have this process be in the control group of a line of /proc/self/cgroup, all of them below ``tmp_path``."""
+    monkeypatch.setattr(cpu, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cpu, "OWN_CGROUPS", tmp_path / "own")
+
+    def enter(line: str) -> None:
+        (tmp_path / "own").write_text(f"{line}\n")
+
+    return enter
 
 
-def test_systems_without_groups_of_memory_are_told(tmp_path: Path) -> None:
-    groups = own_groups(tmp_path, "2:cpu:/here")
+def test_systems_without_groups_of_memory_are_told(own_group: Callable[[str], None]) -> None:
+    own_group("2:cpu:/here")
     with (
         pytest.raises(TargetError, match=r"^this system has no control groups of memory; measure without a cap$"),
-        memory_group("x", 1 << 20, root=tmp_path, own_groups=groups),
+        memory_group("x", 1 << 20),
     ):
         pass
 
 
-def test_a_group_that_can_not_be_made_is_named(tmp_path: Path) -> None:
-    with (
-        pytest.raises(TargetError) as caught,
-        memory_group("x", 1 << 20, root=tmp_path, own_groups=own_groups(tmp_path, "4:memory:/here")),
-    ):
+def test_a_group_that_can_not_be_made_is_named(tmp_path: Path, own_group: Callable[[str], None]) -> None:
+    own_group("4:memory:/here")
+    with pytest.raises(TargetError) as caught, memory_group("x", 1 << 20):
         pass
     place = tmp_path / "memory" / "here"
     assert str(caught.value) == (f"a control group below {place} can't be made: No such file or directory; run as root")
 
 
-def test_a_group_without_a_say_in_memory_is_told_and_removed(tmp_path: Path) -> None:
+def test_a_group_without_a_say_in_memory_is_told_and_removed(tmp_path: Path, own_group: Callable[[str], None]) -> None:
     (tmp_path / "here").mkdir()
-    with (
-        pytest.raises(TargetError) as caught,
-        memory_group("x", 1 << 20, root=tmp_path, own_groups=own_groups(tmp_path, "0::/here")),
-    ):
+    own_group("0::/here")
+    with pytest.raises(TargetError) as caught, memory_group("x", 1 << 20):
         pass
     assert str(caught.value) == (
         f"control groups below {tmp_path / 'here'} can't limit memory; enable the memory controller there"
@@ -276,16 +279,17 @@ def test_a_group_without_a_say_in_memory_is_told_and_removed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("version", "files"),
+    "files",
     [
-        (1, {"memory.limit_in_bytes": "4096", "memory.swappiness": "0"}),
-        (2, {"memory.max": "4096", "memory.swap.max": "0"}),
+        {"memory.limit_in_bytes": "4096", "memory.swappiness": "0"},
+        {"memory.max": "4096", "memory.swap.max": "0"},
+        {"memory.max": "4096"},
     ],
 )
-def test_limits_are_written_as_each_interface_wants_them(tmp_path: Path, version: int, files: dict[str, str]) -> None:
+def test_limits_are_written_as_each_interface_wants_them(tmp_path: Path, files: dict[str, str]) -> None:
     for name in files:
         (tmp_path / name).write_text("max")
-    MemoryGroup(tmp_path, version).limit(4096)
+    MemoryGroup(tmp_path).limit(4096)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
