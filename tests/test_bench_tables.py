@@ -107,7 +107,7 @@ def test_a_report_says_what_was_not_measured_and_why() -> None:
     assert markdown(report).splitlines() == [
         "load average 0.50 before, 0.75 after; 2 rounds, chunks of 100 tokens; ratios are taken within rounds",
         "",
-        "layer_1: 1.00 GiB, 1 rows of 4 bytes a token, rows decoded by numpy",
+        "layer_1: 1.0 GiB, 1 rows of 4 bytes a token, rows decoded by numpy",
         "it is mapped",
         "cold: table closed and its pages dropped by fadvise before each round; what lies below may still cache",
         "capped not measured: no such state",
