@@ -1,11 +1,12 @@
 """``engram bench tables``: figures of made-up rounds, eviction, caps of memory, and the command on tiny bundles."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -16,6 +17,7 @@ from tests.tiny import TinyModel
 from tests.workshop import Workshop, copy_folder
 
 from engram_export.engram_config import EngramConfig
+from engram_runtime import cpu
 from engram_runtime.bench import tables as bench_tables
 from engram_runtime.bench import tables_runner
 from engram_runtime.bench.cgroup import MemoryGroup, memory_group
@@ -105,7 +107,7 @@ def test_a_report_says_what_was_not_measured_and_why() -> None:
     assert markdown(report).splitlines() == [
         "load average 0.50 before, 0.75 after; 2 rounds, chunks of 100 tokens; ratios are taken within rounds",
         "",
-        "layer_1: 1.00 GiB, 1 rows of 4 bytes a token, rows decoded by numpy",
+        "layer_1: 1.0 GiB, 1 rows of 4 bytes a token, rows decoded by numpy",
         "it is mapped",
         "cold: table closed and its pages dropped by fadvise before each round; what lies below may still cache",
         "capped not measured: no such state",
@@ -194,6 +196,14 @@ def test_a_refused_cap_is_said() -> None:
     assert bench.measure(SPEC).skipped == {CAPPED: "no groups here"}
 
 
+def test_a_table_that_the_least_cap_holds_is_not_capped_unasked() -> None:
+    bench, log, steps = fake_bench()
+    reason = "a process needs 256.0 MiB, which hold the whole table of 4.0 MiB; give --memory to measure all the same"
+    assert bench.measure(dataclasses.replace(SPEC, num_rows=1 << 20)).skipped == {CAPPED: reason}
+    assert "fill" not in {what for what, _ in log}
+    assert sum(steps) == 3 * (1 + SETTINGS.rounds)
+
+
 def test_tables_in_memory_have_no_cold_rows() -> None:
     bench, _, steps = fake_bench(io="resident")
     reason = "the table is held in memory, where no row is cold; measure its files with --table-io mmap"
@@ -228,37 +238,39 @@ def test_evicted_pages_are_gone_and_filling_brings_them_back(tmp_path: Path) -> 
     assert cached_share(path) >= 0.5
 
 
-def own_groups(folder: Path, *lines: str) -> Path:
-    path = folder / "own"
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
+@pytest.fixture
+def own_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have this process be in the control group of a line of /proc/self/cgroup, all of them below ``tmp_path``."""
+    monkeypatch.setattr(cpu, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cpu, "OWN_CGROUPS", tmp_path / "own")
+
+    def enter(line: str) -> None:
+        (tmp_path / "own").write_text(f"{line}\n")
+
+    return enter
 
 
-def test_systems_without_groups_of_memory_are_told(tmp_path: Path) -> None:
-    groups = own_groups(tmp_path, "2:cpu:/here")
+def test_systems_without_groups_of_memory_are_told(own_group: Callable[[str], None]) -> None:
+    own_group("2:cpu:/here")
     with (
         pytest.raises(TargetError, match=r"^this system has no control groups of memory; measure without a cap$"),
-        memory_group("x", 1 << 20, root=tmp_path, own_groups=groups),
+        memory_group("x", 1 << 20),
     ):
         pass
 
 
-def test_a_group_that_can_not_be_made_is_named(tmp_path: Path) -> None:
-    with (
-        pytest.raises(TargetError) as caught,
-        memory_group("x", 1 << 20, root=tmp_path, own_groups=own_groups(tmp_path, "4:memory:/here")),
-    ):
+def test_a_group_that_can_not_be_made_is_named(tmp_path: Path, own_group: Callable[[str], None]) -> None:
+    own_group("4:memory:/here")
+    with pytest.raises(TargetError) as caught, memory_group("x", 1 << 20):
         pass
     place = tmp_path / "memory" / "here"
     assert str(caught.value) == (f"a control group below {place} can't be made: No such file or directory; run as root")
 
 
-def test_a_group_without_a_say_in_memory_is_told_and_removed(tmp_path: Path) -> None:
+def test_a_group_without_a_say_in_memory_is_told_and_removed(tmp_path: Path, own_group: Callable[[str], None]) -> None:
     (tmp_path / "here").mkdir()
-    with (
-        pytest.raises(TargetError) as caught,
-        memory_group("x", 1 << 20, root=tmp_path, own_groups=own_groups(tmp_path, "0::/here")),
-    ):
+    own_group("0::/here")
+    with pytest.raises(TargetError) as caught, memory_group("x", 1 << 20):
         pass
     assert str(caught.value) == (
         f"control groups below {tmp_path / 'here'} can't limit memory; enable the memory controller there"
@@ -267,16 +279,17 @@ def test_a_group_without_a_say_in_memory_is_told_and_removed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("version", "files"),
+    "files",
     [
-        (1, {"memory.limit_in_bytes": "4096", "memory.swappiness": "0"}),
-        (2, {"memory.max": "4096", "memory.swap.max": "0"}),
+        {"memory.limit_in_bytes": "4096", "memory.swappiness": "0"},
+        {"memory.max": "4096", "memory.swap.max": "0"},
+        {"memory.max": "4096"},
     ],
 )
-def test_limits_are_written_as_each_interface_wants_them(tmp_path: Path, version: int, files: dict[str, str]) -> None:
+def test_limits_are_written_as_each_interface_wants_them(tmp_path: Path, files: dict[str, str]) -> None:
     for name in files:
         (tmp_path / name).write_text("max")
-    MemoryGroup(tmp_path, version).limit(4096)
+    MemoryGroup(tmp_path).limit(4096)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
@@ -296,7 +309,7 @@ FIGURES = {"token_us", "ids_token_us", "chunk_ms", "ids_chunk_ms", "rows_s", "co
 
 def test_the_command_measures_a_tiny_bundle(workshop: Workshop, command: Command) -> None:
     line = ("bench", "tables", workshop.uncompiled().path, "--rounds", 1, "--tokens", 8, "--depth", 2)
-    (table,) = command("engram", *line, "--table-io", "mmap", "--json").json["tables"]
+    (table,) = command("engram", *line, "--table-io", "mmap", "--memory", "256MiB", "--json").json["tables"]
     assert (table["site"], table["rows_per_token"], table["io"], table["decoder"]) == ("layer_1", 4, "mmap", "numpy")
     assert table[WARM].keys() >= {*FIGURES, "take_rows_s", "rate_over_take"}
     assert all(table[state].keys() >= FIGURES or table[state].keys() == {"skipped"} for state in (COLD, CAPPED))

@@ -1,18 +1,21 @@
 """The Python API generates what its parts say, whichever way it is asked, and refuses what the model can't take."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.tiny import CONTEXT, VOCAB, TinyModel, TinySite
-from tests.workshop import THREADS, Workshop, random_ids, stepwise_logits
+from tests.workshop import THREADS, Workshop, copy_folder, random_ids, stepwise_logits
 
-from engram_runtime import LLM, EngramError, Generation, SamplingOptions
-from engram_runtime.errors import RequestError
+from engram_runtime import LLM, EngramError, Generation, SamplingOptions, TableOptions
+from engram_runtime.errors import RequestError, TableError
 from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.options import MMAP, PREAD
 
 PROMPT = "The tide comes in"
 WARM = SamplingOptions(temperature=1.0, seed=5)
@@ -233,6 +236,24 @@ def test_a_request_the_model_cant_take_is_refused_and_the_next_one_is_not(llm: L
         llm.generate(prompt, max_tokens=max_tokens)
     assert str(caught.value) == sentence
     assert same(llm.generate(PROMPT, max_tokens=6), expected)
+
+
+@pytest.mark.parametrize("io", [MMAP, PREAD])
+def test_a_table_cut_short_is_an_error_of_the_requests_that_need_it(
+    workshop: Workshop, tmp_path: Path, io: str
+) -> None:
+    folder = copy_folder(workshop.ready().path, tmp_path / "bundle")
+    (path,) = (folder / "tables").glob("*.safetensors")
+    with path.open("r+b", buffering=0) as file, LLM(folder, threads=THREADS, tables=TableOptions(io=io)) as llm:
+        whole, expected = path.read_bytes(), llm.generate(PROMPT, max_tokens=6)
+        file.truncate(1)
+        for _ in range(2):
+            with pytest.raises(
+                TableError, match=rf"^table file {re.escape(str(path))} ends before byte [0-9]+: it was"
+            ):
+                llm.generate("Another text", max_tokens=6)
+        file.write(whole)
+        assert same(llm.generate(PROMPT, max_tokens=6), expected)
 
 
 @pytest.mark.parametrize("token_ids", [[VOCAB], [-1], [7] * (CONTEXT + 1), []])

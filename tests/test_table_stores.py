@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -612,6 +613,20 @@ def test_a_program_that_truncates_a_mapped_file_waits_and_the_table_is_read_from
         gathered(table, PAGE, as_ids([0, 39]))
     path.write_bytes(data)
     np.testing.assert_array_equal(gathered(table, PAGE, as_ids([39])), values[[39]], strict=True)
+    table.close()
+
+
+def test_a_lease_whose_time_was_over_is_no_error(tmp_path: Path) -> None:
+    spec, path = joined_spec(tmp_path), tmp_path / "records.bin"
+    if not can_lease(path):
+        pytest.skip("this file system or user gets no leases")
+    table = opened(MappedTable, tmp_path, spec)
+    (descriptor,) = (int(link.name) for link in Path("/proc/self/fd").iterdir() if link.resolve() == path.resolve())
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # as the system does after 45 s
+    with pytest.warns(RuntimeWarning, match="its table is no longer mapped but read$"):
+        found = gathered(table, COLUMNS, as_ids([39, 1]))
+    np.testing.assert_array_equal(found, true_values(INT8)[[39, 1]], strict=True)
+    np.testing.assert_array_equal(gathered(table, COLUMNS, as_ids([2])), true_values(INT8)[[2]], strict=True)
     table.close()
 
 

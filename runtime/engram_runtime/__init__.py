@@ -6,5 +6,6 @@ from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.session import Session
+from engram_runtime.tables.options import TableOptions
 
-__all__ = ["LLM", "Bundle", "EngramError", "Generation", "SamplingOptions", "Session"]
+__all__ = ["LLM", "Bundle", "EngramError", "Generation", "SamplingOptions", "Session", "TableOptions"]

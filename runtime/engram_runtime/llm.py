@@ -50,7 +50,7 @@ class LLM:
             announce: see `engram_runtime.session.open_sites`.
 
         Raises:
-            BundleError: the bundle is damaged.
+            BundleError: the bundle or an overlay is damaged, or the overlay is for another table.
             TargetError: the executor can't run it on this machine.
             RequestError: no such executor, not a positive number of threads, or no room for resident tables.
         """
@@ -84,6 +84,7 @@ class LLM:
 
         Raises:
             RequestError: an empty prompt, one beyond the context, or an id outside the vocabulary.
+            TableError: a table's file no longer holds its rows; what can be read is served as before.
         """
         for _ in self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
             pass
@@ -101,7 +102,7 @@ class LLM:
         """Yield pieces of text as they become certain; `last` holds the whole generation afterwards.
 
         Raises:
-            RequestError: as for `generate`.
+            RequestError, TableError: as for `generate`.
         """
         if max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")

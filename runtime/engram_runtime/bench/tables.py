@@ -15,6 +15,7 @@ from engram_runtime.bench.cgroup import memory_group
 from engram_runtime.bench.process import Worker
 from engram_runtime.bench.tables_runner import CAPPED, COLD, WARM, Sample
 from engram_runtime.errors import TargetError
+from engram_runtime.sizes import format_size
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.options import RESIDENT, TableOptions
 
@@ -100,8 +101,17 @@ class TableBench:
         return None
 
     def _capped(self, result: TableResult) -> list[Sample]:
-        """Measure in a process with a cap; raises TargetError where there can be none or it ends the process."""
-        cap = self.settings.cap(result.spec.num_rows * result.spec.record.record_bytes)
+        """Measure in a process with a cap; raises TargetError where there can be none or it ends the process.
+
+        Nor is there one by default for a table that the least cap would hold whole.
+        """
+        size = result.spec.num_rows * result.spec.record.record_bytes
+        cap = self.settings.cap(size)
+        if self.settings.cap_bytes is None and size <= cap:
+            raise TargetError(
+                f"a process needs {format_size(cap)}, which hold the whole table of {format_size(size)}; "
+                f"give --memory to measure all the same"
+            )
         with ExitStack() as opened:
             group = opened.enter_context(memory_group(str(os.getpid()), cap))
             worker = opened.enter_context(self.start_worker(result.spec.site, group.command(WORKER)))

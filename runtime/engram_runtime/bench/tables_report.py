@@ -8,6 +8,7 @@ from typing import Any
 
 from engram_runtime.bench.tables import STATES, TableResult, TableSettings
 from engram_runtime.bench.tables_runner import CAPPED, COLD, Sample
+from engram_runtime.sizes import format_size
 
 Tree = dict[str, Any]
 
@@ -102,14 +103,14 @@ def markdown(report: Tree) -> str:
 
 def _heading(table: Tree) -> Iterator[str]:
     yield (
-        f"{table['site']}: {table['table_bytes'] / 2**30:.2f} GiB, {table['rows_per_token']} rows of "
+        f"{table['site']}: {format_size(table['table_bytes'])}, {table['rows_per_token']} rows of "
         f"{table['record_bytes']} bytes a token, rows decoded by {table['decoder']}"
     )
     yield table["choice"]
     if "skipped" not in table[COLD]:
         yield "cold: table closed and its pages dropped by fadvise before each round; what lies below may still cache"
     if "skipped" not in table[CAPPED]:
-        yield f"capped: a process that may hold {table['cap_bytes'] / 1e6:.0f} MB, files' pages included"
+        yield f"capped: a process that may hold {format_size(table['cap_bytes'])}, files' pages included"
     yield from (f"{state} not measured: {table[state]['skipped']}" for state in STATES if "skipped" in table[state])
     refused = {table[state]["no_raw"] for state in STATES if "no_raw" in table[state]}
     yield from (f"raw reads not measured: {reason}" for reason in refused)

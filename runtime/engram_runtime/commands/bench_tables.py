@@ -24,7 +24,7 @@ from engram_runtime.tables.options import AUTO, TABLE_IO, TableOptions
 @click.option("--depth", type=click.IntRange(min=1), default=64, show_default=True, help="Of a chunk's raw reads.")
 @click.option("--table-io", type=click.Choice(TABLE_IO), default=AUTO, show_default=True)
 @click.option(
-    "--memory", type=parse_size, metavar="SIZE", help="Of the capped process  [default: a tenth of the table]"
+    "--memory", type=parse_size, metavar="SIZE", help="Of the capped process.  [default: a tenth of the table]"
 )
 @json_option
 def tables(

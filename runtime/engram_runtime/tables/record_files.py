@@ -1,5 +1,6 @@
 """The files of a table's records, laid out as one range of addresses."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -66,8 +67,9 @@ class RecordFile:
     def end_lease(self) -> None:
         """Let others change the file."""
         if self._leased:
-            fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
             self._leased = False
+            with contextlib.suppress(BlockingIOError):  # its time was over, so that the system has ended it
+                fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
     def check(self) -> None:
         """Raise TableError if the file has become shorter than its records; a leased one can't before it is wanted.
