@@ -24,7 +24,7 @@ from engram_runtime.tables.place import FUSE, MEMORY, NETWORK, REMOVABLE, Place
 from engram_runtime.tables.policy import Room, TableChoice, TableFacts, choose, table_room
 
 MIB, GIB = 1 << 20, 1 << 30
-ROOM = Room(num_bytes=10 * GIB, words="half of the 20.0 GiB available")
+ROOM = Room(num_bytes=10 * GIB, words="half of the 20.0 GiB available", available=20 * GIB)
 FLASH = flash_disk()
 AUTO, RESIDENT = TableOptions(), TableOptions(io="resident")
 
@@ -90,6 +90,11 @@ SENTENCES: list[tuple[TableFacts, Callable[[Path, Place], DiskFacts], str]] = [
         table(6 * GIB, leased=False),
         flash,
         f"pread, 6.0 GiB: {SLOW_LOAD}; not mapped, as no lease keeps others from its files",
+    ),
+    (
+        table(21 * GIB),
+        unmeasured,
+        "pread, 21.0 GiB: more than half of the 20.0 GiB available; not mapped, as only 20.0 GiB are available",
     ),
     (
         table(11 * GIB, external=True),
@@ -162,7 +167,9 @@ def test_a_resident_table_without_room_is_refused() -> None:
 def test_room_is_half_of_what_is_free_beside_the_model_or_what_is_allowed(
     options: TableOptions, free: FreeMemory, model_bytes: int, num_bytes: int, words: str
 ) -> None:
-    assert table_room(options, free, model_bytes) == Room(num_bytes=num_bytes, words=words)
+    available = max(free.num_bytes - model_bytes, 0)
+    room = Room(num_bytes=num_bytes, words=words, available=available)
+    assert table_room(options, free, model_bytes) == room
 
 
 def test_tables_share_the_room() -> None:

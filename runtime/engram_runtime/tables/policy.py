@@ -46,10 +46,14 @@ class TableFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What resident tables may take together: ``num_bytes``, which are ``words``, and ``taken`` of them so far."""
+    """What resident tables may take together: ``num_bytes``, which are ``words``, and ``taken`` of them so far.
+
+    ``available`` is all the memory that there is beside the model.
+    """
 
     num_bytes: int
     words: str
+    available: int
     taken: int = 0
 
     @property
@@ -98,10 +102,11 @@ def table_room(options: TableOptions, free: FreeMemory, model_bytes: int) -> Roo
     available = max(free.num_bytes - model_bytes, 0)
     words = f"the {format_size(available)} available" + (" in its control group" if free.of_group else "")
     if options.ram_bytes is not None and options.ram_bytes <= available:
-        return Room(num_bytes=options.ram_bytes, words=f"the {format_size(options.ram_bytes)} allowed")
+        words = f"the {format_size(options.ram_bytes)} allowed"
+        return Room(num_bytes=options.ram_bytes, words=words, available=available)
     if options.ram_bytes is not None or options.io == RESIDENT:
-        return Room(num_bytes=available, words=words)
-    return Room(num_bytes=available // 2, words=f"half of {words}")
+        return Room(num_bytes=available, words=words, available=available)
+    return Room(num_bytes=available // 2, words=f"half of {words}", available=available)
 
 
 def choose(table: TableFacts, options: TableOptions, room: Room, measure: Measure) -> TableChoice:
@@ -147,19 +152,24 @@ def _weigh(table: TableFacts, room: Room, measure: Measure) -> TableChoice:
 
 def _unloaded(table: TableFacts, room: Room, reason: str, **weighed: Any) -> TableChoice:
     """Map files that stay as they are; read the others."""
-    danger = _danger_of_a_map(table)
+    danger = _danger_of_a_map(table, room)
     if danger is None:
         return _choice(table, room, MMAP, reason, **weighed)
     return _choice(table, room, PREAD, f"{reason}; not mapped, as {danger}", **weighed)
 
 
-def _danger_of_a_map(table: TableFacts) -> str | None:
-    """Say why files might change while they are mapped, which has no errors but the end of the process."""
+def _danger_of_a_map(table: TableFacts, room: Room) -> str | None:
+    """Say why a file should not be mapped.
+
+    One that changes meanwhile ends the process, and where memory is short a map may wait page by page.
+    """
     if table.external:
         return "its files lie outside the bundle"
     if table.place.kind in UNSAFE_TO_MAP:
         return f"its files lie {UNSAFE_TO_MAP[table.place.kind]} ({table.place.file_system})"
-    return None if table.leased else "no lease keeps others from its files"
+    if not table.leased:
+        return "no lease keeps others from its files"
+    return f"only {format_size(room.available)} are available" if table.num_bytes > room.available else None
 
 
 def _choice(table: TableFacts, room: Room, io: str, reason: str, **weighed: Any) -> TableChoice:
