@@ -17,6 +17,7 @@ from engram_runtime.tables.decoding import SHARED_FROM_ROWS
 
 _ROWS_AHEAD = 8  # asked for early: their reads overlap, where a row alone waits 100 ns for memory
 _LINE_BYTES = 64
+_MOST_LINES = 32  # asked for of a part: beyond 2 KiB a processor reads on by itself as fast
 # Bits of the mantissa and of the exponent, and the first code that is not finite; by integers, as a cast of float16 is
 # a call to a C library on machines that lack it, and of FP8 one everywhere.
 _SMALL_FLOATS = {"float16": (10, 5, 0x7C00), "float8_e4m3": (3, 4, 0x7F)}
@@ -50,9 +51,9 @@ def decode_rows(record: RecordFormat, parts: Sequence[int]) -> tirx.PrimFunc:
 
 
 def _ask_for(parts: Sequence[int], memory: Expr, offsets: Expr, row: Expr) -> None:
-    """Ask for the cache lines of a row's record."""
+    """Ask for the cache lines of a row's record, the first ones of a long one."""
     for part, part_bytes in enumerate(parts):
-        for byte in (*range(0, part_bytes - 1, _LINE_BYTES), part_bytes - 1):
+        for byte in (*range(0, part_bytes - 1, _LINE_BYTES), part_bytes - 1)[:_MOST_LINES]:
             prefetch(memory, offsets[part, row] + byte)
 
 
