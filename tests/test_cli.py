@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profil
 from engram_runtime import LLM, Bundle, Generation, SamplingOptions
 from engram_runtime.commands.chat import HELP
 from engram_runtime.commands.run import summary
+from engram_runtime.errors import TableError
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.options import TABLE_IO
 from engram_targets import profile_names
@@ -65,7 +67,7 @@ def test_run_counts_what_it_asked_of_each_table(workshop: Workshop, command: Com
     assert figures["bytes"] == figures["unique"] * site.record.record_bytes
 
 
-def test_the_summary_tells_rows_from_disk() -> None:
+def test_the_summary_tells_rows_that_were_waited_for() -> None:
     generation = Generation(
         text="ab",
         token_ids=(1, 2),
@@ -78,7 +80,7 @@ def test_the_summary_tells_rows_from_disk() -> None:
         tables={"a": TableCounters(cold=30, wait_s=0.004), "b": TableCounters(cold=2, wait_s=0.001)},
     )
     assert summary(generation) == (
-        "[2 tokens, 10.0 tok/s; prompt 4 tokens, 8.0 tok/s; first token after 500 ms; 32 rows from disk, 5 ms; length]"
+        "[2 tokens, 10.0 tok/s; prompt 4 tokens, 8.0 tok/s; first token after 500 ms; 32 rows waited for, 5 ms; length]"
     )
 
 
@@ -336,6 +338,24 @@ def test_chat_has_help_stats_and_a_word_for_what_it_doesnt_know(workshop: Worksh
 
 def test_chat_ends_with_its_input(workshop: Workshop, command: Command) -> None:
     assert chat(command, workshop.ready().path) == ["\n"]
+
+
+def test_chat_survives_rows_that_cant_be_read(
+    workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, broken = LLM.chat, iter([True])
+
+    def broken_once(llm: LLM, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[str]:
+        if next(broken, False):
+            raise TableError("table file rows ends before byte 8: it was truncated")
+        yield from answer(llm, messages, **options)
+
+    bundle = workshop.ready().path
+    monkeypatch.setattr(LLM, "chat", broken_once)
+    outcome = command("engram", "chat", bundle, "--max-tokens", 6, stdin="first\nhello\n")
+    monkeypatch.undo()
+    assert outcome.err == f"{SMALL_TABLE}\ntable file rows ends before byte 8: it was truncated\n"
+    assert (outcome.code, outcome.out) == (0, f"> > {answer_to(bundle, 'hello')}\n> \n")
 
 
 def test_chat_survives_a_conversation_beyond_the_context(workshop: Workshop, command: Command) -> None:

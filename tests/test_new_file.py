@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and take nobody's place unasked."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_places_for_no_file_are_refused(tmp_path: Path, replace: bool) -> None:
     with pytest.raises(RequestError) as caught:
         check_place(tmp_path / "no" / "a", replace=replace)
     assert str(caught.value) == (f"there is no folder {tmp_path / 'no'} to write a to; make it or choose another place")
+
+
+def test_devices_stay_what_they_are(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    for path in (tmp_path / "pipe", tmp_path / "null"):
+        with pytest.raises(RequestError) as caught:
+            check_place(path, replace=True)
+        assert str(caught.value) == f"{path} is not a plain file; give the name of one"
 
 
 def test_a_name_alone_is_in_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from engram_runtime.table_spec import TableSpec
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
-LIBRARY_INFO_VERSION = 4
+LIBRARY_INFO_VERSION = 5
 AWAIT_ROWS = "engram.await_rows"  # a global function of the process that a library calls, see `LibraryInfo`
 LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}

@@ -13,12 +13,14 @@ def check_place(path: Path, *, replace: bool) -> None:
     """Refuse a place no file can be written to, before what it will hold is computed.
 
     Raises:
-        RequestError: there is no folder for it, it is one, or a file that may not be replaced.
+        RequestError: there is no folder for it, it is one or a device, or a file that may not be replaced.
     """
     if not path.parent.is_dir():
         raise RequestError(f"there is no folder {path.parent} to write {path.name} to; make it or choose another place")
     if path.is_dir():
         raise RequestError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # a rename would put a file in place of /dev/null
+        raise RequestError(f"{path} is not a plain file; give the name of one")
     if os.path.lexists(path) and not replace:
         raise RequestError(f"{path} exists; replace it with --force or choose another place")
 

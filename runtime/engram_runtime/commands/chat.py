@@ -16,7 +16,7 @@ from engram_runtime.commands.options import (
     threads_option,
 )
 from engram_runtime.commands.run import summary
-from engram_runtime.errors import RequestError
+from engram_runtime.errors import RequestError, TableError
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
 
@@ -81,7 +81,7 @@ def _read_line() -> str | None:
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], text: str, max_tokens: int, options: SamplingOptions) -> None:
-    """Print the answer and keep both messages; a request the model can't take changes nothing."""
+    """Print the answer and keep both messages; a request that can't be answered changes nothing."""
     question = {"role": "user", "content": text}
     pieces: list[str] = []
     try:
@@ -90,6 +90,9 @@ def _answer(llm: LLM, messages: list[dict[str, str]], text: str, max_tokens: int
             click.echo(piece, nl=False)
     except RequestError as error:
         click.echo(f"{error}; /reset begins anew", err=True)
+        return
+    except TableError as error:
+        click.echo(error, err=True)
         return
     click.echo()
     messages += [question, {"role": "assistant", "content": "".join(pieces)}]

@@ -110,4 +110,4 @@ def summary(generation: Generation) -> str:
 def _cold_rows(generation: Generation) -> str:
     cold = sum(counters.cold for counters in generation.tables.values())
     wait_s = sum(counters.wait_s for counters in generation.tables.values())
-    return f"{cold} rows from disk, {wait_s * 1e3:.0f} ms; " if cold else ""
+    return f"{cold} rows waited for, {wait_s * 1e3:.0f} ms; " if cold else ""
