@@ -2,11 +2,14 @@
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -15,6 +18,7 @@ from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
 
 from engram_runtime import LLM, Bundle, Generation, SamplingOptions
+from engram_runtime.command_line import run_command
 from engram_runtime.commands.chat import HELP
 from engram_runtime.commands.run import summary
 from engram_runtime.errors import TableError
@@ -568,3 +572,14 @@ def test_no_command_writes_into_a_bundle(workshop: Workshop, command: Command) -
 def test_a_site_of_a_checkpoint_is_shown(workshop: Workshop, command: Command) -> None:
     checkpoint = workshop.checkpoint(PLAIN, TinySite())
     assert command("engram", "inspect", checkpoint, "--json").json["engram"] == "yes"
+
+
+def test_a_warning_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def warns() -> None:
+        warnings.warn("table file t is being changed", RuntimeWarning, stacklevel=1)
+
+    monkeypatch.setattr(sys, "argv", ["engram"])
+    with pytest.raises(SystemExit):
+        run_command(warns, "engram")
+    assert capsys.readouterr() == ("", "engram: table file t is being changed\n")

@@ -1,6 +1,8 @@
 """How every command of the project ends: its result, or one sentence and an exit code."""
 
+import functools
 import sys
+import warnings
 
 import click
 
@@ -8,14 +10,20 @@ from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a click command; errors a user can act on become one line on stderr and their exit code."""
+    """Run a click command; errors a user can act on become one line on stderr and their exit code, warnings a line."""
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show_warning, name)
+            command()
     except EngramError as error:
         _fail(f"{name}: {error}", error.exit_code)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
         _fail(f"{name}: {reason}", OS_ERROR_EXIT_CODE)
+
+
+def _show_warning(name: str, message: Warning | str, *where: object, **more: object) -> None:
+    click.echo(f"{name}: {message}", err=True)
 
 
 def _fail(message: str, exit_code: int) -> None:
