@@ -22,7 +22,7 @@ from engram_compilers.sum_converters import SUM_CONVERTERS
 from engram_compilers.values import Activation, Rows
 from engram_runtime.errors import CompileError
 from engram_runtime.executor import FLOAT16, FLOAT32
-from engram_runtime.manifest import GraphSpec, StateSpec
+from engram_runtime.manifest import ROWS, GraphSpec, StateSpec
 
 CONVERTERS: Converters = {
     **STANDARD_CONVERTERS,
@@ -33,7 +33,6 @@ CONVERTERS: Converters = {
     **RECURRENT_CONVERTERS,
     **STREAM_CONVERTERS,
 }
-TOKEN_INPUTS = ("token_ids", "position", "logit_rows")  # the other inputs are rows of tables
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,7 +118,7 @@ def _define_inputs(forward: ForwardPass, spec: GraphSpec, tokens: int, rows: int
         variables.append(relax.Var(name.replace(".", "_"), relax.TensorType(shape, dtype)))
         forward.set(name, Activation(variables[-1], shape, dtype))
     forward.position = _activation(forward, "position").expr
-    sites = [tensor.name for tensor in spec.inputs if tensor.name not in TOKEN_INPUTS]
+    sites = [tensor.name for tensor in spec.inputs if tensor.name.startswith(ROWS)]
     forward.pending_rows = {name: (index, _activation(forward, name)) for index, name in enumerate(sites)}
     return variables
 

@@ -17,6 +17,7 @@ STATE_KINDS = ("positional", "window", "recurrent")
 MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions is 4 GiB
 DECODER = "decoder"
 SITE_GRAPH = "site."  # before the name of the site whose graph it is
+ROWS = "rows."  # before the name of the site whose input it is
 ACTIVITY = "activity."  # before the name of the site whose output it is
 ACTIVITY_VALUES = 3  # of each token and stream: gate, norm of what is added, norm of the stream
 
@@ -256,7 +257,7 @@ def _interfaces(tensors: tuple[TensorSpec, ...]) -> list[Interface]:
 
 
 def _rows_input(table: TableSpec) -> Interface:
-    return f"rows.{table.site}", "float32", ("T", table.keyer.columns, table.record.columns)
+    return f"{ROWS}{table.site}", "float32", ("T", table.keyer.columns, table.record.columns)
 
 
 def _check_activity(output: Interface, names: Collection[str]) -> None:
@@ -271,7 +272,7 @@ def _check_activity(output: Interface, names: Collection[str]) -> None:
 
 def _check_site_graph(name: str, graph: GraphSpec, table: TableSpec) -> None:
     rows = _rows_input(table)
-    found = [tensor for tensor in _interfaces(graph.inputs) if tensor[0].startswith("rows.")]
+    found = [tensor for tensor in _interfaces(graph.inputs) if tensor[0].startswith(ROWS)]
     if found != [rows]:
         raise BundleError(f"graph {name} takes rows {reprlib.repr(found)}, its table gives {[rows]}")
 

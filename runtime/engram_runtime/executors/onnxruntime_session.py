@@ -9,7 +9,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import State, StepInputs
-from engram_runtime.manifest import ACTIVITY
+from engram_runtime.manifest import ACTIVITY, ROWS
 
 try:
     import onnxruntime as ort
@@ -81,7 +81,7 @@ class OnnxRuntimeStep:
         for site, rows in inputs.rows.items():
             filled = np.empty(rows.shape, dtype=np.float32)
             rows.fill(filled)
-            binding.bind_cpu_input(f"rows.{site}", filled)
+            binding.bind_cpu_input(f"{ROWS}{site}", filled)
         for name in ("logits", *self._activity):
             binding.bind_output(name)
         try:
