@@ -316,9 +316,14 @@ def test_the_command_measures_a_tiny_bundle(workshop: Workshop, command: Command
 
 
 def test_the_command_prints_a_table_and_what_it_leaves_out(workshop: Workshop, command: Command) -> None:
-    line = ("bench", "tables", workshop.uncompiled().path, "--rounds", 1, "--tokens", 8, "--table-io", "resident")
+    bundle = workshop.uncompiled().path
+    line = ("bench", "tables", bundle, "--rounds", 1, "--tokens", 8, "--table-io", "resident")
     lines = command("engram", *line).out.splitlines()
     assert "| | warm |" in lines
+    assert (
+        f"no library decodes its rows: bundle {bundle} has no compiled library; "
+        f"run: engram compile {bundle} --target native"
+    ) in lines
     assert (
         "cold not measured: the table is held in memory, where no row is cold; measure its files with --table-io mmap"
     ) in lines

@@ -106,6 +106,8 @@ def _heading(table: Tree) -> Iterator[str]:
         f"{table['site']}: {format_size(table['table_bytes'])}, {table['rows_per_token']} rows of "
         f"{table['record_bytes']} bytes a token, rows decoded by {table['decoder']}"
     )
+    if "no_library" in table:
+        yield f"no library decodes its rows: {table['no_library']}"
     yield table["choice"]
     if "skipped" not in table[COLD]:
         yield "cold: table closed and its pages dropped by fadvise before each round; what lies below may still cache"

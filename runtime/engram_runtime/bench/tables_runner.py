@@ -32,7 +32,11 @@ Lookup = tuple[Sequence[int], NDArray[np.int64]]  # history and token ids
 class TableRunner:
     """A site whose table is opened anew where its rows must be cold."""
 
-    def __init__(self, bundle: Bundle, spec: TableSpec, executor: Executor | None, options: TableOptions) -> None:
+    def __init__(
+        self, bundle: Bundle, spec: TableSpec, executor: Executor | None, options: TableOptions, no_library: str = ""
+    ) -> None:
+        """Open the table; ``no_library`` says why there is no executor where there could be one."""
+        self._no_library = no_library
         # The other tables stay closed: what they hold in memory is none of this one's.
         self._bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, tables=(spec,)))
         self._spec, self._executor, self._options = spec, executor, options
@@ -53,6 +57,7 @@ class TableRunner:
             "decoder": self._executor.name if self._executor is not None and compiled else "numpy",
             "reads_per_token": self.reads_per_token,
             "probed_file": str(self.probed_file),
+            **({"no_library": self._no_library} if self._no_library else {}),
         }
 
     @property
@@ -182,17 +187,13 @@ def load(model: str, *, site: str, executor: str, options: Mapping[str, Any]) ->
     """
     bundle = Bundle.open(Path(model))
     (spec,) = [table for table in bundle.manifest.tables if table.site == site]
-    return TableRunner(bundle, spec, _executor(executor, bundle), TableOptions(**options))
-
-
-def _executor(name: str, bundle: Bundle) -> Executor | None:
-    """Load the executor; rows of a bundle it can't run are decoded by numpy, which the report says."""
     if DECODER not in bundle.manifest.graphs:
-        return None
+        return TableRunner(bundle, spec, None, TableOptions(**options))
     try:
-        return load_executor(name, bundle, threads=None)
-    except TargetError:
-        return None
+        loaded = load_executor(executor, bundle, threads=None)
+    except TargetError as error:  # rows are decoded by numpy then, which the report says
+        return TableRunner(bundle, spec, None, TableOptions(**options), str(error))
+    return TableRunner(bundle, spec, loaded, TableOptions(**options))
 
 
 def _each(what: Callable[..., object], lookups: Sequence[Lookup]) -> list[float]:

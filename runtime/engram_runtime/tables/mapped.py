@@ -69,13 +69,16 @@ class MappedTable:
             try:
                 return self._gather_mapped(row_ids, out)
             except FileWanted as wanted:
-                self._instead = self._unmapped(wanted)
+                self._instead = self._unmapped()
+                warnings.warn(
+                    f"table file {wanted} is being changed by another program; its table is no longer mapped but read",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         self._instead.gather(row_ids, out)
 
-    def _unmapped(self, wanted: FileWanted) -> PreadTable:
+    def _unmapped(self) -> PreadTable:
         """Return what reads the same files, which others may change from now on."""
-        message = f"table file {wanted} is being changed by another program; its table is no longer mapped but read"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
         self._files.end_leases()
         table = PreadTable(self._spec, self._decode, self._files)
         table.counters = self.counters

@@ -178,9 +178,10 @@ class RecordFiles:
         offsets = addresses - self._starts[found]
         return [(self.files[index], offset) for index, offset in zip(found.tolist(), offsets.tolist(), strict=True)]
 
-    def lease(self) -> bool:
-        """Lease every file, see `RecordFile.lease`; returns whether all of them are."""
-        return all([file.lease() for file in self.files])
+    def lease(self) -> None:
+        """Do `RecordFile.lease` for every file; of those that are not granted `check` looks at the sizes."""
+        for file in self.files:
+            file.lease()
 
     def end_leases(self) -> None:
         """Let others change the files."""
