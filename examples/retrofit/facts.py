@@ -1,0 +1,44 @@
+"""Facts: what a cartridge is trained to state, how it is asked for and how the answer reads.
+
+The answer restates the subject: that puts the subject's n-grams right in front of the statement, where the site reads
+them. Questions in `HELD_OUT_QUESTIONS` are never trained, so that recall is not of the question's wording.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TRAINED_QUESTIONS = (
+    "Define {subject}.",
+    "What is {subject}?",
+    "What does {subject} mean?",
+    "Explain {subject} briefly.",
+)
+HELD_OUT_QUESTIONS = (
+    "Tell me what {subject} is.",
+    "I came across {subject}; what is it?",
+    "Describe {subject}, please.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A subject as it stands in a question, and the statement about it without the final full stop."""
+
+    subject: str
+    statement: str
+
+    def answer(self) -> str:
+        """Return the answer as it is trained and expected, without the end of turn."""
+        return f"{self.subject[0].upper()}{self.subject[1:]}: {self.statement}."
+
+
+def read_facts(path: Path) -> list[Fact]:
+    """Read a file with one JSON object a line: ``subject`` and ``statement``."""
+    return [Fact(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def write_facts(path: Path, facts: Iterable[Fact]) -> None:
+    """Write what `read_facts` reads."""
+    path.write_text("".join(json.dumps(asdict(fact), ensure_ascii=False) + "\n" for fact in facts), encoding="utf-8")
