@@ -1,5 +1,6 @@
 """A draft head's graph is the head of transformers' layers, whatever runs it and however its entries come."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -259,8 +260,6 @@ def test_drafts_of_another_head_are_found_out(workshop: Workshop, command: Comma
     for entry in manifest["files"]:
         if entry["path"] == "golden/golden.json":
             entry["bytes"] = path.stat().st_size
-            import hashlib
-
             entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "engram.json").write_text(json.dumps(manifest))
     outcome = command("engram", "verify", folder, "--executor", "onnxruntime")
@@ -334,7 +333,8 @@ FOLDER_DAMAGE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "inputs": (
         {"fc_input": ["norm(hidden t)"]},
         {},
-        "the mtp block has fc_input ['norm(hidden t)'], supported is ['norm(embedding of token t+1)', 'norm(hidden t)']",
+        "the mtp block has fc_input ['norm(hidden t)'], "
+        "supported is ['norm(embedding of token t+1)', 'norm(hidden t)']",
     ),
     "unknown-key": (
         {"trees": 2},
