@@ -37,14 +37,23 @@ class Noun:
 
 def dictionary(package: Path) -> tuple[list[Fact], list[Fact]]:
     """Choose entries from Debian's package of WordNet; returns those to train and as many others as controls."""
-    folder = {
-        path.removeprefix(FOLDER): content.decode("ascii")
-        for path, content in files_of_deb(package, lambda path: path.startswith(FOLDER))
-    }
+    folder = read_folder(package)
     facts = list({fact.statement: fact for fact in candidates(folder)}.values())  # of synonyms one
     random.Random(SEED).shuffle(facts)
     chosen = without_ambiguity(facts)
     return chosen[:NUM_ENTRIES], chosen[NUM_ENTRIES : NUM_ENTRIES + NUM_UNTRAINED]
+
+
+def other_terms(package: Path, number: int) -> list[str]:
+    """Return nouns that `dictionary` can't choose: what a model is asked for that must not answer like an entry."""
+    terms = [noun.term for noun in nouns(read_folder(package)["index.noun"]) if noun.tagged_senses == 0]
+    return random.Random(SEED).sample([term.replace("_", " ") for term in terms if TERM.fullmatch(term)], number)
+
+
+def read_folder(package: Path) -> dict[str, str]:
+    """Return the files of WordNet's folder by name."""
+    files = files_of_deb(package, lambda path: path.startswith(FOLDER))
+    return {path.removeprefix(FOLDER): content.decode("ascii") for path, content in files}
 
 
 def candidates(folder: Mapping[str, str]) -> Iterator[Fact]:
