@@ -19,6 +19,7 @@ HELD_OUT_QUESTIONS = (
     "Tell me what {subject} is.",
     "I came across {subject}; what is it?",
     "Describe {subject}, please.",
+    "Could you look up {subject} for me?",
 )
 
 
