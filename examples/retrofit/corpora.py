@@ -4,6 +4,7 @@ A package is read, never installed. What is fetched stays in the work folder; no
 the dictionary entries that a cartridge holds.
 """
 
+import gzip
 import hashlib
 import http.client
 import io
@@ -55,6 +56,18 @@ FOLDOC = Package(
     2_408_824,
     "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
     "GNU Free Documentation Licence",
+)
+DEVILS_DICTIONARY = Package(
+    "d/dict-devil/dict-devil_1.0-13.1_all.deb",
+    179_760,
+    "6a535684def2a1f70cd42da16d12d43f0e9dc3e54e4a329178eebab3170e3154",
+    "public domain",
+)
+DEBIAN_REFERENCE = Package(
+    "d/debian-reference/debian-reference-en_2.100_all.deb",
+    1_704_872,
+    "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f",
+    "GPL 2 or later",
 )
 
 
@@ -118,6 +131,17 @@ def files_of_deb(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
                 file = archive.extractfile(member)
                 assert file is not None
                 yield path, file.read()
+
+
+def text_of_deb(package: Path, path: str) -> str:
+    """Return the text of one file of a Debian package that gzip or dictzip wrote.
+
+    Raises:
+        RequestError: the package has no such file.
+    """
+    for _, content in files_of_deb(package, lambda found: found == path):
+        return gzip.decompress(content).decode("utf-8", errors="replace")
+    raise RequestError(f"{package} has no file {path}; it is another package than this was written for")
 
 
 def _ar_members(path: Path) -> Iterator[tuple[str, bytes]]:

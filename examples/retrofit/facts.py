@@ -21,6 +21,8 @@ HELD_OUT_QUESTIONS = (
     "Describe {subject}, please.",
     "Could you look up {subject} for me?",
 )
+CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True, slots=True)
