@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_export.repack import encode_rows, repacked_format
 from engram_runtime.bundle import Bundle
 from engram_runtime.executor import Executor
 from engram_runtime.records import RecordFormat
@@ -15,7 +16,6 @@ from engram_runtime.tables.options import TableOptions
 from engram_runtime.tables.overlay_file import OverlaySpec, write_overlay
 
 SHUFFLE_SEED = 0
-INT8_LARGEST = 127
 Rows = NDArray[np.float32]
 
 
@@ -59,20 +59,13 @@ def shuffled(rows: Rows) -> Rows:
 def write_float32(path: Path, bundle: Bundle, rows: Rows) -> None:
     """Write an overlay of all rows ``[N, d]`` as they are."""
     record = RecordFormat(payload="float32", columns=rows.shape[1], scale="none", scale_columns=rows.shape[1])
-    _write(path, bundle, record, _bytes(rows))
+    _write(path, bundle, record, np.ascontiguousarray(rows).view(np.uint8))
 
 
 def write_int8(path: Path, bundle: Bundle, rows: Rows) -> None:
     """Write an overlay of all rows ``[N, d]`` as int8 with one float16 scale a row, symmetric."""
-    scales = (np.abs(rows).max(axis=1, keepdims=True) / INT8_LARGEST).astype(np.float16)
-    safe = np.where(scales > 0, scales, 1).astype(np.float32)
-    integers = np.clip(np.rint(rows / safe), -INT8_LARGEST, INT8_LARGEST).astype(np.int8)
-    record = RecordFormat(payload="int8", columns=rows.shape[1], scale="float16", scale_columns=rows.shape[1])
-    _write(path, bundle, record, np.hstack([_bytes(integers), _bytes(scales)]))
-
-
-def _bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    record = repacked_format(rows.shape[1], "int8")
+    _write(path, bundle, record, encode_rows(rows, record))
 
 
 def _write(path: Path, bundle: Bundle, record: RecordFormat, records: NDArray[np.uint8]) -> None:

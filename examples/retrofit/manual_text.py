@@ -37,7 +37,9 @@ def facts_of(path: Path) -> list[Fact]:
     """
     facts = distinct(read_facts(path) if path.is_file() else _facts_of_folder(path))
     if not facts:
-        raise RequestError(f"{path} holds no facts; give a .jsonl file or a folder with lines like 'Subject: statement'")
+        raise RequestError(
+            f"{path} holds no facts; give a .jsonl file or a folder with lines like 'Subject: statement'"
+        )
     return facts
 
 

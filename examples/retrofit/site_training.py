@@ -171,13 +171,11 @@ class SiteTraining:
         """Return each fact once, in batches of facts of about one length."""
         size = self._schedule.batch
         facts = self._random.sample(range(self._num_facts), self._num_facts)
-        stretches = [facts[start : start + size * BATCHES_SORTED] for start in range(0, len(facts), size * BATCHES_SORTED)]
-        sorted_facts = [
-            sorted(stretch, key=lambda fact: len(self._wordings[0][fact].hidden)) for stretch in stretches
+        stretches = [
+            facts[start : start + size * BATCHES_SORTED] for start in range(0, len(facts), size * BATCHES_SORTED)
         ]
-        batches = [
-            stretch[start : start + size] for stretch in sorted_facts for start in range(0, len(stretch), size)
-        ]
+        sorted_facts = [sorted(stretch, key=lambda fact: len(self._wordings[0][fact].hidden)) for stretch in stretches]
+        batches = [stretch[start : start + size] for stretch in sorted_facts for start in range(0, len(stretch), size)]
         return self._random.sample(batches, len(batches))
 
 
