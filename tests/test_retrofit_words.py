@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.errors import RequestError
 from examples.retrofit import corpora, wordnet
 from examples.retrofit.answers import in_form_of_an_entry, questions, unchanged
@@ -229,7 +230,7 @@ class FakeSession:
     def __init__(self, choose: Chooser, vocab_size: int = 50) -> None:
         self._choose, self._vocab_size = choose, vocab_size
         self.token_ids: list[int] = []
-        self.decoded = 0
+        self.decoded = self._added = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -247,7 +248,13 @@ class FakeSession:
     def logits(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
         return [self._add(token_ids)]
 
+    @property
+    def activity(self) -> Activity:
+        added = np.arange(self._added, dtype=np.float32)
+        return {"only": SiteActivity(np.stack([added, added, np.full_like(added, 2)], axis=1)[:, None])}
+
     def _add(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        self._added = len(token_ids)
         logits = np.zeros((len(token_ids), self._vocab_size), dtype=np.float32)
         for row, token_id in zip(logits, token_ids, strict=True):
             self.token_ids.append(token_id)
@@ -277,11 +284,13 @@ def test_losses_count_from_where_a_passage_is_scored() -> None:
     right = math.log(math.exp(5) + 49) - 5
     assert found.sums == pytest.approx([2 * right + right + 5, right + 5])
     assert found.tokens.tolist() == [3, 1]
+    assert found.added.tolist() == [0, 0.5, 1, 1]  # half of where in the passage the token is
 
 
 def test_losses_are_set_against_those_without_rows() -> None:
     tokens = np.array([10, 10])
-    on, off = Losses(np.array([11.0, 11.0]), tokens), Losses(np.array([10.0, 10.0]), tokens)
+    added = np.array([0.25, 0.25, 0.25], dtype=np.float32)
+    on, off = Losses(np.array([11.0, 11.0]), tokens, added), Losses(np.array([10.0, 10.0]), tokens, added)
     assert on.against(off) == pytest.approx(
         {
             "perplexity": math.exp(1.1),
@@ -290,6 +299,8 @@ def test_losses_are_set_against_those_without_rows() -> None:
             "low": math.exp(0.1),
             "high": math.exp(0.1),
             "tokens": 20,
+            "added_p50": 0.25,
+            "added_p95": 0.25,
         }
     )
 
