@@ -228,12 +228,26 @@ def measure_answers(evaluation: Evaluation) -> Figures:
     }
 
 
+def read_acceptance(evaluation: Evaluation) -> Figures:
+    """Return what `python -m examples.retrofit acceptance` counted.
+
+    Raises:
+        RequestError: it has not been run in this work folder.
+    """
+    path = evaluation.work / "head" / "acceptance.json"
+    if not path.is_file():
+        raise RequestError(f"there is no {path}; run: python -m examples.retrofit acceptance")
+    figures: Figures = json.loads(path.read_text(encoding="utf-8"))
+    return figures
+
+
 SECTIONS: dict[str, Callable[[Evaluation], Any]] = {
     "recall": measure_recall,
     "row_formats": measure_row_formats,
     "torch": measure_torch,
     "perplexity": measure_perplexity,
     "answers": measure_answers,
+    "acceptance": read_acceptance,
 }
 
 
