@@ -16,10 +16,20 @@ Report = Callable[[int], None]  # told how many documents have been done since t
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Ids of a text; those from ``answer_start`` on are an answer to what stands before."""
+    """Ids of a text; those from ``answer_start`` on are an answer to what stands before.
+
+    Attributes:
+        own_from: where the part of the answer begins that the model has written by itself, if there is any.
+    """
 
     token_ids: list[int]
     answer_start: int
+    own_from: int
+
+    @property
+    def taught(self) -> list[int]:
+        """The part of the answer that is given, as for facts all of it is."""
+        return self.token_ids[self.answer_start : self.own_from]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +43,7 @@ class CachedDocument:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OwnAnswer:
-    """A chat the model has answered itself; ``states [T, D]`` is what its output layer gets without the site."""
+    """A chat the model has answered by itself; its output layer gets ``states [T, D]`` without the site."""
 
     cached: CachedDocument
     states: Tensor
@@ -47,7 +57,8 @@ def prompt(question: str) -> str:
 def chat(backbone: Backbone, question: str, answer: str) -> Document:
     """Return a question and its whole answer; both are tokenised apart, as they are when the model answers."""
     question_ids = backbone.encode(prompt(question))
-    return Document([*question_ids, *backbone.encode(answer), backbone.end_of_turn], len(question_ids))
+    token_ids = [*question_ids, *backbone.encode(answer), backbone.end_of_turn]
+    return Document(token_ids, len(question_ids), len(token_ids))
 
 
 def fact_chats(backbone: Backbone, facts: Iterable[Fact], question: str) -> list[Document]:
@@ -55,23 +66,19 @@ def fact_chats(backbone: Backbone, facts: Iterable[Fact], question: str) -> list
     return [chat(backbone, question.format(subject=fact.subject), fact.answer()) for fact in facts]
 
 
+def unanswered(backbone: Backbone, subjects: Sequence[str], questions: Sequence[str]) -> list[Document]:
+    """Return a question for each subject, the wordings in turn, without an answer."""
+    asked = [
+        backbone.encode(prompt(questions[number % len(questions)].format(subject=subject)))
+        for number, subject in enumerate(subjects)
+    ]
+    return [Document(token_ids, len(token_ids), len(token_ids)) for token_ids in asked]
+
+
 def plain(backbone: Backbone, text: str, *, most: int) -> Document:
     """Return the first ``most`` tokens of a text without any answer."""
     token_ids = backbone.encode(text)[:most]
-    return Document(token_ids, len(token_ids))
-
-
-def with_hidden(
-    backbone: Backbone, keyer: NgramKeyer, documents: Sequence[Document], report: Report = lambda _: None
-) -> list[CachedDocument]:
-    """Run the blocks below the site over documents; the stream is kept in bfloat16."""
-    cached: list[CachedDocument | None] = [None] * len(documents)
-    for index, hidden in backbone.hidden_at_site([document.token_ids for document in documents]):
-        cached[index] = CachedDocument(
-            documents[index], hidden.to(torch.bfloat16), row_ids(keyer, documents[index].token_ids)
-        )
-        report(1)
-    return [document for document in cached if document is not None]
+    return Document(token_ids, len(token_ids), len(token_ids))
 
 
 @torch.no_grad()

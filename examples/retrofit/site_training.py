@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,28 +140,46 @@ class SiteTraining:
         update = self.site(stream, embedding)
         heard = len(stream) - len(quiet.hidden)
         states = self._states_of_answers(documents, stream[:heard] + update[:heard].to(stream.dtype))
-        answers, unlike = self._answer_losses(facts, own, states)
+        answers, unlike = self._answer_losses(documents, own, states)
         loud = loudness(update[heard:], quiet.hidden).mean()
         weights = self._schedule
         self._descend(answers + weights.own_weight * unlike + weights.quiet_weight * loud, row_ids, rows)
         return StepLosses(answers.item(), unlike.item(), loud.item())
 
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs; facts are drawn anew after that, so that an interrupted training is another."""
+        return {
+            "site": self.site.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "rows": (self.table.values, self.table.first, self.table.second),
+            "steps": self.step_count,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.site.load_state_dict(state["site"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self.table.values, self.table.first, self.table.second = state["rows"]
+        self.table.steps = self.step_count = state["steps"]
+
     def finish(self) -> None:
         """Set rows that no fact reads to zero: they are no knowledge, and other text may read them."""
         self.table.keep_only(self._text.read_by_facts())
 
-    def _answer_losses(
-        self, facts: Sequence[CachedDocument], own: Sequence[OwnAnswer], states: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return cross entropy and divergence over a part of the vocabulary: all labels, and some wrong answers."""
-        labels = torch.cat([answer_of(fact) for fact in facts])
-        ids, places = self._with_wrong_answers(labels)
+    def _answer_losses(self, documents: Sequence[CachedDocument], own: Sequence[OwnAnswer], states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return cross entropy and divergence over a part of the vocabulary: all labels, and some wrong answers.
+
+        Args:
+            own: the last of the documents.
+            states: of each document, what the output layer gets for the tokens of its answer.
+        """
+        given = [torch.tensor(document.document.taught, dtype=torch.int64) for document in documents]
+        ids, places = self._with_wrong_answers(torch.cat(given))
         weight = self._backbone.output_weight[ids]
-        reference = torch.cat([each.states[each.cached.document.answer_start - 1 : -1] for each in own])
-        return (
-            cross_entropy(torch.cat(list(states[: len(facts)])), weight, places),
-            divergence(torch.cat(list(states[len(facts) :])), reference, weight),
-        )
+        taught = torch.cat([state[: len(labels)] for state, labels in zip(states, given, strict=True)])
+        left = torch.cat([state[len(labels) :] for state, labels in zip(states, given, strict=True)])
+        reference = torch.cat([each.states[each.cached.document.own_from - 1 : -1] for each in own])
+        return cross_entropy(taught, weight, places), divergence(left, reference, weight)
 
     def _states_of_answers(self, documents: Sequence[CachedDocument], stream: Tensor) -> list[Tensor]:
         """Return what the output layer gets for the tokens of each answer, of the streams one after another."""
