@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 # Trains anew what is in assets/smollm2-engram, which takes hours, and prints how its figures compare.
 model: setup
