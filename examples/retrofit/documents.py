@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from engram_runtime.keyers import NgramKeyer
-from examples.retrofit.backbone import Backbone
-from examples.retrofit.facts import Fact
+from examples.retrofit.backbone import BATCH_TOKENS, Backbone, batches_by_length
+from examples.retrofit.facts import CHAT, Fact
 
 Report = Callable[[int], None]  # told how many documents have been done since the last call
 
@@ -31,9 +31,17 @@ class CachedDocument:
     row_ids: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnAnswer:
+    """A chat the model has answered itself; ``states [T, D]`` is what its output layer gets without the site."""
+
+    cached: CachedDocument
+    states: Tensor
+
+
 def prompt(question: str) -> str:
     """Return a question as the chat model reads it, up to where its answer begins."""
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    return CHAT.format(question=question)
 
 
 def chat(backbone: Backbone, question: str, answer: str) -> Document:
@@ -64,6 +72,17 @@ def with_hidden(
         )
         report(1)
     return [document for document in cached if document is not None]
+
+
+@torch.no_grad()
+def own_answers(backbone: Backbone, cached: Sequence[CachedDocument]) -> list[OwnAnswer]:
+    """Run the blocks above the site over chats, without the site."""
+    states: list[Tensor] = [torch.empty(0)] * len(cached)
+    for batch in batches_by_length([len(document.hidden) for document in cached], BATCH_TOKENS):
+        stream = torch.nn.utils.rnn.pad_sequence([cached[index].hidden for index in batch], batch_first=True)
+        for index, row in zip(batch, backbone.upper(stream), strict=True):
+            states[index] = row[: len(cached[index].hidden)].clone()
+    return [OwnAnswer(document, row) for document, row in zip(cached, states, strict=True)]
 
 
 def row_ids(keyer: NgramKeyer, token_ids: Sequence[int]) -> Tensor:
