@@ -120,10 +120,16 @@ def site_rows(token_ids: Sequence[int], block: Mapping[str, Any], site: Mapping[
     """Return ``[T, C * d]``: the rows of the n-grams that end at each token, side by side."""
     token_map = site.get("token_map")
     ids = [token_id if token_map is None else int(token_map[token_id]) for token_id in token_ids]
-    table = site["table.rows"]
+    table = site["table.rows"] if "row_payload" not in block else _halves(site["table.rows"])
     if "table.scales" in site:
         table = table * site["table.scales"][:, None]
     return np.stack([table[row_ids(ids[: end + 1], block)].reshape(-1) for end in range(len(ids))])
+
+
+def _halves(rows: Array) -> Array:
+    """Return ``[N, 2 * B]`` for bytes ``[N, B]``: each its low half, then its high one, in two's complement."""
+    halves = np.stack([rows % 16, rows // 16], axis=-1).reshape(len(rows), -1)
+    return np.where(halves < 8, halves, halves - 16)
 
 
 def row_ids(compressed_ids: Sequence[int], block: Mapping[str, Any]) -> list[int]:

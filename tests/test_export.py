@@ -72,6 +72,7 @@ SITES = {
     "every-option-int8-rows": (FULL_SITE,),
     "no-option-float32-rows": (BARE_SITE,),
     "derived-map-bfloat16-rows": (TinySite(gains=False, token_map="tokenizer", payload="bfloat16"),),
+    "int4-rows": (TinySite(payload="int4"),),
     "two-sites": (
         TinySite(layer_id=0, gate_bias=False, payload="float16"),
         TinySite(layer_id=1, gains=False, output_scale=0.5),

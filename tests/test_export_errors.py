@@ -257,6 +257,14 @@ SITE_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda block: block.update(row_dim=18),
         "engram.table.rows has shape [326, 16], expected [rows, 18]",
     ),
+    "rows-of-bytes-that-are-none": (
+        lambda block: block.update(row_payload="int4"),
+        "engram.table.rows is I8 [326, 16], expected rows in U8",
+    ),
+    "unknown-payload": (
+        lambda block: block.update(row_payload="int8"),
+        "the engram block has row_payload 'int8', expected 'int4'; other rows are known by their dtype, leave it out",
+    ),
     "fewer-rows-than-the-hash-reaches": (
         lambda block: block.update(num_rows=331, hash={**block["hash"], **LARGER_HASH}),
         "engram.table.rows has 326 rows, the hash of table layer_1 wants 331",

@@ -29,6 +29,7 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.session import open_sites
 from engram_runtime.tables import overlay_file
 from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tables.files import FileTable
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tables.overlay import OverlayTable, with_overlays
 from engram_runtime.tables.overlay_file import FACTS, Overlay, OverlaySpec, read_overlay, write_overlay
@@ -46,14 +47,16 @@ def records(seed: int, record: RecordFormat, count: int = NUM_ROWS) -> NDArray[n
     return values.view(np.uint8) if record.payload == "float32" else encode_rows(values, record)
 
 
-def spec(record: RecordFormat = FORMATS["int8"]) -> OverlaySpec:
-    return OverlaySpec(site="layer_1", num_rows=NUM_ROWS, record=record, keyer_sha256="ab" * 32)
+def spec(record: RecordFormat = FORMATS["int8"], others: str = "table") -> OverlaySpec:
+    return OverlaySpec(site="layer_1", num_rows=NUM_ROWS, record=record, keyer_sha256="ab" * 32, others=others)
 
 
-def overlay(row_ids: Sequence[int], seed: int = 1, record: RecordFormat = FORMATS["int8"]) -> Overlay:
+def overlay(
+    row_ids: Sequence[int], seed: int = 1, record: RecordFormat = FORMATS["int8"], others: str = "table"
+) -> Overlay:
     """Return an overlay of random rows; row r is row r of `records`."""
     ids = np.array(row_ids, dtype=np.int64)
-    return Overlay(spec=spec(record), row_ids=ids, records=records(seed, record)[ids])
+    return Overlay(spec=spec(record, others), row_ids=ids, records=records(seed, record)[ids])
 
 
 class RecordsBelow:
@@ -97,6 +100,29 @@ def test_of_several_overlays_the_last_one_is_on_top(stack: list[list[int]], aske
         expected[rows] = FORMATS["int8"].decode(records(seed, FORMATS["int8"]))[rows]
     table = with_overlays(RecordsBelow(), [overlay(rows, seed) for seed, rows in enumerate(stack, start=1)])
     np.testing.assert_array_equal(gathered(table, WIDTH, np.array(asked, int)), expected[asked], strict=True)
+
+
+@given(stack=st.lists(st.tuples(ROW_SETS, st.sampled_from(["table", "zero"])), max_size=4), asked=ASKED)
+def test_rows_a_cartridge_lacks_are_zeros_whatever_is_below(
+    stack: list[tuple[list[int], str]], asked: list[int]
+) -> None:
+    expected = FORMATS["int8"].decode(records(0, FORMATS["int8"]))
+    for seed, (rows, others) in enumerate(stack, start=1):
+        expected *= others == "table"
+        expected[rows] = FORMATS["int8"].decode(records(seed, FORMATS["int8"]))[rows]
+    below = RecordsBelow()
+    laid = [overlay(rows, seed, others=others) for seed, (rows, others) in enumerate(stack, start=1)]
+    table = with_overlays(below, laid)
+    np.testing.assert_array_equal(gathered(table, WIDTH, np.array(asked, int)), expected[asked], strict=True)
+    table.request(np.array(asked, int))
+    if any(others == "zero" for _, others in stack):
+        assert not below.gathered | set(below.requested)
+
+
+def test_rows_of_a_cartridge_and_zeros_cost_nothing() -> None:
+    (table,) = [with_overlays(RecordsBelow(), [overlay([2, 5], others="zero")])]
+    gathered(table, WIDTH, np.array([5, 2, 5, 7, 8, 7]))
+    assert table.counters == TableCounters(rows=6, unique=4, bytes=2 * FORMATS["int8"].record_bytes)
 
 
 @given(rows=ROW_SETS, asked=ASKED)
@@ -198,7 +224,8 @@ def facts(**changes: object) -> dict[str, str]:
 SOUND = {"row_ids": np.array([1, 4]), "records": records(1, FORMATS["int8"])[:2]}
 BAD_FILES: dict[str, tuple[dict[str, NDArray[Any]], dict[str, str], str]] = {
     "no-facts": (SOUND, {}, "its metadata has no 'engram_overlay'; make one with engram tables diff"),
-    "version": (SOUND, facts(format_version=2), "it has format version 2, this runtime reads 1; make it again"),
+    "version": (SOUND, facts(format_version=3), "it has format version 3, this runtime reads 2; make it again"),
+    "others": (SOUND, facts(others="none"), "its other rows are 'none', expected 'table' or 'zero'; make it again"),
     "unknown-key": (
         SOUND,
         facts(colour=1),
@@ -232,6 +259,13 @@ def test_a_file_that_is_no_overlay_is_refused(tmp_path: Path, name: str) -> None
     with pytest.raises(TableError) as caught:
         read_overlay(tmp_path / "o")
     assert str(caught.value).startswith(f"overlay {tmp_path / 'o'} can't be used: {sentence}")
+
+
+def test_an_overlay_of_version_1_leaves_others_to_the_table(tmp_path: Path) -> None:
+    first = json.loads(spec().to_json()) | {"format_version": 1}
+    del first["others"]
+    save_file(SOUND, tmp_path / "o", metadata={FACTS: json.dumps(first)})
+    assert read_overlay(tmp_path / "o").spec == spec(others="table")
 
 
 def linked(path: Path) -> None:
@@ -413,6 +447,38 @@ def test_an_overlay_for_a_site_the_bundle_lacks_is_refused(tmp_path: Path) -> No
     with pytest.raises(TableError) as caught:
         every_row(bundle, path)
     assert str(caught.value) == f"overlay {path} is for site 'layer_9', the bundle has sites ['layer_1']"
+
+
+def test_a_table_below_a_cartridge_is_not_opened(tmp_path: Path) -> None:
+    bundle = Bundle.open(write_bundle(tmp_path / "a"))
+    path = written(tmp_path / "o", bundle.path, others="zero")
+    (table,) = bundle.manifest.tables
+    (bundle.path / table.ranges[0].file).unlink()
+    (site,) = open_sites(bundle, TableOptions(io="resident", ram_bytes=0, overlays=(path,)))
+    assert not gathered(site.table, COLUMNS, np.arange(ROWS)).any()
+    size = table.num_rows * table.record.record_bytes
+    assert str(site.choice) == f"table layer_1: unread, {size} B: an overlay stands for all of it"
+    site.table.close()
+
+
+def test_a_model_with_a_cartridge_says_what_a_model_with_that_table_says(
+    workshop: Workshop, command: Command, tmp_path: Path
+) -> None:
+    first, second = workshop.ready(), Bundle.open(other_rows(workshop.ready(), tmp_path / "b"))
+    (table,) = second.manifest.tables
+    with FileTable(table, second.table_path) as rows:
+        held = rows.read_rows(0, table.num_rows)
+    spec = OverlaySpec.of(first, table, others="zero")
+    write_overlay(tmp_path / "o", spec, np.arange(table.num_rows), held)
+    line = ("engram", "run", "--json", "--max-tokens", 24)
+    found = command(*line, first.path, PROMPT, "--overlay", tmp_path / "o").json
+    with LLM(second.path, threads=THREADS) as llm:
+        assert found["token_ids"] == list(llm.generate(PROMPT, max_tokens=24).token_ids)
+    (told,) = found["tables"]
+    assert (told["io"], told["cold"]) == ("unread", 0)
+    write_overlay(tmp_path / "empty", spec, np.empty(0, dtype=np.int64), held[:0])
+    silent = command(*line, first.path, PROMPT, "--overlay", tmp_path / "empty").json
+    assert silent["token_ids"] == command(*line, first.path, PROMPT, "--tables", "off").json["token_ids"]
 
 
 def other_rows(bundle: Bundle, folder: Path) -> Path:

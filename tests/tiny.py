@@ -57,7 +57,7 @@ class TinySite:
     Attributes:
         output_scale: None leaves it out of the config.
         token_map: "tensor", "tokenizer" (derived at export) or None, which hashes raw ids.
-        payload: dtype of the rows; int8 rows have a float16 scale each.
+        payload: dtype of the rows; int8 and int4 rows have a float16 scale each.
     """
 
     layer_id: int = 1
@@ -183,6 +183,7 @@ def _site_files(checkpoint: Path, site: TinySite, prefix: str) -> tuple[dict[str
         "gate": gate | ({"bias": f"{prefix}.gate_bias"} if site.gate_bias else {}),
         "conv": {"kernel": 4, "dilation": 3, "norm_eps": 1e-5} if site.convolution else None,
         **({} if site.output_scale is None else {"output_scale": site.output_scale}),
+        **({"row_payload": "int4"} if site.payload == "int4" else {}),
     }
     tensors = _site_tensors(site, int(primes.sum()))
     if site.token_map == "tensor":
@@ -214,6 +215,10 @@ def _site_tensors(site: TinySite, num_rows: int) -> dict[str, torch.Tensor]:
 
 
 def _rows(values: torch.Tensor, payload: str) -> dict[str, torch.Tensor]:
+    if payload == "int4":
+        scales = (values.abs().amax(dim=1) / 7).half()
+        codes = (values / scales.float()[:, None]).round().clamp(-8, 7).to(torch.int32) & 15
+        return {"table.rows": (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8), "table.scales": scales}
     if payload != "int8":
         return {"table.rows": values.to(getattr(torch, payload))}
     scales = (values.abs().amax(dim=1) / 127).half()

@@ -19,7 +19,10 @@ HELD_OUT_QUESTIONS = (
     "Tell me what {subject} is.",
     "I came across {subject}; what is it?",
     "Describe {subject}, please.",
+    "Could you look up {subject} for me?",
 )
+CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True, slots=True)

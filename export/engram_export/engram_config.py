@@ -3,13 +3,15 @@
 Mandatory: ``layer_ids`` (one, 0-based), ``ngram_orders``, ``num_hash_heads``, ``row_dim``, ``num_rows``, ``gate``
 (two norm eps and the floor of the signed root) and ``hash`` (multipliers, primes, offsets, pad id, frozen).
 Optional: ``conv`` (kernel, dilation, norm eps), the gate's ``bias``, ``output_scale``, the hash's ``token_map``,
-``barrier_ids`` and ``silent_ids``, which are raw ids.
+``barrier_ids`` and ``silent_ids``, which are raw ids; ``row_payload``: ``int4`` where rows are bytes of two values
+each, two's complement, low half first.
 Norm gains are there when their tensors are.
 """
 
 from dataclasses import dataclass
 from typing import Self
 
+from engram_export.host_table import PACKED_PAYLOAD
 from engram_runtime.errors import BundleError, CheckpointError
 from engram_runtime.hashing import derive_multipliers
 from engram_runtime.keyer_spec import NgramKeyerSpec
@@ -57,6 +59,7 @@ class EngramConfig:
     conv: ConvConfig | None
     token_map: str | None
     compressed_vocab_size: int | None
+    row_payload: str | None
     keyer: NgramKeyerSpec
 
     @property
@@ -95,6 +98,7 @@ class EngramConfig:
             conv=ConvConfig.from_fields(fields.fields("conv")) if fields.given("conv") else None,
             token_map=hashing.take("token_map", str) if hashing.given("token_map") else None,
             compressed_vocab_size=_optional_count(hashing, "compressed_vocab_size", least=1),
+            row_payload=_row_payload(fields),
             keyer=keyer,
         )
         keyer.check()
@@ -117,6 +121,17 @@ def _keyer(fields: Fields, hashing: Fields) -> NgramKeyerSpec:
         barrier_ids=hashing.integers("barrier_ids") if hashing.given("barrier_ids") else (),
         silent_ids=hashing.integers("silent_ids") if hashing.given("silent_ids") else (),
     )
+
+
+def _row_payload(fields: Fields) -> str | None:
+    if not fields.given("row_payload"):
+        return None
+    if (payload := fields.take("row_payload", str)) != PACKED_PAYLOAD:
+        raise CheckpointError(
+            f"the engram block has row_payload {payload!r}, expected {PACKED_PAYLOAD!r}; other rows are known by their "
+            f"dtype, leave it out"
+        )
+    return payload
 
 
 def _optional_count(fields: Fields, name: str, *, least: int = 0) -> int | None:

@@ -71,6 +71,7 @@ class EngramSource:
             columns=config.row_dim,
             tensors=self.tensors,
             payload=[self.tensor("table.rows")],
+            packed=config.row_payload is not None,
             scales=[self.tensor("table.scales")] if self.has("table.scales") else [],
         )
 

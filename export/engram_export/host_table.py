@@ -14,9 +14,10 @@ from engram_export.safetensors_header import TensorEntry
 from engram_export.source_files import read_exactly
 from engram_runtime.errors import CheckpointError
 from engram_runtime.keyer_spec import KeyerSpec
-from engram_runtime.records import NO_FACTOR, RecordFormat, scale_values
+from engram_runtime.records import NO_FACTOR, PAYLOAD_BITS, RecordFormat, scale_values
 
 PAYLOADS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3", "I8": "int8"}
+PACKED_PAYLOAD = "int4"  # two values a byte, which no dtype of safetensors says
 # E8M0 scales stand in checkpoints under their own name and as plain bytes.
 SCALES = {"F16": "float16", "F32": "float32", "F8_E8M0": "e8m0", "U8": "e8m0"}
 SCAN_BYTES = 8 << 20  # scales checked at a time
@@ -99,6 +100,7 @@ def table_source(
     scales: Sequence[str] = (),
     factor: str | None = None,
     row_multiple: int = 1,
+    packed: bool = False,
 ) -> TableSource:
     """Describe a table from a checkpoint's tensors; only headers and the factor are read.
 
@@ -109,15 +111,17 @@ def table_source(
         scales: tensors ``[rows]`` or ``[rows, groups]`` in row order, likewise.
         factor: a tensor with one number for the whole table, or None.
         row_multiple: what the keyer's rows are rounded up to in this family.
+        packed: the payload are bytes ``[rows, columns / 2]`` of two int4 values each, the low half first.
 
     Raises:
         CheckpointError: a dtype, width, number of rows or factor that can't be. Shards of equal size whose names were
             swapped can't be told from right ones.
     """
     num_rows = -(-keyer.min_rows // row_multiple) * row_multiple
-    rows = _Stack.read(tensors, payload, PAYLOADS)
-    if rows.width != (columns,):
-        raise CheckpointError(f"{payload[0]} has shape {list(rows.shape)}, expected [rows, {columns}]")
+    rows = _Stack.read(tensors, payload, {"U8": PACKED_PAYLOAD} if packed else PAYLOADS)
+    width = columns * PAYLOAD_BITS[PACKED_PAYLOAD] // 8 if packed else columns
+    if rows.width != (width,):
+        raise CheckpointError(f"{payload[0]} has shape {list(rows.shape)}, expected [rows, {width}]")
     stacks = [rows, *([_Stack.read(tensors, scales, SCALES)] if scales else [])]
     for stack in stacks:
         if stack.num_rows != num_rows:
@@ -127,7 +131,7 @@ def table_source(
         keyer=keyer,
         token_map=token_map,
         num_rows=num_rows,
-        record=_record(rows, stacks[1:], NO_FACTOR if factor is None else _read_factor(tensors, factor)),
+        record=_record(rows.dtype, columns, stacks[1:], NO_FACTOR if factor is None else _read_factor(tensors, factor)),
         parts=tuple(stack.tensors for stack in stacks),
     )
 
@@ -201,16 +205,15 @@ def _row_tensor(tensors: RawTensors, name: str) -> RowTensor:
     return RowTensor(name=name, path=path.resolve(), offset=entry.start, num_rows=entry.shape[0], row_bytes=row_bytes)
 
 
-def _record(rows: _Stack, scales: Sequence[_Stack], factor: str) -> RecordFormat:
-    (columns,) = rows.width
+def _record(payload: str, columns: int, scales: Sequence[_Stack], factor: str) -> RecordFormat:
     if not scales:
-        return RecordFormat(payload=rows.dtype, columns=columns, scale="none", scale_columns=columns, factor=factor)
+        return RecordFormat(payload=payload, columns=columns, scale="none", scale_columns=columns, factor=factor)
     (stack,) = scales
     groups = prod(stack.width)
     if columns % groups:
         raise CheckpointError(f"{stack.title} has {groups} scales a row, expected a divisor of {columns} columns")
     return RecordFormat(
-        payload=rows.dtype, columns=columns, scale=stack.dtype, scale_columns=columns // groups, factor=factor
+        payload=payload, columns=columns, scale=stack.dtype, scale_columns=columns // groups, factor=factor
     )
 
 

@@ -20,7 +20,7 @@ from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores, open_table, silently
 from engram_runtime.tables.options import PREAD, TableOptions
-from engram_runtime.tables.overlay import read_overlays, with_overlays
+from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
 
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
@@ -33,7 +33,7 @@ def open_sites(
     *,
     announce: Announce = silently,
 ) -> list[Site]:
-    """Open every table of a bundle, or none where one can't be opened; the caller closes their stores.
+    """Open every table of a bundle that is read, or none where one can't be opened; the caller closes their stores.
 
     Args:
         executor: what will run beside them, whose compiled decoders are used; or None for nothing.
@@ -44,7 +44,9 @@ def open_sites(
         TableError: a file is missing, too short or another one, or an overlay is damaged or for another table.
     """
     overlays = read_overlays(bundle, options.overlays)
-    choices = choose_stores(bundle, options, model_bytes=_model_bytes(bundle, executor) if executor else 0)
+    hidden = {site for site, laid in overlays.items() if hide_table(laid)}
+    model_bytes = _model_bytes(bundle, executor) if executor else 0
+    choices = choose_stores(bundle, options, model_bytes=model_bytes, hidden=hidden)
     with contextlib.ExitStack() as opened:
         sites = []
         for spec, choice in zip(bundle.manifest.tables, choices, strict=True):
@@ -52,7 +54,7 @@ def open_sites(
             decoder = executor.row_decoder(spec.site) if executor else None
             table = open_table(bundle, spec, choice.io, decoder=decoder, progress=announce(choice))
             opened.callback(table.close)
-            sites.append(Site(spec, keyer, with_overlays(table, overlays.get(spec.site, [])), choice))
+            sites.append(Site(spec, keyer, with_overlays(table, overlays[spec.site]), choice))
         opened.pop_all()
     return sites
 

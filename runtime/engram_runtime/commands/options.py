@@ -29,7 +29,8 @@ overlay_option = click.option(
     "overlays",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Rows to use in place of a table's, from engram tables diff; of several the last one comes first.",
+    help="Rows to use in place of a table's, from engram tables diff, or a cartridge in place of all of them; "
+    "of several the last one comes first.",
 )
 force_option = click.option("--force", is_flag=True, help="Replace a file that exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

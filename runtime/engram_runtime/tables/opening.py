@@ -1,6 +1,6 @@
 """How a bundle's tables are opened."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -12,12 +12,13 @@ from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.disk import disk_facts
 from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.memory import Progress, ResidentTable, no_progress
-from engram_runtime.tables.options import MMAP, PREAD, RESIDENT, TableOptions
+from engram_runtime.tables.options import MMAP, PREAD, RESIDENT, UNREAD, TableOptions
 from engram_runtime.tables.place import place_of
-from engram_runtime.tables.policy import TableChoice, TableFacts, choose, table_room
+from engram_runtime.tables.policy import Room, TableChoice, TableFacts, choose, table_room
 from engram_runtime.tables.pread import PreadTable
 from engram_runtime.tables.record_files import Locate, can_lease
 from engram_runtime.tables.store import TableStore
+from engram_runtime.tables.zeros import ZeroTable
 
 Announce = Callable[[TableChoice], Progress]  # told of a table before it is opened; the other of its loading
 
@@ -34,12 +35,13 @@ def silently(choice: TableChoice) -> Progress:
 
 
 def choose_stores(
-    bundle: Bundle, options: TableOptions = AUTO_OPTIONS, *, model_bytes: int = 0
+    bundle: Bundle, options: TableOptions = AUTO_OPTIONS, *, model_bytes: int = 0, hidden: Collection[str] = ()
 ) -> Sequence[TableChoice]:
     """Decide how each of a bundle's tables is read, in the manifest's order.
 
     Args:
         model_bytes: memory that the model beside them will still take.
+        hidden: sites whose tables are not read, as overlays hide them.
 
     Raises:
         RequestError: they are to be resident and don't fit.
@@ -47,10 +49,23 @@ def choose_stores(
     room = table_room(options, free_memory(), model_bytes)
     choices = []
     for spec in bundle.manifest.tables:
+        if spec.site in hidden:
+            choices.append(_unread(spec, room))
+            continue
         choice = choose(table_facts(bundle, spec), options, room, disk_facts)
         room = replace(room, taken=room.taken + choice.table_bytes * (choice.io == RESIDENT))
         choices.append(choice)
     return choices
+
+
+def _unread(spec: TableSpec, room: Room) -> TableChoice:
+    return TableChoice(
+        site=spec.site,
+        io=UNREAD,
+        table_bytes=spec.num_rows * spec.record.record_bytes,
+        reason="an overlay stands for all of it",
+        room_bytes=room.left,
+    )
 
 
 def table_facts(bundle: Bundle, spec: TableSpec) -> TableFacts:
@@ -81,13 +96,15 @@ def open_table(
     """Open a table.
 
     Args:
-        io: ``resident``, ``mmap`` or ``pread``; `choose_stores` tells which.
+        io: ``resident``, ``mmap``, ``pread`` or ``unread``; `choose_stores` tells which.
         decoder: makes rows of records, or None for numpy's.
         progress: told the bytes of each block that is loaded.
 
     Raises:
         TableError: a file is missing, too short, or no longer the one that the bundle refers to.
     """
+    if io == UNREAD:
+        return ZeroTable()
     if decoder is None:
         decoder = NumpyRowDecoder(spec.record, [part.row_bytes for part in spec.parts])
     if io == RESIDENT:

@@ -7,6 +7,7 @@ from engram_runtime.errors import RequestError
 
 AUTO, RESIDENT, MMAP, PREAD = "auto", "resident", "mmap", "pread"
 TABLE_IO = (AUTO, RESIDENT, MMAP, PREAD)
+UNREAD = "unread"  # no choice of the user's: an overlay hides the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A table with some of its rows replaced."""
+"""A table with some of its rows replaced, or all of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
 from engram_runtime.tables.counters import TableCounters
-from engram_runtime.tables.overlay_file import Overlay, OverlaySpec, read_overlay
+from engram_runtime.tables.overlay_file import ZERO, Overlay, OverlaySpec, read_overlay
 from engram_runtime.tables.row_ids import count_distinct
 from engram_runtime.tables.store import TableStore, check_row_ids
+from engram_runtime.tables.zeros import ZeroTable
 
 
 class OverlayTable:
@@ -90,8 +91,14 @@ def read_overlays(bundle: Bundle, paths: Sequence[Path]) -> dict[str, list[Overl
     return overlays
 
 
+def hide_table(overlays: Sequence[Overlay]) -> bool:
+    """Whether overlays leave no row to the table below them, so that it needn't be opened."""
+    return any(overlay.spec.others == ZERO for overlay in overlays)
+
+
 def with_overlays(table: TableStore, overlays: Sequence[Overlay]) -> TableStore:
-    """Lay overlays over a table, the last one on top."""
+    """Lay overlays over a table, the last one on top; one whose others are zero hides all that is below it."""
     for overlay in overlays:
-        table = OverlayTable(table, overlay)
+        below = ZeroTable() if overlay.spec.others == ZERO else table
+        table = OverlayTable(below, overlay)
     return table

@@ -1,4 +1,4 @@
-"""Overlay files: rows that take the place of some of a table's, and what tells which table that is.
+"""Overlay files: rows that take the place of some of a table's or of all, and what tells which table that is.
 
 A safetensors file with ``row_ids [N]`` int64, strictly ascending, and ``records [N, record_bytes]`` uint8; its metadata
 holds `OverlaySpec` as JSON. Overlays may come from anywhere, so everything in them is checked before it is used.
@@ -28,9 +28,10 @@ from engram_runtime.sizes import format_size
 from engram_runtime.strict_json import Fields, parse_facts
 from engram_runtime.table_spec import TableSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 is read as well: its overlays leave others to the table
 FACTS = "engram_overlay"  # key of the metadata
 ROW_IDS, RECORDS = "row_ids", "records"
+TABLE, ZERO = "table", "zero"  # what the rows are that an overlay doesn't hold
 BLOCK_BYTES = 8 << 20  # of float32 rows checked at a time
 MEMORY_SHARE = 2  # an overlay may take one part in so many of the memory that is available
 
@@ -45,36 +46,43 @@ class OverlaySpec:
         num_rows: of the table.
         record: need not be the table's, but for the number of columns.
         keyer_sha256: see `keyer_digest`.
+        others: what rows are that it doesn't hold: ``table``, those of the table below, or ``zero``, so that nothing
+            below is read. The latter is a cartridge, which stands for a whole table.
     """
 
     site: str
     num_rows: int
     record: RecordFormat
     keyer_sha256: str
+    others: str = TABLE
 
     @classmethod
-    def of(cls, bundle: Bundle, table: TableSpec, record: RecordFormat | None = None) -> Self:
+    def of(cls, bundle: Bundle, table: TableSpec, record: RecordFormat | None = None, *, others: str = TABLE) -> Self:
         """Describe an overlay for a bundle's table; ``record`` is the table's own unless given."""
         return cls(
             site=table.site,
             num_rows=table.num_rows,
             record=record or table.record,
             keyer_sha256=keyer_digest(bundle, table.keyer),
+            others=others,
         )
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Self:
         """Parse and check."""
         version = fields.count("format_version")
-        if version != FORMAT_VERSION:
+        if not 1 <= version <= FORMAT_VERSION:
             raise BundleError(f"it has format version {version}, this runtime reads {FORMAT_VERSION}; make it again")
         spec = cls(
             site=fields.take("site", str),
             num_rows=fields.count("num_rows", least=1),
             record=RecordFormat.from_fields(fields.fields("record")),
             keyer_sha256=fields.take("keyer_sha256", str),
+            others=fields.take("others", str) if version > 1 else TABLE,
         )
         fields.finish()
+        if spec.others not in (TABLE, ZERO):
+            raise BundleError(f"its other rows are {spec.others!r}, expected {TABLE!r} or {ZERO!r}; make it again")
         return spec
 
     def to_json(self) -> str:

@@ -70,7 +70,7 @@ class TableChoice:
     """How a table is read, and why.
 
     Attributes:
-        io: ``resident``, ``mmap`` or ``pread``.
+        io: ``resident``, ``mmap`` or ``pread``; ``unread`` where an overlay hides the table.
         table_bytes: its size.
         reason: words.
         room_bytes: what resident tables might have taken beside those before this one.

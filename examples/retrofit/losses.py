@@ -1,0 +1,43 @@
+"""Losses of the site's training: answers through the output layer, and how loud the site is where it should be quiet."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 256  # answer tokens whose logits are in memory at once
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross entropy with the gradient taken along, so that no logits are kept."""
+
+    @staticmethod
+    def forward(context: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss in nats."""
+        gradient = torch.empty_like(states)
+        total = torch.zeros(())
+        for part in torch.arange(len(labels)).split(CHUNK):
+            log_probabilities = (states[part] @ weight.T).float().log_softmax(-1)
+            total -= log_probabilities.gather(1, labels[part, None]).sum()
+            probabilities = log_probabilities.exp_()
+            probabilities[torch.arange(len(part)), labels[part]] -= 1
+            gradient[part] = probabilities.to(states.dtype) @ weight
+        context.save_for_backward(gradient / len(labels))
+        return total / len(labels)
+
+    @staticmethod
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Scale the gradient that is already there."""
+        (gradient,) = context.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None
+
+
+def cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy in nats of ``labels [N]`` under ``states [N, D] @ weight [V, D].T``."""
+    loss: Tensor = _CrossEntropy.apply(states, weight, labels)
+    return loss
+
+
+def loudness(update: Tensor, hidden: Tensor) -> Tensor:
+    """Return ``[...]``: the size of the site's update ``[..., D]`` relative to the stream ``[..., D]`` it is added to."""
+    return update.norm(dim=-1) / hidden.float().norm(dim=-1)
