@@ -246,7 +246,8 @@ class FakeSession:
         self.token_ids = self.token_ids[: len(self) - count]
 
     def prefill(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        return self._add(token_ids)[-1]
+        last: NDArray[np.float32] = self._add(token_ids)[-1]
+        return last
 
     def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self.decoded += len(token_ids)
