@@ -34,7 +34,7 @@ EXECUTORS = ("tvm", "onnxruntime")
 CARTRIDGES = ("dictionary", "manual")
 UNTRAINED = "untrained"
 FIRST = HELD_OUT_QUESTIONS[:1]
-NUM_UNTRAINED_ANSWERS = 40
+NUM_UNTRAINED_ANSWERS, NUM_STATEMENTS = 40, 100
 
 Figures = dict[str, Any]
 Write = Callable[[Path, Bundle, Rows], None]
@@ -199,7 +199,9 @@ def _scored(session: Session, name: str, text: Sequence[Passage]) -> Any:
 def _texts(evaluation: Evaluation) -> dict[str, list[Passage]]:
     tokenizer = TextTokenizer.load(evaluation.bundle.path)
     stated = {
-        f"{kind} statements": [statement_passage(ask(tokenizer, fact, FIRST[0])) for fact in evaluation.facts(kind)]
+        f"{kind} statements": [
+            statement_passage(ask(tokenizer, fact, FIRST[0])) for fact in evaluation.facts(kind)[:NUM_STATEMENTS]
+        ]
         for kind in (*CARTRIDGES, UNTRAINED)
     }
     corpora = evaluation.work / "corpora"

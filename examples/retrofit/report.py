@@ -33,7 +33,11 @@ def read_report(path: Path) -> Figures:
 def tables(report: Figures) -> Iterator[str]:
     """Yield the lines of all tables, in Markdown."""
     yield from _section("Recall", "facts|cartridge|rows|executor|wording|word for word|95 % interval", _recall(report))
-    yield from _section("Perplexity", "text|cartridge|without rows|with|ratio|95 % interval", _perplexity(report))
+    yield from _section(
+        "Perplexity",
+        "text|cartridge|without rows|with|ratio|95 % interval|added, median|added, 95 % below",
+        _perplexity(report),
+    )
     yield from _section(
         "Answers", "questions|cartridge|word for word as without rows|95 % interval", _unchanged(report)
     )
@@ -62,6 +66,7 @@ def all_recall(report: Figures) -> list[Figures]:
 def _perplexity(report: Figures) -> Iterator[Sequence[str]]:
     for row in report["perplexity"]:
         interval = f"{row['low']:.4f} to {row['high']:.4f}"
+        added = (f"{row[name]:.2%}" for name in ("added_p50", "added_p95"))
         yield (
             row["text"],
             row["cartridge"],
@@ -69,6 +74,7 @@ def _perplexity(report: Figures) -> Iterator[Sequence[str]]:
             f"{row['perplexity']:.2f}",
             f"{row['ratio']:.4f}",
             interval,
+            *added,
         )
 
 
