@@ -19,7 +19,7 @@ LOOP_TOKENS = 12
 
 T = TypeVar("T")
 Drafter = Callable[[Example], "numpy.ndarray"]
-"""Returns how many drafts in a row are right at every token that the model chose but the last, int64 [generated - 1]."""
+"""Returns how many drafts in a row are right, int64 [generated - 1]: at every token that the model chose but the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,11 @@ def _intervals(above: numpy.ndarray, below: numpy.ndarray, draws: numpy.ndarray)
     resampled = above[draws].sum(1) / below[draws].sum(1)
     low, high = numpy.percentile(resampled, (2.5, 97.5), axis=0)
     return {
-        f"k{k + 1}": {"value": round(float(value[k]), 4), "low": round(float(low[k]), 4), "high": round(float(high[k]), 4)}
+        f"k{k + 1}": {
+            "value": round(float(value[k]), 4),
+            "low": round(float(low[k]), 4),
+            "high": round(float(high[k]), 4),
+        }
         for k in range(MAX_STEPS)
     }
 

@@ -112,10 +112,10 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: KeyValueCache) -> Tensor
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], limit: int, end_id: int) -> list[Continuation]:
-    """Continue prompts greedily, each to its first `end_id` or to `limit` tokens; prompts of like length waste least."""
+    """Continue prompts greedily, each to its first `end_id` or `limit` tokens; prompts of like length waste least."""
     width = max(len(prompt) for prompt in prompts)
     starts = torch.tensor([width - len(prompt) for prompt in prompts])
-    tokens = torch.full((len(prompts), width + limit), end_id)
+    tokens = torch.zeros(len(prompts), width + limit, dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[width - len(prompt) : width] = torch.tensor(prompt)
     hidden = torch.zeros(len(prompts), width + limit - 1, model.config.hidden_size, dtype=model.dtype)
@@ -126,7 +126,9 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], limit: in
     ]
 
 
-def _continue(model: PreTrainedModel, tokens: Tensor, hidden: Tensor, starts: Tensor, width: int, end_id: int) -> Tensor:
+def _continue(
+    model: PreTrainedModel, tokens: Tensor, hidden: Tensor, starts: Tensor, width: int, end_id: int
+) -> Tensor:
     """Fill `tokens` and `hidden` in place; returns where each sequence ends."""
     total = tokens.shape[1]
     ends, rows = torch.full((len(tokens),), total), torch.arange(len(tokens))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from examples.retrofit.mtp_head import MAX_STEPS
 
-LABELS = 32  # of the most likely tokens of the draft vocabulary; the rest of the mass is dropped
+LABELS = 16  # of the most likely tokens of the draft vocabulary; the rest of the mass is dropped
 ROWS = 256  # of logits at a time
 
 
@@ -71,10 +71,10 @@ def draft_vocabulary(examples: Sequence[Example], always: Sequence[int], vocabul
 
 @torch.inference_mode()
 def soft_labels(hidden: Tensor, rows: Tensor, temperature: float) -> Labels:
-    """Return what the model says at each state [n, hidden_size]; rows: of its output layer [draft_vocab, hidden_size]."""
+    """Return what the model says at states [n, hidden_size]; rows: of its output layer [draft_vocab, hidden_size]."""
     indices, weights = [], []
     for chunk in hidden.split(ROWS):
-        top = (chunk @ rows.T).float().topk(LABELS)
+        top = (chunk.to(rows.dtype) @ rows.T).float().topk(LABELS)
         indices.append(top.indices)
         weights.append(torch.softmax(top.values / temperature, dim=-1))
     return Labels(torch.cat(indices).to(torch.int16), torch.cat(weights).half())
@@ -85,8 +85,8 @@ class Batch:
     """Examples padded to one length.
 
     tokens [batch, length + MAX_STEPS], hidden [batch, length - 1, hidden_size], rows and weights as `Labels`
-    [batch, length - 1 + MAX_STEPS, LABELS], counted [MAX_STEPS, batch, roots]: whether the draft of a step from a root is
-    of a token that the model wrote and that the draft vocabulary holds; roots = length - 2.
+    [batch, length - 1 + MAX_STEPS, LABELS], counted [MAX_STEPS, batch, roots]: whether the draft of a step from a root
+    is of a token that the model wrote and that the draft vocabulary holds; roots = length - 2.
     """
 
     tokens: Tensor
@@ -115,11 +115,15 @@ def pad(examples: Sequence[tuple[Example, Labels]], in_draft: Tensor) -> Batch:
     return Batch(tokens, hidden, rows, weights, counted)
 
 
-def batches(examples: Sequence[tuple[Example, Labels]], size: int, draw: random.Random) -> list[list[tuple[Example, Labels]]]:
+def batches(
+    examples: Sequence[tuple[Example, Labels]], size: int, draw: random.Random
+) -> list[list[tuple[Example, Labels]]]:
     """Shuffle examples into batches of similar lengths."""
     order = list(examples)
     draw.shuffle(order)
-    groups = [sorted(order[i : i + 16 * size], key=lambda item: len(item[0].tokens)) for i in range(0, len(order), 16 * size)]
+    groups = [
+        sorted(order[i : i + 16 * size], key=lambda item: len(item[0].tokens)) for i in range(0, len(order), 16 * size)
+    ]
     found = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     draw.shuffle(found)
     return found

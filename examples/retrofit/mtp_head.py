@@ -30,15 +30,15 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What the head shares with its model: embedding and output rows of the draft vocabulary, in bfloat16."""
+    """What the head shares with its model: embedding, rotary positions and the output rows of the draft vocabulary."""
 
     model: PreTrainedModel
     rows: Tensor
 
     @classmethod
-    def of(cls, model: PreTrainedModel, draft_vocab: Tensor) -> "Frozen":
-        """Take the rows of the output layer that the draft vocabulary names."""
-        return cls(model, model.lm_head.weight.detach()[draft_vocab.long()].bfloat16())
+    def of(cls, model: PreTrainedModel, draft_vocab: Tensor, dtype: torch.dtype) -> "Frozen":
+        """Take the rows of the output layer that the draft vocabulary names, in the given type."""
+        return cls(model, model.lm_head.weight.detach()[draft_vocab.long()].to(dtype))
 
     def rotary(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of `count` positions, [1, count, head_dim], float32."""

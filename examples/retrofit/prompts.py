@@ -1,15 +1,16 @@
 """Prompts of four kinds that a model answers by itself to make training text for its draft head.
 
 Chat questions are made of wordings and everyday topics, definitions of nouns, code of tasks and of the openings of
-functions in the standard library, prose of opening sentences. What the head is tested on is written by hand and stands in
-`test_prompts.jsonl`; its subjects are left out here.
+functions in the standard library, prose of opening sentences. What the head is tested on is written by hand, stands in
+`test_prompts.jsonl` and is left out here.
 """
 
 import ast
 import json
 import random
+import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -49,6 +50,18 @@ def read_prompts(path: Path = TEST_PROMPTS) -> list[Prompt]:
     return [Prompt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def quotations(wordnet: Mapping[str, str], count: int, seed: int = 0) -> list[str]:
+    """Choose example sentences of WordNet's glosses, of six words and more, with a capital and a full stop."""
+    found = {
+        f"{quoted[0].upper()}{quoted[1:]}."
+        for name, data in wordnet.items()
+        if name.startswith("data.")
+        for quoted in re.findall(r'"([^"]+[a-z])"', data)
+        if quoted.count(" ") >= 5
+    }
+    return random.Random(seed).sample(sorted(found), count)
+
+
 def training_prompts(nouns: Sequence[str], sentences: Sequence[str], count: int, seed: int = 0) -> list[Prompt]:
     """Choose `count` prompts: 45 % chat, 15 % definitions, 20 % code, 20 % prose, in random order, the chats first.
 
@@ -58,9 +71,16 @@ def training_prompts(nouns: Sequence[str], sentences: Sequence[str], count: int,
     parts: dict[str, list[str]] = json.loads(PARTS.read_text(encoding="utf-8"))
     tested = {prompt.text for prompt in read_prompts()}
     sources = {
-        "chat": [*_filled(parts["wordings"], parts["topics"]), *_filled(parts["object_wordings"], parts["objects"]), *_sums(draw)],
+        "chat": [
+            *_filled(parts["wordings"], parts["topics"]),
+            *_filled(parts["object_wordings"], parts["objects"]),
+            *_sums(draw),
+        ],
         "definitions": _filled(DEFINITION_WORDINGS, nouns),
-        "code": [*_filled(parts["code_wordings"], parts["code_tasks"]), *_functions(Path(sysconfig.get_path("stdlib")))],
+        "code": [
+            *_filled(parts["code_wordings"], parts["code_tasks"]),
+            *_functions(Path(sysconfig.get_path("stdlib"))),
+        ],
         "prose": [*sentences, *_openings(parts)],
     }
     shares = {"chat": 0.45, "definitions": 0.15, "code": 0.2, "prose": 0.2}
@@ -102,7 +122,8 @@ def _functions(folder: Path) -> Iterator[str]:
     """Yield the first lines of functions and classes, cut in the middle of their bodies."""
     for path in sorted(folder.glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="ignore")
+        written = source.splitlines()
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                lines = (ast.get_source_segment(source, node) or "").splitlines()
+                lines = written[node.lineno - 1 : node.end_lineno]
                 yield "\n".join(lines[: 2 + len(lines[0]) % 5]) + "\n"
