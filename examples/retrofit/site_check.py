@@ -86,7 +86,7 @@ class SiteCheck:
 
 @torch.no_grad()
 def _with_memory(document: CachedDocument, site: TrainableSite, table: RowTable) -> Tensor:
-    update = site(document.hidden, table.values[document.row_ids].flatten(1))
+    update: Tensor = site(document.hidden, table.values[document.row_ids].flatten(1))
     return document.hidden + update.to(document.hidden.dtype)
 
 

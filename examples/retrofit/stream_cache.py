@@ -1,4 +1,4 @@
-"""Streams of the frozen model kept in the work folder: what was computed once is read again, so that work can resume."""
+"""Streams of the frozen model in the work folder: what was computed once is read again, so that work can resume."""
 
 import hashlib
 import json
