@@ -138,7 +138,7 @@ def _lower_pass(
                 _convert(forward, node)
             updated = {state: _updated(forward, state) for state in spec.states}
             returned = [value for state, value in updated.items() if not state.rolls_back]
-            computed = [_activation(forward, output.name) for output in spec.outputs]
+            computed = [_activation(forward, name) for name in ("logits", *spec.told_outputs)]
             results = [value.expr for value in (*computed, *returned)]
             results += [read.count for read in forward.expert_reads]
             outputs = [builder.emit_output(result) for result in results]

@@ -62,7 +62,8 @@ class OnnxModel:
         """Return a weight as a view of the mapped file, rows of one as a fresh array."""
         if weight.rows_of is not None:
             whole, ids = weight.rows_of
-            return self.read(whole)[self.read(ids)]
+            chosen: NDArray[Any] = self.read(whole)[self.read(ids)]
+            return chosen
         dtype = np.dtype(weight.dtype)
         size = int(np.prod(weight.shape, dtype=np.int64)) * dtype.itemsize
         return self.data[weight.offset : weight.offset + size].view(dtype).reshape(weight.shape)

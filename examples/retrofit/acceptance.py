@@ -19,7 +19,7 @@ LOOP_TOKENS = 12
 
 T = TypeVar("T")
 Drafter = Callable[[Example], "numpy.ndarray"]
-"""Returns how many drafts in a row are right, int64 [generated - 1]: at every token that the model chose but the last."""
+"""Returns how many drafts in a row are right, int64 [generated - 1]: at every token the model chose but the last."""
 
 
 @dataclass(frozen=True, slots=True)

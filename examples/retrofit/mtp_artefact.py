@@ -70,5 +70,4 @@ def config_block(model: PreTrainedModel, draft_vocab_size: int) -> dict[str, Any
         "draft_vocab_size": draft_vocab_size,
         "lm_head": "tied, restricted to mtp.draft_vocab",
         "rope_positions": "position of the hidden state (t), then t+1 for the chained step",
-        "weight_dtype": "int8 rows, symmetric, with one float16 scale per row (NAME_scale); norms float16",
     }

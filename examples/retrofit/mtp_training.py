@@ -1,10 +1,11 @@
 """Train a draft head on text that the model wrote, against the model's own distributions."""
 
+import itertools
 import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from examples.retrofit.mtp_artefact import save_head
-from examples.retrofit.mtp_data import ROWS, Batch, Example, Labels, batches, pad, soft_labels
-from examples.retrofit.mtp_head import MAX_STEPS, Chain, DraftHead, Frozen
+from examples.retrofit.mtp_data import Batch, Example, Labels, batches, pad, soft_labels
+from examples.retrofit.mtp_head import DraftHead, Frozen
+from examples.retrofit.mtp_loss import chain_losses, measure, narrowed
 
 DEVELOPMENT = 160  # examples that are measured and never trained
 RIDGE_EXAMPLES = 120
 RIDGE = 1e-2  # of the mean of the diagonal
 WARM_UP, CHECKPOINT_STEPS = 50, 250  # steps
-SAMPLED = 2048  # rows of the output layer beside those of a batch's labels
-SMALLEST = 1e-30  # probability whose logarithm is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,82 +38,11 @@ class Recipe:
     seed: int = 0
 
 
-class DraftLoss(torch.autograd.Function):
-    """Cross-entropy against soft labels without keeping the logits: the gradient is made on the way forward.
-
-    Takes states [n, hidden_size], rows [draft_vocab, hidden_size], places and weights as of `Labels`. Returns the sum
-    over n, and which states choose the label's most likely token.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, rows: Tensor, places: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (loss, hits)."""
-        total, hits, gradients = torch.zeros(()), [], []
-        chunks = zip(states.split(ROWS), places.split(ROWS), weights.split(ROWS), strict=True)
-        for chunk, place, weight in chunks:
-            chosen = torch.softmax((chunk.to(rows.dtype) @ rows.T).float(), dim=-1)
-            labelled = chosen.gather(1, place)
-            total -= (weight * labelled.clamp_min(SMALLEST).log()).sum()
-            hits.append(labelled[:, 0] >= chosen.amax(1))
-            chosen.scatter_add_(1, place, -weight)
-            gradients.append(chosen.to(rows.dtype) @ rows)
-        found = torch.cat(hits) if hits else torch.zeros(0, dtype=torch.bool)
-        ctx.save_for_backward(torch.cat(gradients) if gradients else states)
-        ctx.mark_non_differentiable(found)
-        return total, found
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient of the states alone."""
-        return (ctx.saved_tensors[0] * gradients[0]).float(), None, None, None
-
-
-def chain_losses(head: DraftHead, frozen: Frozen, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for every step, the summed loss and which roots all drafts so far were right at, [batch, roots].
-
-    A step is trained only from roots whose drafts before it are right: no other is ever verified.
-    """
-    roots = batch.hidden.shape[1] - 1
-    state, chain, right = batch.hidden[:, :roots], Chain([], []), torch.ones_like(batch.counted[0])
-    for step in range(steps):
-        embedding = frozen.model.model.embed_tokens(batch.tokens[:, step + 1 : step + 1 + roots]).detach()
-        state = head(embedding, state, frozen.rotary(step, roots), chain)
-        at = (right & batch.counted[step]).nonzero(as_tuple=True)
-        label = (at[0], at[1] + step + 1)
-        loss, hits = DraftLoss.apply(state[at], frozen.rows, batch.rows[label], batch.weights[label])
-        right = torch.zeros_like(right)
-        right[at] = hits
-        yield loss, right
-
-
-def narrowed(frozen: Frozen, batch: Batch) -> tuple[Frozen, Batch]:
-    """Leave of the draft vocabulary what the batch's labels name and `SAMPLED` others: three times as fast."""
-    size = len(frozen.rows)
-    used = torch.zeros(size, dtype=torch.bool)
-    used[batch.rows[batch.weights > 0]] = True
-    used[torch.randint(size, (SAMPLED,))] = True
-    places = used.cumsum(0) - 1
-    return replace(frozen, rows=frozen.rows[used]), replace(batch, rows=places[batch.rows])
-
-
 def learning_rate(step: int, total: int, peak: float) -> float:
     """Warm up linearly, then fall along half a cosine to a fiftieth."""
     if step < WARM_UP:
         return peak * (step + 1) / WARM_UP
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, total - WARM_UP))))
-
-
-@torch.inference_mode()
-def measure(head: DraftHead, frozen: Frozen, data: Sequence[Batch]) -> tuple[list[float], float]:
-    """Return the share of roots at which the first 1, 2, .. drafts are all right, and the loss of the first draft."""
-    right, total, loss_sum = [0] * MAX_STEPS, 0, 0.0
-    for batch in data:
-        total += int(batch.counted[0].sum())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            for step, (loss, hits) in enumerate(chain_losses(head, frozen, batch, MAX_STEPS)):
-                right[step] += int(hits.sum())
-                loss_sum += loss.item() if step == 0 else 0.0
-    return [count / total for count in right], loss_sum / total
 
 
 @torch.inference_mode()
@@ -137,6 +66,30 @@ def initialise(head: DraftHead, model: PreTrainedModel, examples: Sequence[Examp
     weight = torch.linalg.solve(moments, x.T @ y)
     head.fc.weight.copy_(weight.T)
     return 1 - float(((x @ weight - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a head is trained and measured on; held [vocabulary]: whether the draft vocabulary has a token."""
+
+    frozen: Frozen
+    training: Sequence[tuple[Example, Labels]]
+    development: Sequence[Batch]
+    held: Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, head: DraftHead, examples: Sequence[Example], recipe: Recipe) -> "Data":
+        """Label examples with what the model thought; the first `DEVELOPMENT` of a seeded order are only measured."""
+        order = list(examples)
+        random.Random(recipe.seed).shuffle(order)
+        frozen = Frozen.of(model, head.draft_vocab, torch.bfloat16)
+        held = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        held[head.draft_vocab.long()] = True
+        with click.progressbar(order, label="what the model says", width=30) as shown:
+            labelled = [(each, soft_labels(each.hidden, frozen.rows, recipe.temperature)) for each in shown]
+        measured, trained = labelled[:DEVELOPMENT], labelled[DEVELOPMENT:]
+        development = [pad(measured[i : i + recipe.batch], held) for i in range(0, len(measured), recipe.batch)]
+        return cls(frozen, trained, development, held)
 
 
 @dataclass(slots=True)
@@ -179,6 +132,19 @@ class Training:
         record = {"recipe": asdict(self.recipe), "log": self.log}
         (self.folder / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
+    def num_steps(self, data: Data) -> int:
+        """Return the steps of the whole training."""
+        return self.recipe.epochs * -(-len(data.training) // self.recipe.batch)
+
+    def remaining(self, data: Data) -> Iterator[Batch]:
+        """Yield the batches that are still to be trained on."""
+        groups = (
+            group
+            for epoch in range(self.recipe.epochs)
+            for group in batches(data.training, self.recipe.batch, random.Random(self.recipe.seed + epoch))
+        )
+        return (pad(group, data.held) for group in itertools.islice(groups, self.step, None))
+
     def update(self, frozen: Frozen, batch: Batch, total: int) -> float:
         """Make one step; returns the mean loss of the first draft."""
         for group in self.optimiser.param_groups:
@@ -195,45 +161,33 @@ class Training:
         self.step += 1
         return float(losses[0].detach() / roots)
 
-
-def label(examples: Sequence[Example], frozen: Frozen, temperature: float) -> list[tuple[Example, Labels]]:
-    """Say for every example what the model thought."""
-    with click.progressbar(examples, label="labels", width=30) as shown:
-        return [(example, soft_labels(example.hidden, frozen.rows, temperature)) for example in shown]
+    def record(self, data: Data, losses: Sequence[float]) -> None:
+        """Measure the head, log that beside the losses since the last time, and save."""
+        shares, loss = measure(self.head, data.frozen, data.development)
+        mean = sum(losses) / len(losses)
+        self.log.append({"step": self.step, "loss": mean, "development_loss": loss, "right": shares})
+        click.echo(f"  {json.dumps(self.log[-1])}")
+        self.save()
 
 
 def train(
     model: PreTrainedModel, head: DraftHead, examples: Sequence[Example], folder: Path, recipe: Recipe
 ) -> Training:
-    """Train a head, measuring it on the first `DEVELOPMENT` examples of a seeded order; takes up an interrupted run."""
+    """Train a head of a model in a folder; takes up an interrupted run of the same recipe and examples."""
     folder.mkdir(parents=True, exist_ok=True)
-    order = list(examples)
-    random.Random(recipe.seed).shuffle(order)
-    frozen = Frozen.of(model, head.draft_vocab, torch.bfloat16)
-    held = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    held[head.draft_vocab.long()] = True
-    development = label(order[:DEVELOPMENT], frozen, 1.0)
-    measured = [pad(development[i : i + 16], held) for i in range(0, len(development), 16)]
-    data = label(order[DEVELOPMENT:], frozen, recipe.temperature)
+    data = Data.of(model, head, examples, recipe)
     if not (folder / "checkpoint.pt").exists():
-        click.echo(f"ridge fit: R2 {initialise(head, model, order[-RIDGE_EXAMPLES:]):.3f}")
+        fitted = initialise(head, model, [example for example, _ in data.training[-RIDGE_EXAMPLES:]])
+        click.echo(f"ridge fit: R2 {fitted:.3f}")
     training = Training.start(head, folder, recipe)
-    per_epoch = -(-len(data) // recipe.batch)
-    total, losses = recipe.epochs * per_epoch, []
+    total = training.num_steps(data)
+    losses: list[float] = []
     with click.progressbar(length=total, label="draft head", width=30) as bar:
         bar.update(training.step)
-        for epoch in range(training.step // per_epoch, recipe.epochs):
-            groups = batches(data, recipe.batch, random.Random(recipe.seed + epoch))
-            for group in groups[training.step - epoch * per_epoch :]:
-                losses.append(training.update(frozen, pad(group, held), total))
-                bar.update(1)
-                if training.step % CHECKPOINT_STEPS == 0 or training.step == total:
-                    shares, loss = measure(head, frozen, measured)
-                    mean = sum(losses) / len(losses)
-                    training.log.append(
-                        {"step": training.step, "loss": mean, "development_loss": loss, "right": shares}
-                    )
-                    click.echo(f"  step {training.step}: {training.log[-1]}")
-                    losses.clear()
-                    training.save()
+        for batch in training.remaining(data):
+            losses.append(training.update(data.frozen, batch, total))
+            bar.update(1)
+            if training.step % CHECKPOINT_STEPS == 0 or training.step == total:
+                training.record(data, losses)
+                losses.clear()
     return training

@@ -10,6 +10,7 @@ Embedding, head and rotary tables are the model's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,6 @@ class DraftHead(nn.Module):
             rotations={"full": (rotation.cos, rotation.sin)},  # type: ignore[dict-item]
         )
         following = self.mtp(self.embedding(token_ids), hidden, step)
-        head = self.embedding if self.lm_head is None else self.lm_head
+        head: Any = self.embedding if self.lm_head is None else self.lm_head  # either can be restricted
         logits = head.restricted(following.index_select(0, logit_rows), self.mtp.vocabulary)
         return logits, following, *(step.states[spec.name] for spec in specs)

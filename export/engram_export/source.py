@@ -66,6 +66,11 @@ class ModelSource:
         with FakeTensorMode():
             return self.build(weight_format)
 
+    def draft_skeletons(self, weight_format: WeightFormat) -> list[DraftHead]:
+        """Make the draft head's module likewise, if there is one."""
+        with FakeTensorMode():
+            return [] if self.draft is None else [self.build_draft(weight_format)]
+
     def kept_type(self, name: str) -> str | None:
         """Return the GGUF type that all tensors of a linear layer share, or None."""
         tensors = self.checkpoint.tensors
