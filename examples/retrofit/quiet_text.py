@@ -96,7 +96,7 @@ def own_questions(
     ordinary = [rng.choice(parts["wordings"]).format(rng.choice(parts["topics"])) for _ in range(NUM_ORDINARY)]
     return {
         "unknown": [
-            (wording.format(subject=term), f"{term[0].upper()}{term[1:]}")
+            (wording.format(subject=term), Fact(term, "").beginning())
             for wording, term in zip(wordings, unknown, strict=False)
         ],
         "passing": [(question, "") for question in rng.sample(passing, min(len(passing), NUM_PASSING))],

@@ -58,7 +58,7 @@ def site_check(cache: StreamCache, sources: Sources) -> SiteCheck:
     facts = rng.sample(list(sources.facts), min(CHECKED_FACTS, len(sources.facts)))
     unknown = sources.unknown[-CHECKED_UNKNOWN:]
     wording = HELD_OUT_QUESTIONS[0]
-    questions = [(wording.format(subject=term), f"{term[0].upper()}{term[1:]}") for term in unknown]
+    questions = [(wording.format(subject=term), Fact(term, "").beginning()) for term in unknown]
     texts = prose_and_code(sources.corpora, PASSAGES + CHECKED_PASSAGES, random.Random(sources.seed))
     held_out = [plain(backbone, text, most=PASSAGE_TOKENS) for kind in texts.values() for text in kind[PASSAGES:]]
     return SiteCheck(
