@@ -3,11 +3,10 @@
 import math
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
 from examples.allocation.experts import MATMUL_DTYPE, Experts
 from examples.allocation.sizes import Division, Sizes
+from torch import Tensor, nn
+from torch.nn import functional
 
 ROPE_BASE = 10_000.0
 EMBEDDING_STD = 0.02
@@ -26,7 +25,8 @@ class Dense(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return ``[..., D]``."""
         gate, up = self.gate_up(hidden).chunk(2, -1)
-        return self.down(functional.silu(gate) * up)
+        output: Tensor = self.down(functional.silu(gate) * up)
+        return output
 
 
 class Attention(nn.Module):
@@ -45,11 +45,12 @@ class Attention(nn.Module):
         mixed = functional.scaled_dot_product_attention(
             rotate(query, rotation), rotate(key, rotation), value, is_causal=True
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return output
 
 
 class Site(nn.Module):
-    """The Engram site: rows of the table, gated by how well they fit the residual (arXiv 2601.07372, no convolution)."""
+    """The Engram site of arXiv 2601.07372 without convolution: rows, gated by how well they fit the residual."""
 
     def __init__(self, rows: int, sizes: Sizes) -> None:
         super().__init__()
@@ -66,7 +67,8 @@ class Site(nn.Module):
         score = (self.key_norm(self.key(rows)) * self.query_norm(hidden)).sum(-1, keepdim=True)
         score = score / math.sqrt(hidden.shape[-1])
         gate = torch.sigmoid(score.sign() * score.abs().clamp_min(LEAST_SCORE).sqrt())
-        return gate * self.value(rows)
+        output: Tensor = gate * self.value(rows)
+        return output
 
 
 class Block(nn.Module):
@@ -123,7 +125,7 @@ class Decoder(nn.Module):
             balances.append(balance)
         return self.norm(hidden), torch.stack(balances).mean()
 
-    def training_loss(self, token_ids: Tensor, row_ids: Tensor | None) -> Tensor:
+    def training_loss(self, token_ids: Tensor, row_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mean cross entropy in nats of the tokens after the first, and the balance loss."""
         hidden, balance = self(token_ids[:, :-1], None if row_ids is None else row_ids[:, :-1])
         losses = functional.linear_cross_entropy(

@@ -110,9 +110,7 @@ class Division:
     def keyer(self, token_map: NDArray[np.int64], end_id: int) -> NgramKeyer:
         """Return how rows are found; no n-gram reaches back over the end of a document."""
         vocab_size, orders = int(token_map.max()) + 1, self.sizes.orders
-        multipliers = derive_multipliers(
-            vocab_size=vocab_size, max_order=max(orders), layer_id=self.sizes.site_block
-        )
+        multipliers = derive_multipliers(vocab_size=vocab_size, max_order=max(orders), layer_id=self.sizes.site_block)
         return NgramKeyer(
             orders=orders,
             num_heads=self.sizes.hash_heads,
