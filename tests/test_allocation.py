@@ -171,7 +171,9 @@ def test_documents_are_tokenised_in_one_line() -> None:
 
 def outcome(*document_losses: float) -> Outcome:
     """Return an outcome of documents with ten tokens each."""
-    return Outcome(np.array(document_losses), np.full(len(document_losses), 10), np.linspace(9, 5, 20), 1.0)
+    return Outcome(
+        np.array(document_losses), np.full(len(document_losses), 10), np.linspace(9, 5, 20), np.ones(20), 1.0
+    )
 
 
 def test_differences_are_per_token_with_the_errors_of_documents_and_of_seeds() -> None:

@@ -20,7 +20,7 @@ from engram_runtime.command_line import run_command
 
 FOLDER = Path(__file__).parent
 EXPERTS = (34, 30, 26, 18, 10, 6, 2)  # 0, 12.5, 25, 50, 75, 87.5 and 100 % of the sparse budget in the table
-STEPS, SEEDS, PROCESSES = 1000, 2, 2
+STEPS, SEEDS, PROCESSES = 2000, 2, 2
 
 
 @click.command()

@@ -78,6 +78,7 @@ def division_report(division: Division, outcomes: Outcomes) -> dict[str, Any]:
         "validation_loss_of_seeds": [outcome.validation_loss for outcome in own],
         "against_no_table": difference(outcomes, division.experts, division.sizes.most_experts).to_json(),
         "training_curve": [float(part.mean()) for part in np.array_split(curve, CURVE_POINTS)],
+        "balance_at_end": float(np.mean([each.balances[-len(curve) // CURVE_POINTS :] for each in own])),
         "cpu_s": [outcome.cpu_s for outcome in own],
     }
 

@@ -43,9 +43,9 @@ class Recipe:
     """
 
     steps: int
-    windows: int = 16
+    windows: int = 4
     window_tokens: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     table_rate: float = 5.0
     weight_decay: float = 0.1
     warm_up_steps: int = 50
@@ -86,12 +86,14 @@ class Outcome:
         document_losses: ``[M]`` float64, summed cross entropy in nats of each validation document.
         document_tokens: ``[M]`` int64, its predicted tokens.
         training_losses: ``[steps]`` float64, mean cross entropy of each step, of text not seen before.
+        balances: ``[steps]`` float64, how unequally the routers load the experts, 1 where not at all.
         cpu_s: processor time of the training.
     """
 
     document_losses: NDArray[np.float64]
     document_tokens: NDArray[np.int64]
     training_losses: NDArray[np.float64]
+    balances: NDArray[np.float64]
     cpu_s: float
 
     @property
@@ -103,9 +105,8 @@ class Outcome:
 def read_outcome(place: Path) -> Outcome:
     """Read what `finish_run` wrote."""
     with np.load(place) as parts:
-        return Outcome(
-            parts["document_losses"], parts["document_tokens"], parts["training_losses"], float(parts["cpu_s"])
-        )
+        arrays = {name: parts[name] for name in parts.files if name != "cpu_s"}
+        return Outcome(**arrays, cpu_s=float(parts["cpu_s"]))
 
 
 def finish_run(run: Run, corpus: Corpus, folder: Path, on_steps: Callable[[int], None]) -> Outcome:
@@ -129,7 +130,7 @@ def finish_run(run: Run, corpus: Corpus, folder: Path, on_steps: Callable[[int],
         if len(training.losses) % run.recipe.checkpoint_steps == 0:
             training.save(checkpoint)
     losses, tokens = validate(training.model, training.keyer, corpus, run.recipe)
-    outcome = Outcome(losses, tokens, np.array(training.losses), training.cpu_s)
+    outcome = Outcome(losses, tokens, np.array(training.losses), np.array(training.balances), training.cpu_s)
     with new_file(place, replace=True) as file:
         np.savez_compressed(file, allow_pickle=False, **vars(outcome))
     checkpoint.unlink(missing_ok=True)
@@ -147,19 +148,22 @@ class Training:
         self.keyer = division.keyer(corpus.token_map, corpus.end_id) if division.has_table else None
         self.optimisers = list(make_optimisers(self.model, run.recipe))
         self.losses: list[float] = []
+        self.balances: list[float] = []
         self.cpu_s = 0.0
         self._text = cut_windows(corpus.training, run.recipe.window_tokens)
         self._order = np.random.default_rng(run.seed).permutation(len(self._text))
 
-    def steps(self) -> Iterator[float]:
-        """Do the steps that are left; yields the loss of each."""
+    def steps(self) -> Iterator[None]:
+        """Do the steps that are left, one each time the next is asked for."""
         while len(self.losses) < self.recipe.steps:
             began = time.process_time()
-            self.losses.append(self._step(len(self.losses)))
+            loss, balance = self._step(len(self.losses))
+            self.losses.append(loss)
+            self.balances.append(balance)
             self.cpu_s += time.process_time() - began
-            yield self.losses[-1]
+            yield
 
-    def _step(self, step: int) -> float:
+    def _step(self, step: int) -> tuple[float, float]:
         token_ids = self._batch(step)
         loss, balance = self.model.training_loss(torch.from_numpy(token_ids), row_ids(self.keyer, token_ids))
         torch.autograd.backward(loss + self.recipe.balance * balance)
@@ -169,7 +173,7 @@ class Training:
                 group["lr"] = base_rate * self.recipe.rate(step)
             optimiser.step()
             optimiser.zero_grad()
-        return float(loss.detach())
+        return float(loss.detach()), float(balance.detach())
 
     def _batch(self, step: int) -> NDArray[np.int64]:
         places = np.arange(step * self.recipe.windows, (step + 1) * self.recipe.windows) % len(self._order)
@@ -181,6 +185,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers],
             "losses": self.losses,
+            "balances": self.balances,
             "cpu_s": self.cpu_s,
         }
         with new_file(path, replace=True) as file:
@@ -192,7 +197,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.losses, self.cpu_s = state["losses"], state["cpu_s"]
+        self.losses, self.balances, self.cpu_s = state["losses"], state["balances"], state["cpu_s"]
 
 
 def make_optimisers(model: Decoder, recipe: Recipe) -> Iterator[tuple[Optimiser, float]]:
