@@ -45,7 +45,7 @@ def main(work: Path, out: Path, steps: int, seeds: int, processes: int) -> None:
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
-    """Yield one line per division."""
+    """Yield one line per division, and one that says whether they make a U."""
     yield "table  experts  loss    less that without a table (95 %)"
     for division in results["divisions"]:
         against = division["against_no_table"]
@@ -54,6 +54,12 @@ def table(results: dict[str, Any]) -> Iterator[str]:
             f"{division['share']:5.1%} {division['experts']:8d}  {division['validation_loss']:.4f}  "
             f"{against['mean']:+.4f} ({low:+.4f} to {high:+.4f})"
         )
+    best = results["best"]
+    low, high = best["against_all_table"]["interval"]
+    yield (
+        f"best between the ends: {best['experts']} experts, {low:+.4f} to {high:+.4f} against all in the table; "
+        f"{'a U' if best['is_u'] else 'no U'}"
+    )
 
 
 if __name__ == "__main__":
