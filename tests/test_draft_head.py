@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.numpy
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from tests.conftest import Command
 from tests.test_export_errors import error_line, left_in
@@ -22,6 +23,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import load_executor
+from engram_runtime.golden import MAX_REGRET, mean_regret
 from engram_runtime.manifest import Manifest
 
 LLAMA = TinyModel()
@@ -401,3 +403,23 @@ def test_drafts_are_verified_at_export(workshop: Workshop, tmp_path: Path) -> No
     ).draft
     assert found is not None
     assert found.max_abs < FLOAT_TOLERANCE
+
+
+def test_a_calibrated_model_has_its_head_in_int8(workshop: Workshop, tmp_path: Path) -> None:
+    folder = draft_folder(workshop, int8=True)
+    found = export(workshop.checkpoint(LLAMA), tmp_path / "b", engram=folder, quant="int4", calibration="built-in")
+    assert found.calibration is not None
+    assert found.draft is not None
+    assert found.draft.max_abs < FLOAT_TOLERANCE
+
+
+def test_a_head_takes_rows_of_an_output_layer_that_is_kept_in_blocks(workshop: Workshop) -> None:
+    model = MODELS["llama-untied"]
+    gguf = workshop.gguf(GGMLQuantizationType.Q8_0, model)
+    bundle = workshop.compiled(workshop.bundle(gguf, engram=draft_folder(workshop, model, int8=True), quant="keep"))
+    token_ids = random_ids(20)
+    hidden = hidden_states(bundle, token_ids)
+    expected, found = (
+        opened_head(bundle, executor).extend(token_ids[1:], hidden[:-1], every_row=True) for executor in EXECUTORS
+    )
+    assert mean_regret(found.logits, expected.logits.argmax(axis=1).tolist()) < MAX_REGRET

@@ -39,10 +39,10 @@ class Schedule:
     learning_rate: float = 2e-3
     row_learning_rate: float = 1.6e-2
     warm_up: int = 20
-    own_answers: int = 16
-    own_weight: float = 2.0
+    own_answers: int = 9
+    own_weight: float = 1.5
     quiet_tokens: int = 1024
-    quiet_weight: float = 10.0
+    quiet_weight: float = 5.0
     train_projections: bool = True
     seed: int = 0
 

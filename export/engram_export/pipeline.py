@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from engram_export.calibration import CALIBRATION_FILE, Calibrated, calibrate, read_calibration
 from engram_export.calibration_text import BUILT_IN, NONE, Windows, check_calibration
@@ -21,9 +20,9 @@ from engram_export.exact_graph import GraphLogits, exact_drafts, exact_logits
 from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, KEPT_BITS, weight_format
 from engram_export.golden import write_golden
+from engram_export.graph_writer import trace_graphs, write_graphs, write_vocabulary
 from engram_export.host_table import TableSource
 from engram_export.journal import Journal, fingerprint
-from engram_export.onnx_graph import TracedGraph, trace, trace_draft
 from engram_export.plan import ExportPlan, plan_export
 from engram_export.source import ModelSource, has_experts, open_source
 from engram_export.staging import staged_folder
@@ -48,15 +47,12 @@ from engram_export.verify import (
     reference_logits,
     verify_tokens,
 )
-from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
 from engram_runtime.errors import CheckpointError
-from engram_runtime.manifest import DECODER, DRAFT_HEAD, FileEntry, GraphSpec, Manifest, ModelInfo
-from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
+from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo
 from engram_runtime.table_spec import TableSpec
 
 Progress = Callable[[int], None]
-GRAPH_FOLDER, WEIGHTS_FILE, VOCABULARY_FILE = "graph", "weights.safetensors", "mtp.vocabulary.int32"
 TABLE_FOLDER = "tables"
 VERIFY_THREADS = 1  # each decodes an expert of its own to float32
 PLACES = ("checkpoint", "engram", "out", "replace")  # options that don't decide what is in the bundle
@@ -118,7 +114,8 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         report_resumption(journal, reporter)
         calibrated = calibrate(source, chosen, text, journal, reporter)
         reporter.step("tracing the graph")
-        graphs = write_graphs(calibrated.source, trace_graphs(calibrated), journal, reporter)
+        traced = trace_graphs(calibrated.source, calibrated.weights)
+        graphs = write_graphs(calibrated.source, traced, journal, reporter.stage)
         vocabulary = write_vocabulary(source, journal)
         written = write_tables(source.tables, options.tables, options.table_dtype, journal, reporter)
         write_tokenizer(source.checkpoint, journal.folder)
@@ -160,59 +157,6 @@ def check_kept(quant: str, plan: ExportPlan) -> None:
     """Refuse ``keep`` where there is nothing to keep, rather than make an int8 bundle under another name."""
     if quant == "keep" and not set(KEPT_BITS) & set(plan.formats):
         raise CheckpointError(f"{plan.model} has no linear layer in {' or '.join(KEPT_BITS)} to keep; use --quant int8")
-
-
-def trace_graphs(calibrated: Calibrated) -> dict[str, TracedGraph]:
-    """Trace the decoder and, where there is one, its draft head."""
-    source, weights = calibrated.source, calibrated.weights
-    graphs = {DECODER: trace(lambda: source.build(weights))}
-    if source.draft is not None:
-        graphs[DRAFT_HEAD] = trace_draft(lambda: source.build_draft(weights))
-    return graphs
-
-
-def write_graphs(
-    source: ModelSource, graphs: Mapping[str, TracedGraph], journal: Journal, reporter: Reporter
-) -> dict[str, GraphSpec]:
-    """Stream the weights from the checkpoint into one file of the bundle, a slice at a time, and write the graphs.
-
-    A weight that several graphs use, by its name, stands there once.
-    """
-    folder = journal.folder / GRAPH_FOLDER
-    plans = list({plan.name: plan for graph in graphs.values() for plan in graph.weights()}.values())
-    modules = {name: module for graph in graphs.values() for name, module in graph.skeleton.named_modules()}
-    folder.mkdir(exist_ok=True)
-    path = folder / WEIGHTS_FILE
-    with reporter.stage("weights", sum(plan.bytes for plan in plans)) as progress:
-        journal.once(path, lambda: write_weights(source, modules, plans, path, progress), progress)
-    offsets = SafetensorsLayout.of(plans, alignment=WEIGHTS_ALIGNMENT).offsets
-    return {name: graph.save(folder / f"{name}.onnx", WEIGHTS_FILE, offsets) for name, graph in graphs.items()}
-
-
-def write_weights(
-    source: ModelSource,
-    modules: Mapping[str, nn.Module],
-    plans: Sequence[TensorPlan],
-    path: Path,
-    progress: Progress,
-) -> None:
-    """Write the planned parameters of modules, by name."""
-    names = {plan.name for plan in plans}
-    with SafetensorsWriter(path, plans) as writer:
-        for name, module in modules.items():
-            for key, start, values in source.parameters(name, module):
-                if key in names:
-                    writer.write_rows(key, start, values)
-                    progress(values.nbytes)
-
-
-def write_vocabulary(source: ModelSource, journal: Journal) -> str | None:
-    """Write the ids a draft head tells apart, little-endian int32; returns their file."""
-    if source.draft is None:
-        return None
-    path = journal.folder / GRAPH_FOLDER / VOCABULARY_FILE
-    path.write_bytes(source.draft.vocabulary.astype("<i4").tobytes())
-    return f"{GRAPH_FOLDER}/{VOCABULARY_FILE}"
 
 
 def check_scales(tables: Sequence[TableSource], reporter: Reporter) -> None:
