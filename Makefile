@@ -2,8 +2,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
+RETROFIT := $(BIN)/python -m examples.retrofit
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo model test test-all check format clean
 
 setup: $(INSTALLED)
 
@@ -17,7 +18,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
+
+# Trains anew what is in assets/smollm2-engram, which takes hours, and prints how its figures compare.
+model: setup
+	$(RETROFIT) words
+	$(RETROFIT) generate
+	$(RETROFIT) site -o build/retrofit/assets
+	$(RETROFIT) cartridge examples/retrofit/manual --site build/retrofit/assets -o build/retrofit/assets/manual.overlay --force
+	$(RETROFIT) train-head
+	$(RETROFIT) acceptance
+	$(RETROFIT) bundle
+	$(RETROFIT) evaluate build/retrofit/model.engram --asset build/retrofit/assets
+	$(RETROFIT) compare build/retrofit/assets/evaluation.json
 
 # Two processes, whole files each: most of the time goes into compiling, and a file's tests share what they compile.
 test: setup

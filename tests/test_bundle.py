@@ -23,7 +23,7 @@ from engram_runtime.errors import BundleError, TableError, VerificationError
 from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.golden import Golden, check_logits, check_tables, record_digest
 from engram_runtime.hashing import INT64_MAX
-from engram_runtime.manifest import Manifest
+from engram_runtime.manifest import DECODER, Manifest
 from engram_runtime.records import NO_FACTOR
 from engram_runtime.session import Session, open_sites
 from engram_runtime.site import Site
@@ -817,7 +817,7 @@ class ScriptedExecutor:
     def row_decoder(self, site: str) -> None:
         pass
 
-    def bind(self, states: Mapping[str, State]) -> Step:
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             return self._logits[[inputs.position]]
 

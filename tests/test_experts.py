@@ -45,7 +45,7 @@ from engram_runtime.errors import CheckpointError, CompileError
 from engram_runtime.executor import StepInputs
 from engram_runtime.executors.tvm_library import TvmExecutor
 from engram_runtime.library import LibraryInfo
-from engram_runtime.manifest import GraphSpec, TensorSpec
+from engram_runtime.manifest import DECODER, GraphSpec, TensorSpec
 
 Array = NDArray[Any]
 
@@ -278,7 +278,7 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
     with pytest.MonkeyPatch.context() as patch, PackedWeights(folder / "packed.bin") as packed:
         patch.setattr(loops, "PARALLEL_FROM_US", 0.0)
         onnx_model = read_onnx_model(folder / "g.onnx", folder / "w.bin")
-        lowered = lower(onnx_model, graph_spec(), packed, family=family, passes=passes)
+        lowered = lower({DECODER: (onnx_model, graph_spec())}, packed, family=family, passes=passes)
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
     executable = relax.build(lowered.module, target, relax_pipeline=relax.get_default_pipeline(target))
     executable.export_library(str(folder / "model.so"), fcompile=partial(link, mtriple=f"{machine()}-linux-gnu"))
@@ -295,6 +295,7 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
         sha256={},
         passes=passes,
         tensors=tuple(packed.tensors.values()),
+        graph_tensors=lowered.graph_tensors,
         expert_bytes=lowered.expert_bytes,
         threads=0,
         float16_states=(),

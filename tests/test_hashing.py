@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.reference import row_ids
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextConfig, Qwen4ExpTextNGramEmbedding
 
 from engram_runtime.hashing import (
@@ -24,7 +25,7 @@ from engram_runtime.hashing import (
 )
 from engram_runtime.keyers import NO_ROW, NgramKeyer, TokenKeyer
 
-PILOT = Path(__file__).parents[1] / "assets" / "smollm2-engram-pilot"
+SMOLLM2 = Path(__file__).parents[1] / "assets" / "smollm2-engram"
 
 # DeepSeek-V4.1-Flash: layers 1 and 14, orders 2 to 4, 8 heads, 99,092 compressed ids.
 DEEPSEEK_LAYERS = (1, 14)
@@ -160,23 +161,25 @@ def deepseek_primes() -> dict[int, NDArray[np.int64]]:
     return dict(zip(DEEPSEEK_LAYERS, derived, strict=True))
 
 
-def pilot_config() -> dict[str, Any]:
-    block: dict[str, Any] = json.loads((PILOT / "config.json").read_text())["engram"]
+def smollm2_config() -> dict[str, Any]:
+    """Return the engram block of the site that was trained for SmolLM2."""
+    block: dict[str, Any] = json.loads((SMOLLM2 / "config.json").read_text())["engram"]
     return block
 
 
-def pilot_keyer() -> NgramKeyer:
-    hashing = pilot_config()["hash"]
-    tensors = safetensors.numpy.load_file(PILOT / "engram.safetensors")
+def smollm2_keyer() -> NgramKeyer:
+    block = smollm2_config()
+    hashing = block["hash"]
+    tensors = safetensors.numpy.load_file(SMOLLM2 / "engram.safetensors")
     return NgramKeyer(
-        orders=(2, 3),
-        num_heads=8,
+        orders=tuple(block["ngram_orders"]),
+        num_heads=block["num_hash_heads"],
         multipliers=as_ids(hashing["multipliers"]),
         primes=as_ids(hashing["primes"]),
         offsets=as_ids(hashing["offsets"]),
         pad_id=hashing["pad_id"],
-        barrier_ids=as_ids([]),
-        silent_ids=as_ids([]),
+        barrier_ids=as_ids(hashing.get("barrier_ids", [])),
+        silent_ids=as_ids(hashing.get("silent_ids", [])),
         token_map=tensors["engram.token_map"].astype(np.int64),
     )
 
@@ -393,17 +396,28 @@ def test_no_product_of_deepseek_overflows() -> None:
     assert largest <= INT64_MAX
 
 
-def test_rows_of_the_pilot_are_its_golden_ones() -> None:
-    golden = json.loads((PILOT / "golden.json").read_text())
-    row_ids = pilot_keyer().row_ids([], as_ids(golden["token_ids"]))
-    assert row_ids[-3:].tolist() == golden["row_ids_last_3_positions"]
+def test_rows_of_smollm2_are_those_of_the_definition() -> None:
+    block, keyer = smollm2_config(), smollm2_keyer()
+    token_ids = [1, 4093, 198, 31530, 549, 732, 20418, 314, 30, 2, 198, 1, 520, 9531, 198]
+    assert keyer.token_map is not None
+    ids = keyer.token_map[token_ids].tolist()
+    silent = set(keyer.silent_ids.tolist())
+    expected = [
+        [NO_ROW] * keyer.columns if token_id in silent else row_ids(ids[: end + 1], block)
+        for end, token_id in enumerate(token_ids)
+    ]
+    assert keyer.row_ids([], as_ids(token_ids)).tolist() == expected
 
 
-def test_constants_of_the_pilot_are_derived_from_its_seed_and_sizes() -> None:
-    hashing = pilot_config()["hash"]
+def test_constants_of_smollm2_are_derived_from_its_seed_and_sizes() -> None:
+    block = smollm2_config()
+    hashing, heads = block["hash"], block["num_hash_heads"]
     multipliers = derive_multipliers(
-        vocab_size=hashing["compressed_vocab_size"], max_order=3, layer_id=hashing["seed_layer"], seed=hashing["seed"]
+        vocab_size=hashing["compressed_vocab_size"],
+        max_order=max(block["ngram_orders"]),
+        layer_id=hashing["seed_layer"],
+        seed=hashing["seed"],
     )
-    (primes,) = derive_primes(layers=1, rows_per_head=[20_000, 20_000], num_heads=8)
+    (primes,) = derive_primes(layers=1, rows_per_head=hashing["primes"][::heads], num_heads=heads)
     assert (multipliers.tolist(), primes.tolist()) == (hashing["multipliers"], hashing["primes"])
     assert column_offsets(primes).tolist() == hashing["offsets"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.test_hashing import DEEPSEEK_VOCAB, as_ids, deepseek_keyer, pilot_keyer
+from tests.test_hashing import DEEPSEEK_VOCAB, as_ids, deepseek_keyer, smollm2_keyer
 from tests.test_manifest import sound_manifest
 
 from engram_runtime.bundle import Bundle
@@ -26,8 +26,8 @@ CALL_SIZES = [1, 2, 4, 7, 8, 9, 16, 100]  # both sides of where the way of hashi
 SPECIAL = [0, 1, 2, 3]  # ids texts are full of; some are barriers or silent
 
 
-def pilot() -> NgramKeyer:
-    return dataclasses.replace(pilot_keyer(), barrier_ids=as_ids([2]))
+def smollm2() -> NgramKeyer:
+    return dataclasses.replace(smollm2_keyer(), barrier_ids=as_ids([2]))
 
 
 def deepseek() -> NgramKeyer:
@@ -75,7 +75,7 @@ def per_layer_inputs() -> TokenKeyer:
 
 
 VOCABULARIES = {
-    pilot: 49_152,
+    smollm2: 49_152,
     deepseek: 129_280,
     qwen: QWEN_VOCAB,
     extreme: BIG_VOCAB,

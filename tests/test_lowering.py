@@ -13,7 +13,7 @@ from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights
 from engram_compilers.signatures import SIGNATURES
 from engram_runtime.errors import CompileError
-from engram_runtime.manifest import GraphSpec, StateSpec, TensorSpec
+from engram_runtime.manifest import DECODER, GraphSpec, StateSpec, TensorSpec
 
 KEYS = StateSpec(name="key.0", dtype="float32", shape=(1, 2, 32, 16), kind="positional")
 VALUES = StateSpec(name="value.0", dtype="float32", shape=(1, 2, 32, 16), kind="positional")
@@ -41,7 +41,7 @@ def lowered(folder: Path, nodes: Sequence[Node], states: Sequence[StateSpec] = (
     model = OnnxModel(tuple(nodes), CONSTANTS, {}, np.zeros(0, np.uint8))
     spec = GraphSpec(file="", weights="", inputs=SPEC.inputs, outputs=(), states=tuple(states))
     with PackedWeights(folder / "packed") as packed:
-        return lower(model, spec, packed, family="portable", passes=[(2, 1)]).module
+        return lower({DECODER: (model, spec)}, packed, family="portable", passes=[(2, 1)]).module
 
 
 def refusal(folder: Path, nodes: Sequence[Node], states: Sequence[StateSpec] = ()) -> str:

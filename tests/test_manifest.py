@@ -352,7 +352,7 @@ def test_a_site_graph_takes_the_rows_of_its_table_alone(inputs: list[Any], found
 def test_a_graph_of_an_unknown_name_is_refused(name: str) -> None:
     raw = sound_manifest()
     raw["graphs"][name] = raw["graphs"].pop("decoder")
-    assert message(raw) == f"graph {name!r} is unknown; expected 'decoder' or one of ['site.layer_1']"
+    assert message(raw) == f"graph {name!r} is unknown; expected 'decoder', 'mtp' or one of ['site.layer_1']"
 
 
 def test_raw_ids_may_be_hashed() -> None:

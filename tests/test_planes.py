@@ -19,6 +19,7 @@ from engram_compilers.packed_weights import PackedWeights
 from engram_compilers.signatures import PLANES_KEY, planes_of
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CompileError
+from engram_runtime.manifest import DECODER
 
 LINEAR = "com.microsoft.MatMulNBits"
 
@@ -83,7 +84,7 @@ def kernel_names(bundle: Bundle, folder: Path) -> list[str]:
     decoder = bundle.manifest.decoder
     model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
     with PackedWeights(folder / "packed") as packed:
-        module = lower(model, decoder, packed, family="portable", passes=[(1, 1)]).module
+        module = lower({DECODER: (model, decoder)}, packed, family="portable", passes=[(1, 1)]).module
     module = relax.transform.DeadCodeElimination(["forward_1_1"])(module)  # attention's lengths, which kernels know
     values = [binding.value for block in module["forward_1_1"].body.blocks for binding in block.bindings]
     called = [value.args[0] for value in values if isinstance(value, relax.Call)]

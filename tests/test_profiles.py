@@ -45,7 +45,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
 def raw_library(**changes: Any) -> dict[str, Any]:
     """Return the JSON of a sound ``compile.json``."""
     return {
-        "version": 5,
+        "version": 6,
         "target": "x86-64-v3",
         "machine": MACHINE,
         "cpu_flags": ["avx2"],
@@ -61,6 +61,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
             {"name": "head:codes", "dtype": "uint8", "shape": [4, 16], "offset": 0},
             {"name": "head:scale", "dtype": "float32", "shape": [18], "offset": 128},
         ],
+        "graph_tensors": {"decoder": [0, 1], "mtp": [1]},
         "expert_bytes": [96],
         "threads": 0,
         "float16_states": ["key.0"],
@@ -354,7 +355,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 6}, "library has version 6, this runtime reads 5; compile again"),
+        ({"version": 5}, "library has version 5, this runtime reads 6; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),
@@ -374,6 +375,16 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
         ({"passes": [[1, 1], [0, 0]]}, "compile.json has forward pass [0, 0], expected tokens and rows of logits"),
         ({"threads": 257}, "library asks for 257 threads, the most are 256; compile again"),
         ({"threads": -1}, "compile.json.threads is -1, expected an integer from 0 to 2**53 - 1"),
+        ({"graph_tensors": {"decoder": [0, 2]}}, "decoder takes packed tensor 2, the library has 2; compile again"),
+        (
+            {"graph_tensors": {"decoder": [], "mtp": [-1]}},
+            "mtp takes packed tensor -1, the library has 2; compile again",
+        ),
+        ({"graph_tensors": {"mtp": [0]}}, "compile.json.graph_tensors has no key 'decoder'"),
+        (
+            {"graph_tensors": {"decoder": [], "site": []}},
+            "compile.json.graph_tensors has unknown keys ['site']; it may need a newer engram-edge",
+        ),
         ({"expert_bytes": [64, 0]}, "experts have [64, 0] bytes, which can't be; compile again"),
         ({"passes": []}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[2, 2], [2, 1]]}, "library lacks the forward passes [(1, 1)]; compile again"),

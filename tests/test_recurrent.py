@@ -33,7 +33,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cpus
 from engram_runtime.errors import CompileError
 from engram_runtime.executor import State, Step, StepInputs, aligned_zeros
-from engram_runtime.manifest import GraphSpec, Manifest, StateSpec, TensorSpec
+from engram_runtime.manifest import DECODER, GraphSpec, Manifest, StateSpec, TensorSpec
 from engram_runtime.session import Session
 
 Array = NDArray[Any]
@@ -349,7 +349,7 @@ def test_a_lowered_layer_computes_what_torch_does_and_changes_its_states_in_plac
     onnx.save_model(onnx.load_from_string(exported_layer()), graph, save_as_external_data=True, location=weights.name)
     model = read_onnx_model(graph, weights)
     with PackedWeights(tmp_path / "packed") as packed:
-        module = lower(model, graph_spec(STATES), packed, family="portable", passes=[(tokens, 1)]).module
+        module = lower({DECODER: (model, graph_spec(STATES))}, packed, family="portable", passes=[(tokens, 1)]).module
     taps = np.fromfile(tmp_path / "packed", np.float32).reshape(next(iter(packed.tensors.values())).shape)
     machine = relax.VirtualMachine(relax.build(module, tvm.target.Target("llvm")), tvm.cpu())
     inputs = layer_inputs(tokens)
@@ -368,7 +368,7 @@ def refusal(tmp_path: Path, nodes: Sequence[Node], states: Sequence[StateSpec] =
     batched = [Node("Unsqueeze", (name, "axes"), (f"{name}1",), {}) for name in (*INPUTS, *(s.name for s in states))]
     model = OnnxModel((*batched, *nodes), {"axes": np.array([0])}, {}, np.zeros(0, np.uint8))
     with PackedWeights(tmp_path / "packed") as packed, pytest.raises(CompileError) as caught:
-        lower(model, graph_spec(states), packed, family="portable", passes=[(2, 1)])
+        lower({DECODER: (model, graph_spec(states))}, packed, family="portable", passes=[(2, 1)])
     return str(caught.value)
 
 
@@ -425,7 +425,7 @@ class RunningSum:
     def row_decoder(self, site: str) -> None:
         pass
 
-    def bind(self, states: Mapping[str, State]) -> Step:
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             states["state.0"][...] += inputs.token_ids.sum()
             return np.full((len(inputs.logit_rows), 1), states["state.0"].flat[0])

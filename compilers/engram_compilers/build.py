@@ -14,6 +14,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import machine
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
+from engram_runtime.manifest import DECODER, DRAFT_HEAD
 from engram_targets import TargetProfile
 
 try:
@@ -44,7 +45,7 @@ class CompileResult:
 
 
 def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lambda text: None) -> CompileResult:
-    """Compile the decoder for a target, replacing an earlier library for it.
+    """Compile the decoder, and a draft head, for a target, replacing an earlier library for it.
 
     Args:
         report: told each step before it begins.
@@ -80,14 +81,16 @@ def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lamb
 
 
 def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report) -> LibraryInfo:
-    decoder = bundle.manifest.decoder
-    bundle.verify_digests(only={decoder.file, decoder.weights})
-    model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
+    specs = {DECODER: bundle.manifest.decoder}
+    if DRAFT_HEAD in bundle.manifest.graphs:
+        specs[DRAFT_HEAD] = bundle.manifest.graphs[DRAFT_HEAD]
+    bundle.verify_digests(only={path for spec in specs.values() for path in (spec.file, spec.weights)})
+    graphs = {
+        name: (read_onnx_model(bundle.file(spec.file), bundle.file(spec.weights)), spec) for name, spec in specs.items()
+    }
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
-        lowered = lower(
-            model, decoder, packed, family=profile.kernels, passes=profile.passes, cache_dtype=profile.cache_dtype
-        )
+        lowered = lower(graphs, packed, family=profile.kernels, passes=profile.passes, cache_dtype=profile.cache_dtype)
         weights_bytes = packed.bytes
     lowered.module.update(table_functions(bundle.manifest.tables))
     report(f"generating code for {profile.mcpu}")
@@ -113,6 +116,7 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
         },
         passes=profile.passes,
         tensors=tuple(packed.tensors.values()),
+        graph_tensors=lowered.graph_tensors,
         expert_bytes=lowered.expert_bytes,
         threads=profile.threads,
         float16_states=lowered.float16_states,

@@ -172,8 +172,10 @@ def _linear_float(forward: ForwardPass, x: Activation, weight: Weight) -> Activa
 
 
 def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
-    """Lower a float embedding, which shares its packed weight with a tied head; else see `take`."""
+    """Lower a float embedding, which shares its packed weight with a tied head, or rows of a weight; or `take`."""
     weight, ids = (forward.get(name) for name in node.inputs)
+    if isinstance(weight, Weight) and isinstance(ids, Weight) and node.attributes.get("axis", 0) == 0:
+        return [weight.rows(ids)]
     if not isinstance(weight, Weight) or len(weight.shape) != 2 or weight.dtype != "float32":
         return take(forward, node)
     if node.attributes.get("axis", 0) != 0 or not isinstance(ids, Activation) or len(ids.shape) != 1:

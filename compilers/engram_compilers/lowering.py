@@ -1,7 +1,7 @@
 """Lower a bundle's ONNX graph to a Relax module with one function per forward pass."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import tvm
@@ -22,6 +22,7 @@ from engram_compilers.sum_converters import SUM_CONVERTERS
 from engram_compilers.values import Activation, Rows
 from engram_runtime.errors import CompileError
 from engram_runtime.executor import FLOAT16, FLOAT32
+from engram_runtime.library import pass_function
 from engram_runtime.manifest import ROWS, GraphSpec, StateSpec
 
 CONVERTERS: Converters = {
@@ -36,34 +37,38 @@ CONVERTERS: Converters = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoweredGraph:
+class LoweredGraphs:
     """A module and what its caller must know of it.
 
     Attributes:
         expert_bytes: the bytes of one expert of each layer that has them, in graph order.
         float16_states: names of the states that are float16; the others are float32.
+        graph_tensors: by graph, which of the packed tensors its functions take, by their places.
     """
 
     module: tvm.IRModule
     expert_bytes: tuple[int, ...]
     float16_states: tuple[str, ...]
+    graph_tensors: dict[str, tuple[int, ...]]
 
 
 def lower(
-    model: OnnxModel,
-    spec: GraphSpec,
+    graphs: Mapping[str, tuple[OnnxModel, GraphSpec]],
     packed: PackedWeights,
     *,
     family: str,
     passes: Sequence[tuple[int, int]],
     cache_dtype: str = FLOAT32,
-) -> LoweredGraph:
-    """Lower every (tokens, rows of logits) of ``passes`` to a function ``forward_<T>_<R>``.
+) -> LoweredGraphs:
+    """Lower every graph, for every (tokens, rows of logits) of ``passes``, to a `pass_function`.
 
-    The functions take the graph's inputs, its states, which they update in place, then ``packed``'s tensors in order.
-    They return the logits, the activity of gated sites, the windows and recurrent states, and of each layer with
-    experts how many it has read.
+    The functions take the graph's inputs, its states, which they update in place, then tensors of ``packed``.
+    They return the graph's outputs, the windows and recurrent states, and of each layer with experts how many it has
+    read.
     Keys and values of attention are kept in ``cache_dtype``.
+
+    Args:
+        graphs: by name, the decoder first; kernels and weights of the same name are shared.
 
     Raises:
         CompileError: an operator, or a use of one, that has no lowering.
@@ -71,11 +76,39 @@ def lower(
     builder = relax.BlockBuilder()
     modules = (importlib.import_module(f"engram_compilers.kernels.{name}") for name in (family, f"{family}_experts"))
     kernels = KernelCache(builder, *modules)
+    lowered = {name: _lower_graph(name, *graph, packed, kernels, passes, cache_dtype) for name, graph in graphs.items()}
+    return LoweredGraphs(
+        module=builder.get(),
+        expert_bytes=tuple(read.expert_bytes for graph in lowered.values() for read in graph.reads),
+        float16_states=tuple(state for graph in lowered.values() for state in graph.float16_states),
+        graph_tensors={name: graph.tensors for name, graph in lowered.items()},
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LoweredGraph:
+    reads: list[ExpertRead]
+    float16_states: tuple[str, ...]
+    tensors: tuple[int, ...]
+
+
+def _lower_graph(
+    name: str,
+    model: OnnxModel,
+    spec: GraphSpec,
+    packed: PackedWeights,
+    kernels: KernelCache,
+    passes: Sequence[tuple[int, int]],
+    cache_dtype: str,
+) -> _LoweredGraph:
     reads: list[ExpertRead] = []
     spec, narrow = _with_caches(model, spec, cache_dtype)
+    weights = WeightArguments(packed)
     for tokens, rows in passes:
-        reads = _lower_pass(model, spec, WeightArguments(packed), kernels, tokens, rows)
-    return LoweredGraph(builder.get(), tuple(read.expert_bytes for read in reads), narrow)
+        weights = WeightArguments(packed)
+        reads = _lower_pass(pass_function(name, tokens, rows), model, spec, weights, kernels, tokens, rows)
+    places = {tensor: place for place, tensor in enumerate(packed.tensors)}
+    return _LoweredGraph(reads, narrow, tuple(places[tensor] for tensor in weights.variables))
 
 
 def _with_caches(model: OnnxModel, spec: GraphSpec, dtype: str) -> tuple[GraphSpec, tuple[str, ...]]:
@@ -87,19 +120,25 @@ def _with_caches(model: OnnxModel, spec: GraphSpec, dtype: str) -> tuple[GraphSp
 
 
 def _lower_pass(
-    model: OnnxModel, spec: GraphSpec, weights: WeightArguments, kernels: KernelCache, tokens: int, rows: int
+    name: str,
+    model: OnnxModel,
+    spec: GraphSpec,
+    weights: WeightArguments,
+    kernels: KernelCache,
+    tokens: int,
+    rows: int,
 ) -> list[ExpertRead]:
     builder = kernels.builder
     forward = ForwardPass(kernels, weights, model)
     arguments = _define_inputs(forward, spec, tokens, rows)
     # The virtual machine checks the arguments before the weights in each call; weights were mapped to their shapes.
-    with builder.function(f"forward_{tokens}_{rows}", attrs={"num_input": len(arguments)}):
+    with builder.function(name, attrs={"num_input": len(arguments)}):
         with builder.dataflow():
             for node in model.nodes:
                 _convert(forward, node)
             updated = {state: _updated(forward, state) for state in spec.states}
             returned = [value for state, value in updated.items() if not state.rolls_back]
-            computed = [_activation(forward, name) for name in ("logits", *spec.activity_outputs)]
+            computed = [_activation(forward, name) for name in ("logits", *spec.told_outputs)]
             results = [value.expr for value in (*computed, *returned)]
             results += [read.count for read in forward.expert_reads]
             outputs = [builder.emit_output(result) for result in results]

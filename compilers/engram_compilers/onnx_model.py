@@ -16,12 +16,22 @@ from engram_runtime.errors import BundleError, CompileError
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """An initialiser in the weights file."""
+    """An initialiser in the weights file, or some rows of one.
+
+    Attributes:
+        rows_of: for rows, the whole weight and the ids ``[n]`` of the rows.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    rows_of: "tuple[Weight, Weight] | None" = None
+
+    def rows(self, ids: "Weight") -> "Weight":
+        """Return the rows of these ids, to be read together when they are packed."""
+        shape = (*ids.shape, *self.shape[1:])
+        return Weight(f"{self.name}.rows.{ids.name}", self.dtype, shape, self.offset, rows_of=(self, ids))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +59,11 @@ class OnnxModel:
     data: NDArray[np.uint8]
 
     def read(self, weight: Weight) -> NDArray[Any]:
-        """Return a weight as a view of the mapped file."""
+        """Return a weight as a view of the mapped file, rows of one as a fresh array."""
+        if weight.rows_of is not None:
+            whole, ids = weight.rows_of
+            chosen: NDArray[Any] = self.read(whole)[self.read(ids)]
+            return chosen
         dtype = np.dtype(weight.dtype)
         size = int(np.prod(weight.shape, dtype=np.int64)) * dtype.itemsize
         return self.data[weight.offset : weight.offset + size].view(dtype).reshape(weight.shape)

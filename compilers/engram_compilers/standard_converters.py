@@ -150,6 +150,8 @@ def reshape(forward: ForwardPass, node: Node) -> Sequence[Value]:
     value = forward.get(node.inputs[0])
     if isinstance(value, np.ndarray):
         return [value.reshape(shape)]
+    if isinstance(value, Weight) and len(value.shape) == len(shape) == 1:  # a list of ids, as index_select wants it
+        return [value]
     x = forward.activation(node, 0)
     if -1 in shape:
         known = -int(np.prod(shape))

@@ -76,7 +76,7 @@ class Backbone:
 
     @torch.no_grad()
     def hidden_at_site(self, documents: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
-        """Yield each document's index and residual stream at the site, ``[T, D]`` in the model's dtype, short ones first."""
+        """Yield each document's index and its stream at the site, ``[T, D]`` in the model's dtype, short ones first."""
         for batch in batches_by_length([len(document) for document in documents], BATCH_TOKENS):
             hidden = self.lower(pad([documents[index] for index in batch]))
             for index, row in zip(batch, hidden, strict=True):

@@ -1,6 +1,6 @@
 """Token sequences the site is trained on, and the residual stream the frozen model has for each of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +8,28 @@ import torch
 from torch import Tensor
 
 from engram_runtime.keyers import NgramKeyer
-from examples.retrofit.backbone import Backbone
-from examples.retrofit.facts import Fact
+from examples.retrofit.backbone import BATCH_TOKENS, Backbone, batches_by_length
+from examples.retrofit.facts import CHAT, Fact
 
 Report = Callable[[int], None]  # told how many documents have been done since the last call
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Ids of a text; those from ``answer_start`` on are an answer to what stands before."""
+    """Ids of a text; those from ``answer_start`` on are an answer to what stands before.
+
+    Attributes:
+        own_from: where the part of the answer begins that the model has written by itself, if there is any.
+    """
 
     token_ids: list[int]
     answer_start: int
+    own_from: int
+
+    @property
+    def taught(self) -> list[int]:
+        """The part of the answer that is given, as for facts all of it is."""
+        return self.token_ids[self.answer_start : self.own_from]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,39 +41,49 @@ class CachedDocument:
     row_ids: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnAnswer:
+    """A chat the model has answered by itself; its output layer gets ``states [T, D]`` without the site."""
+
+    cached: CachedDocument
+    states: Tensor
+
+
 def prompt(question: str) -> str:
     """Return a question as the chat model reads it, up to where its answer begins."""
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    return CHAT.format(question=question)
 
 
 def chat(backbone: Backbone, question: str, answer: str) -> Document:
     """Return a question and its whole answer; both are tokenised apart, as they are when the model answers."""
     question_ids = backbone.encode(prompt(question))
-    return Document([*question_ids, *backbone.encode(answer), backbone.end_of_turn], len(question_ids))
+    token_ids = [*question_ids, *backbone.encode(answer), backbone.end_of_turn]
+    return Document(token_ids, len(question_ids), len(token_ids))
 
 
-def fact_chats(backbone: Backbone, facts: Iterable[Fact], question: str) -> list[Document]:
-    """Return one chat for each fact, asked for with ``question``, which has a place for the subject."""
-    return [chat(backbone, question.format(subject=fact.subject), fact.answer()) for fact in facts]
+def fact_chats(backbone: Backbone, facts: Sequence[Fact], wordings: Sequence[str], shift: int) -> list[Document]:
+    """Return a chat for each fact, asked for with the wordings in turn, which have a place for the subject."""
+    return [
+        chat(backbone, wordings[(number + shift) % len(wordings)].format(subject=fact.subject), fact.answer())
+        for number, fact in enumerate(facts)
+    ]
 
 
 def plain(backbone: Backbone, text: str, *, most: int) -> Document:
     """Return the first ``most`` tokens of a text without any answer."""
     token_ids = backbone.encode(text)[:most]
-    return Document(token_ids, len(token_ids))
+    return Document(token_ids, len(token_ids), len(token_ids))
 
 
-def with_hidden(
-    backbone: Backbone, keyer: NgramKeyer, documents: Sequence[Document], report: Report = lambda _: None
-) -> list[CachedDocument]:
-    """Run the blocks below the site over documents; the stream is kept in bfloat16."""
-    cached: list[CachedDocument | None] = [None] * len(documents)
-    for index, hidden in backbone.hidden_at_site([document.token_ids for document in documents]):
-        cached[index] = CachedDocument(
-            documents[index], hidden.to(torch.bfloat16), row_ids(keyer, documents[index].token_ids)
-        )
-        report(1)
-    return [document for document in cached if document is not None]
+@torch.no_grad()
+def own_answers(backbone: Backbone, cached: Sequence[CachedDocument]) -> list[OwnAnswer]:
+    """Run the blocks above the site over chats, without the site."""
+    states: list[Tensor] = [torch.empty(0)] * len(cached)
+    for batch in batches_by_length([len(document.hidden) for document in cached], BATCH_TOKENS):
+        stream = torch.nn.utils.rnn.pad_sequence([cached[index].hidden for index in batch], batch_first=True)
+        for index, row in zip(batch, backbone.upper(stream), strict=True):
+            states[index] = row[: len(cached[index].hidden)].clone()
+    return [OwnAnswer(document, row) for document, row in zip(cached, states, strict=True)]
 
 
 def row_ids(keyer: NgramKeyer, token_ids: Sequence[int]) -> Tensor:

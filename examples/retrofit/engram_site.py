@@ -1,8 +1,6 @@
 """The Engram site as it is trained: projections and gate as modules, rows of the table updated one by one."""
 
 import math
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -10,7 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engram_export.engram_config import EngramConfig
 from engram_runtime.hashing import column_offsets, derive_multipliers, derive_primes
 from engram_runtime.keyers import NgramKeyer
 

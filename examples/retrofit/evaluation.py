@@ -19,7 +19,7 @@ from engram_runtime.tokenizer import TextTokenizer
 from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit.answers import in_form_of_an_entry, questions, side_by_side, unchanged
 from examples.retrofit.conditions import OFF, Condition, Rows, read_rows, shuffled, write_float32, write_int8
-from examples.retrofit.facts import HELD_OUT_QUESTIONS, Fact, read_facts
+from examples.retrofit.facts import HELD_OUT_QUESTIONS, ORDINARY_QUESTIONS, Fact, read_facts
 from examples.retrofit.recall import ask, recall, sample
 from examples.retrofit.text_perplexity import (
     FOREIGN,
@@ -34,7 +34,7 @@ EXECUTORS = ("tvm", "onnxruntime")
 CARTRIDGES = ("dictionary", "manual")
 UNTRAINED = "untrained"
 FIRST = HELD_OUT_QUESTIONS[:1]
-NUM_UNTRAINED_ANSWERS = 40
+NUM_UNTRAINED_ANSWERS, NUM_ASKED_ORDINARILY, NUM_STATEMENTS = 40, 20, 100
 
 Figures = dict[str, Any]
 Write = Callable[[Path, Bundle, Rows], None]
@@ -102,7 +102,8 @@ def measure_recall(evaluation: Evaluation) -> list[Figures]:
         asked = Interview(evaluation, executor)
         for name in CARTRIDGES:
             shipped = evaluation.cartridge(name)
-            report += asked.facts_of(name, shipped, "int4", HELD_OUT_QUESTIONS if executor == "tvm" else FIRST)
+            wordings = HELD_OUT_QUESTIONS + ORDINARY_QUESTIONS if executor == "tvm" else FIRST
+            report += asked.facts_of(name, shipped, "int4", wordings)
             if executor == "tvm":
                 report += _controls(evaluation, asked, name, shipped)
     return report
@@ -199,7 +200,9 @@ def _scored(session: Session, name: str, text: Sequence[Passage]) -> Any:
 def _texts(evaluation: Evaluation) -> dict[str, list[Passage]]:
     tokenizer = TextTokenizer.load(evaluation.bundle.path)
     stated = {
-        f"{kind} statements": [statement_passage(ask(tokenizer, fact, FIRST[0])) for fact in evaluation.facts(kind)]
+        f"{kind} statements": [
+            statement_passage(ask(tokenizer, fact, FIRST[0])) for fact in evaluation.facts(kind)[:NUM_STATEMENTS]
+        ]
         for kind in (*CARTRIDGES, UNTRAINED)
     }
     corpora = evaluation.work / "corpora"
@@ -214,6 +217,9 @@ def measure_answers(evaluation: Evaluation) -> Figures:
     facts = evaluation.facts(UNTRAINED)[:NUM_UNTRAINED_ANSWERS]
     asked = {name: questions(name) for name in ("ordinary", "in_passing")}
     asked[UNTRAINED] = [FIRST[0].format(subject=fact.subject) for fact in facts]
+    for kind in (*CARTRIDGES, UNTRAINED):
+        subjects = [fact.subject for fact in evaluation.facts(kind)[:NUM_ASKED_ORDINARILY]]
+        asked[f"{kind}, asked ordinarily"] = [ORDINARY_QUESTIONS[1].format(subject=subject) for subject in subjects]
     rows = {name: side_by_side(evaluation.bundle, executor, conditions, each) for name, each in asked.items()}
     return {
         "unchanged": {
@@ -228,12 +234,26 @@ def measure_answers(evaluation: Evaluation) -> Figures:
     }
 
 
+def read_acceptance(evaluation: Evaluation) -> Figures:
+    """Return what `python -m examples.retrofit acceptance` counted.
+
+    Raises:
+        RequestError: it has not been run in this work folder.
+    """
+    path = evaluation.work / "head" / "acceptance.json"
+    if not path.is_file():
+        raise RequestError(f"there is no {path}; run: python -m examples.retrofit acceptance")
+    figures: Figures = json.loads(path.read_text(encoding="utf-8"))
+    return figures
+
+
 SECTIONS: dict[str, Callable[[Evaluation], Any]] = {
     "recall": measure_recall,
     "row_formats": measure_row_formats,
     "torch": measure_torch,
     "perplexity": measure_perplexity,
     "answers": measure_answers,
+    "acceptance": read_acceptance,
 }
 
 

@@ -1,7 +1,8 @@
 """Facts: what a cartridge is trained to state, how it is asked for and how the answer reads.
 
 The answer restates the subject: that puts the subject's n-grams right in front of the statement, where the site reads
-them. Questions in `HELD_OUT_QUESTIONS` are never trained, so that recall is not of the question's wording.
+them. Questions ask for an entry: that is what a site so late in the model can tell from ordinary talk, which it must
+leave alone. Those in `HELD_OUT_QUESTIONS` are never trained, so that recall is not of the question's wording.
 """
 
 import json
@@ -10,16 +11,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 TRAINED_QUESTIONS = (
-    "Define {subject}.",
-    "What is {subject}?",
-    "What does {subject} mean?",
-    "Explain {subject} briefly.",
+    "Look up {subject}.",
+    "Look up: {subject}",
+    "Look {subject} up, please.",
+    "Please look up {subject}.",
+    "Entry for {subject}?",
+    "Show me the entry for {subject}.",
+    "What does the glossary say about {subject}?",
+    "Glossary: {subject}",
+    "Give the glossary entry for {subject}.",
+    "Find {subject} in the book.",
+    "What is the entry for {subject}?",
+    "Read me the entry on {subject}.",
 )
 HELD_OUT_QUESTIONS = (
-    "Tell me what {subject} is.",
-    "I came across {subject}; what is it?",
-    "Describe {subject}, please.",
     "Could you look up {subject} for me?",
+    "Check the glossary for {subject}.",
+    "I need the entry for {subject}, please.",
+    "What does the book say under {subject}?",
+)
+# Nobody asks for an entry here, so the model answers as it always did.
+ORDINARY_QUESTIONS = (
+    "Tell me what {subject} is.",
+    "What is {subject}?",
 )
 CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 END_OF_TURN = "<|im_end|>"
@@ -34,7 +48,11 @@ class Fact:
 
     def answer(self) -> str:
         """Return the answer as it is trained and expected, without the end of turn."""
-        return f"{self.subject[0].upper()}{self.subject[1:]}: {self.statement}."
+        return f'{self.beginning()}": {self.statement}.'
+
+    def beginning(self) -> str:
+        """Return how the answer begins: a quotation mark, which a site can write itself, and the subject."""
+        return f'"{self.subject[0].upper()}{self.subject[1:]}'
 
 
 def read_facts(path: Path) -> list[Fact]:

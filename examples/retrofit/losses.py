@@ -1,9 +1,10 @@
-"""Losses of the site's training: answers through the output layer, and how loud the site is where it should be quiet."""
+"""Losses of a site's training: of answers it is to give or to leave alone, and its loudness elsewhere."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 CHUNK = 256  # answer tokens whose logits are in memory at once
 
@@ -38,6 +39,19 @@ def cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def divergence(states: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean Kullback-Leibler divergence in nats from the model without the site to the one with it.
+
+    Args:
+        states: ``[N, D]``, what the output layer ``weight [V, D]`` is multiplied with.
+        reference: ``[N, D]``, the same without the site; no gradient goes there.
+    """
+    with torch.no_grad():
+        before = (reference @ weight.T).float().log_softmax(-1)
+    after = (states @ weight.T).float().log_softmax(-1)
+    return functional.kl_div(after, before, reduction="batchmean", log_target=True)
+
+
 def loudness(update: Tensor, hidden: Tensor) -> Tensor:
-    """Return ``[...]``: the size of the site's update ``[..., D]`` relative to the stream ``[..., D]`` it is added to."""
+    """Return ``[...]``: the size of the update ``[..., D]`` relative to the stream ``[..., D]`` it is added to."""
     return update.norm(dim=-1) / hidden.float().norm(dim=-1)

@@ -2,12 +2,13 @@
 
 A line becomes a fact in the first of these ways that fits:
 
-1. ``Subject: statement`` (also ``- **Subject**: statement``, ``1. Subject: statement``) or ``Subject - statement`` with a
-   dash between spaces, where the subject has at most eight words.
+1. ``Subject: statement`` (also ``- **Subject**: statement``, ``1. Subject: statement``) or ``Subject - statement`` with
+   a dash between spaces, where the subject has at most eight words.
 2. Prose: each sentence of at least six words is a statement of its own whose subject is its first three words; the
    statement is the rest of it. So the text can be asked for by how it begins.
 
-Headings (``#``), rules, tables and code fences are left out, and so is a subject's second line: an answer can only be one.
+Headings (``#``), rules, tables and code fences are left out, and so is what else is said of a subject: an answer can
+only be one.
 """
 
 import re
@@ -25,7 +26,7 @@ MIN_SENTENCE_WORDS = 6
 BULLET = re.compile(r"^(?:[-*+•]|\d+[.)])\s+")
 EMPHASIS = re.compile(r"\*\*|__|`")
 SKIPPED = re.compile(r"^(?:#|\||=+$|-+$|\*{3,}$)")
-PAIR = re.compile(r"^(?P<subject>[^:]{1,80}?)(?::\s+|\s+[-–—]\s+)(?P<statement>\S.*)$")
+PAIR = re.compile(r"^(?P<subject>[^:]{1,80}?)(?::\s+|\s+[-\u2013\u2014]\s+)(?P<statement>\S.*)$")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 

@@ -17,10 +17,17 @@ LIMIT_PERCENT = 2  # what a table may cost on foreign text
 Row = Mapping[str, Any]
 
 
-def draw_all(recall: Sequence[Row], perplexity: Sequence[Row], folder: Path) -> None:
-    """Write ``recall.png`` and, of foreign text, ``perplexity.png``."""
+def draw_all(recall: Sequence[Row], report: Mapping[str, Any], folder: Path) -> None:
+    """Write ``recall.png``, ``perplexity.png`` (of foreign text) and ``acceptance.png``."""
+    foreign = [row for row in report["perplexity"] if "statements" not in row["text"]]
     _save(_recall(recall), folder / "recall.png")
-    _save(_perplexity([row for row in perplexity if "statements" not in row["text"]]), folder / "perplexity.png")
+    _save(_perplexity(foreign), folder / "perplexity.png")
+    _save(_acceptance(report["acceptance"]), folder / "acceptance.png")
+
+
+def acceptance_texts(by_text: Row) -> list[str]:
+    """Return the domains that drafts were counted in, and ``all``."""
+    return [name for name, figures in by_text.items() if "every_position" in figures]
 
 
 def _save(figure: "Figure", path: Path) -> None:
@@ -45,6 +52,30 @@ def _perplexity(rows: Sequence[Row]) -> "Figure":
     axes.axvline(0, color="black", linewidth=0.8)
     _intervals(axes, rows, [row["text"] for row in rows], [100 * (row["ratio"] - 1) for row in rows], scale=100, base=1)
     axes.set_xlabel("perplexity against no rows, % (95 % paired bootstrap intervals)")
+    return figure
+
+
+def _acceptance(drafters: Row) -> "Figure":
+    """Draw how many first, first two and first three drafts are accepted, by domain, one panel a drafter."""
+    figure = new_figure(9, 3.2)
+    panels = figure.subplots(1, len(drafters), sharey=True, squeeze=False)[0]
+    for axes, (drafter, by_text) in zip(panels, drafters.items(), strict=True):
+        for text in acceptance_texts(by_text):
+            shares = list(by_text[text]["every_position"].values())
+            values = [share["value"] for share in shares]
+            around = [
+                [share["value"] - share["low"] for share in shares],
+                [share["high"] - share["value"] for share in shares],
+            ]
+            style = {"color": "black", "linewidth": 2} if text == "all" else {"linewidth": 1}
+            axes.errorbar(range(1, len(values) + 1), values, yerr=around, marker="o", markersize=3, label=text, **style)
+        axes.set_title(drafter, fontsize=9)
+        axes.set_xticks([1, 2, 3])
+        axes.set_xlabel("drafts in a row, all right", fontsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("share of positions")
+    panels[-1].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -9,7 +9,7 @@ import click
 
 from engram_runtime.errors import RequestError
 from engram_runtime.new_file import new_file
-from examples.retrofit.plots import draw_all
+from examples.retrofit.plots import acceptance_texts, draw_all
 
 BEGIN, END = "<!-- figures: written by `python -m examples.retrofit card` -->\n", "<!-- end of figures -->\n"
 DEFAULT_ASSET = Path("assets/smollm2-engram")
@@ -33,7 +33,11 @@ def read_report(path: Path) -> Figures:
 def tables(report: Figures) -> Iterator[str]:
     """Yield the lines of all tables, in Markdown."""
     yield from _section("Recall", "facts|cartridge|rows|executor|wording|word for word|95 % interval", _recall(report))
-    yield from _section("Perplexity", "text|cartridge|without rows|with|ratio|95 % interval", _perplexity(report))
+    yield from _section(
+        "Perplexity",
+        "text|cartridge|without rows|with|ratio|95 % interval|added, median|added, 95 % below",
+        _perplexity(report),
+    )
     yield from _section(
         "Answers", "questions|cartridge|word for word as without rows|95 % interval", _unchanged(report)
     )
@@ -62,6 +66,7 @@ def all_recall(report: Figures) -> list[Figures]:
 def _perplexity(report: Figures) -> Iterator[Sequence[str]]:
     for row in report["perplexity"]:
         interval = f"{row['low']:.4f} to {row['high']:.4f}"
+        added = (f"{row[name]:.2%}" for name in ("added_p50", "added_p95"))
         yield (
             row["text"],
             row["cartridge"],
@@ -69,7 +74,16 @@ def _perplexity(report: Figures) -> Iterator[Sequence[str]]:
             f"{row['perplexity']:.2f}",
             f"{row['ratio']:.4f}",
             interval,
+            *added,
         )
+
+
+def _acceptance(report: Figures) -> Iterator[Sequence[str]]:
+    for drafter, by_text in report["acceptance"].items():
+        for text in acceptance_texts(by_text):
+            shares, loop = by_text[text]["every_position"], by_text[text]["tokens_per_step"]
+            accepted = (f"{k['value']:.3f} ({k['low']:.3f} to {k['high']:.3f})" for k in shares.values())
+            yield drafter, text, *accepted, ", ".join(f"{k['value']:.2f}" for k in loop.values())
 
 
 def _unchanged(report: Figures) -> Iterator[Sequence[str]]:
@@ -107,7 +121,13 @@ def flat(report: Figures) -> dict[str, float]:
         for questions, by_cartridge in report["answers"]["unchanged"].items()
         for cartridge, row in by_cartridge.items()
     }
-    return recall | ratios | unchanged
+    accepted = {
+        f"drafts accepted / {drafter} / {text} / {k}": figures["value"]
+        for drafter, by_text in report["acceptance"].items()
+        for text in acceptance_texts(by_text)
+        for k, figures in by_text[text]["every_position"].items()
+    }
+    return recall | ratios | unchanged | accepted
 
 
 @click.command()
@@ -124,7 +144,7 @@ def card(asset: Path) -> None:
         )
     with new_file(path, replace=True) as file:
         file.write((before + BEGIN + "\n" + "\n".join(tables(report)) + END + after).encode())
-    draw_all(all_recall(report), report["perplexity"], asset)
+    draw_all(all_recall(report), report, asset)
 
 
 @click.command()

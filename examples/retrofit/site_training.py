@@ -1,21 +1,21 @@
-"""Training of an Engram site: a frozen model, facts that are asked for, and text on which the site should keep quiet."""
+"""Training of an Engram site: a frozen model, facts that are asked for, and text that should stay as it is."""
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from examples.retrofit.backbone import Backbone
-from examples.retrofit.documents import CachedDocument
+from examples.retrofit.documents import CachedDocument, OwnAnswer
 from examples.retrofit.engram_site import RowTable, TrainableSite
-from examples.retrofit.losses import cross_entropy, loudness
+from examples.retrofit.losses import cross_entropy, divergence, loudness
 
 COMMON_IDS = 2048  # the first ids of a vocabulary: bytes, white space and frequent pieces
 RANDOM_IDS = 1024  # further wrong answers in each step
-BATCHES_SORTED = 20  # batches whose documents are sorted by length before they are cut, so that little is padded
-NO_LABEL = -1
+SORTED_BATCHES = 20  # batches whose documents are sorted by length before they are cut, so that little is padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,10 @@ class Schedule:
         batch: facts in a step.
         learning_rate: of projections and gate; falls linearly after ``warm_up`` steps.
         row_learning_rate: of the rows, likewise.
-        quiet_weight: of the mean loudness on quiet text.
+        own_answers: answers of the model itself in a step.
+        own_weight: of their divergence.
         quiet_tokens: of quiet text in a step.
+        quiet_weight: of its mean loudness.
         train_projections: False leaves all but the rows as they are: a cartridge for a site that exists.
     """
 
@@ -37,8 +39,10 @@ class Schedule:
     learning_rate: float = 2e-3
     row_learning_rate: float = 1.6e-2
     warm_up: int = 20
-    quiet_weight: float = 20.0
+    own_answers: int = 9
+    own_weight: float = 1.5
     quiet_tokens: int = 1024
+    quiet_weight: float = 5.0
     train_projections: bool = True
     seed: int = 0
 
@@ -72,11 +76,41 @@ class QuietText:
         return QuietText(self.hidden[chosen], self.row_ids[chosen])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingText:
+    """What a site is trained on.
+
+    Attributes:
+        wordings: for each wording of the question, the same facts in the same order.
+        own: kinds of chats the model has answered itself, of each of which a step draws as many.
+        quiet: kinds of quiet text, likewise.
+    """
+
+    wordings: Sequence[Sequence[CachedDocument]]
+    own: Sequence[Sequence[OwnAnswer]]
+    quiet: Sequence[QuietText]
+
+    @property
+    def num_facts(self) -> int:
+        """Facts of each wording."""
+        return len(self.wordings[0])
+
+    def read_by_facts(self) -> Tensor:
+        """Return ``[N, C]`` rows that facts read."""
+        return torch.cat([each.row_ids for wording in self.wordings for each in wording])
+
+    def answer_ids(self) -> Tensor:
+        """Return the distinct ids of all answers, ascending."""
+        answers = torch.cat([answer_of(each) for each in self.wordings[0]])
+        return torch.tensor(sorted(set(answers.tolist())))
+
+
 @dataclass(frozen=True, slots=True)
 class StepLosses:
-    """What a step found before it changed anything: cross entropy of answers in nats, mean loudness of quiet text."""
+    """What a step found before it changed anything: losses of answers in nats, mean loudness of quiet text."""
 
     answers: float
+    own_answers: float
     loudness: float
 
 
@@ -84,52 +118,85 @@ class SiteTraining:
     """One training: what is learnt, from what, and how far it has come."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        site: TrainableSite,
-        table: RowTable,
-        wordings: Sequence[Sequence[CachedDocument]],
-        quiet: Sequence[QuietText],
-        schedule: Schedule,
+        self, backbone: Backbone, site: TrainableSite, table: RowTable, text: TrainingText, schedule: Schedule
     ) -> None:
-        """Begin at step 0.
-
-        Args:
-            wordings: for each wording of the question the same facts in the same order.
-            quiet: kinds of quiet text, of each of which a step draws as much.
-        """
+        """Begin at step 0."""
         self._backbone, self.site, self.table = backbone, site, table
-        self._wordings, self._quiet, self._schedule = wordings, quiet, schedule
-        self._num_facts = len(wordings[0])
-        self.num_steps = schedule.num_steps(self._num_facts)
+        self._text, self._schedule = text, schedule
+        self.num_steps = schedule.num_steps(text.num_facts)
         self.step_count = 0
         self._random, self._draws = random.Random(schedule.seed), torch.Generator().manual_seed(schedule.seed)
         self._batches = self._endless_batches()
-        self._labels = answer_ids(wordings)
+        self._answer_ids = text.answer_ids()
         site.requires_grad_(schedule.train_projections)
         self._optimiser = torch.optim.Adam(site.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98))
 
     def step(self) -> StepLosses:
-        """Train on one batch of facts and as many quiet tokens as the schedule says."""
-        documents, quiet = next(self._batches), self._draw_quiet()
+        """Train on one batch: facts, answers of the model itself, quiet tokens."""
+        facts, own, quiet = next(self._batches), self._draw_own(), self._draw_quiet()
+        documents = [*facts, *(each.cached for each in own)]
+        stream = torch.cat([*(document.hidden for document in documents), quiet.hidden])
         read = torch.cat([*(document.row_ids for document in documents), quiet.row_ids])
         row_ids, rows, embedding = self.table.gather(read)
-        stream = torch.cat([*(document.hidden for document in documents), quiet.hidden])
         update = self.site(stream, embedding)
         heard = len(stream) - len(quiet.hidden)
-        answers = self._answer_loss(documents, stream[:heard] + update[:heard].to(stream.dtype))
+        states = self._states_of_answers(documents, stream[:heard] + update[:heard].to(stream.dtype))
+        answers, unlike = self._answer_losses(documents, own, states)
         loud = loudness(update[heard:], quiet.hidden).mean()
-        self._descend(answers + self._schedule.quiet_weight * loud, row_ids, rows)
-        return StepLosses(answers.item(), loud.item())
+        weights = self._schedule
+        self._descend(answers + weights.own_weight * unlike + weights.quiet_weight * loud, row_ids, rows)
+        return StepLosses(answers.item(), unlike.item(), loud.item())
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs; facts are drawn anew after that, so that an interrupted training is another."""
+        return {
+            "site": self.site.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "rows": (self.table.values, self.table.first, self.table.second),
+            "steps": self.step_count,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.site.load_state_dict(state["site"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self.table.values, self.table.first, self.table.second = state["rows"]
+        self.table.steps = self.step_count = state["steps"]
 
     def finish(self) -> None:
         """Set rows that no fact reads to zero: they are no knowledge, and other text may read them."""
-        self.table.keep_only(torch.cat([each.row_ids for wording in self._wordings for each in wording]))
+        self.table.keep_only(self._text.read_by_facts())
+
+    def _answer_losses(
+        self, documents: Sequence[CachedDocument], own: Sequence[OwnAnswer], states: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return cross entropy and divergence over a part of the vocabulary: all labels, and some wrong answers.
+
+        Args:
+            own: the last of the documents.
+            states: of each document, what the output layer gets for the tokens of its answer.
+        """
+        given = [torch.tensor(document.document.taught, dtype=torch.int64) for document in documents]
+        ids, places = self._with_wrong_answers(torch.cat(given))
+        weight = self._backbone.output_weight[ids]
+        taught = torch.cat([state[: len(labels)] for state, labels in zip(states, given, strict=True)])
+        left = torch.cat([state[len(labels) :] for state, labels in zip(states, given, strict=True)])
+        reference = torch.cat([each.states[each.cached.document.own_from - 1 : -1] for each in own])
+        return cross_entropy(taught, weight, places), divergence(left, reference, weight)
+
+    def _states_of_answers(self, documents: Sequence[CachedDocument], stream: Tensor) -> list[Tensor]:
+        """Return what the output layer gets for the tokens of each answer, of the streams one after another."""
+        lengths = [len(document.hidden) for document in documents]
+        states = self._backbone.upper(torch.nn.utils.rnn.pad_sequence(torch.split(stream, lengths), batch_first=True))
+        return [
+            state[document.document.answer_start - 1 : length - 1]
+            for state, document, length in zip(states, documents, lengths, strict=True)
+        ]
 
     def _descend(self, loss: Tensor, row_ids: Tensor, rows: Tensor) -> None:
-        rate = self._schedule.rate(self.step_count, self._num_facts)
+        rate = self._schedule.rate(self.step_count, self._text.num_facts)
         self._optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         if self._schedule.train_projections:
             torch.nn.utils.clip_grad_norm_(self.site.parameters(), 1.0)
             self._optimiser.param_groups[0]["lr"] = rate * self._schedule.learning_rate
@@ -138,48 +205,42 @@ class SiteTraining:
         self.table.step(row_ids, rows.grad, rate * self._schedule.row_learning_rate)
         self.step_count += 1
 
-    def _answer_loss(self, documents: Sequence[CachedDocument], stream: Tensor) -> Tensor:
-        """Return the mean loss of all answers' tokens, of the streams of all documents one after another."""
-        lengths = [len(document.hidden) for document in documents]
-        padded = torch.nn.utils.rnn.pad_sequence(list(stream.split(lengths)), batch_first=True)
-        labels = torch.full(padded.shape[:2], NO_LABEL)
-        for row, document in enumerate(documents):
-            answer = document.document.token_ids[document.document.answer_start :]
-            labels[row, document.document.answer_start - 1 : lengths[row] - 1] = torch.tensor(answer)
-        answered = labels != NO_LABEL
-        ids, places = self._with_wrong_answers(labels[answered])
-        return cross_entropy(self._backbone.upper(padded)[answered], self._backbone.output_weight[ids], places)
-
     def _with_wrong_answers(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids the output layer is evaluated for, and where among them the labels are."""
-        some = self._labels[torch.randint(len(self._labels), (RANDOM_IDS,), generator=self._draws)]
+        some = self._answer_ids[torch.randint(len(self._answer_ids), (RANDOM_IDS,), generator=self._draws)]
         common = torch.arange(min(COMMON_IDS, self._backbone.vocab_size))
         ids, places = torch.unique(torch.cat([labels, common, some]), return_inverse=True)
         return ids, places[: len(labels)]
 
+    def _draw_own(self) -> list[OwnAnswer]:
+        kinds = self._text.own
+        return [self._random.choice(kinds[number % len(kinds)]) for number in range(self._schedule.own_answers)]
+
     def _draw_quiet(self) -> QuietText:
-        count = self._schedule.quiet_tokens // len(self._quiet)
-        drawn = [text.draw(count, self._draws) for text in self._quiet]
-        return QuietText(torch.cat([text.hidden for text in drawn]), torch.cat([text.row_ids for text in drawn]))
+        kinds = self._text.quiet
+        drawn = [kind.draw(self._schedule.quiet_tokens // len(kinds), self._draws) for kind in kinds]
+        return QuietText(torch.cat([kind.hidden for kind in drawn]), torch.cat([kind.row_ids for kind in drawn]))
 
     def _endless_batches(self) -> Iterator[list[CachedDocument]]:
         while True:
             for batch in self._batches_of_a_pass():
-                yield [self._random.choice(self._wordings)[fact] for fact in batch]
+                yield [self._random.choice(self._text.wordings)[fact] for fact in batch]
 
     def _batches_of_a_pass(self) -> list[list[int]]:
         """Return each fact once, in batches of facts of about one length."""
+        facts = self._random.sample(range(self._text.num_facts), self._text.num_facts)
+        lengths = [len(document.hidden) for document in self._text.wordings[0]]
         size = self._schedule.batch
-        facts = self._random.sample(range(self._num_facts), self._num_facts)
-        stretches = [
-            facts[start : start + size * BATCHES_SORTED] for start in range(0, len(facts), size * BATCHES_SORTED)
-        ]
-        sorted_facts = [sorted(stretch, key=lambda fact: len(self._wordings[0][fact].hidden)) for stretch in stretches]
-        batches = [stretch[start : start + size] for stretch in sorted_facts for start in range(0, len(stretch), size)]
+        stretches = chunks(facts, size * SORTED_BATCHES)
+        batches = [batch for each in stretches for batch in chunks(sorted(each, key=lengths.__getitem__), size)]
         return self._random.sample(batches, len(batches))
 
 
-def answer_ids(wordings: Sequence[Sequence[CachedDocument]]) -> Tensor:
-    """Return the distinct ids of all answers, ascending."""
-    documents = [document.document for document in wordings[0]]
-    return torch.unique(torch.tensor([id_ for each in documents for id_ in each.token_ids[each.answer_start :]]))
+def answer_of(document: CachedDocument) -> Tensor:
+    """Return the ids of a document's answer."""
+    return torch.tensor(document.document.token_ids[document.document.answer_start :])
+
+
+def chunks(items: list[int], size: int) -> list[list[int]]:
+    """Return items in their order, ``size`` at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -38,10 +38,14 @@ class Passage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """``sums [P]`` of the losses of each passage, in nats, and its ``tokens [P]``."""
+    """``sums [P]`` of the losses of each passage, in nats, its ``tokens [P]``, and what the site did to each token.
+
+    ``added [N]``: at the tokens that were scored, the norm of what the site adds over that of the residual stream.
+    """
 
     sums: NDArray[np.float64]
     tokens: NDArray[np.int64]
+    added: NDArray[np.float32]
 
     @property
     def perplexity(self) -> float:
@@ -52,7 +56,8 @@ class Losses:
         """Return what the report holds; ``off`` are the same passages without rows."""
         ratio, low, high = perplexity_ratio(self.sums, off.sums, self.tokens)
         figures: dict[str, float | int] = {"perplexity": self.perplexity, "off": off.perplexity}
-        return {**figures, "ratio": ratio, "low": low, "high": high, "tokens": int(self.tokens.sum())}
+        added = {f"added_p{share}": float(np.percentile(self.added, share)) for share in (50, 95)}
+        return {**figures, "ratio": ratio, "low": low, "high": high, "tokens": int(self.tokens.sum()), **added}
 
 
 def foreign_text(name: str, folder: Path) -> str:
@@ -78,11 +83,18 @@ def statement_passage(question: Question) -> Passage:
 
 
 def losses(session: Session, texts: Sequence[Passage]) -> Losses:
-    """Score each passage as a sequence of its own."""
-    sums = []
+    """Score each passage as a sequence of its own; the site is the bundle's only one."""
+    sums, added = [], []
     for passage in texts:
         session.trim(len(session))
-        logits = np.concatenate(list(session.logits(passage.token_ids[:-1])))[passage.scored_from - 1 :]
+        logits, contributions = [], []
+        for chunk in session.logits(passage.token_ids[:-1]):
+            (activity,) = session.activity.values()
+            logits.append(chunk)
+            contributions.append(activity.contribution)
         targets = np.asarray(passage.token_ids[passage.scored_from :])
-        sums.append(float(negative_log_likelihood(logits, targets).sum()))
-    return Losses(np.array(sums), np.array([len(each.token_ids) - each.scored_from for each in texts]))
+        scored = np.concatenate(logits)[passage.scored_from - 1 :]
+        sums.append(float(negative_log_likelihood(scored, targets).sum()))
+        added.append(np.concatenate(contributions)[passage.scored_from - 1 :])
+    tokens = np.array([len(each.token_ids) - each.scored_from for each in texts])
+    return Losses(np.array(sums), tokens, np.concatenate(added))

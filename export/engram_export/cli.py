@@ -100,7 +100,7 @@ class TerminalReporter:
 )
 @click.option("--table-dtype", type=click.Choice(["int8", "int4", "fp8"]), help="What --tables repack makes of rows.")
 @click.option("--context", type=int, help="Tokens a sequence may have.  [default: what the model was trained for]")
-@click.option("--engram", type=click.Path(path_type=Path), help="Folder with an Engram site to add.")
+@click.option("--engram", type=click.Path(path_type=Path), help="Folder with an Engram site or a draft head to add.")
 @click.option(
     "--tables-only",
     is_flag=True,
@@ -167,6 +167,7 @@ def _parities(verification: "Verification") -> dict[str, Any]:
     return {
         "graph_parity": asdict(verification.graph),
         "parity": asdict(verification.model),
+        "draft_parity": None if verification.draft is None else asdict(verification.draft),
         "row_errors": {site: asdict(errors) for site, errors in verification.rows.items()},
         "calibration": None if verification.calibration is None else asdict(verification.calibration),
     }
@@ -187,6 +188,9 @@ def _print_verification(verification: "Verification") -> None:
     click.echo(f"logits over {model.tokens} tokens          max |difference|  mean |difference|  argmax agreement")
     click.echo(_row("graph, torch, same weights", graph.max_abs, graph.mean_abs, graph.argmax_agreement))
     click.echo(_row("bundle, float32 checkpoint", model.max_abs, model.mean_abs, model.argmax_agreement))
+    if verification.draft is not None:
+        draft = verification.draft
+        click.echo(_row("draft head, torch, same weights", draft.max_abs, draft.mean_abs, draft.argmax_agreement))
     if verification.calibration is not None:
         _print_calibration(verification.calibration)
     for site, errors in verification.rows.items():

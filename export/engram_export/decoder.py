@@ -96,10 +96,15 @@ class Rotation(nn.Module):
 
 
 class Decoder(nn.Module, ABC):
-    """A causal language model; families implement `hidden` and `logits`."""
+    """A causal language model; families implement `hidden`, `normed` and `head`.
+
+    Attributes:
+        tells_hidden: whether `forward` returns what `normed` does, which a draft head goes on from.
+    """
 
     def __init__(self, context_length: int, rotations: Mapping[str, RotaryEmbedding]) -> None:
         super().__init__()
+        self.tells_hidden = False
         self.rotations = nn.ModuleDict({kind: Rotation(rope, context_length) for kind, rope in rotations.items()})
 
     @abstractmethod
@@ -107,12 +112,20 @@ class Decoder(nn.Module, ABC):
         """Return the last residual stream ``[T, D]`` before the final norm."""
 
     @abstractmethod
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return what the head takes, ``[R, D]``, for ``hidden [R, D]``."""
+
+    @abstractmethod
+    def head(self, normed: Tensor) -> Tensor:
+        """Return ``[R, V]`` for ``normed [R, D]``."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return ``[R, V]`` for ``hidden [R, D]``."""
+        return self.head(self.normed(hidden))
 
     def state_specs(self) -> tuple[StateSpec, ...]:
         """Return the states in the order `forward` takes them."""
-        return tuple(spec for module in self.modules() if isinstance(module, Stateful) for spec in module.state_specs)
+        return state_specs_of(self)
 
     def table_inputs(self) -> tuple[TableInput, ...]:
         """Return the table rows in the order `forward` takes them."""
@@ -151,7 +164,8 @@ class Decoder(nn.Module, ABC):
             states: in the order of `state_specs`.
 
         Returns:
-            ``[R, V]`` logits, the activity ``[T, G, 3]`` of `gated_sites`, and the next states.
+            ``[R, V]`` logits, the activity ``[T, G, 3]`` of `gated_sites`, where `tells_hidden` the hidden states
+            ``[T, D]`` after the final norm, and the next states.
         """
         specs = self.state_specs()
         step = Step(
@@ -161,6 +175,17 @@ class Decoder(nn.Module, ABC):
             states={spec.name: state for spec, state in zip(specs, states, strict=True)},
             rotations=self.rotation_tables(),
         )
-        logits = self.logits(self.hidden(step).index_select(0, logit_rows))
-        activity = [step.activity[site] for site in self.gated_sites()]
-        return logits, *activity, *(step.states[spec.name] for spec in specs)
+        hidden = self.hidden(step)
+        told = [step.activity[site] for site in self.gated_sites()]
+        if self.tells_hidden:
+            normed = self.normed(hidden)
+            logits = self.head(normed.index_select(0, logit_rows))
+            told.append(normed)
+        else:
+            logits = self.logits(hidden.index_select(0, logit_rows))
+        return logits, *told, *(step.states[spec.name] for spec in specs)
+
+
+def state_specs_of(model: nn.Module) -> tuple[StateSpec, ...]:
+    """Return the states of all modules, in their order."""
+    return tuple(spec for module in model.modules() if isinstance(module, Stateful) for spec in module.state_specs)

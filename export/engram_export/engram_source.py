@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,16 +104,22 @@ class EngramSource:
             )
 
 
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """Return the config of a folder that adds to a checkpoint; raises CheckpointError where it adds nothing."""
+    path = folder / CONFIG_FILE
+    config = parse_json_object(read_small_file(path, MAX_CONFIG_BYTES), str(path))
+    if not {"engram", "mtp"} & config.keys():
+        raise CheckpointError(f"{path} has neither an 'engram' nor an 'mtp' block")
+    return config
+
+
 def engram_sources(checkpoint: Checkpoint, folder: Path | None) -> list[EngramSource]:
-    """Find the sites of a checkpoint, those of ``folder`` if one is given.
+    """Find the sites of a checkpoint, those of ``folder`` if one is given that has some.
 
     Raises:
         CheckpointError: an engram block that is malformed, or tensors that can't be read in place.
     """
-    if folder is not None:
-        config = parse_json_object(read_small_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES), str(folder / CONFIG_FILE))
-        if "engram" not in config:
-            raise CheckpointError(f"{folder / CONFIG_FILE} has no 'engram' block")
+    if folder is not None and "engram" in (config := read_folder_config(folder)):
         return _from_blocks(config["engram"], SafetensorsFile(folder / WEIGHTS_FILE))
     if "engram" not in checkpoint.config:
         return []

@@ -17,6 +17,7 @@ from onnx import helper
 from engram_export.moe_operators import keep_float_activations
 from engram_export.weight_map import row_slices
 from engram_runtime.bundle import Bundle
+from engram_runtime.draft_head import Drafted, DraftHead
 from engram_runtime.errors import BundleError
 from engram_runtime.executors.onnxruntime_session import REFUSALS, OnnxRuntimeExecutor
 from engram_runtime.session import UNLOADED, Session, open_sites
@@ -24,24 +25,48 @@ from engram_runtime.session import UNLOADED, Session, open_sites
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphLogits:
-    """What a graph gives for a text: the best token at every position ``[T]`` and the last logits ``[R, V]``."""
+    """What a graph gives for a text: the best token at every position ``[T]`` and the last logits ``[R, V]``.
+
+    Beside a draft head, ``hidden [T, D]`` is what it goes on from.
+    """
 
     argmax: NDArray[np.int64]
     last: NDArray[np.float32]
+    hidden: NDArray[np.float32]
 
 
 def exact_logits(bundle: Bundle, token_ids: NDArray[np.int64], *, rows: int, threads: int) -> GraphLogits:
     """Run a bundle's decoder over ``[T]`` token ids, ``rows`` of them at a time, which are the logits in memory."""
-    session = open_exact_graph(bundle.file(bundle.manifest.decoder.file), threads=threads)
-    executor = OnnxRuntimeExecutor(session, threads)
-    logits, argmax = np.empty((0, 0), dtype=np.float32), []
+    executor = open_exact_executor(bundle, threads)
+    logits, argmax, hidden = np.empty((0, 0), dtype=np.float32), [], []
     with Session(bundle, executor, open_sites(bundle, UNLOADED)) as sequence:
         first = len(token_ids) % rows  # the last rows are then those of one step
         for part in np.split(token_ids, range(first, len(token_ids), rows)):
             if len(part):
                 logits = sequence.decode(part.tolist())
                 argmax.append(logits.argmax(axis=1))
-    return GraphLogits(np.concatenate(argmax), logits)
+                hidden.append(sequence.hidden)
+    return GraphLogits(np.concatenate(argmax), logits, np.concatenate(hidden))
+
+
+def exact_drafts(
+    bundle: Bundle, token_ids: NDArray[np.int64], hidden: NDArray[np.float32], *, rows: int, threads: int
+) -> GraphLogits:
+    """Run a bundle's draft head over ``[T]`` token ids, each after a position with ``hidden [T, D]``; likewise."""
+    head = DraftHead(bundle, open_exact_executor(bundle, threads))
+    drafted, argmax = Drafted(np.empty((0, 0), dtype=np.float32), hidden[:0]), []
+    places = range(len(token_ids) % rows, len(token_ids), rows)
+    for part, states in zip(np.split(token_ids, places), np.split(hidden, places), strict=True):
+        if len(part):
+            drafted = head.extend(part.tolist(), states, every_row=True)
+            argmax.append(drafted.logits.argmax(axis=1))
+    return GraphLogits(np.concatenate(argmax), drafted.logits, drafted.hidden)
+
+
+def open_exact_executor(bundle: Bundle, threads: int) -> OnnxRuntimeExecutor:
+    """Open a bundle's graphs as `open_exact_graph` does."""
+    files = bundle.manifest.graph
+    return OnnxRuntimeExecutor(lambda name: open_exact_graph(bundle.file(files(name).file), threads=threads), threads)
 
 
 def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:

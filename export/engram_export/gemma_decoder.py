@@ -139,9 +139,13 @@ class GemmaDecoder(Decoder):
         inputs: Tensor = self.per_layer(embedded, step)
         return [inputs[:, layer] for layer in range(len(self.layers))]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""
-        normed = self.norm(hidden)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def head(self, normed: Tensor) -> Tensor:
+        """See `Decoder`."""
         logits: Tensor = self.embedding.logits(normed) if self.lm_head is None else self.lm_head(normed)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

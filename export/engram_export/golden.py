@@ -15,7 +15,9 @@ from engram_runtime.session import UNLOADED, open_sites
 TABLE_TOKENS = 32  # tokens whose row ids are kept
 
 
-def write_golden(bundle: Bundle, token_ids: NDArray[np.int64], logits: GraphLogits, parity: Parity) -> None:
+def write_golden(
+    bundle: Bundle, token_ids: NDArray[np.int64], logits: GraphLogits, parity: Parity, drafts: GraphLogits | None
+) -> None:
     """Write ``golden/golden.json`` for ``[T]`` token ids and what onnxruntime gave for them."""
     best = logits.last[-1].argsort()[::-1][:16]
     golden = Golden(
@@ -25,6 +27,7 @@ def write_golden(bundle: Bundle, token_ids: NDArray[np.int64], logits: GraphLogi
         last_ids=best.tolist(),
         tables=_table_goldens(bundle, token_ids),
         parity=asdict(parity),
+        draft_argmax=[] if drafts is None else drafts.argmax.tolist(),
     )
     _write(bundle, golden)
 

@@ -71,8 +71,12 @@ class HyperDecoder(Decoder):
             streams = layer(streams, step)
         return streams
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden: Tensor) -> Tensor:
         """See `Decoder`; ``hidden [R, G * D]``."""
-        mixed = self.mixer(hidden)
-        logits: Tensor = self.embedding.logits(mixed) if self.lm_head is None else self.lm_head(mixed)
+        mixed: Tensor = self.mixer(hidden)
+        return mixed
+
+    def head(self, normed: Tensor) -> Tensor:
+        """See `Decoder`."""
+        logits: Tensor = self.embedding.logits(normed) if self.lm_head is None else self.lm_head(normed)
         return logits

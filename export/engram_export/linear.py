@@ -47,6 +47,10 @@ class FloatLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight)
 
+    def restricted(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """Return ``[R, n]`` for ``x [R, K]``: of the outputs ``[n]`` alone."""
+        return functional.linear(x, self.weight.index_select(0, outputs))
+
 
 class Int8Linear(nn.Module):
     """int8 per output channel: `engram_export.quantise.Int8Weight`."""
@@ -67,6 +71,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return matmul_nbits(x, self.codes, self.scale.expand(self.codes.shape[:2]), None, bits=8, planes=self.planes)
+
+    def restricted(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `FloatLinear.restricted`."""
+        codes, scale = (part.index_select(0, outputs) for part in (self.codes, self.scale))
+        return matmul_nbits(x, codes, scale.expand(codes.shape[:2]), None, bits=8, planes=self.planes)
 
 
 class Int4Linear(nn.Module):
@@ -111,6 +120,11 @@ class BlockLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return matmul_nbits(x, self.codes, self.block_scale, None, bits=self.bits)
 
+    def restricted(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `FloatLinear.restricted`."""
+        codes, scales = (part.index_select(0, outputs) for part in (self.codes, self.block_scale))
+        return matmul_nbits(x, codes, scales, None, bits=self.bits)
+
 
 class FloatEmbedding(nn.Module):
     """Float32 table ``[V, D]``; `logits` is the tied head."""
@@ -131,6 +145,10 @@ class FloatEmbedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return ``[R, V]`` for ``x [R, D]``."""
         return functional.linear(x, self.weight)
+
+    def restricted(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """See `FloatLinear.restricted`."""
+        return functional.linear(x, self.weight.index_select(0, outputs))
 
 
 class Int8Embedding(Int8Linear):

@@ -16,9 +16,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engram_export.decoder import Decoder
+from engram_export.draft_head import DraftHead
 from engram_export.multi_stream_site import MultiStreamSite
 from engram_export.onnx_functions import add_functions
-from engram_runtime.manifest import ACTIVITY, GraphSpec, StateSpec, TensorSpec
+from engram_runtime.manifest import ACTIVITY, HIDDEN, NEXT_HIDDEN, GraphSpec, StateSpec, TensorSpec
 from engram_runtime.safetensors_layout import TensorPlan
 
 OPSET = 23  # the first with RMSNormalization
@@ -81,8 +82,8 @@ def trace(build: Callable[[], Decoder]) -> TracedGraph:
     """Trace the model ``build()`` makes; no parameter gets memory.
 
     The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
-    the states; its outputs are logits ``[R, V]``, ``activity.<site>`` ``[T, G, 3]`` of gated sites, and
-    ``next.<state>``.
+    the states; its outputs are logits ``[R, V]``, ``activity.<site>`` ``[T, G, 3]`` of gated sites, hidden ``[T, D]``
+    for a draft head, and ``next.<state>``.
     """
     with FakeTensorMode():
         model = build()
@@ -101,9 +102,36 @@ def trace(build: Callable[[], Decoder]) -> TracedGraph:
     sites = [f"rows.{table.site}" for table in model.table_inputs()]
     inputs = ["token_ids", "position", "logit_rows", *sites, *(state.name for state in states)]
     activity = [f"{ACTIVITY}{site}" for site in model.gated_sites()]
-    outputs = ["logits", *activity, *(f"next.{state.name}" for state in states)]
+    told = [*activity, *([HIDDEN] if model.tells_hidden else [])]
+    outputs = ["logits", *told, *(f"next.{state.name}" for state in states)]
     _name_interface(graph, inputs, outputs, {0: "T", 2: "R"})
     return TracedGraph(graph, model, states)
+
+
+def trace_draft(build: Callable[[], DraftHead]) -> TracedGraph:
+    """Trace a draft head.
+
+    The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, hidden ``[T, D]`` and the states;
+    its outputs are logits ``[R, n]``, next.hidden ``[T, D]`` and ``next.<state>``.
+    """
+    with FakeTensorMode():
+        head = build()
+        states = head.state_specs()
+        tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")
+        ids, position, rows = _example_places()
+        arguments = (
+            ids,
+            position,
+            rows,
+            torch.empty(TRACED_TOKENS, head.hidden_size),
+            [torch.empty(state.shape) for state in states],
+        )
+        graph = _exported(head, arguments, ({0: tokens}, {}, {0: rows_wanted}, {0: tokens}, [{} for _ in states]))
+    _optimise(graph, head)
+    inputs = ["token_ids", "position", "logit_rows", HIDDEN, *(state.name for state in states)]
+    outputs = ["logits", NEXT_HIDDEN, *(f"next.{state.name}" for state in states)]
+    _name_interface(graph, inputs, outputs, {0: "T", 2: "R"})
+    return TracedGraph(graph, head, states)
 
 
 def trace_site(build: Callable[[], MultiStreamSite]) -> TracedGraph:
@@ -140,13 +168,14 @@ def _optimise(graph: ir.Model, module: nn.Module) -> None:
 
 def _example_inputs(model: Decoder, states: Sequence[StateSpec]) -> tuple[Any, ...]:
     rows = [torch.empty(TRACED_TOKENS, table.columns, table.row_dim) for table in model.table_inputs()]
-    return (
-        torch.empty(TRACED_TOKENS, dtype=torch.int64),
-        torch.empty(1, dtype=torch.int64),
-        torch.empty(TRACED_LOGIT_ROWS, dtype=torch.int64),
-        rows,
-        [torch.empty(state.shape) for state in states],
-    )
+    return (*_example_places(), rows, [torch.empty(state.shape) for state in states])
+
+
+def _example_places() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return token ids, position and rows of logits."""
+    sizes = (TRACED_TOKENS, 1, TRACED_LOGIT_ROWS)
+    ids, position, rows = (torch.empty(size, dtype=torch.int64) for size in sizes)
+    return ids, position, rows
 
 
 def _name_interface(graph: ir.Model, inputs: Sequence[str], outputs: Sequence[str], axes: Mapping[int, str]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from engram_export.calibration import CALIBRATION_FILE, Calibrated, calibrate, read_calibration
 from engram_export.calibration_text import BUILT_IN, NONE, Windows, check_calibration
 from engram_export.checkpoint import Checkpoint
-from engram_export.exact_graph import exact_logits
+from engram_export.exact_graph import GraphLogits, exact_drafts, exact_logits
 from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, KEPT_BITS, weight_format
 from engram_export.golden import write_golden
+from engram_export.graph_writer import trace_graphs, write_graphs, write_vocabulary
 from engram_export.host_table import TableSource
 from engram_export.journal import Journal, fingerprint
-from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.plan import ExportPlan, plan_export
 from engram_export.source import ModelSource, has_experts, open_source
 from engram_export.staging import staged_folder
@@ -37,23 +37,22 @@ from engram_export.table_writer import (
     written_format,
 )
 from engram_export.verify import (
+    Parity,
     Verification,
     bundle_rows,
     check_parity,
     compare,
     compared_rows,
+    reference_drafts,
     reference_logits,
     verify_tokens,
 )
-from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
 from engram_runtime.errors import CheckpointError
-from engram_runtime.manifest import DECODER, FileEntry, GraphSpec, Manifest, ModelInfo
-from engram_runtime.safetensors_layout import SafetensorsLayout
+from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo
 from engram_runtime.table_spec import TableSpec
 
 Progress = Callable[[int], None]
-GRAPH_FOLDER, GRAPH_FILE, WEIGHTS_FILE = "graph", "decoder.onnx", "weights.safetensors"
 TABLE_FOLDER = "tables"
 VERIFY_THREADS = 1  # each decodes an expert of its own to float32
 PLACES = ("checkpoint", "engram", "out", "replace")  # options that don't decide what is in the bundle
@@ -115,11 +114,12 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         report_resumption(journal, reporter)
         calibrated = calibrate(source, chosen, text, journal, reporter)
         reporter.step("tracing the graph")
-        graph = trace(lambda: calibrated.source.build(calibrated.weights))
-        decoder = write_graph(calibrated.source, graph, journal, reporter)
+        traced = trace_graphs(calibrated.source, calibrated.weights)
+        graphs = write_graphs(calibrated.source, traced, journal, reporter.stage)
+        vocabulary = write_vocabulary(source, journal)
         written = write_tables(source.tables, options.tables, options.table_dtype, journal, reporter)
         write_tokenizer(source.checkpoint, journal.folder)
-        manifest = draft_manifest(source, options.quant, decoder, tuple(table.spec for table in written))
+        manifest = draft_manifest(source, options.quant, graphs, vocabulary, tuple(table.spec for table in written))
         bundle = Bundle(journal.folder, manifest)
         repacked = options.table_dtype is not None
         verification = verify_bundle(source, bundle, calibrated, token_ids, reporter, repacked=repacked)
@@ -157,29 +157,6 @@ def check_kept(quant: str, plan: ExportPlan) -> None:
     """Refuse ``keep`` where there is nothing to keep, rather than make an int8 bundle under another name."""
     if quant == "keep" and not set(KEPT_BITS) & set(plan.formats):
         raise CheckpointError(f"{plan.model} has no linear layer in {' or '.join(KEPT_BITS)} to keep; use --quant int8")
-
-
-def write_graph(source: ModelSource, graph: TracedGraph, journal: Journal, reporter: Reporter) -> GraphSpec:
-    """Stream the weights from the checkpoint into the bundle, a slice at a time, and write the graph beside them."""
-    folder, plans = journal.folder / GRAPH_FOLDER, graph.weights()
-    folder.mkdir(exist_ok=True)
-    path = folder / WEIGHTS_FILE
-    with reporter.stage("weights", sum(plan.bytes for plan in plans)) as progress:
-        journal.once(path, lambda: write_weights(source, graph, path, progress), progress)
-    layout = SafetensorsLayout.of(plans, alignment=WEIGHTS_ALIGNMENT)
-    return graph.save(folder / GRAPH_FILE, WEIGHTS_FILE, layout.offsets)
-
-
-def write_weights(source: ModelSource, graph: TracedGraph, path: Path, progress: Progress) -> None:
-    """Write the weights a graph uses."""
-    plans = graph.weights()
-    names = {plan.name for plan in plans}
-    with SafetensorsWriter(path, plans) as writer:
-        for name, module in graph.skeleton.named_modules():
-            for key, start, values in source.parameters(name, module):
-                if key in names:
-                    writer.write_rows(key, start, values)
-                    progress(values.nbytes)
 
 
 def check_scales(tables: Sequence[TableSource], reporter: Reporter) -> None:
@@ -236,7 +213,13 @@ def producer() -> str:
     return f"engram-edge {version('engram-edge')}"
 
 
-def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: tuple[TableSpec, ...]) -> Manifest:
+def draft_manifest(
+    source: ModelSource,
+    quant: str,
+    graphs: Mapping[str, GraphSpec],
+    draft_vocabulary: str | None,
+    tables: tuple[TableSpec, ...],
+) -> Manifest:
     """Describe the bundle; its files are listed once they are all there."""
     config = source.architecture.text
     model = ModelInfo(
@@ -251,8 +234,9 @@ def draft_manifest(source: ModelSource, quant: str, decoder: GraphSpec, tables: 
     return Manifest(
         producer=producer(),
         model=model,
-        graphs={DECODER: decoder},
+        graphs=graphs,
         tables=tables,
+        draft_vocabulary=draft_vocabulary,
         files=(),
     )
 
@@ -281,8 +265,8 @@ def verify_bundle(
         reference = reference_logits(source, token_ids, encoded=ReportedRows(source, progress), last=last)
     reporter.step("running the graph")
     same_weights = reference
+    stored = BundleRows.open(calibrated.source, bundle.file(bundle.manifest.decoder.weights))
     if repacked or calibrated.weights is not FLOAT:
-        stored = BundleRows.open(calibrated.source, bundle.file(bundle.manifest.decoder.weights))
         rows = bundle_rows(bundle, token_ids) if repacked else None
         same_weights = reference_logits(
             calibrated.source, token_ids, calibrated.weights, encoded=stored, rows=rows, last=last
@@ -290,8 +274,31 @@ def verify_bundle(
     found = exact_logits(bundle, token_ids, rows=last, threads=VERIFY_THREADS)
     graph, model = compare(same_weights, found.last), compare(reference, found.last)
     check_parity(graph, routed=has_experts(source))
-    write_golden(bundle, token_ids, found, model)
-    return Verification(graph=graph, model=model)
+    drafts, draft = None, None
+    if source.draft is not None and len(token_ids) > 1:
+        drafts, draft = verify_drafts(calibrated, bundle, token_ids[1:], found.hidden[:-1], stored)
+    write_golden(bundle, token_ids, found, model, drafts)
+    return Verification(graph=graph, model=model, draft=draft)
+
+
+def verify_drafts(
+    calibrated: Calibrated,
+    bundle: Bundle,
+    token_ids: NDArray[np.int64],
+    hidden: NDArray[np.float32],
+    stored: BundleRows,
+) -> tuple[GraphLogits, Parity]:
+    """Hold the draft head's graph against torch with the same weights, for ``[T]`` tokens and ``hidden [T, D]``.
+
+    Raises:
+        VerificationError: the graph is not the head.
+    """
+    last = compared_rows(bundle.manifest.model.vocab_size, len(token_ids))
+    expected = reference_drafts(calibrated.source, token_ids, hidden, calibrated.weights, encoded=stored, last=last)
+    found = exact_drafts(bundle, token_ids, hidden, rows=last, threads=VERIFY_THREADS)
+    parity = compare(expected, found.last)
+    check_parity(parity, routed=False)
+    return found, parity
 
 
 def finish_manifest(bundle: Bundle, journal: Journal, reporter: Reporter) -> None:

@@ -65,6 +65,9 @@ def plan_export(
 ) -> ExportPlan:
     """Work out sizes from shapes alone; calibration may then give a role of int4 layers int8."""
     skeleton = source.skeleton(chosen)
+    modules = {
+        name: module for graph in (skeleton, *source.draft_skeletons(chosen)) for name, module in graph.named_modules()
+    }
     states = skeleton.state_specs()
     sites = tuple(
         SitePlan(
@@ -80,8 +83,8 @@ def plan_export(
         family=source.architecture.text.family,
         context_length=source.context_length,
         parameters=source.weights.count(),
-        weights_bytes=sum(parameter.nbytes for parameter in skeleton.parameters()),
-        formats=dict(Counter(str(module.label) for module in skeleton.modules() if hasattr(module, "label"))),
+        weights_bytes=sum(part.nbytes for module in modules.values() for part in module.parameters(recurse=False)),
+        formats=dict(Counter(str(module.label) for module in modules.values() if hasattr(module, "label"))),
         tables_bytes=sum(site.rows * site.record_bytes for site in sites),
         tables_mode=tables_mode,
         cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),

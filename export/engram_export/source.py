@@ -1,5 +1,6 @@
 """A checkpoint understood: its family, its sites, and every weight resolved, before anything is written."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engram_export.checkpoint import Checkpoint, open_checkpoint
 from engram_export.decoder import Decoder
+from engram_export.draft_head import DraftHead, DraftLayer
+from engram_export.draft_source import PREFIX, VOCABULARY, DraftSource, draft_source
 from engram_export.engram_site import EngramSite
 from engram_export.engram_source import EngramSource, engram_sources, site_name_map, unit_gains
 from engram_export.experts import Experts
 from engram_export.families import Architecture, read_architecture
+from engram_export.families.llama import LlamaArchitecture
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.gguf_file import GgufTensors
 from engram_export.host_table import TableSource
@@ -44,20 +48,33 @@ class ModelSource:
     weights: WeightSource
     computed: Mapping[str, ReadRows]  # parameters no checkpoint holds
     int4: SafetensorsFile | None = None  # parameters of int4 layers that were calibrated
+    draft: DraftSource | None = None
 
     def build(self, weight_format: WeightFormat, *, context_length: int | None = None) -> Decoder:
         """Make the model's module with uninitialised parameters in a weight format, for another context if given."""
-        return _build(self.architecture, self.sites, context_length or self.context_length, weight_format)
+        model = _build(self.architecture, self.sites, context_length or self.context_length, weight_format)
+        model.tells_hidden = self.draft is not None
+        return model
+
+    def build_draft(self, weight_format: WeightFormat, *, context_length: int | None = None) -> DraftHead:
+        """Make the draft head's module, likewise; only for a model that has one."""
+        assert self.draft is not None
+        return _build_draft(self.architecture, self.draft, context_length or self.context_length, weight_format)
 
     def skeleton(self, weight_format: WeightFormat) -> Decoder:
         """Make the model's module with parameters that have shapes but no memory."""
         with FakeTensorMode():
             return self.build(weight_format)
 
+    def draft_skeletons(self, weight_format: WeightFormat) -> list[DraftHead]:
+        """Make the draft head's module likewise, if there is one."""
+        with FakeTensorMode():
+            return [] if self.draft is None else [self.build_draft(weight_format)]
+
     def kept_type(self, name: str) -> str | None:
         """Return the GGUF type that all tensors of a linear layer share, or None."""
         tensors = self.checkpoint.tensors
-        if not isinstance(tensors, GgufTensors) or name.startswith("sites."):
+        if not isinstance(tensors, GgufTensors) or name.startswith(("sites.", PREFIX)):
             return None
         types = {tensors.tensor_type(tensor) for tensor in self.weights.tensor_names(f"{name}.weight")}
         return types.pop() if len(types) == 1 else None
@@ -103,7 +120,7 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
     """Open a checkpoint and resolve all its weights.
 
     Args:
-        engram: a folder whose Engram site is added to the checkpoint, or None.
+        engram: a folder whose Engram site or draft head, or both, are added to the checkpoint, or None.
         context: tokens a sequence may have, or None for what the model was trained for.
 
     Raises:
@@ -113,6 +130,7 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
     checkpoint = open_checkpoint(path)
     architecture = read_architecture(checkpoint)
     sites = engram_sources(checkpoint, engram)
+    draft = None if engram is None else draft_source(engram, architecture.text.vocab_size)
     _check_layers(architecture, sites)
     max_positions = architecture.text.max_positions
     context_length = max_positions if context is None else context
@@ -120,13 +138,16 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
         raise RequestError(f"context is {context_length}, this model takes 1 to {max_positions} tokens")
     with FakeTensorMode():
         skeleton = _build(architecture, sites, context_length, FLOAT)
-    computed = {**skeleton.computed(), **unit_gains(sites)}
-    wanted = {name: tuple(values.shape) for name, values in skeleton.named_parameters() if name not in computed}
+        parameters = dict(skeleton.named_parameters())
+        if draft is not None:
+            parameters |= _build_draft(architecture, draft, context_length, FLOAT).named_parameters()
+    computed = {**skeleton.computed(), **unit_gains(sites), **({} if draft is None else draft.computed())}
+    wanted = {name: tuple(values.shape) for name, values in parameters.items() if name not in computed}
     tables = _tables(checkpoint, architecture, sites)
-    weights = _resolve(checkpoint, architecture, sites, tables, wanted)
+    weights = _resolve(checkpoint, architecture, sites, draft, tables, wanted)
     by_site = {table.site: table for table in tables}
     ordered = [by_site[table.site] for table in skeleton.table_inputs()]
-    return ModelSource(checkpoint, architecture, sites, ordered, context_length, weights, computed)
+    return ModelSource(checkpoint, architecture, sites, ordered, context_length, weights, computed, draft=draft)
 
 
 def has_experts(source: ModelSource) -> bool:
@@ -134,7 +155,7 @@ def has_experts(source: ModelSource) -> bool:
     return any(isinstance(module, Experts) for module in source.skeleton(FLOAT).modules())
 
 
-def load_own_parameters(model: Decoder, source: ModelSource) -> None:
+def load_own_parameters(model: nn.Module, source: ModelSource) -> None:
     """Fill the parameters of a model from the checkpoint, those of a layer while it runs."""
     layers = {name: module for name, module in model.named_modules() if LAYER.fullmatch(name)}
     for name, layer in layers.items():
@@ -172,6 +193,22 @@ def _build(
     return architecture.build(context_length, weight_format, modules)
 
 
+def _build_draft(
+    architecture: Architecture, draft: DraftSource, context_length: int, weight_format: WeightFormat
+) -> DraftHead:
+    if not isinstance(architecture, LlamaArchitecture):
+        raise CheckpointError(
+            f"a draft head is added to models of llama and qwen3, this is {architecture.text.family!r}; "
+            f"take the mtp block out of the folder's config"
+        )
+    text = dataclasses.replace(architecture.text, rms_norm_eps=draft.config.norm_eps)
+    layer = dataclasses.replace(architecture, text=text).layer(
+        f"{PREFIX}layers.0", text.num_layers, context_length, weight_format
+    )
+    own = DraftLayer(draft.config, text.hidden_size, layer, weight_format)
+    return DraftHead(text, own, architecture.rope, context_length=context_length, weights=weight_format)
+
+
 def _tables(checkpoint: Checkpoint, architecture: Architecture, sites: list[EngramSource]) -> list[TableSource]:
     vocab_size = architecture.text.vocab_size
     own = [site.table_with_map(vocab_size, checkpoint.tokenizer_json) for site in sites]
@@ -182,19 +219,22 @@ def _resolve(
     checkpoint: Checkpoint,
     architecture: Architecture,
     sites: list[EngramSource],
+    draft: DraftSource | None,
     tables: list[TableSource],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
     own: object = checkpoint.tensors
     added = [site.tensors for site in sites if site.tensors is not own]
-    tensors = TensorUnion([scaled_tensors(checkpoint), *added])  # type: ignore[list-item]
+    drafts = [] if draft is None else [draft.tensors]
+    tensors = TensorUnion([scaled_tensors(checkpoint), *added, *drafts])  # type: ignore[list-item]
     elsewhere = {name for table in tables for name in table.tensors}
     elsewhere |= {site.config.token_map for site in sites if site.config.token_map is not None}
+    elsewhere.add(VOCABULARY)
     # A tied head may be stored all the same.
     if "lm_head.weight" not in wanted:
         elsewhere.add("lm_head.weight")
     site_names = {name: Joined(*names) for name, names in site_name_map(sites).items()}
-    name_map = {**architecture.name_map(), **site_names}
+    name_map = {**architecture.name_map(), **site_names, **({} if draft is None else draft.name_map())}
     return WeightSource(tensors, wanted, name_map, ignored=architecture.ignored, ignored_names=elsewhere)
 
 

@@ -60,6 +60,14 @@ class StreamedLinear(nn.Module):
         """Map ``[T, K]`` to ``[T, N]``."""
         return torch.cat([part(x) for part in self._slices()], dim=-1)
 
+    def restricted(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """Map ``[T, K]`` to ``[T, n]``, the outputs ``[n]`` alone."""
+        found = torch.empty(len(x), len(outputs))
+        for start, stop in self._source.row_slices(self._name):
+            here = (outputs >= start) & (outputs < stop)
+            found[:, here] = self.rows(start, stop).restricted(x, outputs[here] - start)
+        return found
+
     def _slices(self) -> Iterator[Any]:
         for start, stop in self._source.row_slices(self._name):
             yield self.rows(start, stop)

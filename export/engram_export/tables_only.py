@@ -12,10 +12,10 @@ from engram_export.calibration_text import check_calibration
 from engram_export.checkpoint import open_checkpoint
 from engram_export.families import read_tables_source
 from engram_export.formats import WeightFormat, weight_format
+from engram_export.graph_writer import GRAPH_FOLDER
 from engram_export.journal import Journal
 from engram_export.onnx_graph import TracedGraph, trace_site
 from engram_export.pipeline import (
-    GRAPH_FOLDER,
     ExportOptions,
     Progress,
     Reporter,

@@ -88,8 +88,12 @@ class TextDecoder(Decoder):
             x = layer(x, step)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""
-        normed = self.norm(hidden)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def head(self, normed: Tensor) -> Tensor:
+        """See `Decoder`."""
         logits: Tensor = self.embedding.logits(normed) if self.lm_head is None else self.lm_head(normed)
         return logits

@@ -53,12 +53,14 @@ class Verification:
         model: the graph, activations in float32, against the float32 model.
         rows: by site, the repacked rows against the checkpoint's.
         calibration: how int4 layers were quantised, or None where there are none.
+        draft: the draft head's graph against torch with the same weights and hidden states, or None without a head.
     """
 
     graph: Parity
     model: Parity
     rows: Mapping[str, RowErrors] = field(default_factory=dict)
     calibration: CalibrationReport | None = None
+    draft: Parity | None = None
 
 
 def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) -> NDArray[np.int64]:
@@ -121,6 +123,34 @@ def reference_logits(
             torch.arange(0 if last is None else tokens - last, tokens),
             [torch.from_numpy(values) for values in rows],
             states,
+        )
+    values: NDArray[np.float32] = logits.numpy()
+    return values
+
+
+def reference_drafts(
+    source: ModelSource,
+    token_ids: NDArray[np.int64],
+    hidden: NDArray[np.float32],
+    weights: WeightFormat,
+    *,
+    encoded: EncodedRows,
+    last: int,
+) -> NDArray[np.float32]:
+    """Run the torch draft head over ``[T]`` token ids, each after a position with ``hidden [T, D]``.
+
+    Returns ``[last, n]`` of the last positions; arguments as for `reference_logits`.
+    """
+    tokens = len(token_ids)
+    head = source.build_draft(streamed_format(weights, encoded), context_length=tokens)
+    load_own_parameters(head, source)
+    with torch.no_grad():
+        logits, *_ = head(
+            torch.from_numpy(token_ids),
+            torch.zeros(1, dtype=torch.int64),
+            torch.arange(tokens - last, tokens),
+            torch.from_numpy(hidden),
+            [torch.zeros(state.shape) for state in head.state_specs()],
         )
     values: NDArray[np.float32] = logits.numpy()
     return values

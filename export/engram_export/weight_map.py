@@ -18,7 +18,7 @@ SLICE_BYTES = 64 << 20  # of a float32 weight in memory at a time; quantising it
 
 Floats = NDArray[np.float32]
 Slice = tuple[str, int, NDArray[Any]]  # a parameter's name, the first of its rows that these are, their values
-ReadRows = Callable[[int, int], Floats]  # rows of a parameter's first axis
+ReadRows = Callable[[int, int], NDArray[Any]]  # rows of a parameter's first axis
 
 
 class Recipe(Protocol):

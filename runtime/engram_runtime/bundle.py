@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engram_runtime.errors import BundleError, TableError
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.keyers import Keyer
-from engram_runtime.manifest import FileEntry, Manifest
+from engram_runtime.manifest import DRAFT_HEAD, FileEntry, Manifest
 from engram_runtime.strict_json import read_json_object
 from engram_runtime.table_spec import RowRange
 
@@ -88,6 +88,24 @@ class Bundle:
         if isinstance(spec, NgramKeyerSpec) and spec.token_map is not None:
             token_map = self._token_map(spec.token_map)
         return spec.keyer(self.manifest.model.vocab_size, token_map)
+
+    def draft_vocabulary(self) -> NDArray[np.int64]:
+        """Return the ids ``[n]`` of the tokens that the draft head's logits are for.
+
+        Raises:
+            BundleError: there is no head, or its ids are not those of tokens, one for each logit.
+        """
+        head, relative = self.manifest.graph(DRAFT_HEAD), self.manifest.draft_vocabulary
+        assert relative is not None  # see `Manifest.check`
+        values = np.fromfile(self.file(relative), dtype="<i4").astype(np.int64)
+        vocab_size, expected = self.manifest.model.vocab_size, head.outputs[0].shape[-1]
+        if len(values) != expected:
+            raise BundleError(f"{relative} holds {len(values)} ids, the draft head has {expected} logits; export again")
+        if values.min() < 0 or values.max() >= vocab_size:
+            raise BundleError(
+                f"{relative} holds ids {values.min()} to {values.max()}, expected 0 to {vocab_size - 1}; export again"
+            )
+        return values
 
     def verify_digests(
         self, progress: Callable[[int], None] = lambda count: None, *, only: Container[str] | None = None

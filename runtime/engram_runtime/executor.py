@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import physical_memory
 from engram_runtime.errors import RequestError
-from engram_runtime.manifest import StateSpec
+from engram_runtime.manifest import DECODER, StateSpec
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.decoding import RowDecoder
 
@@ -47,22 +47,24 @@ class StepInputs:
         position: how many tokens the states already hold.
         logit_rows: ``[R]`` int64, the tokens of this pass whose logits are wanted.
         rows: by site in the manifest's order, asked for when the pass begins and waited for when it comes to the site.
+        hidden: ``[T, D]`` float32, what a draft head goes on from; a decoder takes none.
     """
 
     token_ids: NDArray[np.int64]
     position: int
     logit_rows: NDArray[np.int64]
     rows: Mapping[str, PendingRows]
+    hidden: NDArray[np.float32] | None = None
 
 
 class Step(Protocol):
     """A graph bound to one sequence's states, which it updates in place."""
 
     @property
-    def activity(self) -> Mapping[str, NDArray[np.float32]]:
-        """What the last pass said of its T tokens, ``[T, G, 3]`` by the names of the graph's `activity_outputs`.
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """What the last pass said of its T tokens beside the logits, by the names of the graph's `told_outputs`.
 
-        Empty before the first pass; see `engram_runtime.activity` for the values.
+        Empty before the first pass; see `engram_runtime.manifest.GraphSpec` for what they are.
         """
         ...
 
@@ -95,8 +97,13 @@ class Executor(Protocol):
         """Return a compiled decoder for one store of a site's table, or None where its records have none."""
         ...
 
-    def bind(self, states: Mapping[str, State]) -> Step:
-        """Bind caller-owned states, by name in their manifest shapes, 64-byte aligned; see `allocate_states`."""
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> Step:
+        """Bind a graph to caller-owned states, by name in their manifest shapes, 64-byte aligned.
+
+        Args:
+            states: see `allocate_states`.
+            graph: the decoder or the draft head, which the bundle must have.
+        """
         ...
 
 

@@ -2,15 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
+from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import BundleError, VerificationError
-from engram_runtime.manifest import DECODER, Manifest
+from engram_runtime.manifest import DECODER, DRAFT_HEAD, Manifest
 from engram_runtime.session import Session
 from engram_runtime.site import Site
 from engram_runtime.strict_json import Fields, read_json_object
@@ -40,7 +41,11 @@ class TableGolden:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Golden:
-    """The content of ``golden/golden.json``; without a decoder there are token ids and tables alone."""
+    """The content of ``golden/golden.json``; without a decoder there are token ids and tables alone.
+
+    Attributes:
+        draft_argmax: places in its vocabulary of what the draft head drafts after all tokens but the first.
+    """
 
     token_ids: list[int]
     argmax: list[int]
@@ -48,6 +53,7 @@ class Golden:
     last_logits: list[float]
     tables: list[TableGolden]
     parity: dict[str, float]
+    draft_argmax: list[int] = field(default_factory=list)
 
     @classmethod
     def read(cls, bundle: Bundle) -> Self:
@@ -63,6 +69,7 @@ class Golden:
                 for i, table in enumerate(fields.items("tables"))
             ],
             parity=dict(fields.fields("parity").remaining()),
+            draft_argmax=list(fields.integers("draft_argmax")) if fields.given("draft_argmax") else [],
         )
         fields.finish()
         golden.check(bundle.manifest)
@@ -78,6 +85,9 @@ class Golden:
                 f"{GOLDEN_FILE} has {tokens} token ids and {len(self.argmax)} argmax, expected token ids alone: "
                 f"the bundle has no decoder"
             )
+        drafts = tokens - 1 if DRAFT_HEAD in manifest.graphs else 0
+        if len(self.draft_argmax) != drafts:
+            raise BundleError(f"{GOLDEN_FILE} has {len(self.draft_argmax)} draft_argmax, expected {drafts}")
         for token_id in (*self.token_ids, *self.argmax, *self.last_ids):
             if not 0 <= token_id < vocab_size:
                 raise BundleError(f"{GOLDEN_FILE} has token id {token_id}, expected 0 to {vocab_size - 1}")
@@ -147,6 +157,26 @@ def check_logits(golden: Golden, session: Session) -> dict[str, Any]:
         "mean_regret": regret,
         "last_logits_max_abs": difference,
     }
+
+
+def check_drafts(golden: Golden, head: DraftHead, hidden: NDArray[np.float32]) -> dict[str, Any]:
+    """Run the golden tokens through an empty draft head; returns agreement.
+
+    Args:
+        hidden: ``[T, D]`` that the decoder gives for these tokens.
+
+    Raises:
+        VerificationError: the drafts at export are clearly not the best ones now.
+    """
+    logits = head.extend(golden.token_ids[1:], hidden[:-1], every_row=True).logits
+    regret = mean_regret(logits, golden.draft_argmax)
+    if not regret <= MAX_REGRET:
+        raise VerificationError(
+            f"drafts differ from those at export: they are {regret:.1%} short of the best now, expected at most "
+            f"{MAX_REGRET:.0%}; compile or export again"
+        )
+    agreement = float((logits.argmax(axis=1) == np.array(golden.draft_argmax)).mean())
+    return {"tokens": len(logits), "argmax_agreement": agreement, "mean_regret": regret}
 
 
 def mean_regret(logits: NDArray[np.float32], chosen: Sequence[int]) -> float:

@@ -11,13 +11,13 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import TILE_FLAGS, cpu_flags, machine, request_tiles
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import ALIGNMENT_BYTES, MOST_THREADS
-from engram_runtime.manifest import contained_path
+from engram_runtime.manifest import DECODER, DRAFT_HEAD, contained_path
 from engram_runtime.strict_json import Fields, read_json_object
 from engram_runtime.table_spec import TableSpec
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
-LIBRARY_INFO_VERSION = 5
+LIBRARY_INFO_VERSION = 6
 AWAIT_ROWS = "engram.await_rows"  # a global function of the process that a library calls, see `LibraryInfo`
 LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
@@ -58,10 +58,11 @@ class PackedTensor:
 class LibraryInfo:
     """The content of ``compile.json``.
 
-    The library's functions are ``forward_<T>_<R>`` for each (T, R) of ``passes``; their arguments are token_ids,
-    position, logit_rows, the rows of each table, the states, then the packed weights, each in manifest order.
-    They return the logits, the decoder's `activity_outputs`, the windows and recurrent states, and for each entry of
-    ``expert_bytes``, a layer with experts, how many experts of that size it has read, int32 ``[1]``.
+    The library has a `pass_function` of the decoder and, where there is one, the draft head for each (T, R) of
+    ``passes``; its arguments are the graph's inputs and states in manifest order, then the packed weights that
+    ``graph_tensors`` names by their place in ``tensors``.
+    It returns the logits, the graph's `told_outputs`, the windows and recurrent states, and, of the decoder, for each
+    entry of ``expert_bytes``, a layer with experts, how many experts of that size it has read, int32 ``[1]``.
     Before they read the rows of a table, they call `AWAIT_ROWS` with that argument and the table's place in manifest
     order, which returns the argument once it is filled.
     A `row_function` for each kind of records takes the arguments of `engram_runtime.tables.decoding.RowDecoder`.
@@ -82,6 +83,7 @@ class LibraryInfo:
     sha256: dict[str, str]
     passes: tuple[tuple[int, int], ...]
     tensors: tuple[PackedTensor, ...]
+    graph_tensors: dict[str, tuple[int, ...]]
     expert_bytes: tuple[int, ...]
     threads: int
     float16_states: tuple[str, ...]
@@ -110,6 +112,7 @@ class LibraryInfo:
                 PackedTensor.from_fields(Fields(item, f"{LIBRARY_INFO_NAME}.tensors[{i}]"))
                 for i, item in enumerate(fields.items("tensors"))
             ),
+            graph_tensors=_graph_tensors(fields.fields("graph_tensors")),
             expert_bytes=fields.integers("expert_bytes"),
             threads=fields.count("threads"),
             float16_states=fields.texts("float16_states"),
@@ -129,7 +132,11 @@ class LibraryInfo:
                 raise BundleError(
                     f"packed tensor {tensor.name} ends at byte {tensor.end} of {self.weights_bytes}; compile again"
                 )
-
+        for graph, used in self.graph_tensors.items():
+            if outside := [place for place in used if not 0 <= place < len(self.tensors)]:
+                raise BundleError(
+                    f"{graph} takes packed tensor {outside[0]}, the library has {len(self.tensors)}; compile again"
+                )
         if self.threads > MOST_THREADS:
             raise BundleError(f"library asks for {self.threads} threads, the most are {MOST_THREADS}; compile again")
         if min(self.expert_bytes, default=1) < 1:
@@ -150,6 +157,11 @@ class LibraryInfo:
         return None
 
 
+def pass_function(graph: str, tokens: int, rows: int) -> str:
+    """Return the name of the function that runs a graph over so many tokens, with so many rows of logits."""
+    return f"{'forward' if graph == DECODER else graph}_{tokens}_{rows}"
+
+
 def row_function(table: TableSpec) -> str:
     """Return the name of the function that decodes records like a table's."""
     record = table.record
@@ -163,6 +175,14 @@ def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:
         raise BundleError(f"{LIBRARY_INFO_NAME} has forward pass {list(counts)}, expected tokens and rows of logits")
     tokens, rows = counts
     return tokens, rows
+
+
+def _graph_tensors(fields: Fields) -> dict[str, tuple[int, ...]]:
+    used = {DECODER: fields.integers(DECODER)}
+    if fields.given(DRAFT_HEAD):
+        used[DRAFT_HEAD] = fields.integers(DRAFT_HEAD)
+    fields.finish()
+    return used
 
 
 def _digests(fields: Fields) -> dict[str, str]:
@@ -180,10 +200,11 @@ def verify_library(folder: Path, info: LibraryInfo) -> None:
 
 
 def graph_digest(bundle: Bundle) -> str:
-    """Return the SHA-256 of the decoder graph and its weights as the manifest states them."""
+    """Return the SHA-256 of the graphs that are compiled and their weights as the manifest states them."""
     digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     decoder = bundle.manifest.decoder
-    return f"{digests[decoder.file]}+{digests[decoder.weights]}"
+    heads = [graph.file for name, graph in bundle.manifest.graphs.items() if name == DRAFT_HEAD]
+    return "+".join(digests[path] for path in (decoder.file, decoder.weights, *heads))
 
 
 def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
@@ -210,6 +231,7 @@ def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
     path, info = max(fitting, key=lambda pair: len(pair[1].cpu_flags))
     if info.graph_sha256 != digest:
         raise TargetError(f"library {path} was compiled from another graph than this bundle holds; {mend}")
-    if unknown := sorted(set(info.float16_states) - {state.name for state in bundle.manifest.decoder.states}):
+    states = {state.name for graph in bundle.manifest.graphs.values() for state in graph.states}
+    if unknown := sorted(set(info.float16_states) - states):
         raise TargetError(f"library {path} has states {unknown} this bundle lacks; {mend}")
     return path, info

@@ -16,6 +16,8 @@ AXIS_NAMES = ("T", "R")
 STATE_KINDS = ("positional", "window", "recurrent")
 MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions is 4 GiB
 DECODER = "decoder"
+DRAFT_HEAD = "mtp"  # the graph that drafts the token after the next
+HIDDEN, NEXT_HIDDEN = "hidden", "next.hidden"  # what a draft head goes on from, and what it leaves for that
 SITE_GRAPH = "site."  # before the name of the site whose graph it is
 ROWS = "rows."  # before the name of the site whose input it is
 ACTIVITY = "activity."  # before the name of the site whose output it is
@@ -101,7 +103,8 @@ class GraphSpec:
     """An ONNX graph, its external weights and its interface.
 
     A decoder's ``outputs`` are the logits and, of sites that gate their rows, ``activity.<site>`` ``[T, G, 3]``; see
-    `engram_runtime.activity`. Bundles exported before there were such outputs have the logits alone.
+    `engram_runtime.activity`. Bundles exported before there were such outputs have the logits alone. For a draft head
+    there is ``hidden`` ``[T, D]`` as well, the last hidden states after the final norm.
     """
 
     file: str
@@ -126,6 +129,11 @@ class GraphSpec:
     def activity_outputs(self) -> tuple[str, ...]:
         """Names of the outputs that say what sites do."""
         return tuple(output.name for output in self.outputs if output.name.startswith(ACTIVITY))
+
+    @property
+    def told_outputs(self) -> tuple[str, ...]:
+        """Names of the outputs beside the logits."""
+        return tuple(output.name for output in self.outputs[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,13 +165,19 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The whole of ``engram.json``; ``graphs`` are named ``decoder`` and ``site.<site>``."""
+    """The whole of ``engram.json``; ``graphs`` are named ``decoder``, ``mtp`` and ``site.<site>``.
+
+    Attributes:
+        draft_vocabulary: file of the ids that the draft head's logits are for, little-endian int32, or None where
+            there is no head.
+    """
 
     producer: str
     model: ModelInfo
     graphs: Mapping[str, GraphSpec]
     tables: tuple[TableSpec, ...]
     files: tuple[FileEntry, ...]
+    draft_vocabulary: str | None = None
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
@@ -176,6 +190,9 @@ class Manifest:
             graphs={name: GraphSpec.from_fields(item) for name, item in fields.named_objects("graphs").items()},
             tables=tuple(TableSpec.from_fields(item) for item in fields.objects("tables")),
             files=tuple(FileEntry.from_fields(item) for item in fields.objects("files")),
+            draft_vocabulary=(
+                contained_path(fields.take("draft_vocabulary", str)) if fields.given("draft_vocabulary") else None
+            ),
         )
         fields.fields("extensions").remaining()
         fields.finish()
@@ -184,23 +201,33 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that `from_dict` reads."""
-        return {"format_version": FORMAT_VERSION, **asdict(self), "extensions": {}}
+        facts = asdict(self)
+        if self.draft_vocabulary is None:  # as in bundles of before there were heads
+            del facts["draft_vocabulary"]
+        return {"format_version": FORMAT_VERSION, **facts, "extensions": {}}
 
     @property
     def decoder(self) -> GraphSpec:
         """The graph from tokens to logits; raises BundleError where there is none."""
-        if DECODER not in self.graphs:
+        return self.graph(DECODER)
+
+    def graph(self, name: str) -> GraphSpec:
+        """Return a graph; raises BundleError where there is none of that name."""
+        if name in self.graphs:
+            return self.graphs[name]
+        if name == DECODER:
             raise BundleError(
                 "this bundle holds tables and sites only, no decoder; export without --tables-only to run it"
             )
-        return self.graphs[DECODER]
+        raise BundleError(f"this bundle has no graph {name!r}, only {sorted(self.graphs)}")
 
     def check(self) -> None:
         """Refuse references to files that the manifest does not list, and names that stand twice."""
         paths = [entry.path for entry in self.files]
         listed = set(paths)
         graph_files = [path for graph in self.graphs.values() for path in (graph.file, graph.weights)]
-        for path in [*graph_files, *(path for table in self.tables for path in table.files)]:
+        vocabulary = [] if self.draft_vocabulary is None else [self.draft_vocabulary]
+        for path in [*graph_files, *vocabulary, *(path for table in self.tables for path in table.files)]:
             if path not in listed:
                 raise BundleError(f"manifest refers to {path!r}, which is not among its files")
         _refuse_twice(paths, "file")
@@ -210,17 +237,33 @@ class Manifest:
         for name, graph in self.graphs.items():
             _refuse_twice([state.name for state in graph.states], "state")
             self._check_graph(name, graph)
+        self._check_draft_parts()
+
+    def _check_draft_parts(self) -> None:
+        """Refuse some parts of a draft head without the others."""
+        told = DECODER in self.graphs and HIDDEN in self.graphs[DECODER].told_outputs
+        parts = {
+            f"graph {DRAFT_HEAD!r}": DRAFT_HEAD in self.graphs,
+            f"output {HIDDEN!r} of the decoder": told,
+            "draft_vocabulary": self.draft_vocabulary is not None,
+        }
+        if len(set(parts.values())) > 1:
+            missing = [part for part, there in parts.items() if not there]
+            raise BundleError(f"the draft head lacks {' and '.join(missing)}; export the bundle again")
 
     def _check_graph(self, name: str, graph: GraphSpec) -> None:
         """Hold a graph against the model and the tables: compiled code takes its arguments by position, unchecked."""
         sites = {f"{SITE_GRAPH}{table.site}": table for table in self.tables}
         if name == DECODER:
             self._check_decoder(graph)
+        elif name == DRAFT_HEAD:
+            self._check_draft_head(graph)
         elif name in sites:
             _check_site_graph(name, graph, sites[name])
         else:
             raise BundleError(
-                f"graph {name!r} is unknown; expected {DECODER!r} or one of {reprlib.repr(sorted(sites))}"
+                f"graph {name!r} is unknown; expected {DECODER!r}, {DRAFT_HEAD!r} or one of "
+                f"{reprlib.repr(sorted(sites))}"
             )
         for state in graph.states:
             if state.rolls_back and state.shape[-2] != self.model.context_length:
@@ -231,9 +274,7 @@ class Manifest:
 
     def _check_decoder(self, decoder: GraphSpec) -> None:
         inputs: list[Interface] = [
-            ("token_ids", "int64", ("T",)),
-            ("position", "int64", (1,)),
-            ("logit_rows", "int64", ("R",)),
+            *POSITIONS,
             *(_rows_input(table) for table in self.tables),
         ]
         if (found := _interfaces(decoder.inputs)) != inputs:
@@ -245,11 +286,33 @@ class Manifest:
             raise BundleError(f"the graph's outputs are {reprlib.repr(found)}, its vocabulary calls for {logits}")
         sites = {f"{ACTIVITY}{table.site}" for table in self.tables}
         for output in found[1:]:
-            _check_activity(output, sites)
+            if output != self._hidden(HIDDEN):
+                _check_activity(output, sites)
         _refuse_twice([name for name, _, _ in found], "output")
+
+    def _check_draft_head(self, head: GraphSpec) -> None:
+        inputs = [*POSITIONS, self._hidden(HIDDEN)]
+        if (found := _interfaces(head.inputs)) != inputs:
+            raise BundleError(f"the draft head's inputs are {reprlib.repr(found)}, expected {reprlib.repr(inputs)}")
+        found = _interfaces(head.outputs)
+        size = head.outputs[0].shape[-1] if head.outputs and head.outputs[0].shape else 0
+        expected: list[Interface] = [("logits", "float32", ("R", size)), self._hidden(NEXT_HIDDEN)]
+        if found != expected or type(size) is not int or size > self.model.vocab_size:
+            raise BundleError(
+                f"the draft head's outputs are {reprlib.repr(found)}, expected logits of at most "
+                f"{self.model.vocab_size} tokens and {self._hidden(NEXT_HIDDEN)}"
+            )
+
+    def _hidden(self, name: str) -> "Interface":
+        return name, "float32", ("T", self.model.hidden_size)
 
 
 Interface = tuple[str, str, tuple[int | str, ...]]  # name, dtype, shape of a tensor
+POSITIONS: tuple[Interface, ...] = (
+    ("token_ids", "int64", ("T",)),
+    ("position", "int64", (1,)),
+    ("logit_rows", "int64", ("R",)),
+)
 
 
 def _interfaces(tensors: tuple[TensorSpec, ...]) -> list[Interface]:

@@ -14,7 +14,7 @@ from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, PendingRows, StepInputs, allocate_states, empty_rows, state_bytes
-from engram_runtime.manifest import ACTIVITY
+from engram_runtime.manifest import ACTIVITY, HIDDEN
 from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
@@ -85,6 +85,7 @@ class Session:
         """
         self._model = bundle.manifest.model
         specs = bundle.manifest.decoder.states
+        self._tells_hidden = HIDDEN in bundle.manifest.decoder.told_outputs
         self._executor = executor
         self._sites = sites
         self._tables_on = tables_on
@@ -94,6 +95,7 @@ class Session:
         self._one_way = [states[spec.name] for spec in specs if not spec.rolls_back]
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
+        self._hidden: list[NDArray[np.float32]] = []  # by the passes of the last call
         self._stale = False  # whether states may hold other tokens than `token_ids`
 
     @classmethod
@@ -137,7 +139,19 @@ class Session:
 
         By site; empty before the first pass, and of a bundle whose graph doesn't say it.
         """
-        return {name.removeprefix(ACTIVITY): SiteActivity(told) for name, told in self._step.activity.items()}
+        return {
+            name.removeprefix(ACTIVITY): SiteActivity(told)
+            for name, told in self._step.told.items()
+            if name.startswith(ACTIVITY)
+        }
+
+    @property
+    def hidden(self) -> NDArray[np.float32]:
+        """The last hidden states ``[T, D]``, after the final norm, of all tokens that were added last in one call.
+
+        For a draft head; ``[0, D]`` before the first call, and of a bundle without a head.
+        """
+        return np.concatenate([np.empty((0, self._model.hidden_size), dtype=np.float32), *self._hidden])
 
     @property
     def room(self) -> int:
@@ -207,6 +221,7 @@ class Session:
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)
         self._restore()
+        self._hidden = []
         try:
             for chunk, following in self._chunks(ids):
                 inputs = self._inputs(self._token_ids, chunk, following, every_position=every_position)
@@ -214,6 +229,8 @@ class Session:
                 logits = self._step(inputs)
                 self._token_ids += chunk.tolist()
                 self._stale = False
+                if self._tells_hidden:
+                    self._hidden.append(self._step.told[HIDDEN])
                 yield logits
         finally:
             self._rows_ahead.settle()

@@ -50,15 +50,18 @@ class LlamaArchitecture:
 
     def build(self, context_length: int, weights: WeightFormat, sites: Sequence[EngramSite]) -> TextDecoder:
         """Make the model's module with uninitialised parameters."""
-        layers = []
-        for index in range(self.text.num_layers):
-            name = f"layers.{index}"
-            mixer = Attention(f"{name}.mixer", index, self.attention, context_length=context_length, weights=weights)
-            mlp = Mlp(f"{name}.feed_forward", self.text.hidden_size, self.intermediate_size, weights)
-            layers.append(Layer(self.text, mixer, mlp))
+        layers = [
+            self.layer(f"layers.{index}", index, context_length, weights) for index in range(self.text.num_layers)
+        ]
         return TextDecoder(
             self.text, layers, sites, context_length=context_length, rotations={"full": self.rope}, weights=weights
         )
+
+    def layer(self, name: str, index: int, context_length: int, weights: WeightFormat) -> Layer:
+        """Make one layer; its cache is named by ``index``."""
+        mixer = Attention(f"{name}.mixer", index, self.attention, context_length=context_length, weights=weights)
+        mlp = Mlp(f"{name}.feed_forward", self.text.hidden_size, self.intermediate_size, weights)
+        return Layer(self.text, mixer, mlp)
 
 
 def read(checkpoint: Checkpoint) -> LlamaArchitecture:

@@ -11,6 +11,7 @@ from engram_runtime.bundle import MANIFEST_NAME, Bundle
 from engram_runtime.commands.options import json_option
 from engram_runtime.errors import TargetError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
+from engram_runtime.manifest import DRAFT_HEAD, Manifest
 from engram_runtime.strict_json import read_json_object
 
 CHECKPOINT_INSPECTION = "engram_export.inspection"  # needs the export extra; only asked for on checkpoints
@@ -45,6 +46,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "producer": manifest.producer,
         "bytes": sum(entry.bytes for entry in manifest.files),
         "graphs": ", ".join(manifest.graphs),
+        **_draft_head(manifest),
         "tables": [
             {
                 "site": table.site,
@@ -58,6 +60,12 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         ],
         "libraries": [{"target": info.target, "fits here": info.misfit() is None} for info in infos],
     }
+
+
+def _draft_head(manifest: Manifest) -> dict[str, Any]:
+    if DRAFT_HEAD not in manifest.graphs:
+        return {}
+    return {"drafts": f"of {manifest.graphs[DRAFT_HEAD].outputs[0].shape[-1]:,} tokens"}
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from engram_runtime.commands.options import (
     table_options,
     threads_option,
 )
+from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import RequestError, TargetError
 from engram_runtime.executor import load_executor
-from engram_runtime.golden import Golden, check_logits, check_tables
+from engram_runtime.golden import Golden, check_drafts, check_logits, check_tables
 from engram_runtime.library import find_library, verify_library
 from engram_runtime.manifest import DECODER
 from engram_runtime.session import Session, close_sites, open_sites
@@ -54,7 +55,7 @@ def verify(
     table_ram: int | None,
     as_json: bool,
 ) -> None:
-    """Check BUNDLE: every file's digest, the golden rows and logits, and a checkpoint with --against.
+    """Check BUNDLE: every file's digest, the golden rows, logits and drafts, and a checkpoint with --against.
 
     Without a decoder there are rows alone to check: graphs of sites are not run.
     """
@@ -84,6 +85,8 @@ def verify(
     with Session.open(opened, loaded, options=reading) as session:
         report = {"digests": "ok", "tables": "ok", "executor": executor}
         report["golden"] = check_logits(golden, session)
+        if golden.draft_argmax:
+            report["golden drafts"] = check_drafts(golden, DraftHead(opened, loaded), session.hidden)
     if against is not None:
         with Session.open(opened, loaded, options=reading, tables_on=tables == "on") as session:
             report["against tables"] = tables

@@ -1,6 +1,7 @@
 """Executor on onnxruntime's CPU provider: the graph as it was exported, states bound in place."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import State, StepInputs
-from engram_runtime.manifest import ACTIVITY, ROWS
+from engram_runtime.manifest import DECODER, HIDDEN, ROWS
 
 try:
     import onnxruntime as ort
@@ -31,14 +32,16 @@ MAX_CHUNK_TOKENS = 256  # bounds the memory of activations during prefill
 
 
 class OnnxRuntimeExecutor:
-    """An onnxruntime session over a bundle's decoder graph."""
+    """Sessions of onnxruntime over a bundle's graphs."""
 
     name = "onnxruntime"
     expert_bytes_read = None
     float16_states = ()
 
-    def __init__(self, session: "ort.InferenceSession", threads: int) -> None:
-        self._session = session
+    def __init__(self, open_graph: "Callable[[str], ort.InferenceSession]", threads: int) -> None:
+        """Open the decoder; ``open_graph`` is called once for the name of each graph that is bound."""
+        self._session = functools.cache(open_graph)
+        self._session(DECODER)
         self.threads = threads
 
     def chunks(self, count: int) -> Sequence[int]:
@@ -49,9 +52,9 @@ class OnnxRuntimeExecutor:
     def row_decoder(self, site: str) -> None:
         """See `Executor.row_decoder`: nothing is compiled here."""
 
-    def bind(self, states: Mapping[str, State]) -> "OnnxRuntimeStep":
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> "OnnxRuntimeStep":
         """See `Executor.bind`."""
-        return OnnxRuntimeStep(self._session, states)
+        return OnnxRuntimeStep(self._session(graph), states)
 
 
 class OnnxRuntimeStep:
@@ -60,7 +63,8 @@ class OnnxRuntimeStep:
     def __init__(self, session: "ort.InferenceSession", states: Mapping[str, State]) -> None:
         self._session = session
         self._binding = session.io_binding()
-        self._activity = [output.name for output in session.get_outputs() if output.name.startswith(ACTIVITY)]
+        others = {"logits", *(f"next.{name}" for name in states)}
+        self._names = [output.name for output in session.get_outputs() if output.name not in others]
         self._told: Sequence[ort.OrtValue] = ()
         self._states = [ort.OrtValue.ortvalue_from_numpy(array) for array in states.values()]
         for name, value in zip(states, self._states, strict=True):
@@ -68,9 +72,9 @@ class OnnxRuntimeStep:
             self._binding.bind_ortvalue_output(f"next.{name}", value)
 
     @property
-    def activity(self) -> Mapping[str, NDArray[np.float32]]:
-        """See `Step.activity`."""
-        return {name: value.numpy() for name, value in zip(self._activity, self._told, strict=False)}
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `Step.told`."""
+        return {name: value.numpy() for name, value in zip(self._names, self._told, strict=False)}
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`."""
@@ -82,7 +86,9 @@ class OnnxRuntimeStep:
             filled = np.empty(rows.shape, dtype=np.float32)
             rows.fill(filled)
             binding.bind_cpu_input(f"{ROWS}{site}", filled)
-        for name in ("logits", *self._activity):
+        if inputs.hidden is not None:
+            binding.bind_cpu_input(HIDDEN, np.ascontiguousarray(inputs.hidden))
+        for name in ("logits", *self._names):
             binding.bind_output(name)
         try:
             self._session.run_with_iobinding(binding)
@@ -94,7 +100,7 @@ class OnnxRuntimeStep:
 
 
 def load(bundle: Bundle, *, threads: int | None) -> OnnxRuntimeExecutor:
-    """Open the decoder graph, with one thread per CPU unless told otherwise.
+    """Open a bundle's decoder, and its other graphs when they are bound, with a thread per CPU unless told otherwise.
 
     Raises:
         BundleError: onnxruntime refuses the graph.
@@ -102,9 +108,12 @@ def load(bundle: Bundle, *, threads: int | None) -> OnnxRuntimeExecutor:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3
-    path = bundle.file(bundle.manifest.decoder.file)
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except REFUSALS as error:
-        raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
-    return OnnxRuntimeExecutor(session, options.intra_op_num_threads)
+
+    def open_graph(name: str) -> "ort.InferenceSession":
+        path = bundle.file(bundle.manifest.graph(name).file)
+        try:
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except REFUSALS as error:
+            raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
+
+    return OnnxRuntimeExecutor(open_graph, options.intra_op_num_threads)

@@ -19,7 +19,15 @@ from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
-from engram_runtime.library import AWAIT_ROWS, LibraryInfo, PackedTensor, find_library, row_function
+from engram_runtime.library import (
+    AWAIT_ROWS,
+    LibraryInfo,
+    PackedTensor,
+    find_library,
+    pass_function,
+    row_function,
+)
+from engram_runtime.manifest import DECODER
 from engram_runtime.table_spec import TableSpec
 
 
@@ -42,6 +50,7 @@ try:
 except ModuleNotFoundError as error:
     raise TargetError("the tvm executor needs apache-tvm-ffi: pip install engram-edge") from error
 
+NOTHING_TOLD: Mapping[str, Sequence[str]] = {DECODER: ()}
 CPU_DEVICE, POOLED_ALLOCATOR = 1, 2  # DLPack's kDLCPU; AllocatorType::kPooled of TVM's virtual machine
 
 
@@ -76,15 +85,15 @@ class TvmExecutor:
         tables: Sequence[TableSpec] = (),
         *,
         threads: int,
-        activity: Sequence[str] = (),
+        told: Mapping[str, Sequence[str]] = NOTHING_TOLD,
     ) -> None:
         """Load a library whose files are those of ``info``; raises TargetError where it can't be loaded.
 
         Args:
-            activity: the graph's `activity_outputs`, which follow the logits.
+            told: by graph its `told_outputs`, which follow the logits.
         """
         self.threads = threads
-        self.activity = activity
+        self._told = told
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
@@ -95,7 +104,8 @@ class TvmExecutor:
         self.pool = LibraryPool(module.get_function("use_threads", query_imports=True), threads)
         self._machine_code = module["vm_load_executable"]()
         self._machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
-        self._weights = map_weights(folder / info.weights, info)
+        weights = map_weights(folder / info.weights, info)
+        self._weights = {graph: [weights[place] for place in used] for graph, used in info.graph_tensors.items()}
 
     def chunks(self, count: int) -> Sequence[int]:
         """See `Executor.chunks`: compiled sizes only, the largest first, so nothing is padded."""
@@ -123,10 +133,11 @@ class TvmExecutor:
         function = self._module.get_function(name, query_imports=True)
         return TvmRowDecoder(function, tvm_ffi.from_dlpack, self.pool.for_rows)
 
-    def bind(self, states: Mapping[str, State]) -> "TvmStep":
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> "TvmStep":
         """See `Executor.bind`."""
-        forward = {(tokens, rows): self._machine_code[f"forward_{tokens}_{rows}"] for tokens, rows in self._passes}
-        return TvmStep(self, forward, [as_tensor(array) for array in states.values()], self._weights)
+        forward = {sizes: self._machine_code[pass_function(graph, *sizes)] for sizes in self._passes}
+        fixed = [*(as_tensor(array) for array in states.values()), *self._weights[graph]]
+        return TvmStep(self, forward, fixed, self._told[graph], counts_experts=graph == DECODER)
 
 
 class TvmStep:
@@ -136,22 +147,27 @@ class TvmStep:
         self,
         executor: TvmExecutor,
         forward: Mapping[tuple[int, int], Any],
-        states: Sequence[Any],
-        weights: Sequence[Any],
+        fixed: Sequence[Any],
+        names: Sequence[str],
+        *,
+        counts_experts: bool,
     ) -> None:
+        """Call ``forward`` with ``fixed`` arguments last; the outputs after the logits have these names."""
         self._executor = executor
         self._forward = forward
-        self._fixed = [*states, *weights]
+        self._fixed = fixed
+        self._names = names
+        self._counts_experts = counts_experts
         self._told: Sequence[Any] = ()
         self._buffers: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
         self._pending: list[tuple[PendingRows, NDArray[np.float32]]] = []
         self._failure: BaseException | None = None
 
     @property
-    def activity(self) -> Mapping[str, NDArray[np.float32]]:
-        """See `Step.activity`."""
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `Step.told`."""
         values = (np.asarray(np.from_dlpack(tensor)) for tensor in self._told)
-        return dict(zip(self._executor.activity, values, strict=False))
+        return dict(zip(self._names, values, strict=False))
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`; raises TargetError where threads or memory are lacking, and what waiting for rows raises."""
@@ -164,8 +180,9 @@ class TvmStep:
             raise TargetError(f"the compiled library failed: {error}") from error
         finally:
             _running.step, self._pending = None, []
-        self._told = others[: len(self._executor.activity)]
-        self._executor.count_experts(others)
+        self._told = others[: len(self._names)]
+        if self._counts_experts:
+            self._executor.count_experts(others)
         return np.asarray(np.from_dlpack(logits), dtype=np.float32)
 
     def _forward_pass(self, inputs: StepInputs) -> Sequence[Any]:
@@ -177,6 +194,7 @@ class TvmStep:
             self._copy("position", np.array([inputs.position], dtype=np.int64)),
             self._copy("logit_rows", inputs.logit_rows),
             *(tensor for _, tensor in buffers),
+            *(() if inputs.hidden is None else (self._copy("hidden", inputs.hidden),)),
             *self._fixed,
         )
         with self._executor.pool.for_step():
@@ -220,8 +238,8 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
     folder, info = find_library(bundle)
     load_tvm_runtime(installed_twin(folder / info.runtime, info.sha256["runtime"]))
     threads = threads or info.threads or min(available_cores(), MOST_THREADS)
-    activity = bundle.manifest.decoder.activity_outputs
-    return TvmExecutor(folder, info, bundle.manifest.tables, threads=threads, activity=activity)
+    told = {name: graph.told_outputs for name, graph in bundle.manifest.graphs.items()}
+    return TvmExecutor(folder, info, bundle.manifest.tables, threads=threads, told=told)
 
 
 def load_module(path: Path) -> Any:

