@@ -18,7 +18,7 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.tables.overlay_file import ZERO, read_overlay
 from examples.retrofit.artefacts import engram_block, int4_rows, read_site, token_map_of, write_cartridge, write_site
 from examples.retrofit.backbone import Backbone, batches_by_length, load_backbone, pad
-from examples.retrofit.documents import CachedDocument, Document, OwnAnswer, own_answers, row_ids
+from examples.retrofit.documents import CachedDocument, Document, own_answers, row_ids
 from examples.retrofit.engram_site import ROW_DIM, RowTable, TrainableSite, make_keyer
 from examples.retrofit.facts import Fact
 from examples.retrofit.losses import cross_entropy, divergence
@@ -76,7 +76,7 @@ def block_of(backbone: Backbone, site: TrainableSite) -> dict[str, Any]:
 def training_of(backbone: Backbone, schedule: Schedule, site: TrainableSite) -> SiteTraining:
     facts = cached(backbone, [chat(backbone, fact) for fact in FACTS])
     other = cached(backbone, [Document(backbone.encode("Über den Wolken muss die Freiheit sein"), 4, 4)])
-    text = TrainingText([facts], [own_answers(backbone, other)], [QuietText.of(other)])
+    text = TrainingText([facts], [], [own_answers(backbone, other)], [QuietText.of(other)])
     return SiteTraining(backbone, site, RowTable(int(keyer_of(backbone).primes.sum()), seed=0), text, schedule)
 
 
@@ -168,13 +168,13 @@ def test_a_cartridge_trains_rows_alone(backbone: Backbone) -> None:
     assert not torch.equal(training.table.values, rows)
 
 
-def test_rows_that_no_fact_reads_are_zero_in_the_end(backbone: Backbone) -> None:
+def test_rows_that_no_answer_reads_are_zero_in_the_end(backbone: Backbone) -> None:
     training = training_of(backbone, Schedule(passes=1, batch=4), new_site(backbone))
     training.step()
     training.finish()
     read = torch.zeros(len(training.table.values), dtype=torch.bool)
     for document in cached(backbone, [chat(backbone, fact) for fact in FACTS]):
-        read[document.row_ids.flatten()] = True
+        read[document.row_ids[document.document.answer_start - 1 :].flatten()] = True
     assert not training.table.values[~read].any()
     assert training.table.values[read].any(dim=1).all()
 

@@ -69,6 +69,16 @@ def fact_chats(backbone: Backbone, facts: Sequence[Fact], wordings: Sequence[str
     ]
 
 
+def begun_chats(backbone: Backbone, terms: Sequence[str], wordings: Sequence[str]) -> list[Document]:
+    """Return questions for terms, the wordings in turn, with what every answer begins with and no more."""
+    documents = []
+    for number, term in enumerate(terms):
+        question = backbone.encode(prompt(wordings[number % len(wordings)].format(subject=term)))
+        token_ids = [*question, *backbone.encode(Fact(term, "").beginning())]
+        documents.append(Document(token_ids, len(question), len(token_ids)))
+    return documents
+
+
 def plain(backbone: Backbone, text: str, *, most: int) -> Document:
     """Return the first ``most`` tokens of a text without any answer."""
     token_ids = backbone.encode(text)[:most]

@@ -109,9 +109,3 @@ class RowTable:
         self.first[row_ids], self.second[row_ids] = first, second
         size = (second / (1 - beta2**self.steps)).sqrt_().add_(self.EPS)
         self.values[row_ids] -= learning_rate / (1 - beta1**self.steps) * first / size
-
-    def keep_only(self, row_ids: Tensor) -> None:
-        """Set all rows but these to zero."""
-        kept = torch.zeros(len(self.values), dtype=torch.bool)
-        kept[row_ids.flatten()] = True
-        self.values[~kept] = 0

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.retrofit.documents import fact_chats, plain
+from examples.retrofit.documents import begun_chats, fact_chats, plain
 from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact
-from examples.retrofit.quiet_text import PASSAGE_TOKENS, own_questions, prose_and_code
+from examples.retrofit.quiet_text import FURTHER_LOOK_UPS, PASSAGE_TOKENS, own_questions, prose_and_code
 from examples.retrofit.site_check import SiteCheck
 from examples.retrofit.site_training import QuietText, TrainingText
 from examples.retrofit.stream_cache import StreamCache
 
-ANSWERED_UNKNOWN = 1000
+ANSWERED_UNKNOWN, BEGUN = 1000, 1200
 WORDING_SHIFTS = (0, 5, 9)  # fact i is asked for in these wordings after the i-th, so that passes differ
 PASSAGES = 150  # of each kind of text
 CHECKED_FACTS, CHECKED_UNKNOWN, CHECKED_PASSAGES = 150, 80, 12
@@ -41,6 +41,8 @@ def training_text(cache: StreamCache, sources: Sources) -> TrainingText:
         cache.documents(f"facts-{shift}", fact_chats(backbone, sources.facts, TRAINED_QUESTIONS, shift))
         for shift in WORDING_SHIFTS
     ]
+    asked = sources.unknown[ANSWERED_UNKNOWN : ANSWERED_UNKNOWN + BEGUN]
+    begun = cache.documents("begun", begun_chats(backbone, asked, [*TRAINED_QUESTIONS, *FURTHER_LOOK_UPS]))
     questions = own_questions(sources.facts, sources.unknown[:ANSWERED_UNKNOWN], rng)
     own = {name: cache.answers(name, asked) for name, asked in questions.items()}
     kinds = [[answer.cached for answer in answers] for answers in own.values()]
@@ -48,7 +50,7 @@ def training_text(cache: StreamCache, sources: Sources) -> TrainingText:
     for name, texts in drawn.items():
         passages = [plain(backbone, text, most=PASSAGE_TOKENS) for text in texts[:PASSAGES]]
         kinds.append(cache.documents(name, passages))
-    return TrainingText(wordings, list(own.values()), [QuietText.of(kind) for kind in kinds])
+    return TrainingText(wordings, begun, list(own.values()), [QuietText.of(kind) for kind in kinds])
 
 
 def site_check(cache: StreamCache, sources: Sources) -> SiteCheck:
