@@ -14,6 +14,7 @@ from examples.retrofit.engram_site import RowTable, TrainableSite
 from examples.retrofit.losses import cross_entropy, divergence, loudness
 
 COMMON_IDS = 2048  # the first ids of a vocabulary: bytes, white space and frequent pieces
+BIAS_RATE, GAIN_RATE = 5, 10  # of the gate's bias and of the query's gain, times the learning rate
 RANDOM_IDS = 1024  # further wrong answers in each step
 SORTED_BATCHES = 20  # batches whose documents are sorted by length before they are cut, so that little is padded
 
@@ -136,7 +137,14 @@ class SiteTraining:
         self._taught_rows = torch.zeros(len(table.values), dtype=torch.bool)
         self._taught_rows[text.read_by_answers().flatten()] = True
         site.requires_grad_(schedule.train_projections)
-        self._optimiser = torch.optim.Adam(site.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98))
+        self._optimiser = torch.optim.Adam(
+            [
+                {"params": [site.key_proj, site.value_proj], "factor": 1},
+                {"params": [site.gate_bias], "factor": BIAS_RATE},
+                {"params": [site.query_norm], "factor": GAIN_RATE},
+            ],
+            betas=(0.9, 0.98),
+        )
 
     def step(self) -> StepLosses:
         """Train on one batch: facts, answers of the model itself, quiet tokens."""
@@ -220,7 +228,8 @@ class SiteTraining:
         torch.autograd.backward(loss)
         if self._schedule.train_projections:
             torch.nn.utils.clip_grad_norm_(self.site.parameters(), 1.0)
-            self._optimiser.param_groups[0]["lr"] = rate * self._schedule.learning_rate
+            for group in self._optimiser.param_groups:
+                group["lr"] = group["factor"] * rate * self._schedule.learning_rate
             self._optimiser.step()
         assert rows.grad is not None
         gradient = rows.grad * self._taught_rows[row_ids, None]
