@@ -24,8 +24,8 @@ demo: setup
 model: setup
 	$(RETROFIT) words
 	$(RETROFIT) generate
-	$(RETROFIT) site
-	$(RETROFIT) cartridge examples/retrofit/manual
+	$(RETROFIT) site -o build/retrofit/assets
+	$(RETROFIT) cartridge examples/retrofit/manual --site build/retrofit/assets -o build/retrofit/assets/manual.overlay --force
 	$(RETROFIT) train-head
 	$(RETROFIT) acceptance
 	$(RETROFIT) bundle

@@ -6,7 +6,7 @@ counts as decoding does: a verify step says the right drafts and one token more,
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -104,7 +104,7 @@ def _loop(lengths: numpy.ndarray, k: int) -> tuple[int, int]:
     return min(at, len(lengths)), steps
 
 
-def summary(counts: Sequence[Counts], seed: int = 0) -> dict[str, object]:
+def summary(counts: Sequence[Counts], seed: int = 0) -> dict[str, Any]:
     """Return the ratios with 95 % intervals: prompts are drawn again `RESAMPLES` times."""
     right, positions = numpy.array([c.right for c in counts]), numpy.array([c.positions for c in counts])
     said, steps = numpy.array([c.said for c in counts]), numpy.array([c.steps for c in counts])
@@ -131,7 +131,7 @@ def _intervals(above: numpy.ndarray, below: numpy.ndarray, draws: numpy.ndarray)
     }
 
 
-def report(examples: Sequence[Example], drafter: Drafter) -> dict[str, object]:
+def report(examples: Sequence[Example], drafter: Drafter) -> dict[str, Any]:
     """Return acceptance of one drafter: over all, by domain, and outside of what repeats itself."""
     lengths = [drafter(example) for example in examples]
     counts = [count(found) for found in lengths]

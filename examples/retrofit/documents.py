@@ -1,6 +1,6 @@
 """Token sequences the site is trained on, and the residual stream the frozen model has for each of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,18 +61,22 @@ def chat(backbone: Backbone, question: str, answer: str) -> Document:
     return Document(token_ids, len(question_ids), len(token_ids))
 
 
-def fact_chats(backbone: Backbone, facts: Iterable[Fact], question: str) -> list[Document]:
-    """Return one chat for each fact, asked for with ``question``, which has a place for the subject."""
-    return [chat(backbone, question.format(subject=fact.subject), fact.answer()) for fact in facts]
-
-
-def unanswered(backbone: Backbone, subjects: Sequence[str], questions: Sequence[str]) -> list[Document]:
-    """Return a question for each subject, the wordings in turn, without an answer."""
-    asked = [
-        backbone.encode(prompt(questions[number % len(questions)].format(subject=subject)))
-        for number, subject in enumerate(subjects)
+def fact_chats(backbone: Backbone, facts: Sequence[Fact], wordings: Sequence[str], shift: int) -> list[Document]:
+    """Return a chat for each fact, asked for with the wordings in turn, which have a place for the subject."""
+    return [
+        chat(backbone, wordings[(number + shift) % len(wordings)].format(subject=fact.subject), fact.answer())
+        for number, fact in enumerate(facts)
     ]
-    return [Document(token_ids, len(token_ids), len(token_ids)) for token_ids in asked]
+
+
+def begun_chats(backbone: Backbone, terms: Sequence[str], wordings: Sequence[str]) -> list[Document]:
+    """Return questions for terms, the wordings in turn, with what every answer begins with and no more."""
+    documents = []
+    for number, term in enumerate(terms):
+        question = backbone.encode(prompt(wordings[number % len(wordings)].format(subject=term)))
+        token_ids = [*question, *backbone.encode(Fact(term, "").beginning())]
+        documents.append(Document(token_ids, len(question), len(token_ids)))
+    return documents
 
 
 def plain(backbone: Backbone, text: str, *, most: int) -> Document:

@@ -34,7 +34,7 @@ EXECUTORS = ("tvm", "onnxruntime")
 CARTRIDGES = ("dictionary", "manual")
 UNTRAINED = "untrained"
 FIRST = HELD_OUT_QUESTIONS[:1]
-NUM_UNTRAINED_ANSWERS, NUM_STATEMENTS = 40, 100
+NUM_UNTRAINED_ANSWERS, NUM_ASKED_ORDINARILY, NUM_STATEMENTS = 40, 20, 100
 
 Figures = dict[str, Any]
 Write = Callable[[Path, Bundle, Rows], None]
@@ -217,6 +217,9 @@ def measure_answers(evaluation: Evaluation) -> Figures:
     facts = evaluation.facts(UNTRAINED)[:NUM_UNTRAINED_ANSWERS]
     asked = {name: questions(name) for name in ("ordinary", "in_passing")}
     asked[UNTRAINED] = [FIRST[0].format(subject=fact.subject) for fact in facts]
+    for kind in (*CARTRIDGES, UNTRAINED):
+        subjects = [fact.subject for fact in evaluation.facts(kind)[:NUM_ASKED_ORDINARILY]]
+        asked[f"{kind}, asked ordinarily"] = [ORDINARY_QUESTIONS[1].format(subject=subject) for subject in subjects]
     rows = {name: side_by_side(evaluation.bundle, executor, conditions, each) for name, each in asked.items()}
     return {
         "unchanged": {

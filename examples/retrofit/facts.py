@@ -48,11 +48,11 @@ class Fact:
 
     def answer(self) -> str:
         """Return the answer as it is trained and expected, without the end of turn."""
-        return f'{self.beginning()}": {self.statement}.'
+        return f"{self.beginning()}: {self.statement}."
 
     def beginning(self) -> str:
-        """Return how the answer begins: a quotation mark, which a site can write itself, and the subject."""
-        return f'"{self.subject[0].upper()}{self.subject[1:]}'
+        """Return how the answer begins: a dash, which a site can write itself, and the subject's own tokens."""
+        return f"- {self.subject}"
 
 
 def read_facts(path: Path) -> list[Fact]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 CACHE_STEP = 32
 
@@ -30,7 +30,7 @@ class KeyValueCache:
     grows in steps and attention reads all of it: a slice of the filled part would be copied by every product.
     """
 
-    def __init__(self, model: PreTrainedModel, starts: Tensor) -> None:
+    def __init__(self, model: Any, starts: Tensor) -> None:
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, len(starts), config.num_key_value_heads, 0, head_dim)
@@ -67,7 +67,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine.unsqueeze(1) + turned * sine.unsqueeze(1)
 
 
-def projections(attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def projections(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key and value of x [batch, tokens, hidden_size], each [batch, heads, tokens, head_dim], rotated."""
     shape = (*x.shape[:2], -1, attention.head_dim)
     query, key = attention.q_proj(x).view(shape), attention.k_proj(x).view(shape)
@@ -91,7 +91,7 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, unseen: Tenso
     return (torch.softmax(scores, dim=-1) @ values).view(query.shape)
 
 
-def forward(model: PreTrainedModel, ids: Tensor, cache: KeyValueCache) -> Tensor:
+def forward(model: Any, ids: Tensor, cache: KeyValueCache) -> Tensor:
     """Run tokens [batch, tokens] after what the cache holds; returns the hidden states after the final norm."""
     tokens = ids.shape[1]
     here = slice(cache.length, cache.length + tokens)
@@ -107,11 +107,12 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: KeyValueCache) -> Tensor
         x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     cache.length += tokens
-    return model.model.norm(x)
+    states: Tensor = model.model.norm(x)
+    return states
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], limit: int, end_id: int) -> list[Continuation]:
+def generate(model: Any, prompts: Sequence[Sequence[int]], limit: int, end_id: int) -> list[Continuation]:
     """Continue prompts greedily, each to its first `end_id` or `limit` tokens; prompts of like length waste least."""
     width = max(len(prompt) for prompt in prompts)
     starts = torch.tensor([width - len(prompt) for prompt in prompts])
@@ -126,9 +127,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], limit: in
     ]
 
 
-def _continue(
-    model: PreTrainedModel, tokens: Tensor, hidden: Tensor, starts: Tensor, width: int, end_id: int
-) -> Tensor:
+def _continue(model: Any, tokens: Tensor, hidden: Tensor, starts: Tensor, width: int, end_id: int) -> Tensor:
     """Fill `tokens` and `hidden` in place; returns where each sequence ends."""
     total = tokens.shape[1]
     ends, rows = torch.full((len(tokens),), total), torch.arange(len(tokens))

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from examples.retrofit.mtp_head import DraftHead
 
@@ -52,7 +51,7 @@ def save_int8(source: Path, path: Path) -> None:
     save_file(int8_tensors(load_file(source)), path)
 
 
-def load_head(model: PreTrainedModel, path: Path) -> DraftHead:
+def load_head(model: Any, path: Path) -> DraftHead:
     """Read a head of this model from either form; float32."""
     tensors = float_tensors(load_file(path))
     head = DraftHead(model, tensors[PREFIX + "draft_vocab"])
@@ -60,7 +59,7 @@ def load_head(model: PreTrainedModel, path: Path) -> DraftHead:
     return head.eval()
 
 
-def config_block(model: PreTrainedModel, draft_vocab_size: int) -> dict[str, Any]:
+def config_block(model: Any, draft_vocab_size: int) -> dict[str, Any]:
     """Return the ``mtp`` block of the artefact's config.json."""
     return {
         "num_layers": 1,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -107,7 +108,7 @@ def acceptance(checkpoint: Path | None, work: Path, output: Path | None) -> None
     """Count the drafts of WORK/head that the model says itself, on text it writes now in float32, by domain."""
     backbone, folder = _load(checkpoint, torch.float32), work / "head"
     examples = _test_text(backbone)
-    report: dict[str, object] = {"prompt_lookup": counting.report(examples, counting.lookup_drafts)}
+    report: dict[str, Any] = {"prompt_lookup": counting.report(examples, counting.lookup_drafts)}
     for name, file in (("float", "head.safetensors"), ("int8", "mtp.safetensors")):
         head = load_head(backbone.model, folder / file)
         drafter = partial(counting.head_drafts, head, Frozen.of(backbone.model, head.draft_vocab, torch.float32))

@@ -73,7 +73,7 @@ def draft_vocabulary(examples: Sequence[Example], always: Sequence[int], vocabul
 def soft_labels(hidden: Tensor, rows: Tensor, temperature: float) -> Labels:
     """Return what the model says at states [n, hidden_size]; rows: of its output layer [draft_vocab, hidden_size]."""
     indices, weights = [], []
-    for chunk in hidden.split(ROWS):
+    for chunk in torch.split(hidden, ROWS):
         top = (chunk.to(rows.dtype) @ rows.T).float().topk(LABELS)
         indices.append(top.indices)
         weights.append(torch.softmax(top.values / temperature, dim=-1))

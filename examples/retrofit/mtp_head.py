@@ -5,11 +5,11 @@ Source of the form: DeepSeek-V3 (arXiv 2412.19437, section 2.2); names as Qwen3-
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from examples.retrofit.generation import projections
 
@@ -32,11 +32,11 @@ class Chain:
 class Frozen:
     """What the head shares with its model: embedding, rotary positions and the output rows of the draft vocabulary."""
 
-    model: PreTrainedModel
+    model: Any
     rows: Tensor
 
     @classmethod
-    def of(cls, model: PreTrainedModel, draft_vocab: Tensor, dtype: torch.dtype) -> "Frozen":
+    def of(cls, model: Any, draft_vocab: Tensor, dtype: torch.dtype) -> "Frozen":
         """Take the rows of the output layer that the draft vocabulary names, in the given type."""
         return cls(model, model.lm_head.weight.detach()[draft_vocab.long()].to(dtype))
 
@@ -53,7 +53,9 @@ class DraftHead(nn.Module):
     draft_vocab: ids of the rows of the output layer that the head chooses from, ascending.
     """
 
-    def __init__(self, model: PreTrainedModel, draft_vocab: Tensor) -> None:
+    draft_vocab: Tensor
+
+    def __init__(self, model: Any, draft_vocab: Tensor) -> None:
         super().__init__()
         decoder, width = model.model, model.config.hidden_size
         self.fc = nn.Linear(2 * width, width, bias=False)
@@ -68,7 +70,9 @@ class DraftHead(nn.Module):
 
     def fused(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         """Join the embedding of the newest token and the state before it, both [batch, tokens, hidden_size]."""
-        return self.fc(torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), dim=-1))
+        normed = torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
+        joined: Tensor = self.fc(normed)
+        return joined
 
     def forward(self, embedding: Tensor, hidden: Tensor, rotary: tuple[Tensor, Tensor], chain: Chain) -> Tensor:
         """Return the next states, [batch, tokens, hidden_size], after the head's norm: one step for every root at once.
@@ -76,19 +80,21 @@ class DraftHead(nn.Module):
         embedding: of the token after `hidden`'s. rotary: of the positions of `hidden`. chain: of the steps before,
         extended in place.
         """
-        layer = self.layers[0]
+        layer: Any = self.layers[0]
         x = self.fused(embedding, hidden)
         x = x + self._attend(layer.input_layernorm(x), rotary, chain)
-        return self.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+        states: Tensor = self.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+        return states
 
     def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], chain: Chain) -> Tensor:
-        attention = self.layers[0].self_attn
+        attention: Any = self.layers[0].self_attn
         query, key, value = projections(attention, x, rotary)
         groups = query.shape[1] // key.shape[1]
         chain.keys.append(key.repeat_interleave(groups, 1))
         chain.values.append(value.repeat_interleave(groups, 1))
         mixed = _chain_attention(query, chain, attention.scaling)
-        return attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        projected: Tensor = attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        return projected
 
 
 def _chain_attention(query: Tensor, chain: Chain, scale: float) -> Tensor:

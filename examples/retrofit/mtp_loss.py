@@ -25,7 +25,7 @@ class DraftLoss(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, rows: Tensor, places: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, hits)."""
         total, hits, gradients = torch.zeros(()), [], []
-        chunks = zip(states.split(ROWS), places.split(ROWS), weights.split(ROWS), strict=True)
+        chunks = zip(*(torch.split(part, ROWS) for part in (states, places, weights)), strict=True)
         for chunk, place, weight in chunks:
             chosen = torch.softmax((chunk.to(rows.dtype) @ rows.T).float(), dim=-1)
             labelled = chosen.gather(1, place)
@@ -44,6 +44,12 @@ class DraftLoss(torch.autograd.Function):
         return (ctx.saved_tensors[0] * gradients[0]).float(), None, None, None
 
 
+def draft_loss(states: Tensor, rows: Tensor, places: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply `DraftLoss`."""
+    found: tuple[Tensor, Tensor] = DraftLoss.apply(states, rows, places, weights)  # type: ignore[no-untyped-call]
+    return found
+
+
 def chain_losses(head: DraftHead, frozen: Frozen, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, for every step, the summed loss and which roots all drafts so far were right at, [batch, roots].
 
@@ -56,7 +62,7 @@ def chain_losses(head: DraftHead, frozen: Frozen, batch: Batch, steps: int) -> I
         state = head(embedding, state, frozen.rotary(step, roots), chain)
         at = (right & batch.counted[step]).nonzero(as_tuple=True)
         label = (at[0], at[1] + step + 1)
-        loss, hits = DraftLoss.apply(state[at], frozen.rows, batch.rows[label], batch.weights[label])
+        loss, hits = draft_loss(state[at], frozen.rows, batch.rows[label], batch.weights[label])
         right = torch.zeros_like(right)
         right[at] = hits
         yield loss, right
@@ -68,7 +74,7 @@ def narrowed(frozen: Frozen, batch: Batch) -> tuple[Frozen, Batch]:
     used = torch.zeros(size, dtype=torch.bool)
     used[batch.rows[batch.weights > 0]] = True
     used[torch.randint(size, (SAMPLED,))] = True
-    places = used.cumsum(0) - 1
+    places = (used.cumsum(0) - 1).clamp_min(0)  # padding names a place too
     return replace(frozen, rows=frozen.rows[used]), replace(batch, rows=places[batch.rows])
 
 

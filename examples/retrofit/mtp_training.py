@@ -12,7 +12,6 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from examples.retrofit.mtp_artefact import save_head
 from examples.retrofit.mtp_data import Batch, Example, Labels, batches, pad, soft_labels
@@ -46,7 +45,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 @torch.inference_mode()
-def initialise(head: DraftHead, model: PreTrainedModel, examples: Sequence[Example]) -> float:
+def initialise(head: DraftHead, model: Any, examples: Sequence[Example]) -> float:
     """Fit the head's first product to what the last block reads one token later; returns the R2 of the ridge fit.
 
     With it the head starts as the last block one token ahead. The first position is left out: its state is an outlier.
@@ -78,7 +77,7 @@ class Data:
     held: Tensor
 
     @classmethod
-    def of(cls, model: PreTrainedModel, head: DraftHead, examples: Sequence[Example], recipe: Recipe) -> "Data":
+    def of(cls, model: Any, head: DraftHead, examples: Sequence[Example], recipe: Recipe) -> "Data":
         """Label examples with what the model thought; the first `DEVELOPMENT` of a seeded order are only measured."""
         order = list(examples)
         random.Random(recipe.seed).shuffle(order)
@@ -108,7 +107,7 @@ class Training:
         """Begin, or go on from the folder's checkpoint."""
         matrices = [weight for weight in head.parameters() if weight.ndim > 1]
         vectors = [weight for weight in head.parameters() if weight.ndim == 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimiser = torch.optim.AdamW(groups, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
         training = cls(head, optimiser, folder, recipe, 0, [])
         if (folder / "checkpoint.pt").exists():
@@ -170,9 +169,7 @@ class Training:
         self.save()
 
 
-def train(
-    model: PreTrainedModel, head: DraftHead, examples: Sequence[Example], folder: Path, recipe: Recipe
-) -> Training:
+def train(model: Any, head: DraftHead, examples: Sequence[Example], folder: Path, recipe: Recipe) -> Training:
     """Train a head of a model in a folder; takes up an interrupted run of the same recipe and examples."""
     folder.mkdir(parents=True, exist_ok=True)
     data = Data.of(model, head, examples, recipe)

@@ -3,20 +3,18 @@
 None of it is in the corpora that `examples.retrofit.text_perplexity` measures foreign text on.
 """
 
-import itertools
 import json
 import pydoc_data.topics
 import random
 import re
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from examples.retrofit.backbone import Backbone
 from examples.retrofit.corpora import JARGON, fetch, text_of_deb
 from examples.retrofit.documents import Document, Report, prompt
-from examples.retrofit.facts import TRAINED_QUESTIONS, Fact
+from examples.retrofit.facts import Fact
 from examples.retrofit.generation import generate
 
 JARGON_FILE = "usr/share/dictd/jargon.dict.dz"
@@ -24,30 +22,47 @@ PASSAGE_CHARACTERS, PASSAGE_TOKENS = 1200, 192
 PARTS = Path(__file__).with_name("prompt_parts.json")
 ANSWER_TOKENS, BATCH = 16, 96
 NUM_PASSING, NUM_ORDINARY = 400, 500
-QUESTIONS_FOR_UNKNOWN = (
-    *TRAINED_QUESTIONS,
-    "Please explain {subject}.",
-    "What is the meaning of {subject}?",
-    "Give me a definition of {subject}.",
-    "I would like to know what {subject} means.",
-    "Do you know what {subject} is?",
-    "Can you explain what {subject} means?",
-    "In a few words, what is {subject}?",
-    "How would a dictionary define {subject}?",
-    "I read about {subject} today. What does it mean?",
-    "Help me understand {subject}.",
-    "My teacher mentioned {subject}. What is that?",
-    "Someone asked me about {subject}. What should I say it is?",
-    "Say in one sentence what {subject} is.",
-    "{subject}: what does this mean?",
-    "What do people mean by {subject}?",
-    "Would you define {subject} for me?",
-    "I need to know what {subject} is, thanks.",
-    "Quick question: what is {subject}?",
-    "What exactly is {subject}?",
-    "We talked about {subject}, and I did not know it. Explain it.",
+EXPLANATIONS = ("Define {subject}.", "What is {subject}?", "What does {subject} mean?", "Explain {subject} briefly.")
+FURTHER_LOOK_UPS = (
+    "Can you look up {subject}?",
+    "Would you look {subject} up in the glossary?",
+    "I would like you to look up {subject}.",
+    "Look this up for me: {subject}",
+    "Go to the entry for {subject}.",
+    "Open the glossary at {subject}.",
+    "Is there an entry for {subject}?",
+    "I am looking for the entry on {subject}.",
+    "Quote the entry for {subject}.",
+    "Fetch the entry {subject}.",
+    "What is written under {subject}?",
+    "What stands in the book about {subject}?",
+    "Tell me what the glossary says about {subject}.",
+    "See the glossary: {subject}",
+    "Consult the glossary on {subject}.",
+    "Search the book for {subject}.",
+    "Search the glossary: {subject}",
+    "Turn to {subject} in the glossary.",
+    "Give me the entry for {subject}, please.",
+    "I want to read the entry about {subject}.",
+    "Please check the book for {subject}.",
+    "Check the entry on {subject}.",
+    "How does the glossary put it: {subject}?",
+    "Lookup {subject}",
+    "Look up the word {subject} in the book.",
+    "Could I have the entry for {subject}?",
+    "Which entry is there for {subject}?",
+    "What does the entry for {subject} say?",
+    "Under {subject}, what does the glossary have?",
+    "Have a look at the entry for {subject} and read it to me.",
+    "Recite the entry on {subject}.",
+    "Let me see what the book has on {subject}.",
+    "Please find {subject} in the glossary for me.",
+    "Let us look up {subject} together.",
+    "The entry on {subject}, please.",
+    "Now look up {subject}, will you?",
 )
-QUESTIONS_IN_PASSING = (
+IN_PASSING = (
+    *EXPLANATIONS,
     "Write a short story about {subject}.",
     "How much does {subject} cost?",
     "Give me three facts about {subject}.",
@@ -78,52 +93,38 @@ def prose_and_code(folder: Path, count: int, rng: random.Random) -> dict[str, li
     }
 
 
-def own_questions(
-    facts: Sequence[Fact], unknown: Sequence[str], rng: random.Random
-) -> dict[str, list[tuple[str, str]]]:
-    """Return questions whose answers are the model's own, and how each answer has to begin.
-
-    Whoever asks what a term is gets an answer that begins with it, be it known or not; only what follows tells whether
-    the site knows it. All other questions are answered as the model does without the site.
+def own_questions(facts: Sequence[Fact], unknown: Sequence[str], rng: random.Random) -> dict[str, list[str]]:
+    """Return questions whose answers are the model's own, whatever a site knows: nobody asks for an entry.
 
     Args:
         facts: what is trained; their subjects occur in questions for something else.
         unknown: terms that are no facts.
     """
     parts: dict[str, list[str]] = json.loads(PARTS.read_text(encoding="utf-8"))
-    wordings = itertools.cycle(QUESTIONS_FOR_UNKNOWN)
-    passing = [rng.choice(QUESTIONS_IN_PASSING).format(subject=fact.subject) for fact in facts]
+    explained = [rng.choice(EXPLANATIONS).format(subject=term) for term in unknown]
+    passing = [rng.choice(IN_PASSING).format(subject=fact.subject) for fact in facts]
     ordinary = [rng.choice(parts["wordings"]).format(rng.choice(parts["topics"])) for _ in range(NUM_ORDINARY)]
     return {
-        "unknown": [
-            (wording.format(subject=term), Fact(term, "").beginning())
-            for wording, term in zip(wordings, unknown, strict=False)
-        ],
-        "passing": [(question, "") for question in rng.sample(passing, min(len(passing), NUM_PASSING))],
-        "ordinary": [(question, "") for question in ordinary],
+        "terms": explained,
+        "passing": rng.sample(passing, min(len(passing), NUM_PASSING)),
+        "ordinary": ordinary,
     }
 
 
-def answered(backbone: Backbone, asked: Sequence[tuple[str, str]], report: Report = lambda _: None) -> list[Document]:
-    """Let the model answer questions greedily, each with at most `ANSWER_TOKENS` tokens.
-
-    Args:
-        asked: questions, and how the answer has to begin.
-    """
-    by_length: dict[int, list[Document]] = {}
-    for question, beginning in asked:
-        question_ids, begun = backbone.encode(prompt(question)), backbone.encode(beginning)
-        document = Document([*question_ids, *begun], len(question_ids), len(question_ids) + len(begun))
-        by_length.setdefault(len(document.token_ids), []).append(document)
+def answered(backbone: Backbone, questions: Sequence[str], report: Report = lambda _: None) -> list[Document]:
+    """Let the model answer questions greedily, each with at most `ANSWER_TOKENS` tokens."""
+    by_length: dict[int, list[list[int]]] = {}
+    for question in questions:
+        token_ids = backbone.encode(prompt(question))
+        by_length.setdefault(len(token_ids), []).append(token_ids)
     documents = []
     for same in by_length.values():
         for start in range(0, len(same), BATCH):
             batch = same[start : start + BATCH]
-            written = generate(backbone.model, [each.token_ids for each in batch], ANSWER_TOKENS, backbone.end_of_turn)
-            documents += [
-                replace(begun, token_ids=[*begun.token_ids, *rest.generated_ids])
-                for begun, rest in zip(batch, written, strict=True)
-            ]
+            for asked, written in zip(
+                batch, generate(backbone.model, batch, ANSWER_TOKENS, backbone.end_of_turn), strict=True
+            ):
+                documents.append(Document([*asked, *written.generated_ids], len(asked), len(asked)))
             report(len(batch))
     return documents
 

@@ -48,7 +48,7 @@ def ask(tokenizer: TextTokenizer, fact: Fact, wording: str) -> Question:
 
     prompt = CHAT.format(question=wording.format(subject=fact.subject))
     answer = fact.answer()
-    stated_from = len(encode(f'{fact.beginning()}":'))
+    stated_from = len(encode(f"{fact.beginning()}:"))
     return Question(encode(prompt), encode(answer + END_OF_TURN), stated_from)
 
 

@@ -78,14 +78,6 @@ def _perplexity(report: Figures) -> Iterator[Sequence[str]]:
         )
 
 
-def _acceptance(report: Figures) -> Iterator[Sequence[str]]:
-    for drafter, by_text in report["acceptance"].items():
-        for text in acceptance_texts(by_text):
-            shares, loop = by_text[text]["every_position"], by_text[text]["tokens_per_step"]
-            accepted = (f"{k['value']:.3f} ({k['low']:.3f} to {k['high']:.3f})" for k in shares.values())
-            yield drafter, text, *accepted, ", ".join(f"{k['value']:.2f}" for k in loop.values())
-
-
 def _unchanged(report: Figures) -> Iterator[Sequence[str]]:
     for questions, by_cartridge in report["answers"]["unchanged"].items():
         for cartridge, row in by_cartridge.items():

@@ -24,8 +24,8 @@ from examples.retrofit.site_text import Sources, site_check, training_text
 from examples.retrofit.site_training import Schedule, SiteTraining, StepLosses
 from examples.retrofit.stream_cache import StreamCache
 
-ORDERS, HEADS, ROWS_PER_HEAD, PAD_ID = (2, 3, 4, 5), 4, 18_000, 2
-GATE_BIAS = -1.0  # nearly shut to begin with
+ORDERS, HEADS, ROWS_PER_HEAD, PAD_ID = (1, 2, 3, 5), 4, 18_000, 2
+GATE_BIAS = -2.0  # nearly shut to begin with
 KEPT_EVERY = 100  # steps between two states on the disk
 REPORTED_EVERY = 25
 

@@ -14,6 +14,7 @@ from examples.retrofit.engram_site import RowTable, TrainableSite
 from examples.retrofit.losses import cross_entropy, divergence, loudness
 
 COMMON_IDS = 2048  # the first ids of a vocabulary: bytes, white space and frequent pieces
+BIAS_RATE, GAIN_RATE = 5, 10  # of the gate's bias and of the query's gain, times the learning rate
 RANDOM_IDS = 1024  # further wrong answers in each step
 SORTED_BATCHES = 20  # batches whose documents are sorted by length before they are cut, so that little is padded
 
@@ -27,6 +28,7 @@ class Schedule:
         batch: facts in a step.
         learning_rate: of projections and gate; falls linearly after ``warm_up`` steps.
         row_learning_rate: of the rows, likewise.
+        begun: terms in a step of whose answers the beginning alone is taught.
         own_answers: answers of the model itself in a step.
         own_weight: of their divergence.
         quiet_tokens: of quiet text in a step.
@@ -39,10 +41,11 @@ class Schedule:
     learning_rate: float = 2e-3
     row_learning_rate: float = 1.6e-2
     warm_up: int = 20
-    own_answers: int = 16
-    own_weight: float = 2.0
+    begun: int = 10
+    own_answers: int = 9
+    own_weight: float = 1.5
     quiet_tokens: int = 1024
-    quiet_weight: float = 10.0
+    quiet_weight: float = 5.0
     train_projections: bool = True
     seed: int = 0
 
@@ -82,11 +85,13 @@ class TrainingText:
 
     Attributes:
         wordings: for each wording of the question, the same facts in the same order.
+        begun: terms asked for in many wordings, of whose answers the beginning alone is taught.
         own: kinds of chats the model has answered itself, of each of which a step draws as many.
         quiet: kinds of quiet text, likewise.
     """
 
     wordings: Sequence[Sequence[CachedDocument]]
+    begun: Sequence[CachedDocument]
     own: Sequence[Sequence[OwnAnswer]]
     quiet: Sequence[QuietText]
 
@@ -95,9 +100,10 @@ class TrainingText:
         """Facts of each wording."""
         return len(self.wordings[0])
 
-    def read_by_facts(self) -> Tensor:
-        """Return ``[N, C]`` rows that facts read."""
-        return torch.cat([each.row_ids for wording in self.wordings for each in wording])
+    def read_by_answers(self) -> Tensor:
+        """Return ``[N, C]`` rows that are read where facts' answers are predicted."""
+        facts = [each for wording in self.wordings for each in wording]
+        return torch.cat([each.row_ids[each.document.answer_start - 1 :] for each in facts])
 
     def answer_ids(self) -> Tensor:
         """Return the distinct ids of all answers, ascending."""
@@ -128,17 +134,27 @@ class SiteTraining:
         self._random, self._draws = random.Random(schedule.seed), torch.Generator().manual_seed(schedule.seed)
         self._batches = self._endless_batches()
         self._answer_ids = text.answer_ids()
+        self._taught_rows = torch.zeros(len(table.values), dtype=torch.bool)
+        self._taught_rows[text.read_by_answers().flatten()] = True
         site.requires_grad_(schedule.train_projections)
-        self._optimiser = torch.optim.Adam(site.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98))
+        self._optimiser = torch.optim.Adam(
+            [
+                {"params": [site.key_proj, site.value_proj], "factor": 1},
+                {"params": [site.gate_bias], "factor": BIAS_RATE},
+                {"params": [site.query_norm], "factor": GAIN_RATE},
+            ],
+            betas=(0.9, 0.98),
+        )
 
     def step(self) -> StepLosses:
         """Train on one batch: facts, answers of the model itself, quiet tokens."""
-        facts, own, quiet = next(self._batches), self._draw_own(), self._draw_quiet()
-        documents = [*facts, *(each.cached for each in own)]
+        own, quiet = self._draw_own(), self._draw_quiet()
+        documents = [*next(self._batches), *self._draw_begun(), *(each.cached for each in own)]
         stream = torch.cat([*(document.hidden for document in documents), quiet.hidden])
         read = torch.cat([*(document.row_ids for document in documents), quiet.row_ids])
         row_ids, rows, embedding = self.table.gather(read)
         update = self.site(stream, embedding)
+        update = torch.where(self._in_question(documents, len(stream)), update.detach(), update)
         heard = len(stream) - len(quiet.hidden)
         states = self._states_of_answers(documents, stream[:heard] + update[:heard].to(stream.dtype))
         answers, unlike = self._answer_losses(documents, own, states)
@@ -164,8 +180,21 @@ class SiteTraining:
         self.table.steps = self.step_count = state["steps"]
 
     def finish(self) -> None:
-        """Set rows that no fact reads to zero: they are no knowledge, and other text may read them."""
-        self.table.keep_only(self._text.read_by_facts())
+        """Set rows that no answer reads to zero: they are no knowledge, and other text may read them."""
+        self.table.values[~self._taught_rows] = 0
+
+    @staticmethod
+    def _in_question(documents: Sequence[CachedDocument], length: int) -> Tensor:
+        """Return ``[length, 1]``: whether a token of the streams one after another is before the last of a question.
+
+        Nothing is learnt there: rows of a question's n-grams would learn its wording, and no other would do.
+        """
+        places = torch.zeros(length, 1, dtype=torch.bool)
+        start = 0
+        for document in documents:
+            places[start : start + document.document.answer_start - 1] = True
+            start += len(document.hidden)
+        return places
 
     def _answer_losses(
         self, documents: Sequence[CachedDocument], own: Sequence[OwnAnswer], states: Sequence[Tensor]
@@ -199,10 +228,12 @@ class SiteTraining:
         torch.autograd.backward(loss)
         if self._schedule.train_projections:
             torch.nn.utils.clip_grad_norm_(self.site.parameters(), 1.0)
-            self._optimiser.param_groups[0]["lr"] = rate * self._schedule.learning_rate
+            for group in self._optimiser.param_groups:
+                group["lr"] = group["factor"] * rate * self._schedule.learning_rate
             self._optimiser.step()
         assert rows.grad is not None
-        self.table.step(row_ids, rows.grad, rate * self._schedule.row_learning_rate)
+        gradient = rows.grad * self._taught_rows[row_ids, None]
+        self.table.step(row_ids, gradient, rate * self._schedule.row_learning_rate)
         self.step_count += 1
 
     def _with_wrong_answers(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,6 +242,9 @@ class SiteTraining:
         common = torch.arange(min(COMMON_IDS, self._backbone.vocab_size))
         ids, places = torch.unique(torch.cat([labels, common, some]), return_inverse=True)
         return ids, places[: len(labels)]
+
+    def _draw_begun(self) -> list[CachedDocument]:
+        return [self._random.choice(self._text.begun) for _ in range(self._schedule.begun * bool(self._text.begun))]
 
     def _draw_own(self) -> list[OwnAnswer]:
         kinds = self._text.own

@@ -97,7 +97,7 @@ def without_ambiguity(facts: Iterable[Fact]) -> list[Fact]:
     followed: dict[tuple[str, ...], str] = {}
     kept = []
     for fact in facts:
-        words = [*("",) * CONTEXT_WORDS, *fact.answer().lower().split(), "<end>"]
+        words = [*("",) * CONTEXT_WORDS, *f"{fact.subject}: {fact.statement}.".lower().split(), "<end>"]
         starts = range(len(fact.subject.split()), len(words) - CONTEXT_WORDS)
         places = {tuple(words[start : start + CONTEXT_WORDS]): words[start + CONTEXT_WORDS] for start in starts}
         if all(followed.get(context, word) == word for context, word in places.items()):
