@@ -51,8 +51,8 @@ class Fact:
         return f"{self.beginning()}: {self.statement}."
 
     def beginning(self) -> str:
-        """Return how the answer begins: a dash, which a site can write itself, and the subject's own tokens."""
-        return f"- {self.subject}"
+        """Return how the answer begins: words that a site can write itself and after which a model repeats the subject."""
+        return f"Entry for {self.subject}"
 
 
 def read_facts(path: Path) -> list[Fact]:
