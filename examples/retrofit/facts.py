@@ -51,7 +51,7 @@ class Fact:
         return f"{self.beginning()}: {self.statement}."
 
     def beginning(self) -> str:
-        """Return how the answer begins: words that a site can write itself and after which a model repeats the subject."""
+        """Return how the answer begins: with words a site can write, after which a model repeats the subject."""
         return f"Entry for {self.subject}"
 
 
