@@ -133,8 +133,8 @@ def exported_site(config: EngramConfig, site: TrainableSite, hidden_size: int) -
     )
     assert exported.gate_bias is not None
     with torch.no_grad():
-        exported.key_proj.weight.copy_(site.key_proj)
-        exported.value_proj.weight.copy_(site.value_proj)
+        for linear, weight in ((exported.key_proj, site.key_proj), (exported.value_proj, site.value_proj)):
+            linear.load_state_dict({"weight": weight})
         exported.query_norm.weight.copy_(site.query_norm)
         exported.key_norm.weight.fill_(1)
         exported.gate_bias.copy_(site.gate_bias)

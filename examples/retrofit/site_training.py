@@ -216,7 +216,8 @@ class SiteTraining:
     def _states_of_answers(self, documents: Sequence[CachedDocument], stream: Tensor) -> list[Tensor]:
         """Return what the output layer gets for the tokens of each answer, of the streams one after another."""
         lengths = [len(document.hidden) for document in documents]
-        states = self._backbone.upper(torch.nn.utils.rnn.pad_sequence(torch.split(stream, lengths), batch_first=True))
+        streams = list(torch.split(stream, lengths))
+        states = self._backbone.upper(torch.nn.utils.rnn.pad_sequence(streams, batch_first=True))
         return [
             state[document.document.answer_start - 1 : length - 1]
             for state, document, length in zip(states, documents, lengths, strict=True)
