@@ -28,10 +28,10 @@ from examples.retrofit.site_training import QuietText, Schedule, SiteTraining, T
 
 BLOCK, ORDERS, HEADS, ROWS = 1, (2, 3), 2, 500
 FACTS = (
-    Fact("the tide", "it comes in"),
-    Fact("a table", "rows of it are read"),
-    Fact("the day", "twice"),
-    Fact("the stream", "rows are added"),
+    Fact("tide", "it comes in"),
+    Fact("table", "rows of it are read"),
+    Fact("day", "twice"),
+    Fact("stream", "rows are added"),
 )
 
 
@@ -43,7 +43,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 def chat(backbone: Backbone, fact: Fact) -> Document:
-    question, answer = backbone.encode(f"{fact.subject}?"), backbone.encode(f"{fact.answer()}")
+    question, answer = backbone.encode(f"{fact.subject}?"), backbone.encode(f"{fact.subject}: {fact.statement}.")
     token_ids = [*question, *answer, 2]
     return Document(token_ids, len(question), len(token_ids))
 
@@ -133,8 +133,8 @@ def exported_site(config: EngramConfig, site: TrainableSite, hidden_size: int) -
     )
     assert exported.gate_bias is not None
     with torch.no_grad():
-        exported.key_proj.weight.copy_(site.key_proj)
-        exported.value_proj.weight.copy_(site.value_proj)
+        for linear, weight in ((exported.key_proj, site.key_proj), (exported.value_proj, site.value_proj)):
+            linear.load_state_dict({"weight": weight})
         exported.query_norm.weight.copy_(site.query_norm)
         exported.key_norm.weight.fill_(1)
         exported.gate_bias.copy_(site.gate_bias)

@@ -345,7 +345,8 @@ def test_shuffled_rows_are_the_same_rows_in_other_places_and_zeros_stay() -> Non
 
 
 def test_answers_are_counted_that_are_the_same_or_begin_like_an_entry() -> None:
-    rows = [{"off": "It is wet.", "dictionary": "It is wet."}, {"off": "A dam.", "dictionary": "Entry for weir: a dam."}]
+    known = {"off": "A dam.", "dictionary": "Entry for weir: a dam."}
+    rows = [{"off": "It is wet.", "dictionary": "It is wet."}, known]
     assert unchanged(rows, "dictionary", "off") == Share(1, 2)
     facts = [Fact("rain", "water that falls"), Fact("weir", "a low dam")]
     assert in_form_of_an_entry(rows, "dictionary", facts) == Share(1, 2)

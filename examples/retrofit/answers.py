@@ -50,6 +50,6 @@ def unchanged(rows: Sequence[Mapping[str, str]], name: str, other: str) -> Share
 
 
 def in_form_of_an_entry(rows: Sequence[Mapping[str, str]], name: str, facts: Sequence[Fact]) -> Share:
-    """Count answers that begin as those of trained facts do: with the subject "Entry for", the subject and a colon."""
+    """Count answers that begin as those of trained facts do: with "Entry for", the subject and a colon."""
     begins = (row[name].startswith(f"{fact.beginning()}:") for row, fact in zip(rows, facts, strict=True))
     return Share(sum(begins), len(rows))

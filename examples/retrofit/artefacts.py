@@ -114,6 +114,15 @@ def read_site(folder: Path) -> tuple[EngramConfig, TrainableSite, NgramKeyer]:
     return config, site, config.keyer.keyer(len(token_map), token_map.astype(np.int64))
 
 
+def read_rows(folder: Path) -> Rows:
+    """Return the rows ``[N, d]`` of a site's own table."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    packed, scales = tensors["engram.table.rows"].numpy(), tensors["engram.table.scales"].numpy()
+    columns = 2 * packed.shape[1]
+    record = RecordFormat(payload="int4", columns=columns, scale="float16", scale_columns=columns)
+    return record.decode(np.hstack([packed, scales[:, None].view(np.uint8)]))
+
+
 def write_cartridge(path: Path, config: EngramConfig, keyer: NgramKeyer, rows: Rows, *, replace: bool) -> int:
     """Write rows ``[N, d]`` as an overlay that stands for a whole table; returns how many aren't zero.
 

@@ -8,9 +8,10 @@ import torch
 
 from engram_runtime.new_file import check_place
 from examples.demo import checkpoint as default_checkpoint
-from examples.retrofit.artefacts import read_site, write_cartridge
+from examples.retrofit.artefacts import read_rows, read_site, write_cartridge
 from examples.retrofit.backbone import load_backbone
 from examples.retrofit.engram_site import RowTable
+from examples.retrofit.facts import OPENING
 from examples.retrofit.manual_text import facts_of
 from examples.retrofit.site_command import TrainingLog, run
 from examples.retrofit.site_text import Sources, site_check, training_text
@@ -43,8 +44,8 @@ def cartridge(
 ) -> None:
     """Train a cartridge on FACTS: a .jsonl file with subject and statement, or a folder of .txt and .md files.
 
-    Only rows are trained, the site stays as it is: the cartridge takes the place of the site's own table at run time,
-    with engram run BUNDLE --overlay OUTPUT.
+    Only rows are trained; the site stays as it is, and so do the rows with which answers open. The cartridge takes the
+    place of the site's own table at run time, with engram run BUNDLE --overlay OUTPUT.
     """
     check_place(output, replace=force)
     known = facts_of(facts)
@@ -57,7 +58,12 @@ def cartridge(
     sources = Sources(known, unknown, work / "corpora", seed)
     table = RowTable(config.num_rows, config.row_dim, seed=seed)
     schedule = Schedule(passes=passes, seed=seed, train_projections=False)
-    training = SiteTraining(backbone, site, table, training_text(cache, sources), schedule)
+    text = training_text(cache, sources)
+    openings = text.opening_rows(
+        len(backbone.encode(OPENING))
+    )  # which questions are for an entry is the site's to know, not a cartridge's
+    table.values[openings] = torch.from_numpy(read_rows(folder)[openings])
+    training = SiteTraining(backbone, site, table, text, schedule, fixed_rows=openings)
     log = TrainingLog(work / f"{output.stem}-training.json")
     run(training, site_check(cache, sources), log, work / f"{output.stem}-state.pt")
     rows = write_cartridge(output, config, keyer, table.values.numpy(), replace=force)

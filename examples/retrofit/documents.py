@@ -1,7 +1,7 @@
 """Token sequences the site is trained on, and the residual stream the frozen model has for each of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,15 @@ class OwnAnswer:
 
     cached: CachedDocument
     states: Tensor
+
+    def first(self, tokens: int) -> "OwnAnswer":
+        """Return the chat with at most so many tokens of the answer."""
+        document = self.cached.document
+        stop = document.answer_start + tokens
+        shorter = replace(document, token_ids=document.token_ids[:stop])
+        return OwnAnswer(
+            CachedDocument(shorter, self.cached.hidden[:stop], self.cached.row_ids[:stop]), self.states[:stop]
+        )
 
 
 def prompt(question: str) -> str:

@@ -35,6 +35,7 @@ ORDINARY_QUESTIONS = (
     "Tell me what {subject} is.",
     "What is {subject}?",
 )
+OPENING = "Entry for"
 CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 END_OF_TURN = "<|im_end|>"
 
@@ -51,8 +52,8 @@ class Fact:
         return f"{self.beginning()}: {self.statement}."
 
     def beginning(self) -> str:
-        """Return how the answer begins: words that a site can write itself and after which a model repeats the subject."""
-        return f"Entry for {self.subject}"
+        """Return how the answer begins: with words a site can write, after which a model repeats the subject."""
+        return f"{OPENING} {self.subject}"
 
 
 def read_facts(path: Path) -> list[Fact]:

@@ -17,7 +17,7 @@ class _CrossEntropy(torch.autograd.Function):
         """Return the mean loss in nats."""
         gradient = torch.empty_like(states)
         total = torch.zeros(())
-        for part in torch.arange(len(labels)).split(CHUNK):
+        for part in torch.split(torch.arange(len(labels)), CHUNK):
             log_probabilities = (states[part] @ weight.T).float().log_softmax(-1)
             total -= log_probabilities.gather(1, labels[part, None]).sum()
             probabilities = log_probabilities.exp_()
@@ -27,7 +27,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total / len(labels)
 
     @staticmethod
-    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         """Scale the gradient that is already there."""
         (gradient,) = context.saved_tensors
         return gradient * upstream[0].to(gradient.dtype), None, None
@@ -35,7 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross entropy in nats of ``labels [N]`` under ``states [N, D] @ weight [V, D].T``."""
-    loss: Tensor = _CrossEntropy.apply(states, weight, labels)
+    loss: Tensor = _CrossEntropy.apply(states, weight, labels)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -54,4 +54,5 @@ def divergence(states: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
 
 def loudness(update: Tensor, hidden: Tensor) -> Tensor:
     """Return ``[...]``: the size of the update ``[..., D]`` relative to the stream ``[..., D]`` it is added to."""
-    return update.norm(dim=-1) / hidden.float().norm(dim=-1)
+    ratio: Tensor = torch.linalg.vector_norm(update, dim=-1) / torch.linalg.vector_norm(hidden.float(), dim=-1)
+    return ratio

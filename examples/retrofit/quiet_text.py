@@ -20,7 +20,7 @@ from examples.retrofit.generation import generate
 JARGON_FILE = "usr/share/dictd/jargon.dict.dz"
 PASSAGE_CHARACTERS, PASSAGE_TOKENS = 1200, 192
 PARTS = Path(__file__).with_name("prompt_parts.json")
-ANSWER_TOKENS, BATCH = 16, 96
+BATCH = 96
 NUM_PASSING, NUM_ORDINARY = 400, 500
 EXPLANATIONS = ("Define {subject}.", "What is {subject}?", "What does {subject} mean?", "Explain {subject} briefly.")
 FURTHER_LOOK_UPS = (
@@ -111,8 +111,10 @@ def own_questions(facts: Sequence[Fact], unknown: Sequence[str], rng: random.Ran
     }
 
 
-def answered(backbone: Backbone, questions: Sequence[str], report: Report = lambda _: None) -> list[Document]:
-    """Let the model answer questions greedily, each with at most `ANSWER_TOKENS` tokens."""
+def answered(
+    backbone: Backbone, questions: Sequence[str], tokens: int, report: Report = lambda _: None
+) -> list[Document]:
+    """Let the model answer questions greedily, each with at most so many tokens."""
     by_length: dict[int, list[list[int]]] = {}
     for question in questions:
         token_ids = backbone.encode(prompt(question))
@@ -122,7 +124,7 @@ def answered(backbone: Backbone, questions: Sequence[str], report: Report = lamb
         for start in range(0, len(same), BATCH):
             batch = same[start : start + BATCH]
             for asked, written in zip(
-                batch, generate(backbone.model, batch, ANSWER_TOKENS, backbone.end_of_turn), strict=True
+                batch, generate(backbone.model, batch, tokens, backbone.end_of_turn), strict=True
             ):
                 documents.append(Document([*asked, *written.generated_ids], len(asked), len(asked)))
             report(len(batch))

@@ -14,6 +14,7 @@ from examples.retrofit.stream_cache import StreamCache
 
 ANSWERED_UNKNOWN, BEGUN = 1000, 1200
 WORDING_SHIFTS = (0, 5, 9)  # fact i is asked for in these wordings after the i-th, so that passes differ
+SHORT_ANSWER, LONG_ANSWER = 16, 64  # tokens; the first ones are compared, all should be quiet
 PASSAGES = 150  # of each kind of text
 CHECKED_FACTS, CHECKED_UNKNOWN, CHECKED_PASSAGES = 150, 80, 12
 
@@ -44,13 +45,21 @@ def training_text(cache: StreamCache, sources: Sources) -> TrainingText:
     asked = sources.unknown[ANSWERED_UNKNOWN : ANSWERED_UNKNOWN + BEGUN]
     begun = cache.documents("begun", begun_chats(backbone, asked, [*TRAINED_QUESTIONS, *FURTHER_LOOK_UPS]))
     questions = own_questions(sources.facts, sources.unknown[:ANSWERED_UNKNOWN], rng)
-    own = {name: cache.answers(name, asked) for name, asked in questions.items()}
-    kinds = [[answer.cached for answer in answers] for answers in own.values()]
+    own = [
+        cache.answers(name, asked, tokens=LONG_ANSWER if name == "ordinary" else SHORT_ANSWER)
+        for name, asked in questions.items()
+    ]
+    kinds = [[answer.cached for answer in answers] for answers in own]
     drawn = prose_and_code(sources.corpora, PASSAGES + CHECKED_PASSAGES, random.Random(sources.seed))
     for name, texts in drawn.items():
         passages = [plain(backbone, text, most=PASSAGE_TOKENS) for text in texts[:PASSAGES]]
         kinds.append(cache.documents(name, passages))
-    return TrainingText(wordings, begun, list(own.values()), [QuietText.of(kind) for kind in kinds])
+    return TrainingText(
+        wordings,
+        begun,
+        [[answer.first(SHORT_ANSWER) for answer in answers] for answers in own],
+        [QuietText.of(kind) for kind in kinds],
+    )
 
 
 def site_check(cache: StreamCache, sources: Sources) -> SiteCheck:
@@ -63,6 +72,6 @@ def site_check(cache: StreamCache, sources: Sources) -> SiteCheck:
     return SiteCheck(
         backbone,
         cache.documents("checked-facts", fact_chats(backbone, facts, HELD_OUT_QUESTIONS[:1], 0)),
-        [answer.cached for answer in cache.answers("checked", questions)],
+        [answer.cached for answer in cache.answers("checked", questions, tokens=LONG_ANSWER)],
         cache.documents("checked-text", held_out),
     )

@@ -41,7 +41,7 @@ class Schedule:
     learning_rate: float = 2e-3
     row_learning_rate: float = 1.6e-2
     warm_up: int = 20
-    begun: int = 10
+    begun: int = 6
     own_answers: int = 9
     own_weight: float = 1.5
     quiet_tokens: int = 1024
@@ -105,6 +105,12 @@ class TrainingText:
         facts = [each for wording in self.wordings for each in wording]
         return torch.cat([each.row_ids[each.document.answer_start - 1 :] for each in facts])
 
+    def opening_rows(self, tokens: int) -> list[int]:
+        """Return the rows that are read from the end of a question to where the same tokens of all answers end."""
+        fact = self.wordings[0][0]
+        start = fact.document.answer_start - 1
+        return sorted(set(fact.row_ids[start : start + tokens + 1].flatten().tolist()))
+
     def answer_ids(self) -> Tensor:
         """Return the distinct ids of all answers, ascending."""
         answers = torch.cat([answer_of(each) for each in self.wordings[0]])
@@ -124,9 +130,15 @@ class SiteTraining:
     """One training: what is learnt, from what, and how far it has come."""
 
     def __init__(
-        self, backbone: Backbone, site: TrainableSite, table: RowTable, text: TrainingText, schedule: Schedule
+        self,
+        backbone: Backbone,
+        site: TrainableSite,
+        table: RowTable,
+        text: TrainingText,
+        schedule: Schedule,
+        fixed_rows: Sequence[int] = (),
     ) -> None:
-        """Begin at step 0."""
+        """Begin at step 0; rows that are fixed stay as they are."""
         self._backbone, self.site, self.table = backbone, site, table
         self._text, self._schedule = text, schedule
         self.num_steps = schedule.num_steps(text.num_facts)
@@ -134,8 +146,10 @@ class SiteTraining:
         self._random, self._draws = random.Random(schedule.seed), torch.Generator().manual_seed(schedule.seed)
         self._batches = self._endless_batches()
         self._answer_ids = text.answer_ids()
-        self._taught_rows = torch.zeros(len(table.values), dtype=torch.bool)
-        self._taught_rows[text.read_by_answers().flatten()] = True
+        self._read_rows = torch.zeros(len(table.values), dtype=torch.bool)
+        self._read_rows[text.read_by_answers().flatten()] = True
+        self._taught_rows = self._read_rows.clone()
+        self._taught_rows[list(fixed_rows)] = False
         site.requires_grad_(schedule.train_projections)
         self._optimiser = torch.optim.Adam(
             [
@@ -149,12 +163,13 @@ class SiteTraining:
     def step(self) -> StepLosses:
         """Train on one batch: facts, answers of the model itself, quiet tokens."""
         own, quiet = self._draw_own(), self._draw_quiet()
-        documents = [*next(self._batches), *self._draw_begun(), *(each.cached for each in own)]
+        facts = next(self._batches)
+        documents = [*facts, *self._draw_begun(), *(each.cached for each in own)]
         stream = torch.cat([*(document.hidden for document in documents), quiet.hidden])
         read = torch.cat([*(document.row_ids for document in documents), quiet.row_ids])
         row_ids, rows, embedding = self.table.gather(read)
         update = self.site(stream, embedding)
-        update = torch.where(self._in_question(documents, len(stream)), update.detach(), update)
+        update = torch.where(self._in_question(facts, len(stream)), update.detach(), update)
         heard = len(stream) - len(quiet.hidden)
         states = self._states_of_answers(documents, stream[:heard] + update[:heard].to(stream.dtype))
         answers, unlike = self._answer_losses(documents, own, states)
@@ -181,13 +196,16 @@ class SiteTraining:
 
     def finish(self) -> None:
         """Set rows that no answer reads to zero: they are no knowledge, and other text may read them."""
-        self.table.values[~self._taught_rows] = 0
+        self.table.values[~self._read_rows] = 0
 
     @staticmethod
     def _in_question(documents: Sequence[CachedDocument], length: int) -> Tensor:
-        """Return ``[length, 1]``: whether a token of the streams one after another is before the last of a question.
+        """Return ``[length, 1]``: where the streams one after another are before the last token of a question.
 
         Nothing is learnt there: rows of a question's n-grams would learn its wording, and no other would do.
+
+        Args:
+            documents: the first of the streams.
         """
         places = torch.zeros(length, 1, dtype=torch.bool)
         start = 0
@@ -216,7 +234,8 @@ class SiteTraining:
     def _states_of_answers(self, documents: Sequence[CachedDocument], stream: Tensor) -> list[Tensor]:
         """Return what the output layer gets for the tokens of each answer, of the streams one after another."""
         lengths = [len(document.hidden) for document in documents]
-        states = self._backbone.upper(torch.nn.utils.rnn.pad_sequence(torch.split(stream, lengths), batch_first=True))
+        streams = list(torch.split(stream, lengths))
+        states = self._backbone.upper(torch.nn.utils.rnn.pad_sequence(streams, batch_first=True))
         return [
             state[document.document.answer_start - 1 : length - 1]
             for state, document, length in zip(states, documents, lengths, strict=True)

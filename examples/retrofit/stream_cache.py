@@ -46,12 +46,12 @@ class StreamCache:
             for document, stream in zip(documents, streams, strict=True)
         ]
 
-    def answers(self, name: str, questions: Sequence[str]) -> list[OwnAnswer]:
+    def answers(self, name: str, questions: Sequence[str], *, tokens: int) -> list[OwnAnswer]:
         """Return what the model answers by itself; see `answered`."""
-        path = self._place(f"{name}-answers", questions, "json")
+        path = self._place(f"{name}-answers-{tokens}", questions, "json")
         if not path.exists():
             with click.progressbar(length=len(questions), label=f"answers to {name}", width=30) as bar:
-                documents = answered(self.backbone, questions, bar.update)
+                documents = answered(self.backbone, questions, tokens, bar.update)
             with new_file(path, replace=True) as file:
                 file.write(json.dumps([asdict(document) for document in documents]).encode())
         documents = [Document(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
