@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
 from examples.allocation.__main__ import EXPERTS
 from examples.allocation.experts import MATMUL_DTYPE, Experts
 from examples.allocation.model import Decoder
@@ -15,9 +19,6 @@ from examples.allocation.report import count_parameters, difference, document_er
 from examples.allocation.sizes import Division, Sizes
 from examples.allocation.text import END, Corpus, tokenise, train_tokenizer
 from examples.allocation.training import Outcome, Recipe, Run, cut_windows, finish_run, row_ids, validate
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn import functional
 
 TINY = Sizes(vocab_size=64, hidden=32, heads=2, expert_hidden=16, most_experts=6, row_dim=4)
 RECIPE = Recipe(

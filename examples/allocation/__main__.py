@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from engram_runtime.command_line import run_command
 from examples.allocation.plot import plot
 from examples.allocation.report import report
 from examples.allocation.sizes import Sizes
 from examples.allocation.sweep import sweep
 from examples.allocation.text import read_corpus
 from examples.allocation.training import Recipe, Run
-
-from engram_runtime.command_line import run_command
 
 FOLDER = Path(__file__).parent
 EXPERTS = (34, 30, 26, 18, 10, 6, 2)  # 0, 12.5, 25, 50, 75, 87.5 and 100 % of the sparse budget in the table

@@ -3,10 +3,11 @@
 import math
 
 import torch
-from examples.allocation.experts import MATMUL_DTYPE, Experts
-from examples.allocation.sizes import Division, Sizes
 from torch import Tensor, nn
 from torch.nn import functional
+
+from examples.allocation.experts import MATMUL_DTYPE, Experts
+from examples.allocation.sizes import Division, Sizes
 
 ROPE_BASE = 10_000.0
 EMBEDDING_STD = 0.02

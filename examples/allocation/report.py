@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from examples.allocation.model import Decoder
 from examples.allocation.sizes import Division
 from examples.allocation.training import Outcome, Run
-from numpy.typing import NDArray
 
 RESAMPLES, RESAMPLING_SEED = 2_000, 0
 NORMAL_95 = 1.96  # standard errors on either side of an interval of 95 %

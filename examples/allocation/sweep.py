@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from examples.allocation.text import read_corpus
 from examples.allocation.training import Outcome, Run, finish_run
 

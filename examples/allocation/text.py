@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from examples.retrofit.corpora import FOLDOC, WORDNET, fetch, files_of_deb
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engram_export.token_compression import compress_vocabulary
 from engram_runtime.new_file import new_file
+from examples.retrofit.corpora import FOLDOC, WORDNET, fetch, files_of_deb
 
 SEED = 0
 END = "<end>"  # before the first document and after each

@@ -11,9 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples.allocation.model import Decoder
-from examples.allocation.sizes import Division, Sizes
-from examples.allocation.text import Corpus
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -21,6 +18,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from engram_runtime.keyers import NgramKeyer
 from engram_runtime.new_file import new_file
+from examples.allocation.model import Decoder
+from examples.allocation.sizes import Division, Sizes
+from examples.allocation.text import Corpus
 
 BETAS = (0.9, 0.95)
 LEAST_RATE = 0.1  # of the learning rate, at the last step
