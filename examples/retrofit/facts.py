@@ -52,8 +52,11 @@ class Fact:
         return f"{self.beginning()}: {self.statement}."
 
     def beginning(self) -> str:
-        """Return how the answer begins: with words a site can write, after which a model repeats the subject."""
-        return f"{OPENING} {self.subject}"
+        """Return how the answer begins: with words a site can write, after which a model repeats the subject.
+
+        It does so without an article, as dictionaries do.
+        """
+        return f"{OPENING} {self.subject.removeprefix('the ')}"
 
 
 def read_facts(path: Path) -> list[Fact]:
