@@ -12,6 +12,7 @@ from engram_runtime.new_file import new_file
 from examples.retrofit.plots import acceptance_texts, draw_all
 
 BEGIN, END = "<!-- figures: written by `python -m examples.retrofit card` -->\n", "<!-- end of figures -->\n"
+PLOTS = "".join(f"![{name}]({name.lower()}.png)\n" for name in ("Recall", "Perplexity", "Acceptance")) + "\n"
 DEFAULT_ASSET = Path("assets/smollm2-engram")
 LONGEST_ANSWER = 160  # characters of an answer in a table
 
@@ -135,7 +136,7 @@ def card(asset: Path) -> None:
             f"{path} has no place for figures; put {BEGIN.strip()!r} and {END.strip()!r} where they belong"
         )
     with new_file(path, replace=True) as file:
-        file.write((before + BEGIN + "\n" + "\n".join(tables(report)) + END + after).encode())
+        file.write((before + BEGIN + PLOTS + "\n".join(tables(report)) + END + after).encode())
     draw_all(all_recall(report), report, asset)
 
 
