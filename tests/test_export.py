@@ -281,7 +281,7 @@ def test_two_exports_of_a_checkpoint_are_the_same_to_the_byte(workshop: Workshop
     script = Path(sys.executable).with_name("engram-export")
     line: list[str | Path] = [script, checkpoint, "-o", tmp_path / "again", "--quant", "none", "--json"]
     done = subprocess.run(line, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
-    keys = {"bundle", "seconds", "plan", "graph_parity", "parity", "row_errors", "calibration"}
+    keys = {"bundle", "seconds", "plan", "graph_parity", "draft_parity", "parity", "row_errors", "calibration"}
     assert json.loads(done.stdout).keys() == keys
     assert files_of(tmp_path / "again") == files_of(workshop.bundle(checkpoint).path)
 
