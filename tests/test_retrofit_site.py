@@ -13,6 +13,7 @@ from tests.tiny import TinyModel, save_checkpoint
 from engram_export.decoder import Step
 from engram_export.engram_config import EngramConfig
 from engram_export.engram_site import EngramSite
+from engram_runtime.errors import RequestError
 from engram_runtime.keyers import NgramKeyer
 from engram_runtime.records import RecordFormat
 from engram_runtime.tables.overlay_file import ZERO, read_overlay
@@ -24,6 +25,7 @@ from examples.retrofit.facts import Fact
 from examples.retrofit.losses import cross_entropy, divergence
 from examples.retrofit.manual_text import distinct, facts_of_text
 from examples.retrofit.site_check import SiteCheck
+from examples.retrofit.site_text import unknown_terms
 from examples.retrofit.site_training import QuietText, Schedule, SiteTraining, TrainingText
 
 BLOCK, ORDERS, HEADS, ROWS = 1, (2, 3), 2, 500
@@ -259,3 +261,9 @@ def test_of_a_subject_the_first_statement_counts() -> None:
 @given(st.text())
 def test_any_text_gives_facts_with_subject_and_statement(text: str) -> None:
     assert all(fact.subject.strip() and fact.statement.strip() for fact in facts_of_text(text))
+
+
+def test_a_work_folder_without_words_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        unknown_terms(tmp_path)
+    assert str(caught.value) == f"there is no {tmp_path / 'quiet_terms.txt'}; run: python -m examples.retrofit words"

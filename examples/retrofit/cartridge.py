@@ -14,7 +14,7 @@ from examples.retrofit.engram_site import RowTable
 from examples.retrofit.facts import OPENING
 from examples.retrofit.manual_text import facts_of
 from examples.retrofit.site_command import TrainingLog, run
-from examples.retrofit.site_text import Sources, site_check, training_text
+from examples.retrofit.site_text import Sources, site_check, training_text, unknown_terms
 from examples.retrofit.site_training import Schedule, SiteTraining
 from examples.retrofit.stream_cache import StreamCache
 
@@ -54,14 +54,12 @@ def cartridge(
     model = checkpoint or default_checkpoint()
     backbone = load_backbone(model, block=config.layer_id, dtype=torch.bfloat16)
     cache = StreamCache(work / "streams", str(model), backbone, keyer)
-    unknown = (work / "quiet_terms.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    sources = Sources(known, unknown, work / "corpora", seed)
+    sources = Sources(known, unknown_terms(work), work / "corpora", seed)
     table = RowTable(config.num_rows, config.row_dim, seed=seed)
     schedule = Schedule(passes=passes, seed=seed, train_projections=False)
     text = training_text(cache, sources)
-    openings = text.opening_rows(
-        len(backbone.encode(OPENING))
-    )  # which questions are for an entry is the site's to know, not a cartridge's
+    # Which questions are for an entry is the site's to know, not a cartridge's.
+    openings = text.opening_rows(len(backbone.encode(OPENING)))
     table.values[openings] = torch.from_numpy(read_rows(folder)[openings])
     training = SiteTraining(backbone, site, table, text, schedule, fixed_rows=openings)
     log = TrainingLog(work / f"{output.stem}-training.json")

@@ -11,6 +11,7 @@ from torch.nn import functional
 from examples.retrofit.backbone import Backbone, batches_by_length
 from examples.retrofit.documents import CachedDocument
 from examples.retrofit.engram_site import RowTable, TrainableSite
+from examples.retrofit.site_training import answer_of
 
 BATCH_TOKENS = 2048
 
@@ -55,7 +56,7 @@ class SiteCheck:
         """Measure them with the site, and what it knows."""
         memory = site, table
         known = [
-            torch.equal(_likeliest(document, logits), _answer(document))
+            torch.equal(_likeliest(document, logits), answer_of(document))
             for document, logits in self._logits(self._facts, memory)
         ]
         said = [_likeliest(*each) for each in self._logits(self._answers, memory)]
@@ -88,10 +89,6 @@ class SiteCheck:
 def _with_memory(document: CachedDocument, site: TrainableSite, table: RowTable) -> Tensor:
     update: Tensor = site(document.hidden, table.values[document.row_ids].flatten(1))
     return document.hidden + update.to(document.hidden.dtype)
-
-
-def _answer(document: CachedDocument) -> Tensor:
-    return torch.tensor(document.document.token_ids[document.document.answer_start :])
 
 
 def _likeliest(document: CachedDocument, logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from examples.retrofit.documents import CachedDocument
 from examples.retrofit.engram_site import ROW_DIM, RowTable, TrainableSite, make_keyer
 from examples.retrofit.facts import read_facts
 from examples.retrofit.site_check import Check, SiteCheck
-from examples.retrofit.site_text import Sources, site_check, training_text
+from examples.retrofit.site_text import Sources, from_words, site_check, training_text, unknown_terms
 from examples.retrofit.site_training import Schedule, SiteTraining, StepLosses
 from examples.retrofit.stream_cache import StreamCache
 
@@ -120,11 +120,11 @@ def site(
 ) -> None:
     """Train an Engram site on facts, and write it with their rows; what is in the work folder is used again."""
     torch.manual_seed(seed)
+    known = read_facts(from_words(facts or work / "dictionary.jsonl"))
     model = checkpoint or default_checkpoint()
     backbone = load_backbone(model, block=block, dtype=torch.bfloat16)
     cache = StreamCache(work / "streams", str(model), backbone, keyer_for(backbone, seed))
-    unknown = (work / "quiet_terms.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    sources = Sources(read_facts(facts or work / "dictionary.jsonl"), unknown, work / "corpora", seed)
+    sources = Sources(known, unknown_terms(work), work / "corpora", seed)
     text = training_text(cache, sources)
     table = RowTable(int(cache.keyer.primes.sum()), seed=seed)
     new = TrainableSite(

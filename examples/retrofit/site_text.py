@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engram_runtime.errors import RequestError
 from examples.retrofit.documents import begun_chats, fact_chats, plain
 from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact
 from examples.retrofit.quiet_text import FURTHER_LOOK_UPS, PASSAGE_TOKENS, own_questions, prose_and_code
@@ -17,6 +18,18 @@ WORDING_SHIFTS = (0, 5, 9)  # fact i is asked for in these wordings after the i-
 SHORT_ANSWER, LONG_ANSWER = 16, 64  # tokens; the first ones are compared, all should be quiet
 PASSAGES = 150  # of each kind of text
 CHECKED_FACTS, CHECKED_UNKNOWN, CHECKED_PASSAGES = 150, 80, 12
+
+
+def from_words(path: Path) -> Path:
+    """Return a file that the command ``words`` writes; raises RequestError where there is none."""
+    if not path.is_file():
+        raise RequestError(f"there is no {path}; run: python -m examples.retrofit words")
+    return path
+
+
+def unknown_terms(work: Path) -> list[str]:
+    """Read the terms of a work folder that are no facts; raises RequestError where there are none."""
+    return from_words(work / "quiet_terms.txt").read_text(encoding="utf-8").split("\n")[:-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ SORTED_BATCHES = 20  # batches whose documents are sorted by length before they 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How a site is trained; the defaults are those of the weights in ``assets/``.
+    """How a site is trained.
 
     Attributes:
         passes: how often each fact is seen, each time in one of its wordings.
