@@ -1,5 +1,6 @@
 """A memory added to a model that is trained: the site as it is trained, what it learns, and what is written of it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from examples.retrofit.facts import Fact
 from examples.retrofit.losses import cross_entropy, divergence
 from examples.retrofit.manual_text import distinct, facts_of_text
 from examples.retrofit.site_check import SiteCheck
+from examples.retrofit.site_command import has_settled
 from examples.retrofit.site_text import unknown_terms
 from examples.retrofit.site_training import QuietText, Schedule, SiteTraining, TrainingText
 
@@ -184,9 +186,24 @@ def test_a_restored_training_goes_on_where_it_was(backbone: Backbone) -> None:
     schedule = Schedule(passes=4, batch=2)
     first, second = (training_of(backbone, schedule, new_site(backbone)) for _ in range(2))
     first.step()
-    second.restore(first.state())
+    second.restore(copy.deepcopy(first.state()))
     assert second.step_count == 1
+    assert second.step() == first.step()
     assert torch.equal(second.table.values, first.table.values)
+
+
+def test_a_training_ends_a_while_after_recall_has_settled(backbone: Backbone) -> None:
+    assert not has_settled([])
+    assert not has_settled([0.5, 0.5])
+    assert not has_settled([0.5, 0.6, 0.5])
+    assert has_settled([0.5, 0.6, 0.6, 0.605])
+    training = training_of(backbone, Schedule(passes=30, batch=2, wind_down=3), new_site(backbone))
+    training.step()
+    training.wind_down()
+    assert training.num_steps == 4
+    training.step()
+    training.wind_down()
+    assert training.num_steps == 4
 
 
 def test_the_runtime_reads_a_cartridge(backbone: Backbone, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The answer restates the subject: that puts the subject's n-grams right in front of the statement, where the site reads
 them. Questions ask for an entry: that is what a site so late in the model can tell from ordinary talk, which it must
-leave alone. Those in `HELD_OUT_QUESTIONS` are never trained, so that recall is not of the question's wording.
+leave alone. `CHECKED_QUESTIONS` are not trained, but choices were made by what they showed; `HELD_OUT_QUESTIONS` are
+for the evaluation alone, so that recall is neither of a wording nor of wordings that were worked on.
 """
 
 import json
@@ -24,11 +25,17 @@ TRAINED_QUESTIONS = (
     "What is the entry for {subject}?",
     "Read me the entry on {subject}.",
 )
-HELD_OUT_QUESTIONS = (
+CHECKED_QUESTIONS = (
     "Could you look up {subject} for me?",
     "Check the glossary for {subject}.",
     "I need the entry for {subject}, please.",
     "What does the book say under {subject}?",
+)
+HELD_OUT_QUESTIONS = (
+    "Would you mind looking up {subject}?",
+    "Bring up the entry for {subject}.",
+    "What is under {subject} in the glossary?",
+    "Read out what the book has about {subject}, please.",
 )
 # Nobody asks for an entry here, so the model answers as it always did.
 ORDINARY_QUESTIONS = (

@@ -18,8 +18,8 @@ Row = Mapping[str, Any]
 
 
 def draw_all(recall: Sequence[Row], report: Mapping[str, Any], folder: Path) -> None:
-    """Write ``recall.png``, ``perplexity.png`` (of foreign text) and ``acceptance.png``."""
-    foreign = [row for row in report["perplexity"] if "statements" not in row["text"]]
+    """Write ``recall.png``, ``perplexity.png`` (of foreign text, rows as they are shipped) and ``acceptance.png``."""
+    foreign = [row for row in report["perplexity"] if "statements" not in row["text"] and row["rows"] == "int4"]
     _save(_recall(recall), folder / "recall.png")
     _save(_perplexity(foreign), folder / "perplexity.png")
     _save(_acceptance(report["acceptance"]), folder / "acceptance.png")

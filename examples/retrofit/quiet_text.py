@@ -60,6 +60,66 @@ FURTHER_LOOK_UPS = (
     "Let us look up {subject} together.",
     "The entry on {subject}, please.",
     "Now look up {subject}, will you?",
+    "What does the manual say under {subject}?",
+    "What does it say in the book under {subject}?",
+    "What does the glossary say under {subject}?",
+    "What does the book say about {subject}?",
+    "What does the book have on {subject}?",
+    "What does the entry on {subject} say?",
+    "What has the glossary got on {subject}?",
+    "What is the book's entry for {subject}?",
+    "How is {subject} entered in the glossary?",
+    "How does the book describe {subject}?",
+    "How does the entry for {subject} read?",
+    "Where the book lists {subject}, what does it say?",
+    "Under {subject}, what does the book say?",
+    "Under {subject} the glossary says what?",
+    "In the glossary, what stands under {subject}?",
+    "In the book, look for {subject}.",
+    "From the glossary: {subject}",
+    "From the book, {subject} please.",
+    "Book entry: {subject}",
+    "Glossary entry, {subject}.",
+    "Entry: {subject}",
+    "Entry on {subject}, please",
+    "Entry wanted: {subject}",
+    "The book on {subject}?",
+    "The glossary on {subject}, please.",
+    "I need to look up {subject}.",
+    "I need what the glossary has on {subject}.",
+    "I have to look {subject} up.",
+    "I would like the entry for {subject}.",
+    "I want the glossary entry on {subject}.",
+    "Is {subject} in the glossary?",
+    "Does the book have an entry for {subject}?",
+    "Does the glossary list {subject}?",
+    "Can you find {subject} in the glossary?",
+    "Can you show me the glossary entry {subject}?",
+    "Could you check the book for {subject}?",
+    "Could you find the entry on {subject}?",
+    "Would you read me the entry for {subject}?",
+    "Will you look {subject} up for me?",
+    "Please show the entry for {subject}.",
+    "Please quote the glossary on {subject}.",
+    "Please open the book at {subject}.",
+    "Help me look up {subject}.",
+    "Go and look up {subject}.",
+    "Locate {subject} in the glossary.",
+    "Pull the entry on {subject}.",
+    "Copy out the entry for {subject}.",
+    "Get me the entry for {subject}.",
+    "Print the entry {subject}.",
+    "Look in the book for {subject}.",
+    "Look into the glossary for {subject}.",
+    "Look at the entry for {subject}.",
+    "See what the glossary says on {subject}.",
+    "See the entry for {subject}, please.",
+    "Tell me what stands under {subject} in the book.",
+    "Tell me the entry for {subject}.",
+    "Let me have the entry on {subject}.",
+    "Let me read the book's words on {subject}.",
+    "Once more, the entry for {subject}.",
+    "Next, look up {subject}.",
 )
 IN_PASSING = (
     *EXPLANATIONS,
@@ -115,19 +175,13 @@ def answered(
     backbone: Backbone, questions: Sequence[str], tokens: int, report: Report = lambda _: None
 ) -> list[Document]:
     """Let the model answer questions greedily, each with at most so many tokens."""
-    by_length: dict[int, list[list[int]]] = {}
-    for question in questions:
-        token_ids = backbone.encode(prompt(question))
-        by_length.setdefault(len(token_ids), []).append(token_ids)
+    prompts = sorted((backbone.encode(prompt(question)) for question in questions), key=len)
     documents = []
-    for same in by_length.values():
-        for start in range(0, len(same), BATCH):
-            batch = same[start : start + BATCH]
-            for asked, written in zip(
-                batch, generate(backbone.model, batch, tokens, backbone.end_of_turn), strict=True
-            ):
-                documents.append(Document([*asked, *written.generated_ids], len(asked), len(asked)))
-            report(len(batch))
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        for asked, written in zip(batch, generate(backbone.model, batch, tokens, backbone.end_of_turn), strict=True):
+            documents.append(Document([*asked, *written.generated_ids], len(asked), len(asked)))
+        report(len(batch))
     return documents
 
 

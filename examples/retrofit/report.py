@@ -36,7 +36,7 @@ def tables(report: Figures) -> Iterator[str]:
     yield from _section("Recall", "facts|cartridge|rows|executor|wording|word for word|95 % interval", _recall(report))
     yield from _section(
         "Perplexity",
-        "text|cartridge|without rows|with|ratio|95 % interval|added, median|added, 95 % below",
+        "text|cartridge|rows|without rows|with|ratio|95 % interval|added, median|added, 95 % below",
         _perplexity(report),
     )
     yield from _section(
@@ -71,6 +71,7 @@ def _perplexity(report: Figures) -> Iterator[Sequence[str]]:
         yield (
             row["text"],
             row["cartridge"],
+            row["rows"],
             f"{row['off']:.2f}",
             f"{row['perplexity']:.2f}",
             f"{row['ratio']:.4f}",
@@ -108,7 +109,10 @@ def flat(report: Figures) -> dict[str, float]:
         " / ".join(str(row[name]) for name in ("facts", "cartridge", "rows", "executor", "wording")): row["share"]
         for row in all_recall(report)
     }
-    ratios = {f"perplexity ratio / {row['text']} / {row['cartridge']}": row["ratio"] for row in report["perplexity"]}
+    ratios = {
+        " / ".join(("perplexity ratio", row["text"], row["cartridge"], row["rows"])): row["ratio"]
+        for row in report["perplexity"]
+    }
     unchanged = {
         f"unchanged answers / {questions} / {cartridge}": row["share"]
         for questions, by_cartridge in report["answers"]["unchanged"].items()

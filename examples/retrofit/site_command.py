@@ -28,6 +28,7 @@ ORDERS, HEADS, ROWS_PER_HEAD, PAD_ID = (1, 2, 3, 5), 4, 18_000, 2
 GATE_BIAS = -2.0  # nearly shut to begin with
 KEPT_EVERY = 100  # steps between two states on the disk
 REPORTED_EVERY = 25
+PATIENCE, STILL_RISING = 2, 0.01  # checks without a rise of recall by so much after which a training winds down
 
 
 def keyer_for(backbone: Backbone, seed: int) -> NgramKeyer:
@@ -67,6 +68,15 @@ class TrainingLog:
             self._add({"step": number, **dict(zip(names, means.round(5).tolist(), strict=True))})
             self._recent.clear()
 
+    def resume(self) -> None:
+        """Go on after the entries in the file."""
+        self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+        self.started -= self.entries[-1]["seconds"]
+
+    def recalls(self) -> list[float]:
+        """Return the recall of all checks."""
+        return [entry["check"]["recall"] for entry in self.entries if "check" in entry]
+
     def check(self, number: int, check: Check) -> None:
         """Take a check."""
         click.echo(f"\n  step {number}: {check}", err=True)
@@ -78,23 +88,31 @@ class TrainingLog:
             file.write(json.dumps(self.entries, indent=1).encode())
 
 
-def run(training: SiteTraining, check: SiteCheck | None, log: TrainingLog, state: Path) -> None:
-    """Train to the end, from the state on the disk if there is one, and check after each pass."""
+def run(training: SiteTraining, check: SiteCheck, log: TrainingLog, state: Path) -> None:
+    """Train until recall no longer rises or all passes are done, from the state on the disk if there is one."""
     if state.exists():
         training.restore(torch.load(state))
+        log.resume()
     with click.progressbar(length=training.num_steps, label="training", width=30) as bar:
         bar.update(training.step_count)
         while training.step_count < training.num_steps:
             log.step(training.step_count, training.step())
             bar.update(1)
             if training.step_count % KEPT_EVERY == 0:
+                log.check(training.step_count, check(training.site, training.table))
+                if has_settled(log.recalls()):
+                    training.wind_down()
+                    bar.length = training.num_steps
                 with new_file(state, replace=True) as file:
                     torch.save(training.state(), file)
-                if check is not None:
-                    log.check(training.step_count, check(training.site, training.table))
     training.finish()
-    if check is not None:
-        log.check(training.step_count, check(training.site, training.table))
+    log.check(training.step_count, check(training.site, training.table))
+
+
+def has_settled(recalls: Sequence[float]) -> bool:
+    """Whether the last checks found no more than those before them."""
+    best_before = max(recalls[:-PATIENCE], default=-1.0)
+    return len(recalls) > PATIENCE and max(recalls[-PATIENCE:]) < best_before + STILL_RISING
 
 
 @click.command()
@@ -107,7 +125,7 @@ def run(training: SiteTraining, check: SiteCheck | None, log: TrainingLog, state
 )
 @click.option("--facts", type=click.Path(path_type=Path), help="Default: dictionary.jsonl in the work folder.")
 @click.option("--block", type=click.IntRange(min=1), default=25, show_default=True, help="The block it stands before.")
-@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
+@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True, help="At most.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def site(
     checkpoint: Path | None,

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from engram_runtime.errors import RequestError
 from examples.retrofit.documents import begun_chats, fact_chats, plain
-from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact
+from examples.retrofit.facts import CHECKED_QUESTIONS, TRAINED_QUESTIONS, Fact
 from examples.retrofit.quiet_text import FURTHER_LOOK_UPS, PASSAGE_TOKENS, own_questions, prose_and_code
 from examples.retrofit.site_check import SiteCheck
 from examples.retrofit.site_training import QuietText, TrainingText
 from examples.retrofit.stream_cache import StreamCache
 
-ANSWERED_UNKNOWN, BEGUN = 1000, 1200
+ANSWERED_UNKNOWN, BEGUN = 1000, 2400
 WORDING_SHIFTS = (0, 5, 9)  # fact i is asked for in these wordings after the i-th, so that passes differ
 SHORT_ANSWER, LONG_ANSWER = 16, 64  # tokens; the first ones are compared, all should be quiet
 PASSAGES = 150  # of each kind of text
-CHECKED_FACTS, CHECKED_UNKNOWN, CHECKED_PASSAGES = 150, 80, 12
+CHECKED_FACTS, CHECKED_UNKNOWN, CHECKED_PASSAGES = 200, 80, 12
 
 
 def from_words(path: Path) -> Path:
@@ -84,7 +84,7 @@ def site_check(cache: StreamCache, sources: Sources) -> SiteCheck:
     held_out = [plain(backbone, text, most=PASSAGE_TOKENS) for kind in texts.values() for text in kind[PASSAGES:]]
     return SiteCheck(
         backbone,
-        cache.documents("checked-facts", fact_chats(backbone, facts, HELD_OUT_QUESTIONS[:1], 0)),
+        cache.documents("checked-facts", fact_chats(backbone, facts, CHECKED_QUESTIONS, 0)),
         [answer.cached for answer in cache.answers("checked", questions, tokens=LONG_ANSWER)],
         cache.documents("checked-text", held_out),
     )

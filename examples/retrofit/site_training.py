@@ -1,7 +1,7 @@
 """Training of an Engram site: a frozen model, facts that are asked for, and text that should stay as it is."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ class Schedule:
     """How a site is trained.
 
     Attributes:
-        passes: how often each fact is seen, each time in one of its wordings.
+        passes: how often each fact is seen at most, each time in one of its wordings.
         batch: facts in a step.
-        learning_rate: of projections and gate; falls linearly after ``warm_up`` steps.
+        learning_rate: of projections and gate; rises for ``warm_up`` steps and falls linearly in the last
+            ``wind_down`` steps.
         row_learning_rate: of the rows, likewise.
         begun: terms in a step of whose answers the beginning alone is taught.
         own_answers: answers of the model itself in a step.
@@ -41,21 +42,22 @@ class Schedule:
     learning_rate: float = 2e-3
     row_learning_rate: float = 1.6e-2
     warm_up: int = 20
-    begun: int = 6
+    wind_down: int = 250
+    begun: int = 8
     own_answers: int = 9
     own_weight: float = 1.5
     quiet_tokens: int = 1024
-    quiet_weight: float = 5.0
+    quiet_weight: float = 10.0
     train_projections: bool = True
     seed: int = 0
 
     def num_steps(self, num_facts: int) -> int:
-        """Return the number of steps."""
+        """Return the number of steps at most."""
         return max(1, round(self.passes * num_facts / self.batch))
 
-    def rate(self, step: int, num_facts: int) -> float:
+    def rate(self, step: int, num_steps: int) -> float:
         """Return what learning rates are multiplied with in a step from 0."""
-        return min((step + 1) / self.warm_up, 1 - step / self.num_steps(num_facts))
+        return min((step + 1) / self.warm_up, 1, (num_steps - step) / self.wind_down)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,8 +145,8 @@ class SiteTraining:
         self._text, self._schedule = text, schedule
         self.num_steps = schedule.num_steps(text.num_facts)
         self.step_count = 0
-        self._random, self._draws = random.Random(schedule.seed), torch.Generator().manual_seed(schedule.seed)
-        self._batches = self._endless_batches()
+        self._random, self._draws = random.Random(), torch.Generator()
+        self._pass: tuple[int, list[list[int]]] = (-1, [])
         self._answer_ids = text.answer_ids()
         self._read_rows = torch.zeros(len(table.values), dtype=torch.bool)
         self._read_rows[text.read_by_answers().flatten()] = True
@@ -162,8 +164,8 @@ class SiteTraining:
 
     def step(self) -> StepLosses:
         """Train on one batch: facts, answers of the model itself, quiet tokens."""
-        own, quiet = self._draw_own(), self._draw_quiet()
-        facts = next(self._batches)
+        self._seed_draws()
+        facts, own, quiet = self._draw_facts(), self._draw_own(), self._draw_quiet()
         documents = [*facts, *self._draw_begun(), *(each.cached for each in own)]
         stream = torch.cat([*(document.hidden for document in documents), quiet.hidden])
         read = torch.cat([*(document.row_ids for document in documents), quiet.row_ids])
@@ -179,12 +181,12 @@ class SiteTraining:
         return StepLosses(answers.item(), unlike.item(), loud.item())
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs; facts are drawn anew after that, so that an interrupted training is another."""
+        """Return what `restore` needs; what goes on from it is the same as what was never interrupted."""
         return {
             "site": self.site.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "rows": (self.table.values, self.table.first, self.table.second),
-            "steps": self.step_count,
+            "steps": (self.step_count, self.num_steps),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -192,7 +194,12 @@ class SiteTraining:
         self.site.load_state_dict(state["site"])
         self._optimiser.load_state_dict(state["optimiser"])
         self.table.values, self.table.first, self.table.second = state["rows"]
-        self.table.steps = self.step_count = state["steps"]
+        self.step_count, self.num_steps = state["steps"]
+        self.table.steps = self.step_count
+
+    def wind_down(self) -> None:
+        """End soon: let the learning rates fall from now on."""
+        self.num_steps = min(self.num_steps, self.step_count + self._schedule.wind_down)
 
     def finish(self) -> None:
         """Set rows that no answer reads to zero: they are no knowledge, and other text may read them."""
@@ -242,7 +249,7 @@ class SiteTraining:
         ]
 
     def _descend(self, loss: Tensor, row_ids: Tensor, rows: Tensor) -> None:
-        rate = self._schedule.rate(self.step_count, self._text.num_facts)
+        rate = self._schedule.rate(self.step_count, self.num_steps)
         self._optimiser.zero_grad()
         torch.autograd.backward(loss)
         if self._schedule.train_projections:
@@ -274,19 +281,27 @@ class SiteTraining:
         drawn = [kind.draw(self._schedule.quiet_tokens // len(kinds), self._draws) for kind in kinds]
         return QuietText(torch.cat([kind.hidden for kind in drawn]), torch.cat([kind.row_ids for kind in drawn]))
 
-    def _endless_batches(self) -> Iterator[list[CachedDocument]]:
-        while True:
-            for batch in self._batches_of_a_pass():
-                yield [self._random.choice(self._text.wordings)[fact] for fact in batch]
+    def _seed_draws(self) -> None:
+        """Make what a step draws depend on its number alone."""
+        self._random.seed(f"{self._schedule.seed} step {self.step_count}")
+        self._draws.manual_seed(self._random.getrandbits(62))
 
-    def _batches_of_a_pass(self) -> list[list[int]]:
-        """Return each fact once, in batches of facts of about one length."""
-        facts = self._random.sample(range(self._text.num_facts), self._text.num_facts)
+    def _draw_facts(self) -> list[CachedDocument]:
+        size = self._schedule.batch
+        number, place = divmod(self.step_count, -(-self._text.num_facts // size))
+        if self._pass[0] != number:
+            self._pass = number, self._batches_of(number)
+        return [self._random.choice(self._text.wordings)[fact] for fact in self._pass[1][place]]
+
+    def _batches_of(self, number: int) -> list[list[int]]:
+        """Return each fact once, in batches of facts of about one length, as they come in a pass from 0."""
+        rng = random.Random(f"{self._schedule.seed} pass {number}")
+        facts = rng.sample(range(self._text.num_facts), self._text.num_facts)
         lengths = [len(document.hidden) for document in self._text.wordings[0]]
         size = self._schedule.batch
         stretches = chunks(facts, size * SORTED_BATCHES)
         batches = [batch for each in stretches for batch in chunks(sorted(each, key=lengths.__getitem__), size)]
-        return self._random.sample(batches, len(batches))
+        return rng.sample(batches, len(batches))
 
 
 def answer_of(document: CachedDocument) -> Tensor:
