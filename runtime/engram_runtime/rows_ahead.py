@@ -20,11 +20,14 @@ class RowsAhead:
 
     Row ids depend on tokens and the few before them, not on where in the sequence they stand. So rows fetched ahead are
     taken where exactly these are asked for, and anything else is fetched anew, whatever happened to the sequence.
+
+    Attributes:
+        context: how many earlier tokens rows depend on.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = sites
-        self._context = max((site.keyer.context for site in sites), default=0)
+        self.context = max((site.keyer.context for site in sites), default=0)
         self._current, self._other = _Buffers(sites), _Buffers(sites)
         self._taken: _Fetched | None = None  # what the caller waits for, or has waited for
         self._ahead: _Fetched | None = None
@@ -74,7 +77,7 @@ class RowsAhead:
         self._worker = None
 
     def _recent(self, history: Sequence[int]) -> Sequence[int]:
-        return history[max(0, len(history) - self._context) :]
+        return history[max(0, len(history) - self.context) :]
 
     def _thread(self) -> ThreadPoolExecutor:
         if self._worker is None or self._process != os.getpid():  # threads don't live on in a forked child

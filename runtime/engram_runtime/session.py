@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -15,6 +14,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, PendingRows, StepInputs, allocate_states, empty_rows, state_bytes
 from engram_runtime.manifest import ACTIVITY, HIDDEN
+from engram_runtime.one_way_states import OneWayStates
 from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
@@ -23,6 +23,7 @@ from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
 
+MOST_PUT_OFF = 8  # tokens that are computed again and again rather than once, for a checkpoint after them
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
 
 
@@ -92,11 +93,12 @@ class Session:
         self._rows_ahead = RowsAhead(sites)
         self._counters_before = {site.name: dataclasses.replace(site.table.counters) for site in sites}
         states = allocate_states(specs, executor.float16_states)
-        self._one_way = [states[spec.name] for spec in specs if not spec.rolls_back]
+        self._one_way = OneWayStates([states[spec.name] for spec in specs if not spec.rolls_back])
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
+        self._held = 0  # how many of them the states hold; those after are computed with the next ones
+        self._stale = False  # whether the states may hold other tokens
         self._hidden: list[NDArray[np.float32]] = []  # by the passes of the last call
-        self._stale = False  # whether states may hold other tokens than `token_ids`
 
     @classmethod
     def open(
@@ -159,6 +161,11 @@ class Session:
         return self._model.context_length - len(self)
 
     @property
+    def put_off(self) -> int:
+        """How many of the tokens are computed again with those that come next; see `trim`."""
+        return len(self) - self._held
+
+    @property
     def counters(self) -> Mapping[str, TableCounters]:
         """What the tables were asked for since the session began, by site; by whoever shares them as well.
 
@@ -193,17 +200,34 @@ class Session:
         """Add tokens and yield the logits of every position, ``[chunk, V]`` at a time."""
         return self._forward(token_ids, every_position=True)
 
-    def trim(self, count: int) -> int:
-        """Forget the last ``count`` tokens, as if they had never been added; returns how many were computed again.
+    def checkpoint(self) -> None:
+        """Have a `trim` to this length or a later one step back to here, where it would go back to the beginning.
 
-        States without an entry per position can't step back, so with them the kept tokens are computed again.
+        The last call counts. Call it before tokens that may be trimmed. Where all states have an entry per position
+        there is nothing to do; else the others are copied, unless few of the tokens since the last checkpoint are
+        still to be computed again: then that one stays.
+        """
+        self._step_back()
+        if self.put_off > MOST_PUT_OFF:
+            for _ in self._add(np.empty(0, dtype=np.int64), every_position=False):
+                pass
+        if not self.put_off:
+            self._one_way.save(len(self))
+
+    def trim(self, count: int) -> int:
+        """Forget the last ``count`` tokens, as if they had never been added; returns how many others it forgot.
+
+        States without an entry per position can't step back. They return to the last `checkpoint` that isn't of
+        forgotten tokens, or to the beginning, and the tokens since then are computed again with those that come next.
         """
         if not 0 <= count <= len(self):
             raise RequestError(f"can't trim {count} tokens of a sequence of {len(self)}")
-        if count:
-            self._stale = True
-            self._token_ids = self._token_ids[:-count]
-        return self._restore()
+        kept = len(self) - count
+        self._stale = self._stale or kept < self._held
+        self._token_ids = self._token_ids[:kept]
+        held = min(self._held, kept)
+        self._step_back()
+        return held - self._held
 
     def request(self, token_ids: Sequence[int]) -> None:
         """Say that these tokens may come next, so that their rows are on their way when they do.
@@ -220,59 +244,54 @@ class Session:
 
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)
-        self._restore()
         self._hidden = []
+        yield from self._add(ids, every_position=every_position)
+
+    def _add(self, waiting: NDArray[np.int64], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
+        """Compute the tokens that were put off, then these; yields the logits of each pass that has any of these."""
         try:
-            for chunk, following in self._chunks(ids):
-                inputs = self._inputs(self._token_ids, chunk, following, every_position=every_position)
-                self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
-                logits = self._step(inputs)
-                self._token_ids += chunk.tolist()
+            while len(waiting) or self.put_off:
+                self._step_back()
+                missing = np.array(self._token_ids[self._held :], dtype=np.int64)
+                chunk, following = self._chunk(np.concatenate([missing, waiting]))
+                added = max(0, len(chunk) - len(missing))
+                logits = self._pass(chunk, following, every_position=every_position and added > 1)
+                self._token_ids += waiting[:added].tolist()
+                self._held += len(chunk)
                 self._stale = False
-                if self._tells_hidden:
-                    self._hidden.append(self._step.told[HIDDEN])
-                yield logits
+                waiting = waiting[added:]
+                if added:
+                    if self._tells_hidden:
+                        self._hidden.append(self._step.told[HIDDEN][-added:])
+                    yield logits[-added:]
         finally:
             self._rows_ahead.settle()
 
-    def _restore(self) -> int:
-        """Make the states hold `token_ids` alone; returns how many tokens were computed again for that."""
-        if not self._stale:
-            return 0
-        for state in self._one_way:
-            state[...] = 0
-        again = self._token_ids if self._one_way else []
-        start = 0
-        for chunk, following in self._chunks(np.asarray(again, dtype=np.int64)):
-            self._step(self._inputs(again[:start], chunk, following, every_position=False))
-            start += len(chunk)
-        self._stale = False
-        return len(again)
+    def _chunk(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tokens of the next pass and those of the one after it, which may be none."""
+        size, next_size, *_ = *self._executor.chunks(len(token_ids)), 0
+        return token_ids[:size], token_ids[size : size + next_size]
 
-    def _chunks(self, token_ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield each chunk and the one after it; the last one is followed by no tokens."""
-        start = 0
-        for size, next_size in itertools.pairwise([*self._executor.chunks(len(token_ids)), 0]):
-            stop = start + size
-            yield token_ids[start:stop], token_ids[stop : stop + next_size]
-            start = stop
-
-    def _inputs(
-        self,
-        history: Sequence[int],
-        token_ids: NDArray[np.int64],
-        following: NDArray[np.int64],
-        *,
-        every_position: bool,
-    ) -> StepInputs:
-        """Return the inputs of a pass over ``token_ids [T]`` after ``history``, and begin with the rows after them."""
+    def _pass(
+        self, token_ids: NDArray[np.int64], following: NDArray[np.int64], *, every_position: bool
+    ) -> NDArray[np.float32]:
+        """Run ``token_ids [T]`` after those the states hold, and begin with the rows of those after; returns logits."""
+        history = self._token_ids[max(0, self._held - self._rows_ahead.context) : self._held]
         count = len(token_ids)
-        return StepInputs(
+        inputs = StepInputs(
             token_ids=token_ids,
-            position=len(history),
+            position=self._held,
             logit_rows=np.arange(0 if every_position else count - 1, count, dtype=np.int64),
             rows=self._rows(history, token_ids, following),
         )
+        self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
+        return self._step(inputs)
+
+    def _step_back(self) -> None:
+        """Make the states hold no other tokens than `token_ids`."""
+        if self._stale:
+            self._held = self._one_way.step_back(min(self._held, len(self)))
+            self._stale = False
 
     def _rows(
         self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]
