@@ -48,11 +48,16 @@ class Drafter(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """All tokens it was told of and didn't forget, not to be changed."""
+        ...
+
     def add(self, token_ids: Sequence[int], hidden: NDArray[np.float32]) -> None:
         """Take note of T more tokens that the session holds.
 
         Args:
-            hidden: ``[T, D]``, `engram_runtime.session.Session.hidden` of the last of them; fewer where it isn't known.
+            hidden: ``[N, D]`` of the last N tokens, `engram_runtime.session.Session.hidden`; others are not known.
         """
         ...
 

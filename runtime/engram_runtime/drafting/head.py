@@ -1,20 +1,22 @@
 """A draft head as a drafter: a chain of guesses from the model's own hidden states."""
 
 import itertools
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.draft_head import Drafted, DraftHead
-from engram_runtime.drafting.drafter import NOTHING, Draft, Groups, Odds, Proposal
+from engram_runtime.drafting.drafter import NOTHING, Draft, Groups, Odds, Proposal, is_token
 from engram_runtime.sampling import SamplingOptions, distribution, draw
 
 NAME = "mtp"
 MOST = 64  # drafts; verification pays for far fewer
-MOST_WAITING = 256  # hidden states kept for the next draft: older ones aren't worth the head's time or their memory
+MOST_KEPT = 256  # tokens of a long text that the head sees the end of: more aren't worth its time
+MOST_WAITING = 16  # states that are entered with the next draft
 CHAIN = 0  # the one grade
+
+_State = tuple[int, NDArray[np.float32]]  # a place in the text and the model's hidden state there
 
 
 class HeadDrafter:
@@ -37,15 +39,22 @@ class HeadDrafter:
         self._sampling = sampling
         self._rng = np.random.Generator(np.random.PCG64(None if sampling is None else sampling.seed)).spawn(1)[0]
         self._token_ids: list[int] = []
-        self._waiting: deque[tuple[int, NDArray[np.float32]]] = deque(maxlen=MOST_WAITING)  # places and their states
+        self._waiting: list[_State] = []
         self._entered: list[int] = []  # places that the head has entries of
 
-    def add(self, token_ids: Sequence[int], hidden: NDArray[np.float32]) -> None:
+    @property
+    def token_ids(self) -> Sequence[int]:
         """See `Drafter`."""
+        return self._token_ids
+
+    def add(self, token_ids: Sequence[int], hidden: NDArray[np.float32]) -> None:
+        """See `Drafter`; of a long text the head gets the entries at once, rather than with its next draft."""
         self._token_ids += token_ids
-        known = min(len(hidden), len(token_ids), MOST_WAITING)
-        place = len(self._token_ids) - known
-        self._waiting.extend(enumerate(hidden[len(hidden) - known :].copy(), start=place))
+        known = min(len(hidden), len(token_ids), MOST_KEPT)
+        self._waiting += enumerate(hidden[len(hidden) - known :].copy(), start=len(self._token_ids) - known)
+        if len(self._waiting) > MOST_WAITING:
+            self._enter(self._waiting[:-1], [])
+            del self._waiting[:-1]
 
     def forget(self, count: int) -> None:
         """See `Drafter`."""
@@ -64,7 +73,9 @@ class HeadDrafter:
             return NOTHING
 
         def draw_chain(count: int) -> Groups:
-            drafted = self._enter(token_id)
+            drafted = self._enter(self._waiting, [token_id])
+            assert drafted is not None  # the entry of the last state is among them
+            self._waiting = []
             kept = len(self._head)
             try:
                 for number in itertools.count(1):
@@ -77,15 +88,17 @@ class HeadDrafter:
 
         return Proposal(most=MOST, grade=CHAIN, draw=draw_chain)
 
-    def _enter(self, token_id: int) -> Drafted:
-        """Make entries of all states that wait; ``token_id`` follows the last."""
-        places, states = zip(*self._waiting, strict=True)
-        first = places[0] + 1
-        following = [*self._token_ids[first:], token_id]
-        drafted = self._head.extend([following[place + 1 - first] for place in places], np.stack(states))
+    def _enter(self, waiting: Sequence[_State], pending: Sequence[int]) -> Drafted | None:
+        """Make entries of states whose next token is one; ``pending`` are tokens after all it was told of."""
+        first = waiting[0][0] + 1
+        following = [*self._token_ids[first:], *pending]
+        entries = [(place, following[place + 1 - first], state) for place, state in waiting]
+        entries = [entry for entry in entries if is_token(entry[1])]
+        if not entries:
+            return None
+        places, token_ids, states = zip(*entries, strict=True)
         self._entered += places
-        self._waiting.clear()
-        return drafted
+        return self._head.extend(token_ids, np.stack(states))
 
     def _draft(self, drafted: Drafted) -> Draft:
         logits = drafted.logits[-1]

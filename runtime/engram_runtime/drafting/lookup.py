@@ -29,6 +29,11 @@ class LookupDrafter:
         self._places: dict[tuple[int, ...], int] = {}  # by n-gram, where the token after it stands
         self._before: list[tuple[int, ...]] = []  # by token, the places that those of n-grams ending there replaced
 
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """See `Drafter`."""
+        return self._token_ids
+
     def add(self, token_ids: Sequence[int], hidden: NDArray[np.float32]) -> None:
         """See `Drafter`."""
         for token_id in token_ids:

@@ -18,16 +18,14 @@ from engram_runtime.drafting.drafter import Draft, Drafter
 from engram_runtime.drafting.schedule import Pass, Schedule
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError, TableError
+from engram_runtime.generation import Tokens
+from engram_runtime.sequences import common_length
 from engram_runtime.session import Session
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Speculation:
-    """What it takes beside a session: who drafts, how many, how tokens are chosen, and where all that is counted.
-
-    Attributes:
-        drafter: knows the tokens that the session holds.
-    """
+    """What it takes beside a session: who drafts, how many, how tokens are chosen, and where all that is counted."""
 
     drafter: Drafter
     schedule: Schedule
@@ -42,7 +40,7 @@ def decode_drafted(
     *,
     max_tokens: int,
     end_ids: Collection[int],
-) -> Iterator[int]:
+) -> Tokens:
     """Yield up to ``max_tokens`` ids, the end token included if one comes: those of `generation.decode_tokens`.
 
     While it is suspended the session may hold tokens that were not yielded yet; closing it trims them.
@@ -53,6 +51,7 @@ def decode_drafted(
     Raises:
         RequestError: the drafter proposes what is no token.
     """
+    _tell(speculation.drafter, session)
     history = list(session.token_ids)
     token_id = speculation.choose(logits, history, None)
     yield token_id
@@ -67,6 +66,13 @@ def decode_drafted(
                 if draft is None or token_id != draft.token_id or token_id in end_ids:
                     break
         count += block.said
+
+
+def _tell(drafter: Drafter, session: Session) -> None:
+    """Have a drafter know the tokens that a session holds."""
+    shared = common_length(drafter.token_ids, session.token_ids)
+    drafter.forget(len(drafter.token_ids) - shared)
+    drafter.add(session.token_ids[shared:], session.hidden)
 
 
 @dataclass(slots=True, eq=False)
