@@ -23,7 +23,7 @@ from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
 
-MOST_PUT_OFF = 8  # tokens that are computed again and again rather than once, for a checkpoint after them
+MOST_PUT_OFF = 4  # tokens that are computed again and again rather than once, for a checkpoint after them
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
 
 
@@ -163,6 +163,7 @@ class Session:
     @property
     def put_off(self) -> int:
         """How many of the tokens are computed again with those that come next; see `trim`."""
+        self._step_back()
         return len(self) - self._held
 
     @property
@@ -171,7 +172,10 @@ class Session:
 
         ``wait_s`` is the store's: what passes while the graph runs on the tokens before is part of it.
         """
-        return {site.name: site.table.counters - self._counters_before[site.name] for site in self._sites}
+        return {
+            site.name: site.table.counters - self._counters_before[site.name] + self._rows_ahead.early[site.name]
+            for site in self._sites
+        }
 
     def __len__(self) -> int:
         return len(self._token_ids)
@@ -207,12 +211,15 @@ class Session:
         there is nothing to do; else the others are copied, unless few of the tokens since the last checkpoint are
         still to be computed again: then that one stays.
         """
-        self._step_back()
         if self.put_off > MOST_PUT_OFF:
-            for _ in self._add(np.empty(0, dtype=np.int64), every_position=False):
-                pass
+            self.catch_up()
         if not self.put_off:
             self._one_way.save(len(self))
+
+    def catch_up(self) -> None:
+        """Compute the tokens that were put off, so that the states hold all tokens."""
+        for _ in self._add(np.empty(0, dtype=np.int64), every_position=False):
+            pass
 
     def trim(self, count: int) -> int:
         """Forget the last ``count`` tokens, as if they had never been added; returns how many others it forgot.
@@ -232,15 +239,16 @@ class Session:
     def request(self, token_ids: Sequence[int]) -> None:
         """Say that these tokens may come next, so that their rows are on their way when they do.
 
-        It returns at once, and nothing is to be undone where others come. Rows that can't be read are an error once
-        they are needed.
+        It returns at once, and nothing is to be undone where others come. A draft that grows may be given again whole:
+        the rows of each token are fetched once. Rows that can't be read are an error once they are needed. `counters`
+        tell how many were fetched early, used and ready.
 
         Raises:
             RequestError: an id outside the vocabulary.
         """
         self._check_vocabulary(token_ids)
         if self._tables_on:
-            self._rows_ahead.request(self._token_ids, token_ids)
+            self._rows_ahead.request(self._history(), [*self._token_ids[self._held :], *token_ids])
 
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)
@@ -250,8 +258,7 @@ class Session:
     def _add(self, waiting: NDArray[np.int64], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         """Compute the tokens that were put off, then these; yields the logits of each pass that has any of these."""
         try:
-            while len(waiting) or self.put_off:
-                self._step_back()
+            while self.put_off or len(waiting):
                 missing = np.array(self._token_ids[self._held :], dtype=np.int64)
                 chunk, following = self._chunk(np.concatenate([missing, waiting]))
                 added = max(0, len(chunk) - len(missing))
@@ -276,13 +283,12 @@ class Session:
         self, token_ids: NDArray[np.int64], following: NDArray[np.int64], *, every_position: bool
     ) -> NDArray[np.float32]:
         """Run ``token_ids [T]`` after those the states hold, and begin with the rows of those after; returns logits."""
-        history = self._token_ids[max(0, self._held - self._rows_ahead.context) : self._held]
         count = len(token_ids)
         inputs = StepInputs(
             token_ids=token_ids,
             position=self._held,
             logit_rows=np.arange(0 if every_position else count - 1, count, dtype=np.int64),
-            rows=self._rows(history, token_ids, following),
+            rows=self._rows(token_ids, following),
         )
         self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
         return self._step(inputs)
@@ -293,12 +299,14 @@ class Session:
             self._held = self._one_way.step_back(min(self._held, len(self)))
             self._stale = False
 
-    def _rows(
-        self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]
-    ) -> Mapping[str, PendingRows]:
+    def _rows(self, token_ids: NDArray[np.int64], following: NDArray[np.int64]) -> Mapping[str, PendingRows]:
         if not self._tables_on:
             return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
-        return self._rows_ahead.rows(history, token_ids, following)
+        return self._rows_ahead.rows(self._history(), token_ids, following)
+
+    def _history(self) -> Sequence[int]:
+        """Return the last tokens that the states hold, as many as rows depend on."""
+        return self._token_ids[max(0, self._held - self._rows_ahead.context) : self._held]
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
         self._check_vocabulary(token_ids)
