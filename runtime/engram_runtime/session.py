@@ -13,6 +13,8 @@ from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, PendingRows, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.input_embeddings import InputEmbeddings
+from engram_runtime.keyers import NO_TOKEN
 from engram_runtime.manifest import ACTIVITY, HIDDEN
 from engram_runtime.one_way_states import OneWayStates
 from engram_runtime.rows_ahead import RowsAhead
@@ -85,8 +87,10 @@ class Session:
                 projection of the token's embedding, at the scale it has beside rows.
         """
         self._model = bundle.manifest.model
-        specs = bundle.manifest.decoder.states
-        self._tells_hidden = HIDDEN in bundle.manifest.decoder.told_outputs
+        decoder = bundle.manifest.decoder
+        specs = decoder.states
+        self._tells_hidden = HIDDEN in decoder.told_outputs
+        self._embeddings = InputEmbeddings(self._model.hidden_size) if decoder.takes_embeddings else None
         self._executor = executor
         self._sites = sites
         self._tables_on = tables_on
@@ -132,7 +136,10 @@ class Session:
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """Ids of all tokens the states hold: a view that grows with the sequence, not to be changed."""
+        """Ids of all tokens so far: a view that grows with the sequence, not to be changed.
+
+        -1 stands for a position that was given as an embedding; see `prefill_embeddings`.
+        """
         return self._token_ids
 
     @property
@@ -151,7 +158,8 @@ class Session:
     def hidden(self) -> NDArray[np.float32]:
         """The last hidden states ``[T, D]``, after the final norm, of all tokens that were added last in one call.
 
-        For a draft head; ``[0, D]`` before the first call, and of a bundle without a head.
+        For a draft head or another session's `prefill_embeddings`; ``[0, D]`` before the first call, and of a bundle
+        with neither a head nor input embeddings.
         """
         return np.concatenate([np.empty((0, self._model.hidden_size), dtype=np.float32), *self._hidden])
 
@@ -189,6 +197,36 @@ class Session:
         logits = np.empty(0, dtype=np.float32)
         for chunk in self._forward(token_ids, every_position=False):
             logits = chunk[-1]
+        return logits
+
+    def prefill_embeddings(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Add positions that are no tokens, given as input embeddings, and return the logits after the last.
+
+        Table rows belong to tokens: where a position isn't one, sites read zero rows and add nothing of their own, and
+        n-grams of the tokens after it begin anew, as at the beginning of a text.
+
+        Args:
+            embeddings: ``[T, D]`` float32, in the scale of the model's embedding.
+
+        Returns:
+            ``[V]``.
+
+        Raises:
+            RequestError: the bundle takes none, they have another shape or are not finite, or there are none or more
+                than the context holds.
+        """
+        if self._embeddings is None:
+            raise RequestError("this bundle takes no input embeddings; export it with --embeddings")
+        given = np.ascontiguousarray(embeddings, dtype=np.float32)
+        if given.ndim != 2 or given.shape[1] != self._model.hidden_size or not np.isfinite(given).all():
+            raise RequestError(
+                f"input embeddings are {list(given.shape)}, wanted [T, {self._model.hidden_size}] finite numbers"
+            )
+        self._check_count(len(given))
+        self._embeddings.put(len(self), given)
+        self._hidden = []
+        *_, last = self._add(np.full(len(given), NO_TOKEN), every_position=False)
+        logits: NDArray[np.float32] = last[-1]
         return logits
 
     def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -289,6 +327,7 @@ class Session:
             position=self._held,
             logit_rows=np.arange(0 if every_position else count - 1, count, dtype=np.int64),
             rows=self._rows(token_ids, following),
+            embeddings=None if self._embeddings is None else self._embeddings.of(self._held, count),
         )
         self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
         return self._step(inputs)
@@ -310,12 +349,14 @@ class Session:
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
         self._check_vocabulary(token_ids)
-        ids = np.asarray(token_ids, dtype=np.int64)
-        if len(ids) == 0:
+        self._check_count(len(token_ids))
+        return np.asarray(token_ids, dtype=np.int64)
+
+    def _check_count(self, count: int) -> None:
+        if count == 0:
             raise RequestError("no tokens were given; the model needs at least one")
-        if (total := len(self) + len(ids)) > self._model.context_length:
+        if (total := len(self) + count) > self._model.context_length:
             raise RequestError(f"{total} tokens exceed the context of {self._model.context_length}; shorten the prompt")
-        return ids
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
