@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.steps import FunctionStep
@@ -79,7 +79,7 @@ def hashes(token_ids: Sequence[int]) -> list[float]:
 
 
 TOKENS = st.lists(st.integers(0, 15), min_size=1, max_size=6)
-ACTIONS = st.one_of(
+ACTIONS: st.SearchStrategy[tuple[str, list[int]]] = st.one_of(
     TOKENS.map(lambda ids: ("decode", ids)),
     TOKENS.map(lambda ids: ("prefill", ids)),
     TOKENS.map(lambda ids: ("interrupted", ids)),
@@ -88,6 +88,7 @@ ACTIONS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(actions=st.lists(ACTIONS, max_size=12))
 def test_logits_are_those_of_the_tokens_that_are_left(actions: list[tuple[str, list[int]]]) -> None:
     session, executor = new_session()
