@@ -14,7 +14,7 @@ CREDIT_PASSES = 8  # gains are kept for bad times up to as many plain passes
 PLAIN_EVERY = 64  # passes, of which one is plain to know what that takes by now
 DOUBT, DOUBT_DRAFTS = 0.5, 2.0  # share of right drafts where nothing is known, and how many drafts outweigh it
 DECAY = 0.97  # of what is known, with each further draft of that position
-PLAIN_DECAY = 0.99  # and with each pass without any: text changes, and is tried again
+FADE = 0.99  # of what is known, with each pass that doesn't try a position: text changes, and is tried again
 RECENT = 9  # passes whose median says how fast the machine is at the moment
 LEARNING, MOST_SURPRISE = 0.2, 0.3  # how fast costs follow what passes take, and how far one can pull them
 
@@ -152,16 +152,20 @@ class _Odds:
         yield from itertools.repeat(share, count - len(self.made))
 
     def note(self, drafted: int, right: int) -> None:
+        """Count drafts of which so many were right before one wasn't; positions that weren't tried fade."""
         reached = min(drafted, right + 1)
         missing = [0.0] * (reached - len(self.made))
         self.made, self.right = self.made + missing, self.right + missing
         for position in range(reached):
             self.made[position] = DECAY * self.made[position] + 1
             self.right[position] = DECAY * self.right[position] + (position < right)
+        self.fade(drafted)
 
-    def fade(self) -> None:
-        self.made = [PLAIN_DECAY * made for made in self.made]
-        self.right = [PLAIN_DECAY * right for right in self.right]
+    def fade(self, first: int = 0) -> None:
+        """Let what is known of positions from ``first`` on count less."""
+        for position in range(first, len(self.made)):
+            self.made[position] *= FADE
+            self.right[position] *= FADE
 
 
 class _CurrentCosts:
