@@ -98,6 +98,11 @@ class Measured:
         """Seconds that drafts have cost beyond what they gave; below 0 is a gain, as far as it is remembered."""
         return self._lost_s
 
+    @property
+    def total_s(self) -> float:
+        """Seconds of all passes so far."""
+        return self._total_s
+
     def count(self, grade: int, most: int, put_off: int) -> int:
         """See `Schedule`."""
         if self._since_plain >= PLAIN_EVERY:
