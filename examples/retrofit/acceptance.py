@@ -64,11 +64,11 @@ def _looked_up(tokens: list[int], at: int) -> int:
         for start in range(at - width - 1, -1, -1):
             if tokens[start : start + width] == suffix:
                 drafts = tokens[start + width : min(start + width + MAX_STEPS, at)]
-                return _agreement(drafts, tokens[at : at + MAX_STEPS])
+                return agreement(drafts, tokens[at : at + MAX_STEPS])
     return 0
 
 
-def _agreement(drafts: Sequence[int], truth: Sequence[int]) -> int:
+def agreement(drafts: Sequence[int], truth: Sequence[int]) -> int:
     count = 0
     while count < min(len(drafts), len(truth)) and drafts[count] == truth[count]:
         count += 1
