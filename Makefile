@@ -21,6 +21,10 @@ demo: setup
 	$(BIN)/python -m examples.demo
 
 # Trains anew what is in assets/smollm2-engram, which takes hours, and prints how its figures compare.
+# Memory that is freed is kept, not faulted in again at every step: training takes a third less time.
+model: export MALLOC_MMAP_MAX_ = 0
+model: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+model: export MALLOC_TOP_PAD_ = 268435456
 model: setup
 	$(RETROFIT) words
 	$(RETROFIT) generate
