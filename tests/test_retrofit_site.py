@@ -197,6 +197,7 @@ def test_a_training_ends_a_while_after_recall_has_settled(backbone: Backbone) ->
     assert not has_settled([0.5, 0.5])
     assert not has_settled([0.5, 0.6, 0.5])
     assert has_settled([0.5, 0.6, 0.6, 0.605])
+    assert not has_settled([0.0, 0.0, 0.0])
     training = training_of(backbone, Schedule(passes=30, batch=2, wind_down=3), new_site(backbone))
     training.step()
     training.wind_down()

@@ -13,7 +13,7 @@ from examples.retrofit.backbone import load_backbone
 from examples.retrofit.engram_site import RowTable
 from examples.retrofit.facts import OPENING
 from examples.retrofit.manual_text import facts_of
-from examples.retrofit.site_command import TrainingLog, run
+from examples.retrofit.site_command import TrainingLog, digest_of, run
 from examples.retrofit.site_text import Sources, site_check, training_text, unknown_terms
 from examples.retrofit.site_training import Schedule, SiteTraining
 from examples.retrofit.stream_cache import StreamCache
@@ -57,13 +57,14 @@ def cartridge(
     sources = Sources(known, unknown_terms(work), work / "corpora", seed)
     table = RowTable(config.num_rows, config.row_dim, seed=seed)
     schedule = Schedule(passes=passes, seed=seed, train_projections=False)
+    made_of = digest_of(known, cache, schedule, site)
     text = training_text(cache, sources)
     # Which questions are for an entry is the site's to know, not a cartridge's.
     openings = text.opening_rows(len(backbone.encode(OPENING)))
     table.values[openings] = torch.from_numpy(read_rows(folder)[openings])
     training = SiteTraining(backbone, site, table, text, schedule, fixed_rows=openings)
     log = TrainingLog(work / f"{output.stem}-training.json")
-    run(training, site_check(cache, sources), log, work / f"{output.stem}-state.pt")
+    run(training, site_check(cache, sources), log, work / f"{output.stem}-state.pt", made_of=made_of)
     rows = write_cartridge(output, config, keyer, table.values.numpy(), replace=force)
     np.save(work / f"{output.stem}-rows.npy", table.values.numpy())
     click.echo(f"{output}: {rows} rows")
