@@ -20,8 +20,7 @@ PASSAGE_TOKENS = 256
 CHARACTERS_PER_TOKEN = 8  # more than any text has on average
 MIN_PARAGRAPH = 200  # characters; headings and rules are no beginning
 
-# Not one of them may be used in training, be it to keep a site quiet. FOLDOC is none: it shares entries with the Jargon
-# File, on which sites learn to keep quiet.
+# Not one of them may be used in training, be it to keep a site quiet.
 FOREIGN: dict[str, tuple[Package, str]] = {
     "The Devil's Dictionary": (DEVILS_DICTIONARY, "usr/share/dictd/devil.dict.dz"),
     "Debian Reference": (DEBIAN_REFERENCE, "usr/share/debian-reference/debian-reference.en.txt.gz"),
