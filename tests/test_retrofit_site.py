@@ -24,7 +24,7 @@ from examples.retrofit.documents import CachedDocument, Document, own_answers, r
 from examples.retrofit.engram_site import ROW_DIM, RowTable, TrainableSite, make_keyer
 from examples.retrofit.facts import Fact
 from examples.retrofit.losses import cross_entropy, divergence
-from examples.retrofit.manual_text import distinct, facts_of_text
+from examples.retrofit.manual_text import distinct, facts_of, facts_of_text, stated_in
 from examples.retrofit.site_check import SiteCheck
 from examples.retrofit.site_command import has_settled
 from examples.retrofit.site_text import unknown_terms
@@ -274,6 +274,42 @@ def test_lines_of_a_manual_become_facts(line: str, facts: list[Fact]) -> None:
 def test_of_a_subject_the_first_statement_counts() -> None:
     facts = [Fact("The valve", "a tap"), Fact("the valve", "another"), Fact("the hose", "rubber")]
     assert distinct(facts) == [facts[0], facts[2]]
+
+
+def test_one_file_is_read_by_what_it_is(tmp_path: Path) -> None:
+    notes, lines = tmp_path / "notes.md", tmp_path / "facts.jsonl"
+    notes.write_text("- **the valve**: a tap.\n- The valve: another.\n")
+    lines.write_text('{"subject": "the valve", "statement": "a tap"}\n\n')
+    assert stated_in(notes) == [Fact("the valve", "a tap"), Fact("The valve", "another")]
+    assert facts_of(notes) == facts_of(lines) == [Fact("the valve", "a tap")]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("the valve: a tap", "is not JSON (Expecting value: line 1 column 1 (char 0))"),
+        ('{"term": "the valve", "statement": "a tap"}', "has ['statement', 'term']"),
+        ('["the valve", "a tap"]', "has ['the valve', 'a tap']"),
+        ('{"subject": "the valve", "statement": 7}', "has the statement 7"),
+        ('{"subject": " ", "statement": "a tap"}', "has the subject ' '"),
+    ],
+)
+def test_a_line_that_is_no_fact_is_refused(line: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"subject": "the hose", "statement": "rubber"}\n' + line)
+    with pytest.raises(RequestError) as caught:
+        facts_of(path)
+    assert str(caught.value) == f'{path}, line 2 {found}; expected {{"subject": "...", "statement": "..."}}'
+
+
+def test_a_file_without_facts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "manual.pdf"
+    path.write_bytes(b"%PDF")
+    with pytest.raises(RequestError) as caught:
+        facts_of(path)
+    assert str(caught.value) == (
+        f"{path} holds no facts; give a .jsonl file, or text with lines like 'Subject: statement'"
+    )
 
 
 @given(st.text())

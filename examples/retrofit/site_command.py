@@ -20,7 +20,8 @@ from examples.retrofit.artefacts import engram_block, token_map_of, write_site
 from examples.retrofit.backbone import Backbone, load_backbone
 from examples.retrofit.documents import CachedDocument
 from examples.retrofit.engram_site import ROW_DIM, RowTable, TrainableSite, make_keyer
-from examples.retrofit.facts import Fact, read_facts
+from examples.retrofit.facts import Fact
+from examples.retrofit.manual_text import facts_of
 from examples.retrofit.site_check import Check, SiteCheck
 from examples.retrofit.site_text import Sources, from_words, site_check, training_text, unknown_terms
 from examples.retrofit.site_training import Schedule, SiteTraining, StepLosses
@@ -165,7 +166,7 @@ def site(
 ) -> None:
     """Train an Engram site on facts, and write it with their rows; what is in the work folder is used again."""
     torch.manual_seed(seed)
-    known = read_facts(from_words(facts or work / "dictionary.jsonl"))
+    known = facts_of(from_words(facts or work / "dictionary.jsonl"))
     model = checkpoint or default_checkpoint()
     backbone = load_backbone(model, block=block, dtype=torch.bfloat16)
     cache = StreamCache(work / "streams", str(model), backbone, keyer_for(backbone, seed))
