@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -143,7 +143,7 @@ def test_a_head_that_is_always_right_is_accepted_always_and_one_that_is_wrong_ne
 
 
 def test_the_loop_goes_on_after_the_right_drafts_and_one_token_more() -> None:
-    lengths = numpy.array([2, 0, 3, 1, 0, 0])
+    lengths = np.array([2, 0, 3, 1, 0, 0])
     counts = acceptance.count(lengths)
     assert counts.positions == 6
     assert counts.right.tolist() == [3, 2, 1]

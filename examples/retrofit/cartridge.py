@@ -6,7 +6,7 @@ import click
 import numpy as np
 import torch
 
-from engram_runtime.new_file import check_place
+from engram_runtime.new_file import check_place, new_file
 from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit.artefacts import read_rows, read_site, write_cartridge
 from examples.retrofit.backbone import load_backbone
@@ -69,5 +69,6 @@ def cartridge(
     log = TrainingLog(work / f"{output.stem}-training.json")
     run(training, site_check(cache, sources), log, work / f"{output.stem}-state.pt", made_of=made_of)
     rows = write_cartridge(output, config, keyer, table.values.numpy(), replace=force)
-    np.save(work / f"{output.stem}-rows.npy", table.values.numpy())
+    with new_file(work / f"{output.stem}-rows.npy", replace=True) as file:
+        np.save(file, table.values.numpy())
     click.echo(f"{output}: {rows} rows")

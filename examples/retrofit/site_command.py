@@ -186,4 +186,5 @@ def site(
     run(training, site_check(cache, sources), log, work / "site-state.pt", made_of=made_of)
     engram = engram_block(cache.keyer, block=block, row_dim=ROW_DIM, output_scale=new.output_scale, seed=seed)
     write_site(output or work / "assets", engram, new, cache.keyer, table.values.numpy())
-    np.save(work / "dictionary-rows.npy", table.values.numpy())
+    with new_file(work / "dictionary-rows.npy", replace=True) as file:
+        np.save(file, table.values.numpy())
