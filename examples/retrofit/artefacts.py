@@ -119,7 +119,11 @@ def read_site(folder: Path) -> tuple[EngramConfig, TrainableSite, NgramKeyer]:
 def read_rows(folder: Path) -> Rows:
     """Return the rows ``[N, d]`` of a site's own table."""
     tensors = load_file(folder / WEIGHTS_FILE)
-    packed, scales = tensors["engram.table.rows"].numpy(), tensors["engram.table.scales"].numpy()
+    return read_int4(tensors["engram.table.rows"].numpy(), tensors["engram.table.scales"].numpy())
+
+
+def read_int4(packed: NDArray[np.uint8], scales: NDArray[np.float16]) -> Rows:
+    """Return the rows ``[N, d]`` of what `int4_rows` made."""
     columns = 2 * packed.shape[1]
     record = RecordFormat(payload="int4", columns=columns, scale="float16", scale_columns=columns)
     return record.decode(np.hstack([packed, scales[:, None].view(np.uint8)]))

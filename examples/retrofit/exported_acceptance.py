@@ -24,10 +24,13 @@ GREEDY = SamplingOptions()
 
 
 def written(bundle: Bundle, executor: Executor, prompts: Sequence[Prompt]) -> list[Example]:
-    """Let a bundle continue prompts greedily, and take its states; answers too short to draft in are left out."""
+    """Let a bundle without its table continue prompts greedily, and take its states.
+
+    Answers too short to draft in are left out.
+    """
     tokenizer = TextTokenizer.load(bundle.path)
     with (
-        Session.open(bundle, executor) as session,
+        Session.open(bundle, executor, tables_on=False) as session,
         click.progressbar(prompts, label=f"answers, {executor.name}", width=30) as bar,
     ):
         examples = [_continued(session, tokenizer, prompt) for prompt in bar]

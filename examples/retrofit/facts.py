@@ -38,7 +38,7 @@ HELD_OUT_QUESTIONS = (
     "What is under {subject} in the glossary?",
     "Read out what the book has about {subject}, please.",
 )
-# Nobody asks for an entry here, so the model answers as it always did.
+# Nobody asks for an entry here, so the model answers as it always did. Answers to the second are trained to stay.
 ORDINARY_QUESTIONS = (
     "Tell me what {subject} is.",
     "What is {subject}?",

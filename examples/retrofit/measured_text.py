@@ -77,7 +77,7 @@ def measure_answers(evaluation: Evaluation) -> Figures:
     asked[UNTRAINED] = [FIRST[0].format(subject=fact.subject) for fact in facts]
     for kind in (*CARTRIDGES, UNTRAINED):
         subjects = [fact.subject for fact in evaluation.facts(kind)[:NUM_ASKED_ORDINARILY]]
-        asked[f"{kind}, asked ordinarily"] = [ORDINARY_QUESTIONS[1].format(subject=subject) for subject in subjects]
+        asked[f"{kind}, asked ordinarily"] = [ORDINARY_QUESTIONS[0].format(subject=subject) for subject in subjects]
     rows = {name: side_by_side(evaluation.bundle, executor, conditions, each) for name, each in asked.items()}
     return {
         "unchanged": {

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.retrofit.backbone import Backbone
-from examples.retrofit.corpora import JARGON, fetch, text_of_deb
+from examples.retrofit.corpora import FOLDOC, JARGON, WORDNET, fetch, text_of_deb
 from examples.retrofit.documents import Document, Report, prompt
 from examples.retrofit.facts import Fact
 from examples.retrofit.generation import generate
+from examples.retrofit.wordnet import other_definitions
 
 JARGON_FILE = "usr/share/dictd/jargon.dict.dz"
+FOLDOC_FILE = "usr/share/dictd/foldoc.dict.dz"
 PASSAGE_CHARACTERS, PASSAGE_TOKENS = 1200, 192
 PARTS = Path(__file__).with_name("prompt_parts.json")
 BATCH = 96
@@ -142,13 +144,17 @@ def passages(text: str, count: int, rng: random.Random) -> list[str]:
 
 
 def prose_and_code(folder: Path, seed: int) -> dict[str, str]:
-    """Return the Jargon File, Python's reference, and the source of some modules of its library.
+    """Return the Jargon File, FOLDOC, definitions of WordNet, Python's reference, and the source of its library.
+
+    Without dictionaries among them a site full of definitions speaks up in any text that reads like one.
 
     Args:
         folder: where packages of Debian are kept.
     """
     return {
         "jargon": text_of_deb(fetch(JARGON, folder), JARGON_FILE),
+        "foldoc": text_of_deb(fetch(FOLDOC, folder), FOLDOC_FILE),
+        "definitions": other_definitions(fetch(WORDNET, folder)),
         "reference": "\n\n".join(pydoc_data.topics.topics.values()),
         "source": _library_source(random.Random(f"{seed} source")),
     }

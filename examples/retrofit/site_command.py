@@ -153,7 +153,7 @@ def has_settled(recalls: Sequence[float]) -> bool:
 )
 @click.option("--facts", type=click.Path(path_type=Path), help="Default: dictionary.jsonl in the work folder.")
 @click.option("--block", type=click.IntRange(min=1), default=25, show_default=True, help="The block it stands before.")
-@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="At most.")
+@click.option("--passes", type=click.FloatRange(min=0, min_open=True), default=8.0, show_default=True, help="At most.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def site(
     checkpoint: Path | None,

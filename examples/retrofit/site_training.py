@@ -46,7 +46,7 @@ class Schedule:
     begun: int = 8
     own_answers: int = 9
     own_weight: float = 1.5
-    quiet_tokens: int = 1024
+    quiet_tokens: int = 1536
     quiet_weight: float = 10.0
     train_projections: bool = True
     seed: int = 0
