@@ -22,12 +22,12 @@ from examples.retrofit import corpora, wordnet
 from examples.retrofit.answers import in_form_of_an_entry, questions, unchanged
 from examples.retrofit.conditions import shuffled
 from examples.retrofit.corpora import Package, fetch, files_of_deb, text_of_deb
-from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact
+from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact, checked_facts
 from examples.retrofit.intervals import perplexity_ratio, student_975, wilson_interval
 from examples.retrofit.manual_text import facts_of
 from examples.retrofit.recall import Question, Share, answers_exactly, sample
 from examples.retrofit.text_perplexity import PASSAGE_TOKENS, Losses, Passage, losses, passages
-from examples.retrofit.words_command import MANUAL
+from examples.retrofit.words_command import MANUAL, PACKAGES
 
 ENTRY = "usr/share/dictd/tale.dict.dz"
 TALE = "NOSE, n.  The extreme outpost of the face.\n"
@@ -116,6 +116,10 @@ def test_what_was_fetched_stays(tale: Path, tmp_path: Path, monkeypatch: pytest.
     first = fetch(asked, tmp_path / "cache")
     assert fetch(asked, tmp_path / "cache") == first  # `served` is empty by now
     assert first.read_bytes() == tale.read_bytes()
+
+
+def test_all_packages_are_fetched_with_the_words() -> None:
+    assert set(PACKAGES) == {each for each in vars(corpora).values() if isinstance(each, Package)}
 
 
 def test_a_download_beyond_its_size_is_refused(tale: Path) -> None:
@@ -348,7 +352,8 @@ def test_passages_begin_with_paragraphs_and_are_drawn_alike() -> None:
 def test_a_sample_has_each_fact_once_and_is_the_same_again(available: int, number: int) -> None:
     facts = [Fact(f"thing {index}", "a statement of some words") for index in range(available)]
     drawn = sample(facts, number)
-    assert len(set(drawn)) == len(drawn) == min(available, number)
+    assert len(set(drawn)) == len(drawn) == min(available - len(checked_facts(facts)), number)
+    assert not set(drawn) & set(checked_facts(facts))
     assert sample(facts, number) == drawn
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from examples.retrofit.documents import CachedDocument
 from examples.retrofit.engram_site import ROW_DIM, RowTable, TrainableSite, make_keyer
 from examples.retrofit.facts import Fact
 from examples.retrofit.manual_text import facts_of
-from examples.retrofit.site_check import Check, SiteCheck
+from examples.retrofit.site_check import Check
 from examples.retrofit.site_text import Sources, from_words, site_check, training_text, unknown_terms
 from examples.retrofit.site_training import Schedule, SiteTraining, StepLosses
 from examples.retrofit.stream_cache import StreamCache
@@ -93,7 +93,14 @@ class TrainingLog:
             file.write(json.dumps(self.entries, indent=1).encode())
 
 
-def run(training: SiteTraining, check: SiteCheck, log: TrainingLog, state: Path, *, made_of: str) -> None:
+def run(
+    training: SiteTraining,
+    check: Callable[[TrainableSite, RowTable], Check],
+    log: TrainingLog,
+    state: Path,
+    *,
+    made_of: str,
+) -> None:
     """Train until recall no longer rises or all passes are done, from the state on the disk if there is one.
 
     Args:

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import click
 
-from examples.retrofit.corpora import JARGON, WORDNET, fetch
+from examples.retrofit.corpora import DEBIAN_REFERENCE, DEVILS_DICTIONARY, FOLDOC, JARGON, WORDNET, fetch
 from examples.retrofit.facts import write_facts
 from examples.retrofit.manual_text import facts_of
-from examples.retrofit.text_perplexity import FOREIGN
 from examples.retrofit.whole_files import write_text
 from examples.retrofit.wordnet import dictionary, other_terms
 
 MANUAL = Path(__file__).parent / "manual"
 NUM_OTHER_TERMS = 6_000
-PACKAGES = (WORDNET, JARGON, *(package for package, _ in FOREIGN.values()))  # later steps need all of them
+PACKAGES = (WORDNET, JARGON, FOLDOC, DEVILS_DICTIONARY, DEBIAN_REFERENCE)  # later steps need all of them
 
 
 @click.command()
