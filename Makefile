@@ -28,7 +28,7 @@ model: export MALLOC_TOP_PAD_ = 268435456
 model: setup
 	$(RETROFIT) words
 	$(RETROFIT) generate
-	$(RETROFIT) site -o build/retrofit/assets
+	$(RETROFIT) site
 	$(RETROFIT) cartridge examples/retrofit/manual --site build/retrofit/assets -o build/retrofit/assets/manual.overlay --force
 	$(RETROFIT) train-head
 	$(RETROFIT) acceptance
@@ -52,5 +52,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# build/retrofit stays: what `make model` trains takes hours.
 clean:
-	rm -rf build dist
+	rm -rf dist
+	test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name retrofit -exec rm -rf {} +

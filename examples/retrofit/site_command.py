@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from examples.retrofit.artefacts import engram_block, token_map_of, write_site
 from examples.retrofit.backbone import Backbone, load_backbone
 from examples.retrofit.documents import CachedDocument
 from examples.retrofit.engram_site import ROW_DIM, RowTable, TrainableSite, make_keyer
-from examples.retrofit.facts import Fact, read_facts
-from examples.retrofit.site_check import Check, SiteCheck
+from examples.retrofit.facts import Fact
+from examples.retrofit.manual_text import facts_of
+from examples.retrofit.site_check import Check
 from examples.retrofit.site_text import Sources, from_words, site_check, training_text, unknown_terms
 from examples.retrofit.site_training import Schedule, SiteTraining, StepLosses
 from examples.retrofit.stream_cache import StreamCache
@@ -92,7 +93,14 @@ class TrainingLog:
             file.write(json.dumps(self.entries, indent=1).encode())
 
 
-def run(training: SiteTraining, check: SiteCheck, log: TrainingLog, state: Path, *, made_of: str) -> None:
+def run(
+    training: SiteTraining,
+    check: Callable[[TrainableSite, RowTable], Check],
+    log: TrainingLog,
+    state: Path,
+    *,
+    made_of: str,
+) -> None:
     """Train until recall no longer rises or all passes are done, from the state on the disk if there is one.
 
     Args:
@@ -165,7 +173,7 @@ def site(
 ) -> None:
     """Train an Engram site on facts, and write it with their rows; what is in the work folder is used again."""
     torch.manual_seed(seed)
-    known = read_facts(from_words(facts or work / "dictionary.jsonl"))
+    known = facts_of(from_words(facts or work / "dictionary.jsonl"))
     model = checkpoint or default_checkpoint()
     backbone = load_backbone(model, block=block, dtype=torch.bfloat16)
     cache = StreamCache(work / "streams", str(model), backbone, keyer_for(backbone, seed))
@@ -185,4 +193,5 @@ def site(
     run(training, site_check(cache, sources), log, work / "site-state.pt", made_of=made_of)
     engram = engram_block(cache.keyer, block=block, row_dim=ROW_DIM, output_scale=new.output_scale, seed=seed)
     write_site(output or work / "assets", engram, new, cache.keyer, table.values.numpy())
-    np.save(work / "dictionary-rows.npy", table.values.numpy())
+    with new_file(work / "dictionary-rows.npy", replace=True) as file:
+        np.save(file, table.values.numpy())
