@@ -195,6 +195,7 @@ class TvmStep:
             self._copy("logit_rows", inputs.logit_rows),
             *(tensor for _, tensor in buffers),
             *(() if inputs.hidden is None else (self._copy("hidden", inputs.hidden),)),
+            *(() if inputs.embeddings is None else (self._copy("embeddings", inputs.embeddings),)),
             *self._fixed,
         )
         with self._executor.pool.for_step():
