@@ -25,7 +25,7 @@ from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
 
-MOST_PUT_OFF = 4  # tokens that are computed again and again rather than once, for a checkpoint after them
+MOST_PUT_OFF = 3  # tokens that are computed again and again rather than once, for a checkpoint after them
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
 
 
@@ -152,7 +152,7 @@ class Session:
     def activity(self) -> Activity:
         """What gated sites did to the tokens of the last forward pass: one, a draft, or a chunk of a longer text.
 
-        By site; empty before the first pass, and of a bundle whose graph doesn't say it.
+        Those that were put off and computed with them come first. By site; empty before the first pass, and of a bundle whose graph doesn't say it.
         """
         return {
             name.removeprefix(ACTIVITY): SiteActivity(told)
