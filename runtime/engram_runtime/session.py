@@ -152,7 +152,8 @@ class Session:
     def activity(self) -> Activity:
         """What gated sites did to the tokens of the last forward pass: one, a draft, or a chunk of a longer text.
 
-        Those that were put off and computed with them come first. By site; empty before the first pass, and of a bundle whose graph doesn't say it.
+        Those that were put off and computed with them come first. By site; empty before the first pass, and of a bundle
+        whose graph doesn't say it.
         """
         return {
             name.removeprefix(ACTIVITY): SiteActivity(told)
