@@ -44,14 +44,15 @@ class StepInputs:
 
     Attributes:
         token_ids: ``[T]`` int64.
-        position: how many tokens the states already hold.
+        position: how many tokens the states already hold; int64 ``[T]`` where token i is one of sequence i, see
+            `Executor.bind_batch`.
         logit_rows: ``[R]`` int64, the tokens of this pass whose logits are wanted.
         rows: by site in the manifest's order, asked for when the pass begins and waited for when it comes to the site.
         hidden: ``[T, D]`` float32, what a draft head goes on from; a decoder takes none.
     """
 
     token_ids: NDArray[np.int64]
-    position: int
+    position: int | NDArray[np.int64]
     logit_rows: NDArray[np.int64]
     rows: Mapping[str, PendingRows]
     hidden: NDArray[np.float32] | None = None
@@ -93,6 +94,10 @@ class Executor(Protocol):
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
         ...
 
+    def batches(self, count: int) -> Sequence[int]:
+        """Split ``count`` sequences into the numbers this executor runs a token of each of at once, in order."""
+        ...
+
     def row_decoder(self, site: str) -> RowDecoder | None:
         """Return a compiled decoder for one store of a site's table, or None where its records have none."""
         ...
@@ -103,6 +108,13 @@ class Executor(Protocol):
         Args:
             states: see `allocate_states`.
             graph: the decoder or the draft head, which the bundle must have.
+        """
+        ...
+
+    def bind_batch(self, states: Sequence[Mapping[str, State]]) -> Step:
+        """Bind the decoder to the states of several sequences, as many as one of `batches`.
+
+        Token i of a pass is the next of sequence i, to the bits of a pass of its own; logits are those of each.
         """
         ...
 

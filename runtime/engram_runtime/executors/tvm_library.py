@@ -17,12 +17,14 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
+from engram_runtime.executors.tvm_batch import PaddedStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
 from engram_runtime.library import (
     AWAIT_ROWS,
     LibraryInfo,
     PackedTensor,
+    batch_function,
     find_library,
     pass_function,
     row_function,
@@ -98,6 +100,8 @@ class TvmExecutor:
         self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
+        self._batches = info.batches
+        self._unread: Mapping[str, State] = {}  # states of what fills a batch up
         self._row_functions = {table.site: row_function(table) for table in tables}
         self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
         self._module = module = load_module(folder / info.library)
@@ -114,6 +118,10 @@ class TvmExecutor:
             times, count = divmod(count, size)
             chunks += [size] * times
         return chunks
+
+    def batches(self, count: int) -> Sequence[int]:
+        """See `Executor.batches`: as few passes as there can be."""
+        return batch_sizes(count, max(self._batches, default=1))
 
     def watch(self, watcher: Callable[..., None] | None) -> None:
         """See `engram_runtime.bench.kernel_times.Watchable`."""
@@ -138,6 +146,22 @@ class TvmExecutor:
         forward = {sizes: self._machine_code[pass_function(graph, *sizes)] for sizes in self._passes}
         fixed = [*(as_tensor(array) for array in states.values()), *self._weights[graph]]
         return TvmStep(self, forward, fixed, self._told[graph], counts_experts=graph == DECODER)
+
+    def bind_batch(self, states: Sequence[Mapping[str, State]]) -> "TvmStep | PaddedStep":
+        """See `Executor.bind_batch`; the next larger number that is compiled runs any."""
+        if len(states) == 1:
+            return self.bind(states[0])
+        size = min(count for count in self._batches if count >= len(states))
+        unread = [self._unread_states(states[0])] * (size - len(states))
+        fixed = [as_tensor(array) for of in (*states, *unread) for array in of.values()]
+        forward = {(size, size): self._machine_code[batch_function(size)]}
+        step = TvmStep(self, forward, [*fixed, *self._weights[DECODER]], self._told[DECODER], counts_experts=True)
+        return PaddedStep(step, len(states), size)
+
+    def _unread_states(self, like: Mapping[str, State]) -> Mapping[str, State]:
+        if not self._unread:
+            self._unread = {name: aligned_zeros(state.shape, state.dtype.name) for name, state in like.items()}
+        return self._unread
 
 
 class TvmStep:
@@ -191,7 +215,7 @@ class TvmStep:
         self._pending = [(rows, buffer) for rows, (buffer, _) in zip(inputs.rows.values(), buffers, strict=True)]
         arguments = (
             self._copy("token_ids", inputs.token_ids),
-            self._copy("position", np.array([inputs.position], dtype=np.int64)),
+            self._copy("position", np.array(inputs.position, dtype=np.int64).reshape(-1)),
             self._copy("logit_rows", inputs.logit_rows),
             *(tensor for _, tensor in buffers),
             *(() if inputs.hidden is None else (self._copy("hidden", inputs.hidden),)),
