@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, PendingRows, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.executor import (
+    Executor,
+    PendingRows,
+    State,
+    StepInputs,
+    allocate_states,
+    empty_rows,
+    state_bytes,
+)
 from engram_runtime.manifest import ACTIVITY, HIDDEN
 from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
@@ -83,15 +91,15 @@ class Session:
             tables_on: False feeds zero rows. Engram sites then add nothing; Gemma's per-layer inputs are left with the
                 projection of the token's embedding, at the scale it has beside rows.
         """
-        self._model = bundle.manifest.model
-        specs = bundle.manifest.decoder.states
+        self.model = bundle.manifest.model
+        self.state_specs = specs = bundle.manifest.decoder.states
         self._tells_hidden = HIDDEN in bundle.manifest.decoder.told_outputs
-        self._executor = executor
-        self._sites = sites
-        self._tables_on = tables_on
+        self.executor = executor
+        self.sites = sites
+        self.tables_on = tables_on
         self._rows_ahead = RowsAhead(sites)
         self._counters_before = {site.name: dataclasses.replace(site.table.counters) for site in sites}
-        states = allocate_states(specs, executor.float16_states)
+        self._states = states = allocate_states(specs, executor.float16_states)
         self._one_way = [states[spec.name] for spec in specs if not spec.rolls_back]
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
@@ -126,7 +134,13 @@ class Session:
     @property
     def tables(self) -> Sequence[TableChoice]:
         """How each table is read that `open` opened to be read."""
-        return [site.choice for site in self._sites if site.choice is not None] if self._tables_on else []
+        return [site.choice for site in self.sites if site.choice is not None] if self.tables_on else []
+
+    @property
+    def states(self) -> Mapping[str, State]:
+        """What was computed of `token_ids` alone, by name: the session's own memory, not to be changed."""
+        self._restore()
+        return self._states
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -151,12 +165,12 @@ class Session:
 
         For a draft head; ``[0, D]`` before the first call, and of a bundle without a head.
         """
-        return np.concatenate([np.empty((0, self._model.hidden_size), dtype=np.float32), *self._hidden])
+        return np.concatenate([np.empty((0, self.model.hidden_size), dtype=np.float32), *self._hidden])
 
     @property
     def room(self) -> int:
         """How many more tokens the context holds."""
-        return self._model.context_length - len(self)
+        return self.model.context_length - len(self)
 
     @property
     def counters(self) -> Mapping[str, TableCounters]:
@@ -164,7 +178,7 @@ class Session:
 
         ``wait_s`` is the store's: what passes while the graph runs on the tokens before is part of it.
         """
-        return {site.name: site.table.counters - self._counters_before[site.name] for site in self._sites}
+        return {site.name: site.table.counters - self._counters_before[site.name] for site in self.sites}
 
     def __len__(self) -> int:
         return len(self._token_ids)
@@ -215,7 +229,7 @@ class Session:
             RequestError: an id outside the vocabulary.
         """
         self._check_vocabulary(token_ids)
-        if self._tables_on:
+        if self.tables_on:
             self._rows_ahead.request(self._token_ids, token_ids)
 
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
@@ -252,7 +266,7 @@ class Session:
     def _chunks(self, token_ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Yield each chunk and the one after it; the last one is followed by no tokens."""
         start = 0
-        for size, next_size in itertools.pairwise([*self._executor.chunks(len(token_ids)), 0]):
+        for size, next_size in itertools.pairwise([*self.executor.chunks(len(token_ids)), 0]):
             stop = start + size
             yield token_ids[start:stop], token_ids[stop : stop + next_size]
             start = stop
@@ -277,8 +291,8 @@ class Session:
     def _rows(
         self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]
     ) -> Mapping[str, PendingRows]:
-        if not self._tables_on:
-            return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
+        if not self.tables_on:
+            return {site.name: empty_rows(site.spec, len(token_ids)) for site in self.sites}
         return self._rows_ahead.rows(history, token_ids, following)
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
@@ -286,19 +300,19 @@ class Session:
         ids = np.asarray(token_ids, dtype=np.int64)
         if len(ids) == 0:
             raise RequestError("no tokens were given; the model needs at least one")
-        if (total := len(self) + len(ids)) > self._model.context_length:
-            raise RequestError(f"{total} tokens exceed the context of {self._model.context_length}; shorten the prompt")
+        if (total := len(self) + len(ids)) > self.model.context_length:
+            raise RequestError(f"{total} tokens exceed the context of {self.model.context_length}; shorten the prompt")
         return ids
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
-            if not 0 <= token_id < self._model.vocab_size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {self._model.vocab_size}")
+            if not 0 <= token_id < self.model.vocab_size:
+                raise RequestError(f"token id {token_id} is outside the vocabulary of {self.model.vocab_size}")
 
     def close(self) -> None:
         """Close the tables."""
         self._rows_ahead.close()
-        close_sites(self._sites)
+        close_sites(self.sites)
 
     def __enter__(self) -> Self:
         return self
