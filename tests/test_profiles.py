@@ -57,6 +57,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
         "weights_bytes": 200,
         "sha256": {"library": "a" * 64, "runtime": "b" * 64, "weights": "c" * 64},
         "passes": [[1, 1], [2, 2], [2, 1]],
+        "batches": [2, 4],
         "tensors": [
             {"name": "head:codes", "dtype": "uint8", "shape": [4, 16], "offset": 0},
             {"name": "head:scale", "dtype": "float32", "shape": [18], "offset": 128},

@@ -5,7 +5,7 @@ import math
 import mmap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,15 +44,14 @@ class StepInputs:
 
     Attributes:
         token_ids: ``[T]`` int64.
-        position: how many tokens the states already hold; int64 ``[T]`` where token i is one of sequence i, see
-            `Executor.bind_batch`.
+        position: how many tokens the states already hold.
         logit_rows: ``[R]`` int64, the tokens of this pass whose logits are wanted.
         rows: by site in the manifest's order, asked for when the pass begins and waited for when it comes to the site.
         hidden: ``[T, D]`` float32, what a draft head goes on from; a decoder takes none.
     """
 
     token_ids: NDArray[np.int64]
-    position: int | NDArray[np.int64]
+    position: int
     logit_rows: NDArray[np.int64]
     rows: Mapping[str, PendingRows]
     hidden: NDArray[np.float32] | None = None
@@ -94,10 +93,6 @@ class Executor(Protocol):
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
         ...
 
-    def batches(self, count: int) -> Sequence[int]:
-        """Split ``count`` sequences into the numbers this executor runs a token of each of at once, in order."""
-        ...
-
     def row_decoder(self, site: str) -> RowDecoder | None:
         """Return a compiled decoder for one store of a site's table, or None where its records have none."""
         ...
@@ -111,11 +106,45 @@ class Executor(Protocol):
         """
         ...
 
-    def bind_batch(self, states: Sequence[Mapping[str, State]]) -> Step:
-        """Bind the decoder to the states of several sequences, as many as one of `batches`.
 
-        Token i of a pass is the next of sequence i, to the bits of a pass of its own; logits are those of each.
-        """
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchInputs:
+    """One forward pass over a token of each of B sequences.
+
+    Attributes:
+        token_ids: ``[B]`` int64.
+        positions: ``[B]`` int64, how many tokens the states of each already hold.
+        rows: by site in the manifest's order, ``[B, C, d]``.
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    rows: Mapping[str, PendingRows]
+
+
+class BatchStep(Protocol):
+    """The decoder bound to the states of B sequences, which it updates in place."""
+
+    @property
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `Step.told`; row i is of sequence i."""
+        ...
+
+    def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
+        """Return ``[B, V]`` logits, each with the bits of a pass of its own."""
+        ...
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """An executor that runs several sequences in one forward pass."""
+
+    def batches(self, count: int) -> Sequence[int]:
+        """Split ``count`` sequences into the numbers it runs at once, in order."""
+        ...
+
+    def bind_batch(self, states: Sequence[Mapping[str, State]]) -> BatchStep:
+        """Bind the decoder to the states of as many sequences as one of `batches`; see `Executor.bind`."""
         ...
 
 

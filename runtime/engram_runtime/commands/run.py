@@ -19,6 +19,7 @@ from engram_runtime.commands.options import (
     table_options,
     threads_option,
 )
+from engram_runtime.commands.run_samples import check_samples, print_samples, samples_options
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
@@ -31,6 +32,7 @@ from engram_runtime.tables.policy import TableChoice
 @click.argument("prompt")
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@samples_options
 @executor_option
 @threads_option
 @table_options
@@ -41,6 +43,8 @@ def run(
     prompt: str,
     max_tokens: int,
     stop: tuple[str, ...],
+    count: int,
+    best_of: str | None,
     executor: str,
     threads: int | None,
     tables: str,
@@ -52,10 +56,24 @@ def run(
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
+    check_samples(count, best_of)
     reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
         bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
     ) as llm:
+        if count > 1:
+            figures = {"executor": executor, "threads": llm.executor.threads, "tables_on": tables == "on"}
+            print_samples(
+                llm,
+                prompt,
+                count,
+                best_of,
+                max_tokens=max_tokens,
+                sampling=options,
+                stop=stop,
+                figures=figures if as_json else None,
+            )
+            return
         for piece in llm.stream(prompt, max_tokens=max_tokens, sampling=options, stop=stop):
             if not as_json:
                 click.echo(piece, nl=False)

@@ -49,21 +49,12 @@ class OnnxRuntimeExecutor:
         full, rest = divmod(count, MAX_CHUNK_TOKENS)
         return [MAX_CHUNK_TOKENS] * full + [rest] * (rest > 0)
 
-    def batches(self, count: int) -> Sequence[int]:
-        """See `Executor.batches`: the graph has one sequence."""
-        return [1] * count
-
     def row_decoder(self, site: str) -> None:
         """See `Executor.row_decoder`: nothing is compiled here."""
 
     def bind(self, states: Mapping[str, State], graph: str = DECODER) -> "OnnxRuntimeStep":
         """See `Executor.bind`."""
         return OnnxRuntimeStep(self._session(graph), states)
-
-    def bind_batch(self, states: Sequence[Mapping[str, State]]) -> "OnnxRuntimeStep":
-        """See `Executor.bind_batch`."""
-        (alone,) = states
-        return self.bind(alone)
 
 
 class OnnxRuntimeStep:
@@ -89,7 +80,7 @@ class OnnxRuntimeStep:
         """See `Step`."""
         binding = self._binding
         binding.bind_cpu_input("token_ids", inputs.token_ids)
-        binding.bind_cpu_input("position", np.array(inputs.position, dtype=np.int64).reshape(1))
+        binding.bind_cpu_input("position", np.array([inputs.position], dtype=np.int64))
         binding.bind_cpu_input("logit_rows", inputs.logit_rows)
         for site, rows in inputs.rows.items():
             filled = np.empty(rows.shape, dtype=np.float32)

@@ -1,13 +1,16 @@
 """Batches of sequences of any size on functions compiled for a few."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.executor import PendingRows, Step, StepInputs
+from engram_runtime.executor import BatchInputs, PendingRows
+
+if TYPE_CHECKING:
+    from engram_runtime.executors.tvm_library import TvmStep
 
 
 def batch_sizes(count: int, most: int) -> Sequence[int]:
@@ -16,30 +19,29 @@ def batch_sizes(count: int, most: int) -> Sequence[int]:
     return [most] * full + [rest] * (rest > 0)
 
 
-class PaddedStep:
-    """A step of ``size`` sequences that serves the first ``count`` of them; the others begin anew at every pass."""
+class TvmBatchStep:
+    """A function of ``size`` sequences that serves the first ``count``; the others begin anew at every pass."""
 
-    def __init__(self, step: Step, count: int, size: int) -> None:
+    def __init__(self, step: "TvmStep", count: int, size: int) -> None:
         self._step = step
         self._count = count
         self._size = size
 
     @property
     def told(self) -> Mapping[str, NDArray[np.float32]]:
-        """See `Step.told`."""
+        """See `BatchStep.told`."""
         return {name: values[: self._count] for name, values in self._step.told.items()}
 
-    def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """See `Step`."""
-        unread = self._size - self._count
-        padded = replace(
-            inputs,
-            token_ids=np.pad(inputs.token_ids, (0, unread)),
-            position=np.pad(np.asarray(inputs.position), (0, unread)),
-            logit_rows=np.arange(self._size, dtype=np.int64),
-            rows={site: self._padded(rows) for site, rows in inputs.rows.items()},
-        )
-        return self._step(padded)[: self._count]
+    def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
+        """See `BatchStep` and `TvmStep.run`."""
+        others = (0, self._size - self._count)
+        before = {
+            "token_ids": np.pad(inputs.token_ids, others),
+            "position": np.pad(inputs.positions, others),
+            "logit_rows": np.arange(self._size, dtype=np.int64),
+        }
+        rows = {site: self._padded(pending) for site, pending in inputs.rows.items()}
+        return self._step.run(before, rows, {})[: self._count]
 
     def _padded(self, rows: PendingRows) -> PendingRows:
         return PendingRows((self._size, *rows.shape[1:]), partial(self._fill, rows))

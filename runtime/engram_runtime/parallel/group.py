@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import PendingRows, State, Step, StepInputs, empty_rows
+from engram_runtime.executor import BatchInputs, BatchStep, PendingRows, State, empty_rows
 from engram_runtime.parallel.rows import JointRows
 from engram_runtime.parallel.shared_states import SharedStates
+from engram_runtime.parallel.steps import bind_sequences
 from engram_runtime.session import Session
 
 
@@ -43,7 +44,7 @@ class Group:
         self._rows = JointRows(session.sites if session.tables_on else ())
         self._sequences = [_Sequence(self._shared.fork(), list(session.token_ids)) for _ in range(count)]
         self._unused: list[Mapping[str, State]] = []  # states of sequences that were dropped
-        self._steps: list[tuple[Step, slice]] = []  # with the sequences of each, bound when they are first needed
+        self._steps: list[tuple[BatchStep, slice]] = []  # with the sequences of each, bound when they are first needed
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -66,7 +67,7 @@ class Group:
         """
         self._check(token_ids)
         if not self._steps:
-            self._steps = self._bound()
+            self._steps = bind_sequences(self._executor, [each.states for each in self._sequences])
         ids = np.array(token_ids, dtype=np.int64)
         logits = [self._run(step, self._sequences[part], ids[part]) for step, part in self._steps]
         for sequence, token_id in zip(self._sequences, token_ids, strict=True):
@@ -79,7 +80,10 @@ class Group:
         Args:
             indices: ``[B]`` places among the sequences so far; B is the number of them from now on.
         """
-        kept, named = [], set()
+        if list(indices) == list(range(len(self))):
+            return
+        kept: list[_Sequence] = []
+        named: set[int] = set()
         self._unused += [each.states for i, each in enumerate(self._sequences) if i not in indices]
         for index in indices:
             kept.append(self._fork(self._sequences[index]) if index in named else self._sequences[index])
@@ -92,22 +96,12 @@ class Group:
         self._shared.copy(sequence.states, states, len(sequence.token_ids))
         return _Sequence(states, list(sequence.token_ids))
 
-    def _bound(self) -> list[tuple[Step, slice]]:
-        steps, start = [], 0
-        for size in self._executor.batches(len(self)):
-            part = slice(start, start + size)
-            steps.append((self._executor.bind_batch([each.states for each in self._sequences[part]]), part))
-            start += size
-        return steps
-
-    def _run(self, step: Step, sequences: Sequence[_Sequence], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        inputs = StepInputs(
-            token_ids=token_ids,
-            position=np.array([len(each.token_ids) for each in sequences], dtype=np.int64),
-            logit_rows=np.arange(len(sequences), dtype=np.int64),
-            rows=self._pending_rows(sequences, token_ids),
-        )
-        return step(inputs)
+    def _run(
+        self, step: BatchStep, sequences: Sequence[_Sequence], token_ids: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        positions = np.array([len(each.token_ids) for each in sequences], dtype=np.int64)
+        rows = self._pending_rows(sequences, token_ids)
+        return step(BatchInputs(token_ids=token_ids, positions=positions, rows=rows))
 
     def _pending_rows(self, sequences: Sequence[_Sequence], token_ids: NDArray[np.int64]) -> Mapping[str, PendingRows]:
         if not self._tables_on:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import State
@@ -85,10 +84,7 @@ def _layout(states: Mapping[str, State]) -> tuple[dict[str, int], int]:
 
 
 def _view(pages: mmap.mmap, like: State, offset: int) -> State:
-    view: NDArray[np.float32] | NDArray[np.float16] = np.frombuffer(
-        pages, dtype=like.dtype, count=like.size, offset=offset
-    ).reshape(like.shape)
-    return view
+    return np.ndarray(like.shape, like.dtype, buffer=pages, offset=offset)
 
 
 def _map_over(state: State, file: int, offset: int) -> None:
