@@ -173,7 +173,8 @@ def test_run_prints_every_sample(command: Command, workshop: Workshop) -> None:
     assert out == "".join(alone)
     figures = [line for line in err.splitlines() if line.startswith("[")]
     assert [line.partition(":")[0] for line in figures[:3]] == [f"[sample {i}, seed {5 + i}" for i in range(3)]
-    assert figures[3].startswith("[3 samples, 36 tokens in ")
+    tokens = sum(int(line.partition(": ")[2].partition(" ")[0]) for line in figures[:3])
+    assert figures[3].startswith(f"[3 samples, {tokens} tokens in ")
 
 
 def test_run_prints_the_best_sample(command: Command, workshop: Workshop) -> None:

@@ -4,11 +4,12 @@ import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import tvm
 from tvm import relax
 
-from engram_compilers.attention_converters import ATTENTION_CONVERTERS, CACHE_INPUTS
+from engram_compilers.attention_converters import ATTENTION_CONVERTERS, BATCH_CONVERTERS, CACHE_INPUTS
 from engram_compilers.expert_converters import EXPERT_CONVERTERS
 from engram_compilers.forward_pass import POSITION, Converters, ExpertRead, ForwardPass
 from engram_compilers.kernel_cache import KernelCache
@@ -153,7 +154,8 @@ def _lower_pass(
     with builder.function(name, attrs={"num_input": len(arguments)}):
         with builder.dataflow():
             if sizes.sequences > 1:
-                forward.set(POSITION, Apart(tuple(split_rows(forward, _activation(forward, POSITION)))))
+                positions = _activation(forward, POSITION)
+                forward.set(POSITION, Apart(tuple(split_rows(forward, positions)), positions))
             for node in model.nodes:
                 _convert(forward, node)
             updated = [(state, value) for state in spec.states for value in _updated(forward, state)]
@@ -198,7 +200,9 @@ def _convert(forward: ForwardPass, node: Node) -> None:
         raise CompileError(f"{node.operator} takes {undefined}, which no node before it makes; export the bundle again")
     forward.await_rows(node)
     convert = CONVERTERS[node.operator]
-    values = convert_apart(forward, node, convert) if takes_apart(forward, node) else convert(forward, node)
+    if takes_apart(forward, node):
+        convert = BATCH_CONVERTERS.get(node.operator, partial(convert_apart, CONVERTERS[node.operator]))
+    values = convert(forward, node)
     if len(values) != len(node.outputs):
         raise CompileError(
             f"{node.operator} has outputs {list(node.outputs)}, its lowering makes {len(values)} of them"

@@ -24,7 +24,7 @@ def takes_apart(forward: ForwardPass, node: Node) -> bool:
     return any(isinstance(forward.get(name), Apart) for name in node.inputs)
 
 
-def convert_apart(forward: ForwardPass, node: Node, convert: Converter) -> Sequence[Value]:
+def convert_apart(convert: Converter, forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Lower a node once for each sequence, by the kernels of a pass of one token, so to the bits of that pass."""
     rows = {node.inputs[place]: _split(forward, node, place) for place in TOKEN_INPUTS.get(node.operator, ())}
     taken = {name: forward.get(name) for name in (*node.inputs, POSITION)} | rows

@@ -27,9 +27,14 @@ class Batched:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Apart:
-    """What each sequence of a pass has of its own, such as its caches and its position."""
+    """What each sequence of a pass has of its own, such as its caches and its position.
+
+    Attributes:
+        rows: one tensor of all, a row of each sequence, where there is one.
+    """
 
     of: "tuple[Value, ...]"
+    rows: Activation | None = None
 
 
 @dataclass(frozen=True, slots=True)
