@@ -30,7 +30,7 @@ def toy_model(seed: int) -> Model:
 
     def logits(token_ids: Sequence[int]) -> NDArray[np.float32]:
         drawn = np.random.default_rng([seed, *token_ids]).standard_normal(VOCAB)
-        return (drawn * 1.5 + bonus).astype(np.float32)
+        return np.asarray(drawn * 1.5 + bonus, dtype=np.float32)
 
     return logits
 
@@ -72,7 +72,7 @@ def stated(model: Model, width: int, max_tokens: int, end_ids: Collection[int], 
     """Beam search as a sentence says it: every continuation of every beam is made and all are sorted."""
 
     def score(beam: Beam) -> float:
-        return beam.logprob / len(beam.token_ids) ** penalty
+        return beam.logprob / float(len(beam.token_ids) ** penalty)
 
     finished: list[Beam] = []
     followed = [Beam(token_ids=(), logprob=0.0)]
