@@ -390,6 +390,14 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
         ({"passes": []}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[2, 2], [2, 1]]}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[1, 1], [4, 2]]}, "library lacks the forward passes [(4, 1), (4, 4)]; compile again"),
+        (
+            {"batches": [1, 2]},
+            "library runs [1, 2] sequences at once, expected ascending numbers from 2; compile again",
+        ),
+        (
+            {"batches": [4, 2]},
+            "library runs [4, 2] sequences at once, expected ascending numbers from 2; compile again",
+        ),
         ({"tensors": [7]}, "compile.json.tensors[0] is 7, expected an object"),
         (
             {"tensors": raw_tensor(more=1)},

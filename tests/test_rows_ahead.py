@@ -3,12 +3,13 @@
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.steps import FunctionStep, filled_rows
@@ -161,6 +162,7 @@ def threads_of_rows() -> list[str]:
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10)
 
 
+@settings(deadline=None)
 @given(texts=st.lists(TOKENS, min_size=1, max_size=3))
 def test_every_pass_gets_the_rows_of_its_tokens(texts: list[list[int]]) -> None:
     session, executor = new_session(WatchedTable(), WatchedTable())
@@ -313,18 +315,93 @@ def test_a_forked_child_fetches_rows_ahead_too(table: WatchedTable) -> None:
         assert os.waitpid(child, 0)[1] == 0
 
 
-def test_the_rows_of_a_draft_are_requested_and_nothing_waits_for_them(table: WatchedTable) -> None:
-    session, _ = new_session(table)
+def test_the_rows_of_a_draft_are_fetched_and_nothing_waits_for_them(table: WatchedTable) -> None:
+    session, executor = new_session(table)
     with session:
         session.prefill([1, 2, 3, 4])
+        table.gathers.clear()
         table.hold.clear()
         session.request([5, 0, 5])
-        assert table.requests == []
+        assert table.gathers == []
         table.hold.set()
-        assert table.requested.acquire(timeout=10)
-        assert session.token_ids == [1, 2, 3, 4]
-    # Of 5 after 4, of 0 none, of 5 after 0, and of 5 itself once.
-    assert table.requests == [[5, 4 * VOCAB + 5]]
+        session.decode([5, 0, 5])
+    # Of 5 after 4, of 0 none, of 5 after 0.
+    assert table.gathers == [([4 * VOCAB + 5, 5, 5, 5], True)]
+    given_rows = np.concatenate([rows["site 0"] for rows in executor.rows[1:]])
+    np.testing.assert_array_equal(given_rows, true_rows([4], [5, 0, 5]), strict=True)
+
+
+def test_rows_of_a_draft_that_grows_are_fetched_once(table: WatchedTable) -> None:
+    session, _ = new_session(table)
+    with session:
+        session.prefill([1, 2, 3])
+        table.gathers.clear()
+        for length in range(1, 5):
+            session.request([4, 5, 6, 7][:length])
+        session.decode([4, 5, 6, 7])
+    assert [row_ids for row_ids, _ in table.gathers] == [
+        [3 * VOCAB + 4, 4],
+        [4 * VOCAB + 5, 5],
+        [5 * VOCAB + 6, 6],
+        [6 * VOCAB + 7, 7],
+    ]
+
+
+SHORT = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5)
+DRAFTS = st.lists(st.tuples(SHORT, st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=3)
+
+
+@settings(deadline=None)
+@given(drafts=DRAFTS, others=SHORT)
+def test_whatever_was_requested_every_pass_gets_the_rows_of_its_tokens(
+    drafts: list[tuple[list[int], int, int]], others: list[int]
+) -> None:
+    session, executor = new_session(WatchedTable(), WatchedTable())
+    whole: list[int] = []
+    with session:
+        for tokens, told, right in drafts:
+            session.request(tokens[:told])
+            session.request(tokens)
+            came = [*tokens[:right], *others]
+            session.prefill(came)
+            whole += came
+    for name in ("site 0", "site 1"):
+        found = np.concatenate([rows[name] for rows in executor.rows])
+        np.testing.assert_array_equal(found, true_rows([], whole), strict=True)
+
+
+def test_counters_tell_which_rows_of_drafts_were_used_and_ready(table: WatchedTable) -> None:
+    session, _ = new_session(table)
+    with session:
+        session.request([1, 2, 3])
+        session.request([1, 2, 3, 0, 3])
+        while len(table.gathers) < 2:
+            time.sleep(0.001)
+        session.prefill([1, 2])
+        first = session.counters["site 0"]
+        table.hold.clear()
+        session.request([3, 4])
+        threading.Timer(0.05, table.hold.set).start()
+        session.prefill([3])
+        both = session.counters["site 0"]
+    # The rows of 1, 2 and 3, which are those of the pairs (0, 1) and (0, 3) as well, and of pairs (1, 2) and (2, 3).
+    assert (first.early, first.early_used, first.early_ready) == (5, 3, 3)
+    # Then pairs (2, 3) and (3, 4) and the rows of 3 and 4, of which the pass waited for those of 3.
+    assert (both - first) == TableCounters(rows=both.rows - first.rows, early=4, early_used=2, early_ready=0)
+
+
+def test_a_draft_that_can_not_be_read_is_no_error_where_others_come(table: WatchedTable) -> None:
+    session, executor = new_session(table)
+    with session:
+        session.prefill([1])
+        table.fails_at = 0
+        session.request([2])
+        with pytest.raises(TableError):
+            session.prefill([2])
+        table.fails_at = -1
+        session.prefill([3])
+    np.testing.assert_array_equal(executor.rows[-1]["site 0"], true_rows([1], [3]), strict=True)
+    assert session.counters["site 0"].early == 0
 
 
 def test_a_draft_of_an_unknown_token_is_refused(table: WatchedTable) -> None:

@@ -80,7 +80,7 @@ _REDUCTION = Signature(range(2), optional={"keepdims": FLAG, "noop_with_empty_ax
 
 _STANDARD = {
     **dict.fromkeys(("Abs", "Relu", "Sigmoid", "Sign", "Sqrt", "Tanh"), _ONE),
-    **dict.fromkeys(("Add", "Div", "Expand", "MatMul", "Mul", "Sub", "Unsqueeze"), _TWO),
+    **dict.fromkeys(("Add", "Div", "Expand", "Less", "MatMul", "Mul", "Sub", "Unsqueeze"), _TWO),
     "Cast": Signature(range(1), required={"to": ANY}),
     "Clip": Signature(range(1), takes=(1, 2)),
     "Concat": Signature(range(1), takes=COUNT, required={"axis": ANY}),
@@ -98,6 +98,7 @@ _STANDARD = {
     "Split": Signature(range(1), takes=(1,), optional={"axis": ANY, "num_outputs": ANY}),
     "Squeeze": Signature(range(1), takes=(1,)),
     "Transpose": Signature(range(1), required={"perm": ANY}),
+    "Where": Signature(range(3)),
 }
 
 _BLOCKS = {"block_size": (32,)}

@@ -177,6 +177,19 @@ def take(forward: ForwardPass, node: Node) -> Sequence[Value]:
     return [forward.emit(relax.op.take(x.expr, wanted.expr, axis=axis, mode="clip"), result, x.dtype)]
 
 
+def less(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Compare element by element."""
+    x, y = forward.activation(node, 0), forward.activation(node, 1)
+    return [forward.emit(relax.op.less(x.expr, y.expr), np.broadcast_shapes(x.shape, y.shape), "bool")]
+
+
+def where(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Choose element by element."""
+    chooser, x, y = (forward.activation(node, index) for index in range(3))
+    shape = np.broadcast_shapes(chooser.shape, x.shape, y.shape)
+    return [forward.emit(relax.op.where(chooser.expr, x.expr, y.expr), shape, x.dtype)]
+
+
 def concat(forward: ForwardPass, node: Node) -> Sequence[Value]:
     """Join along an axis."""
     values = [forward.get(name) for name in node.inputs]
@@ -257,6 +270,7 @@ STANDARD_CONVERTERS: Converters = {
     "Concat": concat,
     "Div": elementwise(relax.op.divide, np.divide),
     "Expand": expand,
+    "Less": less,
     "Mul": mul,
     "RMSNormalization": rms_normalization,
     "Relu": elementwise(relax.op.nn.relu, lambda x: np.maximum(x, 0)),
@@ -271,4 +285,5 @@ STANDARD_CONVERTERS: Converters = {
     "Squeeze": squeeze,
     "Transpose": transpose,
     "Unsqueeze": unsqueeze,
+    "Where": where,
 }

@@ -102,6 +102,9 @@ class TerminalReporter:
 @click.option("--context", type=int, help="Tokens a sequence may have.  [default: what the model was trained for]")
 @click.option("--engram", type=click.Path(path_type=Path), help="Folder with an Engram site or a draft head to add.")
 @click.option(
+    "--embeddings", is_flag=True, help="Have positions given as input embeddings, too, and tell hidden states."
+)
+@click.option(
     "--tables-only",
     is_flag=True,
     help="Export tables, and the sites that read them, without the decoder: all there is of deepseek_v41.",
@@ -117,6 +120,7 @@ def export(
     table_dtype: str | None,
     context: int | None,
     engram: Path | None,
+    embeddings: bool,
     tables_only: bool,
     force: bool,
     as_json: bool,
@@ -137,6 +141,7 @@ def export(
         table_dtype=table_dtype,
         context=context,
         engram=engram,
+        embeddings=embeddings,
         replace=force,
     )
     started = time.monotonic()

@@ -34,6 +34,7 @@ class Step:
         states: by name, in the shapes of their `StateSpec`.
         rotations: cosine and sine ``[S, rotary_dim / 2]`` by kind of attention.
         activity: what gated sites say of themselves, by site; see `GatedSite`.
+        embeddings: ``[T, D]``, read where a token id is negative; None where all positions are tokens.
     """
 
     token_ids: Tensor
@@ -42,6 +43,7 @@ class Step:
     states: dict[str, Tensor]
     rotations: Mapping[str, tuple[Tensor, Tensor]]
     activity: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: Tensor | None = None
 
 
 class Stateful(nn.Module):
@@ -99,7 +101,7 @@ class Decoder(nn.Module, ABC):
     """A causal language model; families implement `hidden`, `normed` and `head`.
 
     Attributes:
-        tells_hidden: whether `forward` returns what `normed` does, which a draft head goes on from.
+        tells_hidden: whether `forward` returns what `normed` does, which a draft head or another sequence goes on from.
     """
 
     def __init__(self, context_length: int, rotations: Mapping[str, RotaryEmbedding]) -> None:
@@ -154,6 +156,7 @@ class Decoder(nn.Module, ABC):
         logit_rows: Tensor,
         rows: Sequence[Tensor],
         states: Sequence[Tensor],
+        embeddings: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run T tokens after ``position [1]`` earlier ones.
 
@@ -162,6 +165,7 @@ class Decoder(nn.Module, ABC):
             logit_rows: ``[R]`` int64, which of the T tokens get logits.
             rows: of each site, ``[T, C, d]`` float32, in the order of `table_inputs`.
             states: in the order of `state_specs`.
+            embeddings: see `Step`.
 
         Returns:
             ``[R, V]`` logits, the activity ``[T, G, 3]`` of `gated_sites`, where `tells_hidden` the hidden states
@@ -174,6 +178,7 @@ class Decoder(nn.Module, ABC):
             rows={table.site: values for table, values in zip(self.table_inputs(), rows, strict=True)},
             states={spec.name: state for spec, state in zip(specs, states, strict=True)},
             rotations=self.rotation_tables(),
+            embeddings=embeddings,
         )
         hidden = self.hidden(step)
         told = [step.activity[site] for site in self.gated_sites()]

@@ -21,7 +21,8 @@ Stage = Callable[[str, int], AbstractContextManager[Progress]]  # shows a title 
 
 def trace_graphs(source: ModelSource, weights: WeightFormat) -> dict[str, TracedGraph]:
     """Trace the decoder and, where there is one, its draft head."""
-    graphs = {DECODER: trace(lambda: source.build(weights))}
+    embedding_width = source.architecture.text.hidden_size if source.takes_embeddings else 0
+    graphs = {DECODER: trace(lambda: source.build(weights), embedding_width)}
     if source.draft is not None:
         graphs[DRAFT_HEAD] = trace_draft(lambda: source.build_draft(weights))
     return graphs

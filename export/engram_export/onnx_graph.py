@@ -19,7 +19,7 @@ from engram_export.decoder import Decoder
 from engram_export.draft_head import DraftHead
 from engram_export.multi_stream_site import MultiStreamSite
 from engram_export.onnx_functions import add_functions
-from engram_runtime.manifest import ACTIVITY, HIDDEN, NEXT_HIDDEN, GraphSpec, StateSpec, TensorSpec
+from engram_runtime.manifest import ACTIVITY, EMBEDDINGS, HIDDEN, NEXT_HIDDEN, GraphSpec, StateSpec, TensorSpec
 from engram_runtime.safetensors_layout import TensorPlan
 
 OPSET = 23  # the first with RMSNormalization
@@ -78,29 +78,34 @@ class TracedGraph:
         )
 
 
-def trace(build: Callable[[], Decoder]) -> TracedGraph:
+def trace(build: Callable[[], Decoder], embedding_width: int = 0) -> TracedGraph:
     """Trace the model ``build()`` makes; no parameter gets memory.
 
-    The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]`` and
-    the states; its outputs are logits ``[R, V]``, ``activity.<site>`` ``[T, G, 3]`` of gated sites, hidden ``[T, D]``
-    for a draft head, and ``next.<state>``.
+    The graph's inputs are token_ids ``[T]``, position ``[1]``, logit_rows ``[R]``, ``rows.<site>`` ``[T, C, d]``, the
+    states and, if it takes them, embeddings ``[T, D]``. Its outputs are logits ``[R, V]``, ``activity.<site>``
+    ``[T, G, 3]`` of gated sites, hidden ``[T, D]`` if it tells it, and ``next.<state>``.
+
+    Args:
+        embedding_width: D of the input embeddings it takes, 0 for none.
     """
     with FakeTensorMode():
         model = build()
         states = model.state_specs()
         tokens, rows_wanted = torch.export.Dim("T"), torch.export.Dim("R")
-        arguments = _example_inputs(model, states)
+        arguments = _example_inputs(model, states, embedding_width)
         dynamic: tuple[Any, ...] = (
             {0: tokens},
             {},
             {0: rows_wanted},
             [{0: tokens} for _ in arguments[3]],
             [{} for _ in states],
+            *([{0: tokens}] if embedding_width else []),
         )
         graph = _exported(model, arguments, dynamic)
     _optimise(graph, model)
     sites = [f"rows.{table.site}" for table in model.table_inputs()]
     inputs = ["token_ids", "position", "logit_rows", *sites, *(state.name for state in states)]
+    inputs += [EMBEDDINGS] if embedding_width else []
     activity = [f"{ACTIVITY}{site}" for site in model.gated_sites()]
     told = [*activity, *([HIDDEN] if model.tells_hidden else [])]
     outputs = ["logits", *told, *(f"next.{state.name}" for state in states)]
@@ -166,9 +171,10 @@ def _optimise(graph: ir.Model, module: nn.Module) -> None:
     add_functions(graph)  # the optimizer would inline them
 
 
-def _example_inputs(model: Decoder, states: Sequence[StateSpec]) -> tuple[Any, ...]:
+def _example_inputs(model: Decoder, states: Sequence[StateSpec], embedding_width: int) -> tuple[Any, ...]:
     rows = [torch.empty(TRACED_TOKENS, table.columns, table.row_dim) for table in model.table_inputs()]
-    return (*_example_places(), rows, [torch.empty(state.shape) for state in states])
+    embeddings = [torch.empty(TRACED_TOKENS, embedding_width)] if embedding_width else []
+    return (*_example_places(), rows, [torch.empty(state.shape) for state in states], *embeddings)
 
 
 def _example_places() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

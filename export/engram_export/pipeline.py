@@ -71,6 +71,7 @@ class ExportOptions:
     engram: Path | None
     replace: bool
     calibration: str = BUILT_IN
+    embeddings: bool = False
 
 
 class Reporter(Protocol):
@@ -101,7 +102,9 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     """
     check_table_options(options.tables, options.table_dtype)
     check_calibration(options.quant, options.calibration)
-    source = open_source(options.checkpoint, engram=options.engram, context=options.context)
+    source = open_source(
+        options.checkpoint, engram=options.engram, context=options.context, embeddings=options.embeddings
+    )
     chosen = weight_format(options.quant, source.kept_type)
     text = read_calibration(source, options.quant, options.calibration)
     calibrating = isinstance(text, Windows)

@@ -30,6 +30,7 @@ from engram_export.linear import BlockLinear, Int4Linear, WeightModule
 from engram_export.safetensors_file import SafetensorsFile
 from engram_export.scaled_tensors import scaled_tensors
 from engram_export.tensor_union import TensorUnion
+from engram_export.text_decoder import TextDecoder
 from engram_export.weight_map import Joined, ReadRows, Slice, WeightSource, row_slices
 from engram_runtime.errors import CheckpointError, RequestError
 
@@ -49,11 +50,12 @@ class ModelSource:
     computed: Mapping[str, ReadRows]  # parameters no checkpoint holds
     int4: SafetensorsFile | None = None  # parameters of int4 layers that were calibrated
     draft: DraftSource | None = None
+    takes_embeddings: bool = False  # whether positions may be given as embeddings
 
     def build(self, weight_format: WeightFormat, *, context_length: int | None = None) -> Decoder:
         """Make the model's module with uninitialised parameters in a weight format, for another context if given."""
         model = _build(self.architecture, self.sites, context_length or self.context_length, weight_format)
-        model.tells_hidden = self.draft is not None
+        model.tells_hidden = self.draft is not None or self.takes_embeddings
         return model
 
     def build_draft(self, weight_format: WeightFormat, *, context_length: int | None = None) -> DraftHead:
@@ -116,15 +118,17 @@ class ModelSource:
         return np.concatenate([codes for codes, _, _ in parts]), np.concatenate([scales for _, scales, _ in parts])
 
 
-def open_source(path: Path, *, engram: Path | None, context: int | None) -> ModelSource:
+def open_source(path: Path, *, engram: Path | None, context: int | None, embeddings: bool = False) -> ModelSource:
     """Open a checkpoint and resolve all its weights.
 
     Args:
         engram: a folder whose Engram site or draft head, or both, are added to the checkpoint, or None.
         context: tokens a sequence may have, or None for what the model was trained for.
+        embeddings: have the decoder take input embeddings, too.
 
     Raises:
-        CheckpointError: unknown architecture, tensors missing, left over or malformed.
+        CheckpointError: unknown architecture, or one that takes no input embeddings; tensors missing, left over or
+            malformed.
         RequestError: a context the model can't have.
     """
     checkpoint = open_checkpoint(path)
@@ -138,6 +142,11 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
         raise RequestError(f"context is {context_length}, this model takes 1 to {max_positions} tokens")
     with FakeTensorMode():
         skeleton = _build(architecture, sites, context_length, FLOAT)
+        if embeddings and not isinstance(skeleton, TextDecoder):
+            raise CheckpointError(
+                f"models of {architecture.text.family!r} take no input embeddings, only those of one residual stream "
+                f"and an embedding alone, like llama and qwen3; export without --embeddings"
+            )
         parameters = dict(skeleton.named_parameters())
         if draft is not None:
             parameters |= _build_draft(architecture, draft, context_length, FLOAT).named_parameters()
@@ -147,7 +156,17 @@ def open_source(path: Path, *, engram: Path | None, context: int | None) -> Mode
     weights = _resolve(checkpoint, architecture, sites, draft, tables, wanted)
     by_site = {table.site: table for table in tables}
     ordered = [by_site[table.site] for table in skeleton.table_inputs()]
-    return ModelSource(checkpoint, architecture, sites, ordered, context_length, weights, computed, draft=draft)
+    return ModelSource(
+        checkpoint,
+        architecture,
+        sites,
+        ordered,
+        context_length,
+        weights,
+        computed,
+        draft=draft,
+        takes_embeddings=embeddings,
+    )
 
 
 def has_experts(source: ModelSource) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,12 +82,22 @@ class TextDecoder(Decoder):
 
     def hidden(self, step: Step) -> Tensor:
         """See `Decoder`."""
-        x: Tensor = self.embedding(step.token_ids)
+        x = self._embedded(step)
         for index, layer in enumerate(self.layers):
             if str(index) in self.sites:
                 x = self.sites[str(index)](x, step)
             x = layer(x, step)
         return x
+
+    def _embedded(self, step: Step) -> Tensor:
+        """Return the input embeddings ``[T, D]``."""
+        embedded: Tensor
+        if step.embeddings is None:
+            embedded = self.embedding(step.token_ids)
+            return embedded
+        given = step.token_ids < 0
+        embedded = self.embedding(torch.where(given, 0, step.token_ids))
+        return torch.where(given.unsqueeze(-1), step.embeddings, embedded)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""

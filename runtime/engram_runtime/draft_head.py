@@ -56,14 +56,14 @@ class DraftHead:
         """Add T entries.
 
         Args:
-            token_ids: ``[T]``, the token after each position.
+            token_ids: ``[T]``, the token after each position; that of id 0 stands in for one that is no token.
             hidden: ``[T, D]`` of each position, from `engram_runtime.session.Session.hidden`.
             every_row: for logits of all entries instead of the last one's.
 
         Raises:
             RequestError: no entry, another number of hidden states, or more entries than the context holds.
         """
-        ids = np.asarray(token_ids, dtype=np.int64)
+        ids = np.maximum(np.asarray(token_ids, dtype=np.int64), 0)
         self._check(len(ids), len(hidden))
         parts, start = [], 0
         for size in self._executor.chunks(len(ids)):

@@ -48,6 +48,7 @@ class StepInputs:
         logit_rows: ``[R]`` int64, the tokens of this pass whose logits are wanted.
         rows: by site in the manifest's order, asked for when the pass begins and waited for when it comes to the site.
         hidden: ``[T, D]`` float32, what a draft head goes on from; a decoder takes none.
+        embeddings: ``[T, D]`` float32, read where a token id is negative; for a decoder that takes them, else None.
     """
 
     token_ids: NDArray[np.int64]
@@ -55,6 +56,7 @@ class StepInputs:
     logit_rows: NDArray[np.int64]
     rows: Mapping[str, PendingRows]
     hidden: NDArray[np.float32] | None = None
+    embeddings: NDArray[np.float32] | None = None
 
 
 class Step(Protocol):
@@ -115,11 +117,13 @@ class BatchInputs:
         token_ids: ``[B]`` int64.
         positions: ``[B]`` int64, how many tokens the states of each already hold.
         rows: by site in the manifest's order, ``[B, C, d]``.
+        embeddings: ``[B, D]`` float32 for a decoder that takes them, else None; see `StepInputs`.
     """
 
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     rows: Mapping[str, PendingRows]
+    embeddings: NDArray[np.float32] | None = None
 
 
 class BatchStep(Protocol):

@@ -1,14 +1,17 @@
 """Token by token generation over a session, and what it took."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.sampling import Sampler
 from engram_runtime.session import Session
 from engram_runtime.tables.counters import TableCounters
+
+Tokens = Generator[int, None, None]  # ids one by one; closing it leaves the session with the tokens before the last one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,7 @@ class Generation:
         ttft_s: seconds from the request to the first token.
         decode_s: seconds from the first token to the last.
         tables: by site, what its table was asked for, see `Session.counters`; zeros with tables off.
+        drafts: what they came to, None where none were made.
     """
 
     text: str
@@ -32,6 +36,7 @@ class Generation:
     ttft_s: float
     decode_s: float
     tables: Mapping[str, TableCounters]
+    drafts: DraftStatistics | None = None
 
     @property
     def prefill_tok_s(self) -> float:
@@ -46,7 +51,7 @@ class Generation:
 
 def decode_tokens(
     session: Session, logits: NDArray[np.float32], sample: Sampler, *, max_tokens: int, end_ids: Collection[int]
-) -> Iterator[int]:
+) -> Tokens:
     """Yield up to ``max_tokens`` ids, the end token included if one comes.
 
     Args:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 NO_ROW = -1  # in place of a row id where a token reads no row and gets zeros
 _FEW_TOKENS = 8  # up to here plain Python hashes faster than numpy with its many calls
-_NO_TOKEN = -1  # what is seen before the first token
+NO_TOKEN = -1  # the id of a position that was no token: it reads no row, and hides all up to it from what follows
 
 
 class Keyer(Protocol):
@@ -33,7 +33,7 @@ class Keyer(Protocol):
 
         Args:
             history: raw ids before ``token_ids``; only the last `context` matter.
-            token_ids: ``[T]`` raw ids.
+            token_ids: ``[T]`` raw ids, or `NO_TOKEN`.
         """
         ...
 
@@ -125,6 +125,7 @@ class NgramKeyer:
             row_ids %= known.primes_of_few[:count]
             row_ids += known.offsets_of_few[:count]
         silent = known.silent.take(token_ids, mode="clip")
+        silent |= token_ids < 0
         if np.count_nonzero(silent):
             row_ids[silent] = NO_ROW
         return row_ids
@@ -156,14 +157,14 @@ class NgramKeyer:
         barriers = np.zeros(len(ids), dtype=np.bool_)
         known = slice(self.context - len(recent), None)
         ids[known] = raw if self.token_map is None else self.token_map.take(raw)
-        barriers[known] = self._constants.barriers.take(raw, mode="clip")
+        barriers[known] = self._constants.barriers.take(raw, mode="clip") | (raw < 0)
         return ids, barriers
 
     def _few_hashes(self, history: Sequence[int], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return what `_many_hashes` does."""
         known = self._constants
         missing = max(0, known.context - len(history))
-        seen = [*[_NO_TOKEN] * missing, *history[len(history) - known.context + missing :], *token_ids.tolist()]
+        seen = [*[NO_TOKEN] * missing, *history[len(history) - known.context + missing :], *token_ids.tolist()]
         hashes = [self._token_hashes(seen, end) for end in range(known.context, len(seen))]
         return np.array(hashes, dtype=np.int64).reshape(len(hashes), len(self.orders))
 
@@ -189,7 +190,7 @@ class _Constants:
         self.order_of_column = np.arange(len(keyer.orders)).repeat(keyer.num_heads)
         self.primes_of_few, self.offsets_of_few = np.tile(keyer.primes, few), np.tile(keyer.offsets, few)
         self.steps = [(factor, back + 1 in keyer.orders) for back, factor in enumerate(keyer.multipliers.tolist())]
-        self.hiding = frozenset([_NO_TOKEN, *keyer.barrier_ids.tolist()])
+        self.hiding = frozenset([NO_TOKEN, *keyer.barrier_ids.tolist()])
         self.barriers, self.silent = _membership(keyer.barrier_ids), _membership(keyer.silent_ids)
         self.compressed: Callable[[int], int] = int if keyer.token_map is None else keyer.token_map.item
 

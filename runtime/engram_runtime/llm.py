@@ -1,5 +1,6 @@
 """A bundle ready to generate: the Python API most callers need."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
+from engram_runtime.drafting.acceptance import by_sampling
+from engram_runtime.drafting.opening import open_drafting
+from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
+from engram_runtime.drafting.speculate import Speculation, decode_drafted
+from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
-from engram_runtime.generation import Generation, decode_tokens
+from engram_runtime.generation import Generation, Tokens, decode_tokens
 from engram_runtime.parallel.beam import Beam, beam_search
 from engram_runtime.parallel.samples import Sample, draw_samples, seeded
 from engram_runtime.sampling import SamplingOptions, make_sampler
+from engram_runtime.sequences import common_length
 from engram_runtime.session import Session
 from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, silently
 from engram_runtime.tables.options import TableOptions
@@ -40,6 +47,7 @@ class LLM:
         threads: int | None = None,
         tables_on: bool = True,
         tables: TableOptions = AUTO_OPTIONS,
+        drafts: DraftOptions = NO_DRAFTS,
         announce: Announce = silently,
     ) -> None:
         """Open and load a bundle.
@@ -49,15 +57,18 @@ class LLM:
             threads: worker threads, or None for what the target profile says, else one per core.
             tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
             tables: how they are read, if they are.
+            drafts: who drafts tokens that a forward pass verifies, several at once; the text stays the same.
             announce: see `engram_runtime.session.open_sites`.
 
         Raises:
             BundleError: the bundle or an overlay is damaged, or the overlay is for another table.
             TargetError: the executor can't run it on this machine.
-            RequestError: no such executor, not a positive number of threads, or no room for resident tables.
+            RequestError: no such executor, not a positive number of threads, no room for resident tables, or no head
+                to draft with.
         """
         self.bundle = Bundle.open(Path(bundle))
         self.executor = load_executor(executor, self.bundle, threads=threads)
+        self._drafting = open_drafting(self.bundle, self.executor, drafts)
         self.session = Session.open(self.bundle, self.executor, options=tables, tables_on=tables_on, announce=announce)
         self._tokenizer: TextTokenizer | None = None
         self.last: Generation | None = None
@@ -119,17 +130,18 @@ class LLM:
         pieces: list[str] = []
         token_ids: list[int] = []
         first = last = prefilled
-        tokens = decode_tokens(self.session, logits, make_sampler(sampling), max_tokens=max_tokens, end_ids=end_ids)
-        for token_id in tokens:
-            last = time.perf_counter()
-            first = last if not token_ids else first
-            token_ids.append(token_id)
-            piece = "" if token_id in end_ids else text.push(token_id)
-            pieces.append(piece)
-            if piece:
-                yield piece
-            if text.stopped is not None:
-                break
+        tokens, drafts = self._tokens(logits, sampling, max_tokens)
+        with contextlib.closing(tokens):
+            for token_id in tokens:
+                last = time.perf_counter()
+                first = last if not token_ids else first
+                token_ids.append(token_id)
+                piece = "" if token_id in end_ids else text.push(token_id)
+                pieces.append(piece)
+                if piece:
+                    yield piece
+                if text.stopped is not None:
+                    break
         rest = text.finish()
         if rest:
             yield rest
@@ -143,6 +155,7 @@ class LLM:
             ttft_s=first - started,
             decode_s=last - first,
             tables={site: now - counters[site] for site, now in self.session.counters.items()},
+            drafts=drafts,
         )
 
     def chat(
@@ -208,9 +221,22 @@ class LLM:
         self.session.trim(len(self.session))
         return np.concatenate(list(self.session.logits(token_ids)))
 
+    def _tokens(
+        self, logits: NDArray[np.float32], sampling: SamplingOptions, max_tokens: int
+    ) -> tuple[Tokens, DraftStatistics | None]:
+        """Return the ids that follow the session's tokens, and where their drafts are counted."""
+        sample, end_ids = make_sampler(sampling), self.tokenizer.eos_token_ids
+        if self._drafting is None:
+            return decode_tokens(self.session, logits, sample, max_tokens=max_tokens, end_ids=end_ids), None
+        drafter, schedule = self._drafting.drafter, self._drafting.schedule
+        statistics = DraftStatistics(drafter=drafter.name)
+        speculation = Speculation(drafter, schedule, by_sampling(sample), statistics)
+        tokens = decode_drafted(self.session, logits, speculation, max_tokens=max_tokens, end_ids=end_ids)
+        return tokens, statistics
+
     def _prefill(self, prompt_ids: Sequence[int]) -> tuple[NDArray[np.float32], int]:
         """Make the session hold the prompt; returns logits ``[V]`` and how many tokens were computed."""
-        shared = _common_length(self.session.token_ids, prompt_ids[:-1])
+        shared = common_length(self.session.token_ids, prompt_ids[:-1])
         again = self.session.trim(len(self.session) - shared)
         return self.session.prefill(prompt_ids[shared:]), again + len(prompt_ids) - shared
 
@@ -230,8 +256,3 @@ class LLM:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

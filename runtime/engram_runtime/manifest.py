@@ -18,6 +18,7 @@ MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions 
 DECODER = "decoder"
 DRAFT_HEAD = "mtp"  # the graph that drafts the token after the next
 HIDDEN, NEXT_HIDDEN = "hidden", "next.hidden"  # what a draft head goes on from, and what it leaves for that
+EMBEDDINGS = "embeddings"  # a decoder's input for positions that are no tokens
 SITE_GRAPH = "site."  # before the name of the site whose graph it is
 ROWS = "rows."  # before the name of the site whose input it is
 ACTIVITY = "activity."  # before the name of the site whose output it is
@@ -68,8 +69,8 @@ class StateSpec:
     """A cache the caller owns: input ``name``, output ``next.<name>``, written in place.
 
     ``positional`` states hold one entry per position on their second-last axis and roll back by forgetting positions;
-    ``window`` states hold the last few steps and ``recurrent`` ones a summary of all, so going back means computing the
-    kept tokens again.
+    ``window`` states hold the last few steps and ``recurrent`` ones a summary of all, so going back means going back to
+    a copy and computing the kept tokens since then again.
     """
 
     name: str
@@ -103,8 +104,8 @@ class GraphSpec:
     """An ONNX graph, its external weights and its interface.
 
     A decoder's ``outputs`` are the logits and, of sites that gate their rows, ``activity.<site>`` ``[T, G, 3]``; see
-    `engram_runtime.activity`. Bundles exported before there were such outputs have the logits alone. For a draft head
-    there is ``hidden`` ``[T, D]`` as well, the last hidden states after the final norm.
+    `engram_runtime.activity`. Bundles exported before there were such outputs have the logits alone. For a draft head,
+    or beside input embeddings, there is ``hidden`` ``[T, D]`` as well, the last hidden states after the final norm.
     """
 
     file: str
@@ -129,6 +130,11 @@ class GraphSpec:
     def activity_outputs(self) -> tuple[str, ...]:
         """Names of the outputs that say what sites do."""
         return tuple(output.name for output in self.outputs if output.name.startswith(ACTIVITY))
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether there is an input ``embeddings`` ``[T, D]``, read in place of the tokens whose ids are negative."""
+        return any(value.name == EMBEDDINGS for value in self.inputs)
 
     @property
     def told_outputs(self) -> tuple[str, ...]:
@@ -241,12 +247,15 @@ class Manifest:
 
     def _check_draft_parts(self) -> None:
         """Refuse some parts of a draft head without the others."""
-        told = DECODER in self.graphs and HIDDEN in self.graphs[DECODER].told_outputs
+        decoder = self.graphs.get(DECODER)
+        told = decoder is not None and HIDDEN in decoder.told_outputs
         parts = {
             f"graph {DRAFT_HEAD!r}": DRAFT_HEAD in self.graphs,
             f"output {HIDDEN!r} of the decoder": told,
             "draft_vocabulary": self.draft_vocabulary is not None,
         }
+        if told and decoder is not None and decoder.takes_embeddings:  # they are told without a head as well
+            del parts[f"output {HIDDEN!r} of the decoder"]
         if len(set(parts.values())) > 1:
             missing = [part for part, there in parts.items() if not there]
             raise BundleError(f"the draft head lacks {' and '.join(missing)}; export the bundle again")
@@ -276,6 +285,7 @@ class Manifest:
         inputs: list[Interface] = [
             *POSITIONS,
             *(_rows_input(table) for table in self.tables),
+            *([self._hidden(EMBEDDINGS)] if decoder.takes_embeddings else []),
         ]
         if (found := _interfaces(decoder.inputs)) != inputs:
             raise BundleError(

@@ -1,18 +1,16 @@
 """Rows on their way: a thread fetches them while the graph runs towards the sites that read them."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.executor import PendingRows
+from engram_runtime.fetched_rows import RowBuffers, RowIds, RowRun
 from engram_runtime.site import Site
-
-Rows = Mapping[str, NDArray[np.float32]]  # by site, [T, C, d]
+from engram_runtime.tables.counters import TableCounters
 
 
 class RowsAhead:
@@ -20,14 +18,18 @@ class RowsAhead:
 
     Row ids depend on tokens and the few before them, not on where in the sequence they stand. So rows fetched ahead are
     taken where exactly these are asked for, and anything else is fetched anew, whatever happened to the sequence.
+
+    Attributes:
+        context: how many earlier tokens rows depend on.
+        early: by site, what was fetched because of `request`.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = sites
-        self._context = max((site.keyer.context for site in sites), default=0)
-        self._current, self._other = _Buffers(sites), _Buffers(sites)
-        self._taken: _Fetched | None = None  # what the caller waits for, or has waited for
-        self._ahead: _Fetched | None = None
+        self.context = max((site.keyer.context for site in sites), default=0)
+        self.early = {site.name: TableCounters() for site in sites}
+        self._buffers, self._other = RowBuffers(sites), RowBuffers(sites)
+        self._runs: list[RowRun] = []  # that the thread may work for, the last one going on
         self._worker: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
@@ -40,31 +42,47 @@ class RowsAhead:
         """
         if not self._sites:
             return {}
-        recent = self._recent(history)
-        taken = self._ahead
-        if taken is None or not taken.is_of(recent, token_ids):
+        wanted = token_ids.tolist()
+        run = self._run(history, wanted)
+        if run is None:
             self.settle()
-            taken = self._begin(recent, token_ids)
-        self._taken, self._ahead = taken, None
+            run = self._begin(history)
+        run.extend(wanted[run.left :])
+        rows = run.take(len(wanted))
         if len(following):
-            self._ahead = self._begin(self._recent([*recent, *token_ids.tolist()]), following)
-        return taken.pending(self._sites)
-
-    def _begin(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> "_Fetched":
-        self._current, self._other = self._other, self._current
-        return _Fetched(recent, token_ids, self._thread().submit(self._fetch, recent, token_ids, self._current))
+            known, coming = [*history, *wanted], following.tolist()
+            after = self._run(known, coming) or self._begin(known)
+            after.extend(coming[after.left :])
+        return rows
 
     def request(self, history: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Begin to bring rows into memory without waiting; where that fails, fetching them does and says why."""
+        """Fetch rows that may be asked for next; where that fails, asking for them does and says why.
+
+        Those of the tokens that the last request began with as well are on their way already.
+        """
         if self._sites:
-            self._thread().submit(self._request, self._recent(history), np.array(token_ids, dtype=np.int64))
+            run = self._run(history, token_ids) or self._begin(history)
+            run.extend(token_ids[run.left :], early=True)
+
+    def _run(self, history: Sequence[int], token_ids: Sequence[int]) -> RowRun | None:
+        """Return the run that goes on with tokens, or may."""
+        runs = self._runs[-1:] if self._process == os.getpid() else []
+        return next((run for run in runs if run.leads_to(self._recent(history), token_ids)), None)
+
+    def _begin(self, history: Sequence[int]) -> RowRun:
+        self._buffers, self._other = self._other, self._buffers
+        self._runs.append(RowRun(self._sites, self._buffers, self._submit, self._recent(history)))
+        return self._runs[-1]
 
     def settle(self) -> None:
         """Wait until no thread fills a buffer, and forget what was fetched ahead."""
-        for fetched in (self._taken, self._ahead):
-            if fetched is not None:
-                fetched.rows.exception()
-        self._taken = self._ahead = None  # not before: an interrupted wait leaves the thread at work
+        if self._process == os.getpid():  # else the thread didn't live on in this forked child
+            for run in self._runs:
+                run.wait()
+            for run in self._runs:
+                for site, counts in run.early().items():
+                    self.early[site] += counts
+        self._runs = []  # not before: an interrupted wait leaves the thread at work
 
     def close(self) -> None:
         """End the thread; tables can be closed then."""
@@ -74,62 +92,10 @@ class RowsAhead:
         self._worker = None
 
     def _recent(self, history: Sequence[int]) -> Sequence[int]:
-        return history[max(0, len(history) - self._context) :]
+        return history[max(0, len(history) - self.context) :]
 
-    def _thread(self) -> ThreadPoolExecutor:
-        if self._worker is None or self._process != os.getpid():  # threads don't live on in a forked child
+    def _submit(self, fetch: Callable[[], RowIds]) -> Future[RowIds]:
+        if self._worker is None or self._process != os.getpid():
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="engram-rows")
             self._process = os.getpid()
-        return self._worker
-
-    def _fetch(self, recent: Sequence[int], token_ids: NDArray[np.int64], buffers: "_Buffers") -> Rows:
-        row_ids = self._row_ids(recent, token_ids)
-        # One site's rows are waited for while those of the others are on their way.
-        for site, ids in row_ids[1:]:
-            site.request(ids)
-        rows = buffers.rows(len(token_ids))
-        for site, ids in row_ids:
-            site.gather(ids, rows[site.name])
-        return rows
-
-    def _request(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> None:
-        for site, ids in self._row_ids(recent, token_ids):
-            site.request(ids)
-
-    def _row_ids(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> list[tuple[Site, NDArray[np.int64]]]:
-        return [(site, site.keyer.row_ids(recent, token_ids)) for site in self._sites]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Fetched:
-    """Rows that the thread fetches, and what they depend on: tokens, and as many before them as keyers look back."""
-
-    recent: Sequence[int]
-    token_ids: NDArray[np.int64]
-    rows: Future[Rows]
-
-    def is_of(self, recent: Sequence[int], token_ids: NDArray[np.int64]) -> bool:
-        return self.recent == recent and np.array_equal(self.token_ids, token_ids)
-
-    def pending(self, sites: Sequence[Site]) -> Mapping[str, PendingRows]:
-        count = len(self.token_ids)
-        return {site.name: PendingRows(site.shape(count), partial(self._copy, site.name)) for site in sites}
-
-    def _copy(self, name: str, out: NDArray[np.float32]) -> None:
-        out[...] = self.rows.result()[name]
-
-
-class _Buffers:
-    """One buffer per site, as long as the longest chunk so far: faults of fresh pages cost more than rows do."""
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self._sites = sites
-        self._length = 0
-        self._rows: Rows = {site.name: site.empty(0) for site in sites}
-
-    def rows(self, count: int) -> Rows:
-        """Return room for the rows of ``count`` tokens."""
-        if count > self._length:
-            self._rows = {site.name: site.empty(count) for site in self._sites}
-            self._length = count
-        return {name: rows[:count] for name, rows in self._rows.items()}
+        return self._worker.submit(fetch)

@@ -55,11 +55,11 @@ def make_sampler(options: SamplingOptions) -> Sampler:
     rng = np.random.Generator(np.random.PCG64(options.seed))
 
     def sample_greedy(logits: NDArray[np.float32], token_ids: Sequence[int]) -> int:
-        return int(np.argmax(_penalise(_checked(logits), token_ids, options.repetition_penalty)))
+        return int(np.argmax(_penalise(finite(logits), token_ids, options.repetition_penalty)))
 
     def sample_random(logits: NDArray[np.float32], token_ids: Sequence[int]) -> int:
-        kept_ids, weights = distribution(_checked(logits), token_ids, options)
-        return _draw(kept_ids, weights, rng)
+        kept_ids, weights = distribution(finite(logits), token_ids, options)
+        return draw(kept_ids, weights, rng)
 
     return sample_greedy if options.temperature == 0 else sample_random
 
@@ -69,11 +69,12 @@ def _require(name: str, value: float | None, valid: bool, wanted: str) -> None:
         raise RequestError(f"{name} is {value}, wanted {wanted}")
 
 
-def _checked(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    finite = np.isfinite(logits)
-    if not finite.all():
+def finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logits; raises VerificationError if one is not finite."""
+    sound = np.isfinite(logits)
+    if not sound.all():
         raise VerificationError(
-            f"the model produced {logits.size - np.count_nonzero(finite)} logits of {logits.size} that are nan or "
+            f"the model produced {logits.size - np.count_nonzero(sound)} logits of {logits.size} that are nan or "
             "infinite, wanted finite numbers; check the bundle, or export it with a wider dtype"
         )
     return logits
@@ -83,7 +84,7 @@ def _penalise(logits: NDArray[np.float32], token_ids: Sequence[int], penalty: fl
     if penalty == 1.0 or not token_ids:
         return logits
     ids = np.asarray(token_ids, dtype=np.int64)
-    ids = ids[ids < logits.size]  # a prompt may hold ids the model reads but never writes
+    ids = ids[(ids >= 0) & (ids < logits.size)]  # a prompt may hold embeddings, and ids that are never written
     scores = logits.astype(np.float64)  # a large logit divided by a small penalty would overflow float32
     seen = scores[ids]
     scores[ids] = np.where(seen < 0, seen * penalty, seen / penalty)  # duplicates write the same value
@@ -137,7 +138,8 @@ def _top_p(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     return np.sort(top[:count])
 
 
-def _draw(kept_ids: NDArray[np.int64], weights: NDArray[np.float64], rng: np.random.Generator) -> int:
+def draw(kept_ids: NDArray[np.int64], weights: NDArray[np.float64], rng: np.random.Generator) -> int:
+    """Draw one of ``kept_ids [K]`` by its weight ``[K]``."""
     mass = np.cumsum(weights)
     position = np.searchsorted(mass, rng.random() * mass[-1], side="right")  # in range: random() is below 1
     return int(kept_ids[position])

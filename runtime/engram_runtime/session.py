@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -13,16 +12,11 @@ from numpy.typing import NDArray
 from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import (
-    Executor,
-    PendingRows,
-    State,
-    StepInputs,
-    allocate_states,
-    empty_rows,
-    state_bytes,
-)
+from engram_runtime.executor import Executor, PendingRows, State, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.input_embeddings import InputEmbeddings
+from engram_runtime.keyers import NO_TOKEN
 from engram_runtime.manifest import ACTIVITY, HIDDEN
+from engram_runtime.one_way_states import OneWayStates
 from engram_runtime.rows_ahead import RowsAhead
 from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
@@ -31,6 +25,7 @@ from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
 
+MOST_PUT_OFF = 3  # tokens that are computed again and again rather than once, for a checkpoint after them
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
 
 
@@ -92,19 +87,22 @@ class Session:
                 projection of the token's embedding, at the scale it has beside rows.
         """
         self.model = bundle.manifest.model
-        self.state_specs = specs = bundle.manifest.decoder.states
-        self._tells_hidden = HIDDEN in bundle.manifest.decoder.told_outputs
+        decoder = bundle.manifest.decoder
+        self.state_specs = specs = decoder.states
+        self._tells_hidden = HIDDEN in decoder.told_outputs
+        self._embeddings = InputEmbeddings(self.model.hidden_size) if decoder.takes_embeddings else None
         self.executor = executor
         self.sites = sites
         self.tables_on = tables_on
         self._rows_ahead = RowsAhead(sites)
         self._counters_before = {site.name: dataclasses.replace(site.table.counters) for site in sites}
         self._states = states = allocate_states(specs, executor.float16_states)
-        self._one_way = [states[spec.name] for spec in specs if not spec.rolls_back]
+        self._one_way = OneWayStates([states[spec.name] for spec in specs if not spec.rolls_back])
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
+        self._held = 0  # how many of them the states hold; those after are computed with the next ones
+        self._stale = False  # whether the states may hold other tokens
         self._hidden: list[NDArray[np.float32]] = []  # by the passes of the last call
-        self._stale = False  # whether states may hold other tokens than `token_ids`
 
     @classmethod
     def open(
@@ -139,19 +137,23 @@ class Session:
     @property
     def states(self) -> Mapping[str, State]:
         """What was computed of `token_ids` alone, by name: the session's own memory, not to be changed."""
-        self._restore()
+        self.catch_up()
         return self._states
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """Ids of all tokens the states hold: a view that grows with the sequence, not to be changed."""
+        """Ids of all tokens so far: a view that grows with the sequence, not to be changed.
+
+        -1 stands for a position that was given as an embedding; see `prefill_embeddings`.
+        """
         return self._token_ids
 
     @property
     def activity(self) -> Activity:
         """What gated sites did to the tokens of the last forward pass: one, a draft, or a chunk of a longer text.
 
-        By site; empty before the first pass, and of a bundle whose graph doesn't say it.
+        Those that were put off and computed with them come first. By site; empty before the first pass, and of a bundle
+        whose graph doesn't say it.
         """
         return {
             name.removeprefix(ACTIVITY): SiteActivity(told)
@@ -163,9 +165,15 @@ class Session:
     def hidden(self) -> NDArray[np.float32]:
         """The last hidden states ``[T, D]``, after the final norm, of all tokens that were added last in one call.
 
-        For a draft head; ``[0, D]`` before the first call, and of a bundle without a head.
+        For a draft head or another session's `prefill_embeddings`; ``[0, D]`` before the first call, and of a bundle
+        with neither a head nor input embeddings.
         """
         return np.concatenate([np.empty((0, self.model.hidden_size), dtype=np.float32), *self._hidden])
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether its passes are given embeddings beside token ids; see `prefill_embeddings`."""
+        return self._embeddings is not None
 
     @property
     def room(self) -> int:
@@ -173,12 +181,21 @@ class Session:
         return self.model.context_length - len(self)
 
     @property
+    def put_off(self) -> int:
+        """How many of the tokens are computed again with those that come next; see `trim`."""
+        self._step_back()
+        return len(self) - self._held
+
+    @property
     def counters(self) -> Mapping[str, TableCounters]:
         """What the tables were asked for since the session began, by site; by whoever shares them as well.
 
         ``wait_s`` is the store's: what passes while the graph runs on the tokens before is part of it.
         """
-        return {site.name: site.table.counters - self._counters_before[site.name] for site in self.sites}
+        return {
+            site.name: site.table.counters - self._counters_before[site.name] + self._rows_ahead.early[site.name]
+            for site in self.sites
+        }
 
     def __len__(self) -> int:
         return len(self._token_ids)
@@ -194,6 +211,36 @@ class Session:
             logits = chunk[-1]
         return logits
 
+    def prefill_embeddings(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Add positions that are no tokens, given as input embeddings, and return the logits after the last.
+
+        Table rows belong to tokens: where a position isn't one, sites read zero rows and add nothing of their own, and
+        n-grams of the tokens after it begin anew, as at the beginning of a text.
+
+        Args:
+            embeddings: ``[T, D]`` float32, in the scale of the model's embedding.
+
+        Returns:
+            ``[V]``.
+
+        Raises:
+            RequestError: the bundle takes none, they have another shape or are not finite, or there are none or more
+                than the context holds.
+        """
+        if self._embeddings is None:
+            raise RequestError("this bundle takes no input embeddings; export it with --embeddings")
+        given = np.ascontiguousarray(embeddings, dtype=np.float32)
+        if given.ndim != 2 or given.shape[1] != self.model.hidden_size or not np.isfinite(given).all():
+            raise RequestError(
+                f"input embeddings are {list(given.shape)}, wanted [T, {self.model.hidden_size}] finite numbers"
+            )
+        self._check_count(len(given))
+        self._embeddings.put(len(self), given)
+        self._hidden = []
+        *_, last = self._add(np.full(len(given), NO_TOKEN), every_position=False)
+        logits: NDArray[np.float32] = last[-1]
+        return logits
+
     def decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Add k tokens and return the logits ``[k, V]`` after each of them.
 
@@ -207,102 +254,121 @@ class Session:
         """Add tokens and yield the logits of every position, ``[chunk, V]`` at a time."""
         return self._forward(token_ids, every_position=True)
 
-    def trim(self, count: int) -> int:
-        """Forget the last ``count`` tokens, as if they had never been added; returns how many were computed again.
+    def checkpoint(self) -> None:
+        """Have a `trim` to this length or a later one step back to here, where it would go back to the beginning.
 
-        States without an entry per position can't step back, so with them the kept tokens are computed again.
+        The last call counts. Call it before tokens that may be trimmed. Where all states have an entry per position
+        there is nothing to do; else the others are copied, unless few of the tokens since the last checkpoint are
+        still to be computed again: then that one stays.
+        """
+        if self.put_off > MOST_PUT_OFF:
+            self.catch_up()
+        if not self.put_off:
+            self._one_way.save(len(self))
+
+    def catch_up(self) -> None:
+        """Compute the tokens that were put off, so that the states hold all tokens."""
+        for _ in self._add(np.empty(0, dtype=np.int64), every_position=False):
+            pass
+
+    def trim(self, count: int) -> int:
+        """Forget the last ``count`` tokens, as if they had never been added; returns how many others it forgot.
+
+        States without an entry per position can't step back. They return to the last `checkpoint` that isn't of
+        forgotten tokens, or to the beginning, and the tokens since then are computed again with those that come next.
         """
         if not 0 <= count <= len(self):
             raise RequestError(f"can't trim {count} tokens of a sequence of {len(self)}")
-        if count:
-            self._stale = True
-            self._token_ids = self._token_ids[:-count]
-        return self._restore()
+        kept = len(self) - count
+        self._stale = self._stale or kept < self._held
+        self._token_ids = self._token_ids[:kept]
+        held = min(self._held, kept)
+        self._step_back()
+        return held - self._held
 
     def request(self, token_ids: Sequence[int]) -> None:
         """Say that these tokens may come next, so that their rows are on their way when they do.
 
-        It returns at once, and nothing is to be undone where others come. Rows that can't be read are an error once
-        they are needed.
+        It returns at once, and nothing is to be undone where others come. A draft that grows may be given again whole:
+        the rows of each token are fetched once. Rows that can't be read are an error once they are needed. `counters`
+        tell how many were fetched early, used and ready.
 
         Raises:
             RequestError: an id outside the vocabulary.
         """
         self._check_vocabulary(token_ids)
         if self.tables_on:
-            self._rows_ahead.request(self._token_ids, token_ids)
+            self._rows_ahead.request(self._history(), [*self._token_ids[self._held :], *token_ids])
 
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)
-        self._restore()
         self._hidden = []
+        yield from self._add(ids, every_position=every_position)
+
+    def _add(self, waiting: NDArray[np.int64], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
+        """Compute the tokens that were put off, then these; yields the logits of each pass that has any of these."""
         try:
-            for chunk, following in self._chunks(ids):
-                inputs = self._inputs(self._token_ids, chunk, following, every_position=every_position)
-                self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
-                logits = self._step(inputs)
-                self._token_ids += chunk.tolist()
+            while self.put_off or len(waiting):
+                missing = np.array(self._token_ids[self._held :], dtype=np.int64)
+                chunk, following = self._chunk(np.concatenate([missing, waiting]))
+                added = max(0, len(chunk) - len(missing))
+                logits = self._pass(chunk, following, every_position=every_position and added > 1)
+                self._token_ids += waiting[:added].tolist()
+                self._held += len(chunk)
                 self._stale = False
-                if self._tells_hidden:
-                    self._hidden.append(self._step.told[HIDDEN])
-                yield logits
+                waiting = waiting[added:]
+                if added:
+                    if self._tells_hidden:
+                        self._hidden.append(self._step.told[HIDDEN][-added:])
+                    yield logits[-added:]
         finally:
             self._rows_ahead.settle()
 
-    def _restore(self) -> int:
-        """Make the states hold `token_ids` alone; returns how many tokens were computed again for that."""
-        if not self._stale:
-            return 0
-        for state in self._one_way:
-            state[...] = 0
-        again = self._token_ids if self._one_way else []
-        start = 0
-        for chunk, following in self._chunks(np.asarray(again, dtype=np.int64)):
-            self._step(self._inputs(again[:start], chunk, following, every_position=False))
-            start += len(chunk)
-        self._stale = False
-        return len(again)
+    def _chunk(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tokens of the next pass and those of the one after it, which may be none."""
+        size, next_size, *_ = *self.executor.chunks(len(token_ids)), 0
+        return token_ids[:size], token_ids[size : size + next_size]
 
-    def _chunks(self, token_ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield each chunk and the one after it; the last one is followed by no tokens."""
-        start = 0
-        for size, next_size in itertools.pairwise([*self.executor.chunks(len(token_ids)), 0]):
-            stop = start + size
-            yield token_ids[start:stop], token_ids[stop : stop + next_size]
-            start = stop
-
-    def _inputs(
-        self,
-        history: Sequence[int],
-        token_ids: NDArray[np.int64],
-        following: NDArray[np.int64],
-        *,
-        every_position: bool,
-    ) -> StepInputs:
-        """Return the inputs of a pass over ``token_ids [T]`` after ``history``, and begin with the rows after them."""
+    def _pass(
+        self, token_ids: NDArray[np.int64], following: NDArray[np.int64], *, every_position: bool
+    ) -> NDArray[np.float32]:
+        """Run ``token_ids [T]`` after those the states hold, and begin with the rows of those after; returns logits."""
         count = len(token_ids)
-        return StepInputs(
+        inputs = StepInputs(
             token_ids=token_ids,
-            position=len(history),
+            position=self._held,
             logit_rows=np.arange(0 if every_position else count - 1, count, dtype=np.int64),
-            rows=self._rows(history, token_ids, following),
+            rows=self._rows(token_ids, following),
+            embeddings=None if self._embeddings is None else self._embeddings.of(self._held, count),
         )
+        self._stale = True  # until the books are kept: a step that is interrupted may have changed the states
+        return self._step(inputs)
 
-    def _rows(
-        self, history: Sequence[int], token_ids: NDArray[np.int64], following: NDArray[np.int64]
-    ) -> Mapping[str, PendingRows]:
+    def _step_back(self) -> None:
+        """Make the states hold no other tokens than `token_ids`."""
+        if self._stale:
+            self._held = self._one_way.step_back(min(self._held, len(self)))
+            self._stale = False
+
+    def _rows(self, token_ids: NDArray[np.int64], following: NDArray[np.int64]) -> Mapping[str, PendingRows]:
         if not self.tables_on:
             return {site.name: empty_rows(site.spec, len(token_ids)) for site in self.sites}
-        return self._rows_ahead.rows(history, token_ids, following)
+        return self._rows_ahead.rows(self._history(), token_ids, following)
+
+    def _history(self) -> Sequence[int]:
+        """Return the last tokens that the states hold, as many as rows depend on."""
+        return self._token_ids[max(0, self._held - self._rows_ahead.context) : self._held]
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
         self._check_vocabulary(token_ids)
-        ids = np.asarray(token_ids, dtype=np.int64)
-        if len(ids) == 0:
+        self._check_count(len(token_ids))
+        return np.asarray(token_ids, dtype=np.int64)
+
+    def _check_count(self, count: int) -> None:
+        if count == 0:
             raise RequestError("no tokens were given; the model needs at least one")
-        if (total := len(self) + len(ids)) > self.model.context_length:
+        if (total := len(self) + count) > self.model.context_length:
             raise RequestError(f"{total} tokens exceed the context of {self.model.context_length}; shorten the prompt")
-        return ids
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:

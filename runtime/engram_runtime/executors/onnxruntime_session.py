@@ -10,7 +10,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import State, StepInputs
-from engram_runtime.manifest import DECODER, HIDDEN, ROWS
+from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, ROWS
 
 try:
     import onnxruntime as ort
@@ -88,6 +88,8 @@ class OnnxRuntimeStep:
             binding.bind_cpu_input(f"{ROWS}{site}", filled)
         if inputs.hidden is not None:
             binding.bind_cpu_input(HIDDEN, np.ascontiguousarray(inputs.hidden))
+        if inputs.embeddings is not None:
+            binding.bind_cpu_input(EMBEDDINGS, inputs.embeddings)
         for name in ("logits", *self._names):
             binding.bind_output(name)
         try:

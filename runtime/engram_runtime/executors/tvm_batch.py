@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.executor import BatchInputs, PendingRows
+from engram_runtime.manifest import EMBEDDINGS
 
 if TYPE_CHECKING:
     from engram_runtime.executors.tvm_library import TvmStep
@@ -41,7 +42,8 @@ class TvmBatchStep:
             "logit_rows": np.arange(self._size, dtype=np.int64),
         }
         rows = {site: self._padded(pending) for site, pending in inputs.rows.items()}
-        return self._step.run(before, rows, {})[: self._count]
+        after = {} if inputs.embeddings is None else {EMBEDDINGS: np.pad(inputs.embeddings, (others, (0, 0)))}
+        return self._step.run(before, rows, after)[: self._count]
 
     def _padded(self, rows: PendingRows) -> PendingRows:
         return PendingRows((self._size, *rows.shape[1:]), partial(self._fill, rows))

@@ -29,7 +29,7 @@ from engram_runtime.library import (
     pass_function,
     row_function,
 )
-from engram_runtime.manifest import DECODER, HIDDEN
+from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN
 from engram_runtime.table_spec import TableSpec
 
 
@@ -198,7 +198,8 @@ class TvmStep:
             "position": np.array([inputs.position], dtype=np.int64),
             "logit_rows": inputs.logit_rows,
         }
-        return self.run(tokens, inputs.rows, {} if inputs.hidden is None else {HIDDEN: inputs.hidden})
+        after = {HIDDEN: inputs.hidden, EMBEDDINGS: inputs.embeddings}
+        return self.run(tokens, inputs.rows, {name: values for name, values in after.items() if values is not None})
 
     def run(
         self, before: Mapping[str, NDArray[Any]], rows: Mapping[str, PendingRows], after: Mapping[str, NDArray[Any]]

@@ -40,6 +40,7 @@ class Group:
         self._executor = session.executor
         self._sites = session.sites
         self._tables_on = session.tables_on
+        self._takes_embeddings = session.takes_embeddings
         self._shared = SharedStates(session.state_specs, session.states, len(session))
         self._rows = JointRows(session.sites if session.tables_on else ())
         self._sequences = [_Sequence(self._shared.fork(), list(session.token_ids)) for _ in range(count)]
@@ -101,7 +102,10 @@ class Group:
     ) -> NDArray[np.float32]:
         positions = np.array([len(each.token_ids) for each in sequences], dtype=np.int64)
         rows = self._pending_rows(sequences, token_ids)
-        return step(BatchInputs(token_ids=token_ids, positions=positions, rows=rows))
+        unread = (
+            np.zeros((len(token_ids), self._model.hidden_size), dtype=np.float32) if self._takes_embeddings else None
+        )
+        return step(BatchInputs(token_ids=token_ids, positions=positions, rows=rows, embeddings=unread))
 
     def _pending_rows(self, sequences: Sequence[_Sequence], token_ids: NDArray[np.int64]) -> Mapping[str, PendingRows]:
         if not self._tables_on:

@@ -39,5 +39,11 @@ class _AloneStep:
 
     def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
         (position,) = inputs.positions.tolist()
-        row = np.zeros(1, dtype=np.int64)
-        return self._step(StepInputs(token_ids=inputs.token_ids, position=position, logit_rows=row, rows=inputs.rows))
+        alone = StepInputs(
+            token_ids=inputs.token_ids,
+            position=position,
+            logit_rows=np.zeros(1, dtype=np.int64),
+            rows=inputs.rows,
+            embeddings=inputs.embeddings,
+        )
+        return self._step(alone)

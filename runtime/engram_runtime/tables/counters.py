@@ -20,6 +20,9 @@ class TableCounters:
         cold: distinct records that were not known to be in memory, so that the disk was asked for them.
         wait_s: seconds spent in asking for the cold ones and in waiting until they were in memory, as callers of
             `gather` felt it: nothing where none was cold.
+        early: distinct rows, draft by draft, that a sequence had fetched before it was known that their tokens come.
+        early_used: those of them whose tokens came.
+        early_ready: those of these that were there when the pass over their tokens began.
     """
 
     rows: int = 0
@@ -27,6 +30,9 @@ class TableCounters:
     bytes: int = 0
     cold: int = 0
     wait_s: float = 0.0
+    early: int = 0
+    early_used: int = 0
+    early_ready: int = 0
 
     def count(self, row_ids: NDArray[np.int64], record_bytes: int, cold: int, wait_s: float) -> None:
         """Add a batch of ``[N]`` row ids."""
@@ -41,3 +47,7 @@ class TableCounters:
         """Return what was added since ``earlier``."""
         differences = {each.name: getattr(self, each.name) - getattr(earlier, each.name) for each in fields(self)}
         return type(self)(**differences)
+
+    def __add__(self, other: Self) -> Self:
+        """Return what both counted."""
+        return type(self)(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})

@@ -1,0 +1,1 @@
+"""Several tokens a forward pass: drafts of what may come, verified by the model, with the text of plain decoding."""

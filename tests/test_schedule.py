@@ -1,0 +1,187 @@
+"""The number of drafts is the one that pays, and drafting never costs more than its share of the time."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram_runtime.drafting.schedule import CREDIT_PASSES, LOSS_SHARE, MOST_DRAFTS, Always, Measured, Pass
+
+ROWS = 24
+# By rows, in units of a plain pass: compiled sizes are 1, 2, 4, 8 and 16, others are sums of these.
+SIZES = {1: 1.0, 2: 1.06, 4: 1.1, 8: 1.7, 16: 2.8}
+SIMULATED = 3000
+
+
+def sum_of_sizes(rows: int) -> float:
+    total = 0.0
+    for size in sorted(SIZES, reverse=True):
+        times, rows = divmod(rows, size)
+        total += times * SIZES[size]
+    return total
+
+
+COSTS = [sum_of_sizes(rows) for rows in range(1, ROWS + 1)]
+FREE = 0.0
+
+
+class Simulation:
+    """Passes that take exactly what costs say, on a machine that may be slower than it was measured to be."""
+
+    def __init__(self, draft_s: float = FREE, *, pace: Callable[[int], float] = lambda rows: 1.0) -> None:
+        self.schedule = Measured(COSTS, draft_s)
+        self.seconds = self.plain_seconds = 0.0
+        self.counts: list[int] = []
+        self._draft_s, self._pace = draft_s, pace
+
+    def step(self, right: Callable[[int], int], *, most: int = 64, grade: int = 0) -> None:
+        """Take a pass; ``right`` says how many of so many drafts are."""
+        count = self.schedule.count(grade, most, 0)
+        said = 1 + right(count)
+        forward_s = COSTS[count] * self._pace(1 + count)
+        self.schedule.note(
+            Pass(grade=grade, drafted=count, put_off=0, said=said, draft_s=count * self._draft_s, forward_s=forward_s)
+        )
+        self.seconds += forward_s + count * self._draft_s
+        self.plain_seconds += said * COSTS[0] * self._pace(1)
+        self.counts.append(count)
+
+
+def chance(share: float, seed: int = 0) -> Callable[[int], int]:
+    """Return drafts that are right with this chance each."""
+    rng = np.random.default_rng(seed)
+
+    def right(count: int) -> int:
+        wrong = np.flatnonzero(rng.random(count) >= share)
+        return int(wrong[0]) if len(wrong) else count
+
+    return right
+
+
+def best_count(share: float, draft_s: float) -> int:
+    """Return the number with the most tokens a second by the formula of the geometric series."""
+    rates = [
+        (1 - share ** (count + 1)) / (1 - share) / (COSTS[count] + count * draft_s) for count in range(MOST_DRAFTS + 1)
+    ]
+    return int(np.argmax(rates))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.75, 0.93, 0.99])
+@pytest.mark.parametrize("draft_s", [FREE, 0.04, 0.3])
+def test_the_usual_number_is_the_one_with_the_most_tokens_a_second(share: float, draft_s: float) -> None:
+    simulation = Simulation(draft_s)
+    right = chance(share)
+    for _ in range(SIMULATED):
+        simulation.step(right)
+    usual = int(np.bincount(simulation.counts[SIMULATED // 2 :]).argmax())
+    rates = [
+        (1 - share ** (count + 1)) / (1 - share) / (COSTS[count] + count * draft_s)
+        for count in (usual, best_count(share, draft_s))
+    ]
+    assert rates[0] > 0.95 * rates[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shares=st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=8),
+    draft_s=st.sampled_from([FREE, 0.04, 0.5]),
+    seed=st.integers(0, 9),
+)
+def test_no_text_takes_longer_than_plain_decoding_and_the_share(
+    shares: Sequence[float], draft_s: float, seed: int
+) -> None:
+    simulation = Simulation(draft_s)
+    for number, share in enumerate(shares):
+        right = chance(share, seed + number)
+        for _ in range(100):
+            simulation.step(right)
+            assert simulation.seconds - simulation.plain_seconds <= LOSS_SHARE * simulation.seconds + 1e-9
+
+
+def test_drafts_that_are_never_right_are_still_tried() -> None:
+    simulation = Simulation(0.04)
+    for _ in range(SIMULATED):
+        simulation.step(lambda count: 0)
+    assert 0.005 < simulation.seconds / simulation.plain_seconds - 1 < LOSS_SHARE / (1 - LOSS_SHARE)
+
+
+@pytest.mark.parametrize("before", [0, 2000])
+def test_text_that_can_be_drafted_is_noticed(before: int) -> None:
+    simulation = Simulation(0.04)
+    for _ in range(before):
+        simulation.step(lambda count: 0)
+    seconds = simulation.seconds
+    plain_seconds = simulation.plain_seconds
+    right = chance(0.8)
+    for _ in range(150):
+        simulation.step(right)
+    assert (simulation.plain_seconds - plain_seconds) / (simulation.seconds - seconds) > 1.5
+
+
+def test_gains_are_a_credit_for_few_passes_only() -> None:
+    simulation = Simulation()
+    for _ in range(200):
+        simulation.step(lambda count: count)
+    assert simulation.schedule.lost_s == -CREDIT_PASSES * COSTS[0]
+
+
+@pytest.mark.parametrize("slower", [0.5, 2.0, 5.0])
+def test_a_machine_that_has_another_pace_than_it_had_is_drafted_for_as_before(slower: float) -> None:
+    simulation = Simulation(pace=lambda rows: slower)
+    right = chance(0.7)
+    for _ in range(400):
+        simulation.step(right)
+    assert simulation.plain_seconds / simulation.seconds > 1.8
+
+
+def test_rows_that_cost_more_than_was_measured_are_found_out() -> None:
+    simulation = Simulation(pace=lambda rows: 1.0 if rows == 1 else 1.6)
+    right = chance(0.35)
+    for _ in range(SIMULATED):
+        simulation.step(right)
+    assert simulation.seconds / simulation.plain_seconds < 1.03
+
+
+def test_a_pass_that_was_interrupted_by_others_changes_little() -> None:
+    simulation = Simulation()
+    right = chance(0.8)
+    for _ in range(300):
+        simulation.step(right)
+    before = simulation.schedule.lost_s
+    simulation.schedule.note(Pass(grade=0, drafted=3, put_off=0, said=4, draft_s=0.0, forward_s=50.0))
+    assert simulation.schedule.lost_s <= before + 0.1
+    assert simulation.schedule.count(0, 64, 0) > 0
+
+
+def test_grades_are_counted_by_themselves() -> None:
+    simulation = Simulation()
+    for _ in range(300):
+        simulation.step(lambda count: count, grade=8)
+        simulation.step(lambda count: 0, grade=2)
+    assert simulation.schedule.count(8, 64, 0) == MOST_DRAFTS
+    assert simulation.schedule.count(2, 64, 0) == 0
+
+
+def test_rows_that_were_put_off_are_part_of_the_pass() -> None:
+    simulation = Simulation()
+    right = chance(0.6)
+    for _ in range(300):
+        simulation.step(right, most=3)
+    assert simulation.schedule.count(0, 3, 0) == 3
+    assert simulation.schedule.count(0, 3, 4) == 3
+    assert simulation.schedule.count(0, 3, 5) == 2  # 8 rows are one pass, 9 are two
+
+
+@given(drafts=st.integers(0, 9), most=st.integers(0, 9))
+def test_a_fixed_number_is_taken_where_there_are_as_many(drafts: int, most: int) -> None:
+    assert Always(drafts).count(0, most, 0) == min(drafts, most)
+
+
+@given(most=st.integers(0, 20))
+def test_there_are_no_more_drafts_than_are_wanted(most: int) -> None:
+    simulation = Simulation()
+    for _ in range(60):
+        simulation.step(lambda count: count, most=most)
+    assert max(simulation.counts) <= min(most, MOST_DRAFTS)
