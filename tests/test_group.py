@@ -1,10 +1,14 @@
 """Sequences of a group have the bits of sessions that are alone, share memory, and leave one another in peace."""
 
 import dataclasses
+import errno
+import itertools
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,3 +259,18 @@ def test_only_the_positions_in_use_are_copied() -> None:
     shared.close()
     assert fork["key.0"][0, 0, :, 0].tolist() == [7.0] * 5 + [0.0] * 27
     assert fork["window"].tolist() == [[7.0] * 4] * 3
+
+
+def test_more_sequences_than_the_system_maps_are_refused(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = itertools.count()
+    original = mmap.mmap
+
+    def few(*arguments: Any, **options: Any) -> mmap.mmap:
+        if next(made) > 20:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", few)
+    with pytest.raises(RequestError) as caught:
+        Group(session, 9)
+    assert str(caught.value) == "no memory for one more sequence: Cannot allocate memory; ask for fewer"

@@ -1,5 +1,6 @@
 """Sequences that go on from one session's tokens and are run together."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -34,18 +35,21 @@ class Group:
         """Fork a session ``count`` times.
 
         Raises:
-            RequestError: there is no memory to share its states.
+            RequestError: there is no memory for so many.
         """
         self._model = session.model
         self._executor = session.executor
         self._sites = session.sites
         self._tables_on = session.tables_on
         self._takes_embeddings = session.takes_embeddings
-        self._shared = SharedStates(session.state_specs, session.states, len(session))
-        self._rows = JointRows(session.sites if session.tables_on else ())
-        self._sequences = [_Sequence(self._shared.fork(), list(session.token_ids)) for _ in range(count)]
         self._unused: list[Mapping[str, State]] = []  # states of sequences that were dropped
         self._steps: list[tuple[BatchStep, slice]] = []  # with the sequences of each, bound when they are first needed
+        with contextlib.ExitStack() as opened:
+            self._shared = SharedStates(session.state_specs, session.states, len(session))
+            opened.callback(self._shared.close)
+            self._sequences = [_Sequence(self._shared.fork(), list(session.token_ids)) for _ in range(count)]
+            self._rows = JointRows(session.sites if session.tables_on else ())
+            opened.pop_all()
 
     def __len__(self) -> int:
         return len(self._sequences)

@@ -51,13 +51,19 @@ class SharedStates:
             _map_over(state, self._file, self._offsets[name])
 
     def fork(self) -> dict[str, State]:
-        """Return states of one more sequence, to begin with those it was made from."""
+        """Return states of one more sequence, to begin with those it was made from.
+
+        Raises:
+            RequestError: the system maps no more memory for this process.
+        """
+        try:
+            return {name: self._mapped(name, state) for name, state in self._states.items()}
+        except OSError as error:
+            raise RequestError(f"no memory for one more sequence: {error.strerror}; ask for fewer") from error
+
+    def _mapped(self, name: str, state: State) -> State:
         private, both = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-        forked = {}
-        for name, state in self._states.items():
-            pages = mmap.mmap(self._file, state.nbytes, flags=private, prot=both, offset=self._offsets[name])
-            forked[name] = _view(pages, state, 0)
-        return forked
+        return _view(mmap.mmap(self._file, state.nbytes, private, both, offset=self._offsets[name]), state, 0)
 
     def copy(self, source: Mapping[str, State], target: Mapping[str, State], length: int) -> None:
         """Make a fork hold what another one does, which holds ``length`` tokens."""
