@@ -45,7 +45,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
 def raw_library(**changes: Any) -> dict[str, Any]:
     """Return the JSON of a sound ``compile.json``."""
     return {
-        "version": 6,
+        "version": 7,
         "target": "x86-64-v3",
         "machine": MACHINE,
         "cpu_flags": ["avx2"],
@@ -356,7 +356,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 5}, "library has version 5, this runtime reads 6; compile again"),
+        ({"version": 6}, "library has version 6, this runtime reads 7; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),

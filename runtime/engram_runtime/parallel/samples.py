@@ -1,7 +1,6 @@
 """Several samples of one prompt, drawn together, and the choice of one of them."""
 
 import math
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,6 @@ from engram_runtime.parallel.group import Group
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
-
-SEED_BITS = 32  # of the seed that is drawn where none is given: short enough to be typed again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +50,8 @@ def seeded(options: SamplingOptions, count: int) -> list[SamplingOptions]:
         raise RequestError(f"n is {count}, expected at least 1")
     if count > 1 and options.temperature == 0:
         raise RequestError(f"{count} samples at temperature 0 are all the same; set a temperature")
-    first = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+    # Of 32 bits, short enough to be typed again.
+    first = int(np.random.SeedSequence().generate_state(1)[0]) if options.seed is None else options.seed
     return [replace(options, seed=first + index) for index in range(count)]
 
 
