@@ -171,6 +171,11 @@ class Session:
         return np.concatenate([np.empty((0, self.model.hidden_size), dtype=np.float32), *self._hidden])
 
     @property
+    def takes_embeddings(self) -> bool:
+        """Whether its passes are given embeddings beside token ids; see `prefill_embeddings`."""
+        return self._embeddings is not None
+
+    @property
     def room(self) -> int:
         """How many more tokens the context holds."""
         return self.model.context_length - len(self)
