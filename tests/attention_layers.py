@@ -32,6 +32,7 @@ INDEX_HEADS, INDEX_DIM, BUDGET, BLOCK, EPS = 3, 24, 8, 4, 1e-6
 QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 SCALE, WINDOW = 0.25, 20
 TOKEN_COUNTS = (1, 7, 64)  # of the compiled forward passes
+SEQUENCES = 3  # of the compiled pass over a token of each
 
 
 class Layer(nn.Module):
@@ -182,7 +183,7 @@ def ort_step(graph: Path, states: Sequence[Array]) -> Step:
 
 
 def compile_graph(graph: Path, layer: Layer, width: int) -> Any:
-    """Compile a traced graph for TOKEN_COUNTS; return a virtual machine with ``forward_<T>_<T>``."""
+    """Compile a traced graph; return a virtual machine with ``forward_<T>_<T>`` and ``batch_<SEQUENCES>``."""
     states = tuple(
         StateSpec(name=f"state.{i}", dtype="float32", shape=shape, kind="positional")
         for i, shape in enumerate(layer.states)
@@ -197,7 +198,7 @@ def compile_graph(graph: Path, layer: Layer, width: int) -> Any:
     packed_file.unlink(missing_ok=True)
     with PackedWeights(packed_file) as packed:
         graphs = {DECODER: (read_onnx_model(graph, no_weights), spec)}
-        module = lower(graphs, packed, family="portable", passes=passes).module
+        module = lower(graphs, packed, family="portable", passes=passes, batches=[SEQUENCES]).module
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
     return relax.VirtualMachine(relax.build(module, target), tvm.cpu())
 

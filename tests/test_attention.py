@@ -1,5 +1,6 @@
 """Attention operators: what they compute, and that torch, onnxruntime and compiled kernels agree on it."""
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -258,6 +260,27 @@ def test_threads_do_not_change_a_bit(machine: Callable[..., Any], name: str) -> 
         rig.tvm_run(machine(name, limit_us), LAYERS[name][0], x_of(name), MIXED) for limit_us in (0.0, np.inf)
     )
     assert_same_bits(parallel, serial)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_sequences_of_any_lengths_have_the_bits_of_passes_of_their_own(machine: Callable[..., Any], name: str) -> None:
+    layer, x = LAYERS[name][0], x_of(name)
+    lengths = (0, 63, TOKENS - 1)
+    alone = []
+    arguments = [tvm.runtime.tensor(x[list(lengths)]), tvm.runtime.tensor(np.array(lengths))]
+    held = []
+    for length in lengths:
+        states = rig.new_states(layer)
+        step = rig.tvm_step(machine(name), states)
+        for position in range(length):
+            step(x[position : position + 1], position)
+        held.append([tvm.runtime.tensor(state) for state in states])
+        alone.append((step(x[length : length + 1], length), states))
+    found = machine(name)[f"batch_{len(lengths)}"](*arguments, *itertools.chain.from_iterable(held))[0].numpy()
+    for index, (expected, states) in enumerate(alone):
+        assert same_bits(found[index : index + 1], expected)
+        for state, changed in zip(states, held[index], strict=True):
+            np.testing.assert_array_equal(changed.numpy().view(np.uint32), state.view(np.uint32))
 
 
 @pytest.mark.parametrize("end", [8, 30, 67, 68])  # after, in and at the ends of blocks

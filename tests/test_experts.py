@@ -294,6 +294,7 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
         weights_bytes=packed.bytes,
         sha256={},
         passes=passes,
+        batches=(),
         tensors=tuple(packed.tensors.values()),
         graph_tensors=lowered.graph_tensors,
         expert_bytes=lowered.expert_bytes,

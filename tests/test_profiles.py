@@ -45,7 +45,7 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
 def raw_library(**changes: Any) -> dict[str, Any]:
     """Return the JSON of a sound ``compile.json``."""
     return {
-        "version": 6,
+        "version": 7,
         "target": "x86-64-v3",
         "machine": MACHINE,
         "cpu_flags": ["avx2"],
@@ -57,6 +57,7 @@ def raw_library(**changes: Any) -> dict[str, Any]:
         "weights_bytes": 200,
         "sha256": {"library": "a" * 64, "runtime": "b" * 64, "weights": "c" * 64},
         "passes": [[1, 1], [2, 2], [2, 1]],
+        "batches": [2, 4],
         "tensors": [
             {"name": "head:codes", "dtype": "uint8", "shape": [4, 16], "offset": 0},
             {"name": "head:scale", "dtype": "float32", "shape": [18], "offset": 128},
@@ -355,7 +356,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 5}, "library has version 5, this runtime reads 6; compile again"),
+        ({"version": 6}, "library has version 6, this runtime reads 7; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),
@@ -389,6 +390,14 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
         ({"passes": []}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[2, 2], [2, 1]]}, "library lacks the forward passes [(1, 1)]; compile again"),
         ({"passes": [[1, 1], [4, 2]]}, "library lacks the forward passes [(4, 1), (4, 4)]; compile again"),
+        (
+            {"batches": [1, 2]},
+            "library runs [1, 2] sequences at once, expected ascending numbers from 2; compile again",
+        ),
+        (
+            {"batches": [4, 2]},
+            "library runs [4, 2] sequences at once, expected ascending numbers from 2; compile again",
+        ),
         ({"tensors": [7]}, "compile.json.tensors[0] is 7, expected an object"),
         (
             {"tensors": raw_tensor(more=1)},

@@ -307,6 +307,10 @@ def test_a_config_that_can_not_be(tiny: TinyDeepseek, changes: dict[str, Any], m
     ("changes", "message"),
     [
         ({"engram": Path("x")}, "--engram adds a site to a decoder, --tables-only exports none; leave one of them out"),
+        (
+            {"embeddings": True},
+            "--embeddings adds an input to a decoder, --tables-only exports none; leave one of them out",
+        ),
         ({"context": 8}, "--context is the length of a decoder's caches, --tables-only exports none; leave it out"),
         (
             {"quant": "keep"},

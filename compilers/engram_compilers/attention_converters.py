@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from tvm import relax
 
-from engram_compilers.forward_pass import Converters, ForwardPass, scale_of, unbatched
-from engram_compilers.kernels import attention, block_selection, rotary
+from engram_compilers.forward_pass import POSITION, Converters, ForwardPass, scale_of, unbatched
+from engram_compilers.kernels import attention, batched_attention, block_selection, rotary
 from engram_compilers.kernels.attention_shape import live_words
+from engram_compilers.kernels.batched_attention import Caches
 from engram_compilers.kernels.loops import LANES
 from engram_compilers.onnx_model import Node
-from engram_compilers.values import Activation, Batched, Value
+from engram_compilers.values import Activation, Apart, Batched, Value
 from engram_runtime.errors import CompileError
 
 NO_WINDOW = -1
@@ -32,6 +33,45 @@ def group_query_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     query, new_keys, new_values = _append(forward, layer, qkv, keys, values, cos, sin)
     out = _attend(forward, layer, node, query, new_keys, new_values)
     return [Batched(out), new_keys, new_values]
+
+
+def group_query_attention_of_each(forward: ForwardPass, node: Node) -> Sequence[Value]:
+    """Lower `group_query_attention` over a token of each of several sequences: two kernels for all of them."""
+    qkv = unbatched(forward, node, 0)
+    keys, values = (_of_each(forward, node, index) for index in (3, 4))
+    cos, sin = (forward.activation(node, index) for index in (7, 8))
+    positions = _positions(forward)
+    layer = _layer(node, qkv, keys[0])
+    caches, scale, window = layer.caches, scale_of(node), _window(node)
+    rotary_dim = 2 * cos.shape[1]
+    sizes = _joined((*layer.sizes, layer.cache_dtype))
+    append = forward.kernels.get(
+        f"rope_append_each_{sizes}_{rotary_dim}", lambda: batched_attention.rope_append_each(caches, rotary_dim)
+    )
+    inputs = [qkv.expr, cos.expr, sin.expr, positions.expr]
+    *following, query = forward.call_in_place(
+        append, inputs, [*keys, *values], [(layer.tokens, layer.heads * layer.head_dim)]
+    )
+    attend = forward.kernels.get(
+        f"attend_each_{sizes}_{scale}_{window}", lambda: batched_attention.attend_each(caches, scale, window)
+    )
+    out = forward.call(attend, [query.expr, *(cache.expr for cache in following), positions.expr], query.shape)
+    return [Batched(out), Apart(tuple(following[: len(keys)])), Apart(tuple(following[len(keys) :]))]
+
+
+def _of_each(forward: ForwardPass, node: Node, index: int) -> list[Activation]:
+    value = forward.get(node.inputs[index])
+    caches = [cache for cache in value.of if isinstance(cache, Activation)] if isinstance(value, Apart) else []
+    if not caches:
+        raise CompileError(f"{node.operator} has {node.inputs[index]} in common, where each sequence has its own")
+    return caches
+
+
+def _positions(forward: ForwardPass) -> Activation:
+    value = forward.get(POSITION)
+    assert isinstance(value, Apart)
+    assert value.rows is not None
+    return value.rows
 
 
 def shared_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -70,6 +110,18 @@ class _Layer:
     def sizes(self) -> tuple[int, int, int, int, int]:
         """The sizes kernels are made for, in their order."""
         return (self.tokens, self.heads, self.kv_heads, self.head_dim, self.capacity)
+
+    @property
+    def caches(self) -> Caches:
+        """The caches of as many sequences as there are tokens."""
+        return Caches(
+            sequences=self.tokens,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            capacity=self.capacity,
+            dtype=self.cache_dtype,
+        )
 
 
 def _layer(node: Node, queries: Activation, keys: Activation) -> _Layer:
@@ -119,10 +171,14 @@ def _append(
 def _attend(
     forward: ForwardPass, layer: _Layer, node: Node, query: Activation, keys: Activation, values: Activation
 ) -> Activation:
-    window = node.attributes.get("local_window_size", NO_WINDOW)
-    options = (*layer.sizes, scale_of(node), None if window == NO_WINDOW else window, layer.cache_dtype)
+    options = (*layer.sizes, scale_of(node), _window(node), layer.cache_dtype)
     kernel = forward.kernels.get(f"attend_{_joined(options)}", lambda: attention.attend(*options))
     return forward.call(kernel, [query.expr, keys.expr, values.expr, forward.position], query.shape)
+
+
+def _window(node: Node) -> int | None:
+    window: int = node.attributes.get("local_window_size", NO_WINDOW)
+    return None if window == NO_WINDOW else window
 
 
 def _extend_index(
@@ -175,3 +231,6 @@ ATTENTION_CONVERTERS: Converters = {
     "engram.IndexedAttention": indexed_attention,
     "engram.SharedAttention": shared_attention,
 }
+
+BATCH_CONVERTERS: Converters = {"com.microsoft.GroupQueryAttention": group_query_attention_of_each}
+"""For passes over several sequences, of operators that need not be lowered once for each."""

@@ -90,7 +90,14 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
     }
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
-        lowered = lower(graphs, packed, family=profile.kernels, passes=profile.passes, cache_dtype=profile.cache_dtype)
+        lowered = lower(
+            graphs,
+            packed,
+            family=profile.kernels,
+            passes=profile.passes,
+            batches=profile.batches,
+            cache_dtype=profile.cache_dtype,
+        )
         weights_bytes = packed.bytes
     lowered.module.update(table_functions(bundle.manifest.tables))
     report(f"generating code for {profile.mcpu}")
@@ -115,6 +122,7 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
             "weights": file_sha256(folder / WEIGHTS_FILE),
         },
         passes=profile.passes,
+        batches=profile.batches,
         tensors=tuple(packed.tensors.values()),
         graph_tensors=lowered.graph_tensors,
         expert_bytes=lowered.expert_bytes,

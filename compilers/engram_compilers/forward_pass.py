@@ -1,6 +1,8 @@
 """One forward pass of a fixed number of tokens, being lowered from ONNX to Relax."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +34,8 @@ from engram_compilers.values import (
 from engram_runtime.errors import CompileError
 from engram_runtime.library import AWAIT_ROWS
 
+POSITION = "position"  # the input of a graph
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertRead:
@@ -48,13 +52,26 @@ class ForwardPass:
         self.kernels = kernels
         self.arguments = arguments
         self.model = model
-        self.position: relax.Expr = None
         self.expert_reads: list[ExpertRead] = []
         self.pending_rows: dict[str, tuple[int, Activation]] = {}  # by input, filled when the pass comes to its site
-        self._values: dict[str, Value] = {**model.constants, **model.weights}
+        self._values: MutableMapping[str, Value] = {**model.constants, **model.weights}
         self._computed: dict[Deferred, Activation] = {}
         self._quantised: dict[tuple[Rows, int], list[relax.Expr]] = {}
         self._held: dict[Activation, Activation] = {}
+
+    @property
+    def position(self) -> relax.Expr:
+        """How many tokens the caches hold already, ``i64 [1]``."""
+        position = self.get(POSITION)
+        if not isinstance(position, Activation):
+            raise CompileError(f"{POSITION} of the graph is {position!r}, which no kernel takes")
+        return position.expr
+
+    def of_sequence(self, own: Mapping[str, Value]) -> "ForwardPass":
+        """Return the same pass with ``own`` values in place of those of these names."""
+        other = copy.copy(self)
+        other._values = ChainMap(dict(own), self._values)
+        return other
 
     def set(self, name: str, value: Value) -> None:
         """Define an ONNX value."""

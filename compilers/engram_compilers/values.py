@@ -25,6 +25,18 @@ class Batched:
     inner: Activation
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Apart:
+    """What each sequence of a pass has of its own, such as its caches and its position.
+
+    Attributes:
+        rows: one tensor of all, a row of each sequence, where there is one.
+    """
+
+    of: "tuple[Value, ...]"
+    rows: Activation | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelScales:
     """``scale [N, 1]`` spread over the blocks of each row; of experts ``[E, N, 1]``."""
@@ -124,5 +136,14 @@ class Gated:
 Rows = Activation | Sum | Normed | Gated  # [M, K]; the last three may be quantised as they are computed
 Deferred = Half | HalfSigmoid | HalfSilu | HalfGelu | Softmax | Sum | Normed | Gated
 Value = (
-    Activation | Batched | ChannelScales | TwoLevelScales | TransposedWeight | Weight | Deferred | NDArray[Any] | None
+    Activation
+    | Apart
+    | Batched
+    | ChannelScales
+    | TwoLevelScales
+    | TransposedWeight
+    | Weight
+    | Deferred
+    | NDArray[Any]
+    | None
 )

@@ -72,6 +72,8 @@ def check_options(options: ExportOptions) -> None:
         raise RequestError("--engram adds a site to a decoder, --tables-only exports none; leave one of them out")
     if options.context is not None:
         raise RequestError("--context is the length of a decoder's caches, --tables-only exports none; leave it out")
+    if options.embeddings:
+        raise RequestError("--embeddings adds an input to a decoder, --tables-only exports none; leave one of them out")
     if options.quant == "int4":
         raise RequestError("--quant int4 is for layers of a decoder, sites have none below int8; use int8 or none")
 

@@ -5,7 +5,7 @@ import math
 import mmap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +106,49 @@ class Executor(Protocol):
             states: see `allocate_states`.
             graph: the decoder or the draft head, which the bundle must have.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchInputs:
+    """One forward pass over a token of each of B sequences.
+
+    Attributes:
+        token_ids: ``[B]`` int64.
+        positions: ``[B]`` int64, how many tokens the states of each already hold.
+        rows: by site in the manifest's order, ``[B, C, d]``.
+        embeddings: ``[B, D]`` float32 for a decoder that takes them, else None; see `StepInputs`.
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    rows: Mapping[str, PendingRows]
+    embeddings: NDArray[np.float32] | None = None
+
+
+class BatchStep(Protocol):
+    """The decoder bound to the states of B sequences, which it updates in place."""
+
+    @property
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `Step.told`; row i is of sequence i."""
+        ...
+
+    def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
+        """Return ``[B, V]`` logits, each with the bits of a pass of its own."""
+        ...
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """An executor that runs several sequences in one forward pass."""
+
+    def batches(self, count: int) -> Sequence[int]:
+        """Split ``count`` sequences into the numbers it runs at once, in order."""
+        ...
+
+    def bind_batch(self, states: Sequence[Mapping[str, State]]) -> BatchStep:
+        """Bind the decoder to the states of as many sequences as one of `batches`; see `Executor.bind`."""
         ...
 
 

@@ -94,7 +94,7 @@ class RowRun:
     def early(self) -> Mapping[str, TableCounters]:
         """Return by site the counts of rows that were fetched early, once no thread works for the run."""
         early = [piece for piece in self._pieces if piece.early and piece.fetched.exception() is None]
-        return {site.name: self._count_early(early, index) for index, site in enumerate(self._sites)}
+        return {site.name: self._count_early(early, index) for index, site in enumerate(self._sites) if early}
 
     def _count_early(self, pieces: Sequence[_Piece], site: int) -> TableCounters:
         every, used, ready = set[int](), set[int](), set[int]()

@@ -17,7 +17,7 @@ from engram_runtime.table_spec import TableSpec
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
-LIBRARY_INFO_VERSION = 6
+LIBRARY_INFO_VERSION = 7
 AWAIT_ROWS = "engram.await_rows"  # a global function of the process that a library calls, see `LibraryInfo`
 LIBRARY_PARTS = ("library", "runtime", "weights")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
@@ -61,6 +61,8 @@ class LibraryInfo:
     The library has a `pass_function` of the decoder and, where there is one, the draft head for each (T, R) of
     ``passes``; its arguments are the graph's inputs and states in manifest order, then the packed weights that
     ``graph_tensors`` names by their place in ``tensors``.
+    It has a `batch_function` of the decoder for each number of sequences in ``batches``, ascending: those arguments, a
+    token and a position of each sequence, and all states of the first one, then of the second one, ...
     It returns the logits, the graph's `told_outputs`, the windows and recurrent states, and, of the decoder, for each
     entry of ``expert_bytes``, a layer with experts, how many experts of that size it has read, int32 ``[1]``.
     Before they read the rows of a table, they call `AWAIT_ROWS` with that argument and the table's place in manifest
@@ -82,6 +84,7 @@ class LibraryInfo:
     weights_bytes: int
     sha256: dict[str, str]
     passes: tuple[tuple[int, int], ...]
+    batches: tuple[int, ...]
     tensors: tuple[PackedTensor, ...]
     graph_tensors: dict[str, tuple[int, ...]]
     expert_bytes: tuple[int, ...]
@@ -108,6 +111,7 @@ class LibraryInfo:
             weights_bytes=fields.count("weights_bytes", least=1),
             sha256=_digests(fields.fields("sha256")),
             passes=tuple(_forward_pass(item) for item in fields.integer_lists("passes")),
+            batches=fields.integers("batches"),
             tensors=tuple(
                 PackedTensor.from_fields(Fields(item, f"{LIBRARY_INFO_NAME}.tensors[{i}]"))
                 for i, item in enumerate(fields.items("tensors"))
@@ -127,6 +131,10 @@ class LibraryInfo:
         needed = {(tokens, rows) for tokens in counts for rows in (1, tokens)}
         if lacking := sorted(needed - set(self.passes)):
             raise BundleError(f"library lacks the forward passes {lacking}; compile again")
+        if min(self.batches, default=2) < 2 or list(self.batches) != sorted(set(self.batches)):
+            raise BundleError(
+                f"library runs {list(self.batches)} sequences at once, expected ascending numbers from 2; compile again"
+            )
         for tensor in self.tensors:
             if tensor.end > self.weights_bytes:
                 raise BundleError(
@@ -160,6 +168,11 @@ class LibraryInfo:
 def pass_function(graph: str, tokens: int, rows: int) -> str:
     """Return the name of the function that runs a graph over so many tokens, with so many rows of logits."""
     return f"{'forward' if graph == DECODER else graph}_{tokens}_{rows}"
+
+
+def batch_function(sequences: int) -> str:
+    """Return the name of the function that runs the decoder over a token of each of so many sequences."""
+    return f"batch_{sequences}"
 
 
 def row_function(table: TableSpec) -> str:

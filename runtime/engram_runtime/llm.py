@@ -19,6 +19,8 @@ from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
 from engram_runtime.generation import Generation, Tokens, decode_tokens
+from engram_runtime.parallel.beam import Beam, beam_search
+from engram_runtime.parallel.samples import Sample, draw_samples, seeded
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.sequences import common_length
 from engram_runtime.session import Session
@@ -166,6 +168,53 @@ class LLM:
         """Yield pieces of the answer to a conversation, each message with ``role`` and ``content``."""
         prompt_ids = self.tokenizer.encode_chat(messages)
         return self.stream(prompt_ids, max_tokens=max_tokens, sampling=sampling)
+
+    def samples(
+        self,
+        prompt: str | Sequence[int],
+        count: int,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: SamplingOptions,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Sample]:
+        """Yield ``count`` continuations of a prompt as they finish, drawn together; nothing else is to be asked before.
+
+        Sample i has the tokens that `generate` draws with the seed ``sampling.seed + i``. See `best_of` and `vote`.
+
+        Raises:
+            RequestError, TableError: as for `generate`, no sample, or several at temperature 0.
+        """
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
+        each = seeded(sampling, count)
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        logits, _ = self._prefill(prompt_ids)
+        yield from draw_samples(self.session, logits, self.tokenizer, each, max_tokens=max_tokens, stop=stop)
+
+    def beam_search(
+        self,
+        prompt: str | Sequence[int],
+        width: int,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        length_penalty: float = 1.0,
+    ) -> list[Beam]:
+        """Return the likeliest continuations of a prompt that a beam search finds, the best first.
+
+        Raises:
+            RequestError, TableError: as for `generate`, or an option out of range.
+        """
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        logits, _ = self._prefill(prompt_ids)
+        return beam_search(
+            self.session,
+            logits,
+            width=width,
+            max_tokens=max_tokens,
+            end_ids=self.tokenizer.eos_token_ids,
+            length_penalty=length_penalty,
+        )
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Return ``[T, V]`` logits after each of ``token_ids``, run as a new sequence."""

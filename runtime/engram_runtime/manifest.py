@@ -69,8 +69,8 @@ class StateSpec:
     """A cache the caller owns: input ``name``, output ``next.<name>``, written in place.
 
     ``positional`` states hold one entry per position on their second-last axis and roll back by forgetting positions;
-    ``window`` states hold the last few steps and ``recurrent`` ones a summary of all, so going back means computing the
-    kept tokens again.
+    ``window`` states hold the last few steps and ``recurrent`` ones a summary of all, so going back means going back to
+    a copy and computing the kept tokens since then again.
     """
 
     name: str

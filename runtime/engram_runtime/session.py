@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engram_runtime.activity import Activity, SiteActivity
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, PendingRows, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.executor import Executor, PendingRows, State, StepInputs, allocate_states, empty_rows, state_bytes
 from engram_runtime.input_embeddings import InputEmbeddings
 from engram_runtime.keyers import NO_TOKEN
 from engram_runtime.manifest import ACTIVITY, HIDDEN
@@ -25,7 +25,7 @@ from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
 
-MOST_PUT_OFF = 4  # tokens that are computed again and again rather than once, for a checkpoint after them
+MOST_PUT_OFF = 3  # tokens that are computed again and again rather than once, for a checkpoint after them
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
 
 
@@ -86,17 +86,17 @@ class Session:
             tables_on: False feeds zero rows. Engram sites then add nothing; Gemma's per-layer inputs are left with the
                 projection of the token's embedding, at the scale it has beside rows.
         """
-        self._model = bundle.manifest.model
+        self.model = bundle.manifest.model
         decoder = bundle.manifest.decoder
-        specs = decoder.states
+        self.state_specs = specs = decoder.states
         self._tells_hidden = HIDDEN in decoder.told_outputs
-        self._embeddings = InputEmbeddings(self._model.hidden_size) if decoder.takes_embeddings else None
-        self._executor = executor
-        self._sites = sites
-        self._tables_on = tables_on
+        self._embeddings = InputEmbeddings(self.model.hidden_size) if decoder.takes_embeddings else None
+        self.executor = executor
+        self.sites = sites
+        self.tables_on = tables_on
         self._rows_ahead = RowsAhead(sites)
         self._counters_before = {site.name: dataclasses.replace(site.table.counters) for site in sites}
-        states = allocate_states(specs, executor.float16_states)
+        self._states = states = allocate_states(specs, executor.float16_states)
         self._one_way = OneWayStates([states[spec.name] for spec in specs if not spec.rolls_back])
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
@@ -132,7 +132,13 @@ class Session:
     @property
     def tables(self) -> Sequence[TableChoice]:
         """How each table is read that `open` opened to be read."""
-        return [site.choice for site in self._sites if site.choice is not None] if self._tables_on else []
+        return [site.choice for site in self.sites if site.choice is not None] if self.tables_on else []
+
+    @property
+    def states(self) -> Mapping[str, State]:
+        """What was computed of `token_ids` alone, by name: the session's own memory, not to be changed."""
+        self.catch_up()
+        return self._states
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -146,7 +152,8 @@ class Session:
     def activity(self) -> Activity:
         """What gated sites did to the tokens of the last forward pass: one, a draft, or a chunk of a longer text.
 
-        By site; empty before the first pass, and of a bundle whose graph doesn't say it.
+        Those that were put off and computed with them come first. By site; empty before the first pass, and of a bundle
+        whose graph doesn't say it.
         """
         return {
             name.removeprefix(ACTIVITY): SiteActivity(told)
@@ -161,12 +168,17 @@ class Session:
         For a draft head or another session's `prefill_embeddings`; ``[0, D]`` before the first call, and of a bundle
         with neither a head nor input embeddings.
         """
-        return np.concatenate([np.empty((0, self._model.hidden_size), dtype=np.float32), *self._hidden])
+        return np.concatenate([np.empty((0, self.model.hidden_size), dtype=np.float32), *self._hidden])
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether its passes are given embeddings beside token ids; see `prefill_embeddings`."""
+        return self._embeddings is not None
 
     @property
     def room(self) -> int:
         """How many more tokens the context holds."""
-        return self._model.context_length - len(self)
+        return self.model.context_length - len(self)
 
     @property
     def put_off(self) -> int:
@@ -182,7 +194,7 @@ class Session:
         """
         return {
             site.name: site.table.counters - self._counters_before[site.name] + self._rows_ahead.early[site.name]
-            for site in self._sites
+            for site in self.sites
         }
 
     def __len__(self) -> int:
@@ -218,9 +230,9 @@ class Session:
         if self._embeddings is None:
             raise RequestError("this bundle takes no input embeddings; export it with --embeddings")
         given = np.ascontiguousarray(embeddings, dtype=np.float32)
-        if given.ndim != 2 or given.shape[1] != self._model.hidden_size or not np.isfinite(given).all():
+        if given.ndim != 2 or given.shape[1] != self.model.hidden_size or not np.isfinite(given).all():
             raise RequestError(
-                f"input embeddings are {list(given.shape)}, wanted [T, {self._model.hidden_size}] finite numbers"
+                f"input embeddings are {list(given.shape)}, wanted [T, {self.model.hidden_size}] finite numbers"
             )
         self._check_count(len(given))
         self._embeddings.put(len(self), given)
@@ -285,7 +297,7 @@ class Session:
             RequestError: an id outside the vocabulary.
         """
         self._check_vocabulary(token_ids)
-        if self._tables_on:
+        if self.tables_on:
             self._rows_ahead.request(self._history(), [*self._token_ids[self._held :], *token_ids])
 
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
@@ -314,7 +326,7 @@ class Session:
 
     def _chunk(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the tokens of the next pass and those of the one after it, which may be none."""
-        size, next_size, *_ = *self._executor.chunks(len(token_ids)), 0
+        size, next_size, *_ = *self.executor.chunks(len(token_ids)), 0
         return token_ids[:size], token_ids[size : size + next_size]
 
     def _pass(
@@ -339,8 +351,8 @@ class Session:
             self._stale = False
 
     def _rows(self, token_ids: NDArray[np.int64], following: NDArray[np.int64]) -> Mapping[str, PendingRows]:
-        if not self._tables_on:
-            return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
+        if not self.tables_on:
+            return {site.name: empty_rows(site.spec, len(token_ids)) for site in self.sites}
         return self._rows_ahead.rows(self._history(), token_ids, following)
 
     def _history(self) -> Sequence[int]:
@@ -355,18 +367,18 @@ class Session:
     def _check_count(self, count: int) -> None:
         if count == 0:
             raise RequestError("no tokens were given; the model needs at least one")
-        if (total := len(self) + count) > self._model.context_length:
-            raise RequestError(f"{total} tokens exceed the context of {self._model.context_length}; shorten the prompt")
+        if (total := len(self) + count) > self.model.context_length:
+            raise RequestError(f"{total} tokens exceed the context of {self.model.context_length}; shorten the prompt")
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
-            if not 0 <= token_id < self._model.vocab_size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {self._model.vocab_size}")
+            if not 0 <= token_id < self.model.vocab_size:
+                raise RequestError(f"token id {token_id} is outside the vocabulary of {self.model.vocab_size}")
 
     def close(self) -> None:
         """Close the tables."""
         self._rows_ahead.close()
-        close_sites(self._sites)
+        close_sites(self.sites)
 
     def __enter__(self) -> Self:
         return self

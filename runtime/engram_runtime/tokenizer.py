@@ -66,6 +66,10 @@ class TextTokenizer:
         with native_errors(RequestError, "the tokenizer can't take the prompt"):
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token as the vocabulary spells it, or None where there is none."""
+        return self._tokenizer.token_to_id(token)
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of a chat up to where the model's answer begins; the template writes the special tokens."""
         return self.encode(self.chat_template.render(messages), add_special_tokens=False)

@@ -26,7 +26,7 @@ class TargetProfile:
         machine: instruction set architecture as ``uname -m`` spells it.
         cpu_flags: features the code needs, as ``/proc/cpuinfo`` spells them.
         kernels: kernel family, a module of `engram_compilers.kernels`.
-        decode_tokens: token counts compiled with logits for every token.
+        decode_tokens: token counts compiled with logits for every token, and as numbers of sequences.
         prefill_tokens: larger token counts, compiled with logits for every token and for the last one only.
         threads: how many run the library unless told otherwise, 0 for one on each core there is (``auto`` in files).
         cache_dtype: what attention's keys and values are kept in, ``float32`` or ``float16``.
@@ -82,6 +82,11 @@ class TargetProfile:
         every_row = [(count, count) for count in (*self.decode_tokens, *self.prefill_tokens)]
         last_row = [(count, 1) for count in (*self.decode_tokens, *self.prefill_tokens) if count > 1]
         return (*every_row, *last_row)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Numbers of sequences, a token of each, whose forward passes are compiled."""
+        return tuple(count for count in self.decode_tokens if count > 1)
 
     def fits(self, architecture: str, flags: Iterable[str]) -> bool:
         """Whether a machine with these CPU flags can run the code."""

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from engram_compilers.kernels.attention_shape import AttentionShape, Operands, live_words
-from engram_compilers.kernels.intrinsics import converted, lanes
+from engram_compilers.kernels.intrinsics import Expr, converted, lanes
 from engram_compilers.kernels.loops import LANES, loop_over
 from engram_compilers.kernels.online_softmax import attend_all
 from engram_compilers.kernels.packing import require_indexable
@@ -56,17 +56,25 @@ def rope_append(
         T.func_attr({"op_pattern": 8, "tirx.noalias": True})
         with T.sblock("root"):
             for token in loop_over(tokens, tokens * width / ROTATED_PER_US):
-                row: T.let = T.cast(position[0], "int32") + token
-                for head in T.serial(heads):
-                    rotate(q, [token], head * head_dim, qkv, [token], head * head_dim, cos, sin, row, head_dim)
-                for head in T.serial(kv_heads):
-                    key: T.let = (heads + head) * head_dim
-                    rotate(k_cache, [0, head, row], 0, qkv, [token], key, cos, sin, row, head_dim)
-                    for d in T.serial(head_dim // LANES):
-                        value: T.let = qkv[token, lanes((heads + kv_heads + head) * head_dim + d * LANES)]
-                        v_cache[0, head, row, lanes(d * LANES)] = converted(value, cache_dtype)
+                append_token(qkv, token, cos, sin, T.cast(position[0], "int32") + token, k_cache, v_cache, q)
 
     return kernel
+
+
+def append_token(
+    qkv: Expr, token: Expr, cos: Expr, sin: Expr, position: Expr, k_cache: Expr, v_cache: Expr, q: Expr
+) -> None:
+    """Emit what `rope_append` does for one row of ``qkv`` and ``q``, at a position."""
+    _, kv_heads, _, head_dim = (int(size) for size in k_cache.shape)
+    heads = int(q.shape[1]) // head_dim
+    row = T.Bind(position)
+    with T.serial(heads) as head:
+        rotate(q, [token], head * head_dim, qkv, [token], head * head_dim, cos, sin, row, head_dim)
+    with T.serial(kv_heads) as head:
+        rotate(k_cache, [0, head, row], 0, qkv, [token], (heads + head) * head_dim, cos, sin, row, head_dim)
+        with T.serial(head_dim // LANES) as d:
+            value = T.Bind(qkv[token, lanes((heads + kv_heads + head) * head_dim + d * LANES)])
+            T.buffer_store(v_cache, converted(value, v_cache.dtype), [0, head, row, lanes(d * LANES)])
 
 
 def attend(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tvm.script import tirx as T
+
 from engram_compilers.kernels.intrinsics import Expr
 from engram_compilers.kernels.loops import LANES, round_up
 
@@ -77,6 +79,8 @@ class Operands:
         position: i64 ``[1]``.
         live: None, or i32 ``[T, words]``: bit i of word w says whether a token attends to key 16 * w + i.
         out: f32 ``[T, H * hd]``.
+        sequence: where there are several, each with caches of its own: the place of this one's position, and of its
+            first row of the others.
     """
 
     q: Expr
@@ -85,6 +89,12 @@ class Operands:
     position: Expr
     live: Expr | None
     out: Expr
+    sequence: int = 0
+
+    @property
+    def start(self) -> Expr:
+        """How many tokens the caches held before, i32."""
+        return T.cast(self.position[self.sequence], "int32")
 
 
 def live_words(capacity: int) -> int:

@@ -42,28 +42,29 @@ def attend_all(shape: AttentionShape, operands: Operands) -> None:
     keys = loops.PARALLEL_FROM_US / shape.us_per_key
     if tasks == 1 or keys <= KEY_BLOCK or keys > shape.window:
         with T.parallel(tasks) if tasks > 1 and keys <= KEY_BLOCK else T.serial(tasks) as task:
-            _attend_task(shape, operands, task)
+            attend_task(shape, operands, task)
         return
     with T.If(operands.position[0] < int(keys)):
         with T.Then(), T.serial(tasks) as task:
-            _attend_task(shape, operands, task)
+            attend_task(shape, operands, task)
         with T.Else(), T.parallel(tasks) as task:
-            _attend_task(shape, operands, task)
+            attend_task(shape, operands, task)
 
 
-def _attend_task(shape: AttentionShape, operands: Operands, task: Expr) -> None:
+def attend_task(shape: AttentionShape, operands: Operands, task: Expr) -> None:
     """Attend with the tokens and heads of one task, key block by key block."""
     head = T.Bind(task // shape.token_blocks * shape.together)
     first_token = T.Bind(task % shape.token_blocks * shape.token_block)
     count = T.Bind(T.min(shape.token_block, shape.tokens - first_token))
-    first_position = T.Bind(T.cast(operands.position[0], "int32") + first_token)
+    first_position = T.Bind(operands.start + first_token)
+    first_row = T.Bind(operands.sequence + first_token)
     running = _start(shape, count)
     first_block = T.max(first_position + 1 - shape.window, 0) // KEY_BLOCK
     with T.serial(first_block, (first_position + count - 1) // KEY_BLOCK + 1) as key_block:
         start = key_block * KEY_BLOCK
         tile = load_tile(shape, operands, head, start) if shape.tiled and operands.live is None else None
         with T.serial(count) as t:
-            token = first_token + t
+            token = first_row + t
             low = T.Bind(T.max(T.max(first_position + t + 1 - shape.window, 0), start))
             high = T.Bind(T.min(first_position + t, start + KEY_BLOCK - 1))
             with T.If(_any_live(operands, token, key_block, low <= high)), T.Then():
@@ -74,7 +75,7 @@ def _attend_task(shape: AttentionShape, operands: Operands, task: Expr) -> None:
                 _softmax_step(shape, running, t * shape.together)
                 _add_values(shape, running, operands, tile, token, t * shape.together, head, low, high)
     with T.serial(count) as t:
-        _finish(shape, running, t * shape.together, operands.out, first_token + t, head)
+        _finish(shape, running, t * shape.together, operands.out, first_row + t, head)
 
 
 def _any_live(operands: Operands, token: Expr, key_block: Expr, in_reach: Expr) -> Expr:

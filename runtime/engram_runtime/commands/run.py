@@ -21,6 +21,7 @@ from engram_runtime.commands.options import (
     table_options,
     threads_option,
 )
+from engram_runtime.commands.run_samples import check_samples, print_samples, samples_options
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
@@ -34,6 +35,7 @@ from engram_runtime.tables.policy import TableChoice
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @draft_options
+@samples_options
 @executor_option
 @threads_option
 @table_options
@@ -46,6 +48,8 @@ def run(
     stop: tuple[str, ...],
     draft: str,
     draft_k: int | None,
+    count: int,
+    best_of: str | None,
     executor: str,
     threads: int | None,
     tables: str,
@@ -57,6 +61,7 @@ def run(
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
+    check_samples(count, best_of)
     reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
         bundle,
@@ -67,6 +72,19 @@ def run(
         drafts=read_drafts(draft, draft_k),
         announce=announce_table,
     ) as llm:
+        if count > 1:
+            figures = {"executor": executor, "threads": llm.executor.threads, "tables_on": tables == "on"}
+            print_samples(
+                llm,
+                prompt,
+                count,
+                best_of,
+                max_tokens=max_tokens,
+                sampling=options,
+                stop=stop,
+                figures=figures if as_json else None,
+            )
+            return
         for piece in llm.stream(prompt, max_tokens=max_tokens, sampling=options, stop=stop):
             if not as_json:
                 click.echo(piece, nl=False)

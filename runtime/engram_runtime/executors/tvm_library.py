@@ -17,17 +17,19 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
+from engram_runtime.executors.tvm_batch import TvmBatchStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
 from engram_runtime.library import (
     AWAIT_ROWS,
     LibraryInfo,
     PackedTensor,
+    batch_function,
     find_library,
     pass_function,
     row_function,
 )
-from engram_runtime.manifest import DECODER
+from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN
 from engram_runtime.table_spec import TableSpec
 
 
@@ -98,6 +100,8 @@ class TvmExecutor:
         self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
+        self._batches = info.batches
+        self._unread: Mapping[str, State] = {}  # states of what fills a batch up
         self._row_functions = {table.site: row_function(table) for table in tables}
         self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
         self._module = module = load_module(folder / info.library)
@@ -114,6 +118,10 @@ class TvmExecutor:
             times, count = divmod(count, size)
             chunks += [size] * times
         return chunks
+
+    def batches(self, count: int) -> Sequence[int]:
+        """See `Batching.batches`: as few passes as there can be."""
+        return batch_sizes(count, max(self._batches, default=1))
 
     def watch(self, watcher: Callable[..., None] | None) -> None:
         """See `engram_runtime.bench.kernel_times.Watchable`."""
@@ -138,6 +146,20 @@ class TvmExecutor:
         forward = {sizes: self._machine_code[pass_function(graph, *sizes)] for sizes in self._passes}
         fixed = [*(as_tensor(array) for array in states.values()), *self._weights[graph]]
         return TvmStep(self, forward, fixed, self._told[graph], counts_experts=graph == DECODER)
+
+    def bind_batch(self, states: Sequence[Mapping[str, State]]) -> TvmBatchStep:
+        """See `Batching.bind_batch`; a function of more sequences runs fewer as well."""
+        size = min(count for count in self._batches if count >= len(states))
+        unread = [self._unread_states(states[0])] * (size - len(states))
+        fixed = [as_tensor(array) for of in (*states, *unread) for array in of.values()]
+        forward = {(size, size): self._machine_code[batch_function(size)]}
+        step = TvmStep(self, forward, [*fixed, *self._weights[DECODER]], self._told[DECODER], counts_experts=True)
+        return TvmBatchStep(step, len(states), size)
+
+    def _unread_states(self, like: Mapping[str, State]) -> Mapping[str, State]:
+        if not self._unread:
+            self._unread = {name: aligned_zeros(state.shape, state.dtype.name) for name, state in like.items()}
+        return self._unread
 
 
 class TvmStep:
@@ -170,10 +192,26 @@ class TvmStep:
         return dict(zip(self._names, values, strict=False))
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """See `Step`; raises TargetError where threads or memory are lacking, and what waiting for rows raises."""
+        """See `Step` and `run`."""
+        tokens = {
+            "token_ids": inputs.token_ids,
+            "position": np.array([inputs.position], dtype=np.int64),
+            "logit_rows": inputs.logit_rows,
+        }
+        after = {HIDDEN: inputs.hidden, EMBEDDINGS: inputs.embeddings}
+        return self.run(tokens, inputs.rows, {name: values for name, values in after.items() if values is not None})
+
+    def run(
+        self, before: Mapping[str, NDArray[Any]], rows: Mapping[str, PendingRows], after: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """Return the logits of a pass with these inputs before the rows of sites and after them, by name in order.
+
+        Raises:
+            TargetError: threads or memory are lacking; and what waiting for rows raises.
+        """
         _running.step, self._failure = self, None
         try:
-            logits, *others = self._forward_pass(inputs)
+            logits, *others = self._forward_pass(before, rows, after)
         except RuntimeError as error:
             if self._failure is not None:
                 raise self._failure from None
@@ -185,17 +223,16 @@ class TvmStep:
             self._executor.count_experts(others)
         return np.asarray(np.from_dlpack(logits), dtype=np.float32)
 
-    def _forward_pass(self, inputs: StepInputs) -> Sequence[Any]:
-        function = self._forward[len(inputs.token_ids), len(inputs.logit_rows)]
-        buffers = [self._buffer(site, rows.shape, np.float32) for site, rows in inputs.rows.items()]
-        self._pending = [(rows, buffer) for rows, (buffer, _) in zip(inputs.rows.values(), buffers, strict=True)]
+    def _forward_pass(
+        self, before: Mapping[str, NDArray[Any]], rows: Mapping[str, PendingRows], after: Mapping[str, NDArray[Any]]
+    ) -> Sequence[Any]:
+        function = self._forward[len(before["token_ids"]), len(before["logit_rows"])]
+        buffers = [self._buffer(site, pending.shape, np.float32) for site, pending in rows.items()]
+        self._pending = [(pending, buffer) for pending, (buffer, _) in zip(rows.values(), buffers, strict=True)]
         arguments = (
-            self._copy("token_ids", inputs.token_ids),
-            self._copy("position", np.array([inputs.position], dtype=np.int64)),
-            self._copy("logit_rows", inputs.logit_rows),
+            *(self._copy(name, values) for name, values in before.items()),
             *(tensor for _, tensor in buffers),
-            *(() if inputs.hidden is None else (self._copy("hidden", inputs.hidden),)),
-            *(() if inputs.embeddings is None else (self._copy("embeddings", inputs.embeddings),)),
+            *(self._copy(name, values) for name, values in after.items()),
             *self._fixed,
         )
         with self._executor.pool.for_step():

@@ -1,0 +1,102 @@
+"""The states of a text in memory that several sequences map, each page copied by whom it is changed first."""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from engram_runtime.errors import RequestError
+from engram_runtime.executor import State
+from engram_runtime.manifest import StateSpec
+
+_MAP_FIXED = 0x10  # of Linux on every architecture here; the mmap module has no name for it
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
+
+
+class SharedStates:
+    """What a sequence's states hold, once in memory however many sequences go on from it.
+
+    The states it is made from are put on that memory too, at the addresses they have. From then on whoever changes a
+    page has a copy of that page, and nobody sees what others change.
+    """
+
+    def __init__(self, specs: Sequence[StateSpec], states: Mapping[str, State], length: int) -> None:
+        """Take over ``states``, of `engram_runtime.executor.allocate_states`, which hold ``length`` tokens.
+
+        Raises:
+            RequestError: there is no memory for a copy of what they hold.
+        """
+        self._specs = specs
+        self._states = states
+        self._length = length
+        self._offsets, self._bytes = _layout(states)
+        self._file = os.memfd_create("engram-states")
+        try:
+            self._fill()
+        except OSError as error:
+            self.close()
+            raise RequestError(f"no memory to share the states of {length} tokens: {error.strerror}") from error
+
+    def _fill(self) -> None:
+        os.ftruncate(self._file, self._bytes)
+        with mmap.mmap(self._file, self._bytes) as whole:
+            shared = {name: _view(whole, state, self._offsets[name]) for name, state in self._states.items()}
+            self._copy(self._states, shared, range(self._length))
+            del shared  # or the mapping couldn't be closed
+        for name, state in self._states.items():
+            _map_over(state, self._file, self._offsets[name])
+
+    def fork(self) -> dict[str, State]:
+        """Return states of one more sequence, to begin with those it was made from.
+
+        Raises:
+            RequestError: the system maps no more memory for this process.
+        """
+        try:
+            return {name: self._mapped(name, state) for name, state in self._states.items()}
+        except OSError as error:
+            raise RequestError(f"no memory for one more sequence: {error.strerror}; ask for fewer") from error
+
+    def _mapped(self, name: str, state: State) -> State:
+        private, both = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+        return _view(mmap.mmap(self._file, state.nbytes, private, both, offset=self._offsets[name]), state, 0)
+
+    def copy(self, source: Mapping[str, State], target: Mapping[str, State], length: int) -> None:
+        """Make a fork hold what another one does, which holds ``length`` tokens."""
+        self._copy(source, target, range(self._length, length))
+
+    def _copy(self, source: Mapping[str, State], target: Mapping[str, State], positions: range) -> None:
+        rows = slice(positions.start, positions.stop)
+        for spec in self._specs:
+            held = np.s_[..., rows, :] if spec.rolls_back else ...
+            target[spec.name][held] = source[spec.name][held]
+
+    def close(self) -> None:
+        """Let go of the memory; the sequences keep what they have mapped."""
+        os.close(self._file)
+
+
+def _layout(states: Mapping[str, State]) -> tuple[dict[str, int], int]:
+    """Return where each state begins in the file, a page of its own, and the size of it all."""
+    offsets, end = {}, 0
+    for name, state in states.items():
+        offsets[name] = end
+        end += -(-state.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    return offsets, max(end, mmap.PAGESIZE)
+
+
+def _view(pages: mmap.mmap, like: State, offset: int) -> State:
+    return np.ndarray(like.shape, like.dtype, buffer=pages, offset=offset)
+
+
+def _map_over(state: State, file: int, offset: int) -> None:
+    """Put a part of a file, copy-on-write, where a state is."""
+    address, both = state.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
+    placed = _libc.mmap(address, state.nbytes, both, mmap.MAP_PRIVATE | _MAP_FIXED, file, offset)
+    if placed != address:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

@@ -1,0 +1,276 @@
+"""Sequences of a group have the bits of sessions that are alone, share memory, and leave one another in peace."""
+
+import dataclasses
+import errno
+import itertools
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.test_compile import assert_same_bits
+from tests.tiny import CONTEXT, VOCAB, TinyModel
+from tests.tiny_families import FAMILIES
+from tests.tiny_gemma import save_gemma
+from tests.workshop import THREADS, Workshop, open_session, random_ids
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.cpu import cpu_flags
+from engram_runtime.errors import RequestError
+from engram_runtime.executor import allocate_states
+from engram_runtime.executors.tvm_batch import batch_sizes
+from engram_runtime.manifest import StateSpec
+from engram_runtime.parallel.group import Group
+from engram_runtime.parallel.shared_states import SharedStates
+from engram_runtime.session import Session
+
+NATIVE = "avx512_vnni" if "avx512_vnni" in cpu_flags() else "portable"
+PROMPT = 21
+COUNT = 7  # batches of 4 and 3, the latter on the function for 4
+EXECUTORS = ["tvm", "onnxruntime"]
+
+
+def family(name: str) -> Callable[[Workshop, Path], Bundle]:
+    def make(workshop: Workshop, folder: Path) -> Bundle:
+        bundle = workshop.bundle(workshop.family(FAMILIES[name][0]), quant="int8")
+        return workshop.compiled(bundle, NATIVE)
+
+    return make
+
+
+def gemma(workshop: Workshop, folder: Path) -> Bundle:
+    """Return layers that attend over the caches of others, and per-layer inputs."""
+    return workshop.compiled(workshop.bundle(save_gemma(folder / "gemma3n", "gemma3n")), NATIVE)
+
+
+def narrow(workshop: Workshop, folder: Path) -> Bundle:
+    bundle = workshop.bundle(workshop.checkpoint(TinyModel(family="qwen3", head_dim=32)))
+    return workshop.compiled(bundle, NATIVE, cache_dtype="float16")
+
+
+BUNDLES: dict[str, Callable[[Workshop, Path], Bundle]] = {
+    "int8-window": lambda workshop, folder: workshop.ready(),
+    "float16-cache": narrow,
+    "gemma3n": gemma,
+    **{name: family(name) for name in ("mixtral", "qwen3_5_moe", "qwen4_exp")},
+}
+
+
+@pytest.fixture(scope="module", params=list(BUNDLES))
+def bundle(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return BUNDLES[request.param](workshop, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(params=EXECUTORS)
+def session(request: pytest.FixtureRequest, workshop: Workshop) -> Iterator[Session]:
+    with open_session(workshop.ready(), request.param) as session:
+        session.prefill(random_ids(PROMPT))
+        yield session
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return random_ids(count, seed)
+
+
+def alone(bundle: Bundle, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    """Return the logits ``[B, V]`` after texts of a session that takes what comes after the prompt token by token."""
+    logits = []
+    with open_session(bundle, "tvm", threads=1) as session:
+        for text in texts:
+            session.trim(len(session))
+            session.prefill(text[:PROMPT])
+            logits.append([session.decode([token_id])[-1] for token_id in text[PROMPT:]][-1])
+    return np.stack(logits)
+
+
+def texts_of(group: Group) -> list[Sequence[int]]:
+    return [group.token_ids(index) for index in range(len(group))]
+
+
+@pytest.mark.parametrize("threads", [1, THREADS])
+def test_each_sequence_has_the_bits_of_a_session_that_is_alone(bundle: Bundle, threads: int) -> None:
+    with open_session(bundle, "tvm", threads=threads) as session:
+        session.prefill(random_ids(PROMPT))
+        with Group(session, COUNT) as group:
+            for seed in range(2):
+                logits = group.step(tokens(COUNT, seed))
+            assert_same_bits(logits, alone(bundle, texts_of(group)))
+            group.keep([6, 1, 1])
+            for seed in range(2):
+                logits = group.step(tokens(3, seed + 10))
+            assert_same_bits(logits, alone(bundle, texts_of(group)))
+            assert_same_bits(session.decode([5]), alone(bundle, [[*random_ids(PROMPT), 5]]))
+
+
+def test_every_step_of_every_sequence_has_the_bits_of_its_session(bundle: Bundle) -> None:
+    steps = [tokens(3, seed) for seed in range(70)]  # past the first block of 64 keys
+    with open_session(bundle, "tvm") as session, open_session(bundle, "tvm", threads=1) as lonely:
+        session.prefill(random_ids(PROMPT))
+        with Group(session, 3) as group:
+            found = np.stack([group.step(token_ids) for token_ids in steps])  # [steps, 3, V]
+        for index in range(3):
+            lonely.trim(len(lonely))
+            lonely.prefill(random_ids(PROMPT))
+            expected = [lonely.decode([token_ids[index]])[-1] for token_ids in steps]
+            assert_same_bits(found[:, index], np.stack(expected))
+
+
+def test_a_group_on_any_executor_has_the_logits_of_its_sequences(session: Session) -> None:
+    with Group(session, 3) as group:
+        group.step([1, 2, 3])
+        found = group.step([4, 5, 6])
+    prompt = random_ids(PROMPT)
+    for index, continuation in enumerate(([1, 4], [2, 5], [3, 6])):
+        session.trim(len(session))
+        session.prefill(prompt)
+        assert_same_bits(found[index], [session.decode([token_id])[-1] for token_id in continuation][-1])
+
+
+def test_a_session_that_goes_on_does_not_disturb_its_group(session: Session) -> None:
+    with Group(session, 2) as group, Group(session, 2) as undisturbed:
+        group.step([1, 2])
+        undisturbed.step([1, 2])
+        session.decode(tokens(9, 3))
+        session.trim(len(session))
+        session.prefill(tokens(30, 4))
+        found = group.step([3, 4])
+        assert_same_bits(found, undisturbed.step([3, 4]))
+
+
+def test_a_group_does_not_disturb_its_session(session: Session) -> None:
+    expected = session.decode([9])
+    session.trim(1)
+    with Group(session, 4) as group:
+        for seed in range(5):
+            group.step(tokens(4, seed))
+        assert session.token_ids == random_ids(PROMPT)
+        assert_same_bits(session.decode([9]), expected)
+    session.trim(1)
+    assert_same_bits(session.decode([9]), expected)
+
+
+def test_sequences_can_be_forked_dropped_and_reordered(session: Session) -> None:
+    with Group(session, 3) as group, Group(session, 5) as plain:
+        group.step([1, 2, 3])
+        group.keep([2, 0, 2, 2])
+        group.step([4, 5, 6, 7])
+        group.keep([3, 1, 1, 0, 0])
+        found = group.step([8, 9, 10, 11, 12])
+        for step in zip([3, 7, 8], [1, 5, 9], [1, 5, 10], [3, 4, 11], [3, 4, 12], strict=True):
+            expected = plain.step(step)
+        assert [list(group.token_ids(i)[PROMPT:]) for i in range(5)] == [
+            [3, 7, 8],
+            [1, 5, 9],
+            [1, 5, 10],
+            [3, 4, 11],
+            [3, 4, 12],
+        ]
+        assert_same_bits(found, expected)
+
+
+def test_a_group_of_a_session_with_tables_off_reads_none(workshop: Workshop) -> None:
+    with open_session(workshop.ready(), "tvm", tables_on=False) as session:
+        session.prefill(random_ids(PROMPT))
+        with Group(session, 2) as group:
+            found = group.step([1, 2])
+        assert_same_bits(found[:1], session.decode([1]))
+        assert session.counters["layer_1"].rows == 0
+
+
+def test_a_row_that_several_sequences_read_is_asked_for_once(session: Session) -> None:
+    before = session.counters["layer_1"]
+    with Group(session, 4) as group:
+        group.step([7, 7, 7, 7])
+        same = session.counters["layer_1"] - before
+        group.step([1, 2, 3, 4])
+        others = session.counters["layer_1"] - before - same
+    columns = same.rows // 4
+    # onnxruntime runs them one by one, so their rows are asked for one by one.
+    if session.executor.name == "tvm":
+        assert same.unique == columns
+        assert others.unique > columns
+    else:
+        assert same.unique == 4 * columns
+
+
+def test_wrong_tokens_are_refused_and_change_nothing(session: Session) -> None:
+    with Group(session, 2) as group, Group(session, 2) as plain:
+        with pytest.raises(RequestError, match=re.escape("1 tokens were given to 2 sequences, expected one for each")):
+            group.step([1])
+        with pytest.raises(RequestError, match=f"token id {VOCAB} is outside the vocabulary of {VOCAB}"):
+            group.step([1, VOCAB])
+        assert_same_bits(group.step([1, 2]), plain.step([1, 2]))
+
+
+def test_a_full_context_takes_no_more_tokens(session: Session) -> None:
+    session.prefill(random_ids(CONTEXT - 1 - PROMPT, seed=5))
+    with Group(session, 2) as group:
+        assert group.room == 1
+        group.step([1, 2])
+        assert group.room == 0
+        with pytest.raises(RequestError, match=f"a sequence fills the context of {CONTEXT}; keep the others"):
+            group.step([1, 2])
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (8, [8]), (9, [8, 1]), (23, [8, 8, 7])])
+def test_sequences_are_split_into_as_few_batches_as_hold_them(count: int, sizes: list[int]) -> None:
+    assert batch_sizes(count, 8) == sizes
+
+
+def physical_bytes() -> int:
+    """Return the memory of this process, a page that it maps several times once."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("Pss:"))
+    return int(line.split()[1]) << 10
+
+
+def test_forks_take_memory_for_what_they_change_alone() -> None:
+    size, page = 4 << 20, os.sysconf("SC_PAGESIZE")
+    specs = [StateSpec(name=f"key.{i}", dtype="float32", shape=(1, 2, 8192, 64), kind="positional") for i in range(2)]
+    states = allocate_states(specs)
+    for state in states.values():
+        state[...] = 1
+    before = physical_bytes()
+    shared = SharedStates(specs, states, 8192)
+    forks = [shared.fork() for _ in range(8)]
+    assert [float(state.sum()) for fork in forks for state in fork.values()] == [float(size // 4)] * 16
+    assert physical_bytes() - before < size // 4
+    for fork in forks:
+        fork["key.0"][0, 0, 0] = 2
+    assert physical_bytes() - before < size // 4 + 8 * page
+    assert [float(fork["key.0"][0, 0, 0, 0]) for fork in forks] == [2.0] * 8
+    assert (float(states["key.0"][0, 0, 0, 0]), float(forks[0]["key.1"][0, 0, 0, 0])) == (1.0, 1.0)
+    shared.close()
+
+
+def test_only_the_positions_in_use_are_copied() -> None:
+    spec = StateSpec(name="key.0", dtype="float32", shape=(1, 2, 32, 4), kind="positional")
+    window = dataclasses.replace(spec, name="window", shape=(3, 4), kind="window")
+    states = allocate_states([spec, window])
+    for state in states.values():
+        state[...] = 7
+    shared = SharedStates([spec, window], states, 5)
+    fork = shared.fork()
+    shared.close()
+    assert fork["key.0"][0, 0, :, 0].tolist() == [7.0] * 5 + [0.0] * 27
+    assert fork["window"].tolist() == [[7.0] * 4] * 3
+
+
+def test_more_sequences_than_the_system_maps_are_refused(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = itertools.count()
+    original = mmap.mmap
+
+    def few(*arguments: Any, **options: Any) -> mmap.mmap:
+        if next(made) > 20:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", few)
+    with pytest.raises(RequestError) as caught:
+        Group(session, 9)
+    assert str(caught.value) == "no memory for one more sequence: Cannot allocate memory; ask for fewer"
