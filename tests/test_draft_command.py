@@ -109,7 +109,7 @@ def drafting(bundle: Path, plain: LLM) -> Iterator[LLM]:
         return following[place] + (place % 3 == 0) if place < len(following) else 1
 
     with LLM(bundle, threads=THREADS) as llm:
-        llm._drafting = Drafting(Scripted(guess), Always(7))
+        llm._decoding = Drafting(Scripted(guess), Always(7))
         yield llm
 
 
@@ -142,8 +142,8 @@ def test_a_stream_that_is_left_early_does_not_disturb_the_next(plain: LLM, draft
 def test_a_schedule_learns_from_one_text_for_the_next(bundle: Path) -> None:
     with LLM(bundle, threads=THREADS, drafts=DraftOptions(drafter="lookup")) as llm:
         llm.generate(PROMPT, max_tokens=24)
-        assert llm._drafting is not None
-        schedule = llm._drafting.schedule
+        assert isinstance(llm._decoding, Drafting)
+        schedule = llm._decoding.schedule
         assert isinstance(schedule, Measured)
         before = schedule.total_s
         llm.generate(PROMPT, max_tokens=24)
@@ -160,6 +160,24 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
         "a number of drafts was given, but no drafter; choose one or leave out the number",
     ),
     "too-many": (("--draft", "lookup", "--draft-k", 64), "drafts are 64, expected 0 to 63"),
+    "no-mask": (
+        ("--draft", "mask"),
+        "the tokenizer has no <|mtp_special_token_0|>, with which mask drafting marks unknown tokens; name the mask's "
+        "id, or choose another drafter",
+    ),
+    "other-mask": (("--draft", "mask", "--mask-id", 300), "mask 300 is outside the vocabulary of 300"),
+    "mask-alone": (
+        ("--draft", "lookup", "--mask-id", 3),
+        "a mask was given, which drafter 'lookup' has no use for; leave it out",
+    ),
+    "too-many-masks": (
+        ("--draft", "mask", "--mask-id", 3, "--draft-k", 16),
+        "tokens a pass are 17, expected 1 to 16",
+    ),
+    "too-sure": (
+        ("--draft", "mask", "--mask-id", 3, "--mask-confidence", 1.5),
+        "confidence is 1.5, expected 0 to 1",
+    ),
     "below-none": (("--draft", "lookup", "--draft-k", -1), "drafts are -1, expected 0 to 63"),
 }
 
@@ -171,6 +189,24 @@ def test_what_cant_be_drafted_is_said(bundle: Path, command: Command, name: str,
     outcome = command("engram", verb[0], bundle, *verb[1:], *arguments)
     assert outcome.err.splitlines()[-1] == f"engram: {sentence.format(bundle=bundle)}"
     assert (outcome.code, outcome.out) == (2, "")
+
+
+def test_samples_are_drawn_without_drafts(bundle: Path, command: Command) -> None:
+    outcome = command("engram", "run", bundle, PROMPT, "--n", 2, *LOOKUP)
+    sentence = "samples drawn together share their forward passes already; leave out --draft or --n"
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (2, f"engram: {sentence}")
+
+
+def test_masks_say_whether_they_are_verified(bundle: Path, command: Command) -> None:
+    line = ("engram", "run", bundle, PROMPT, "--max-tokens", 24, "--json")
+    masks = ("--mask-id", 7, "--mask-confidence", 0, "--draft-k", 2)
+    plain, verified, approximate = (
+        command(*line, *options).json
+        for options in ((), ("--draft", "mask", *masks), ("--draft", "mask-approximate", *masks))
+    )
+    assert verified["token_ids"] == plain["token_ids"] != approximate["token_ids"]
+    assert (verified["drafts"]["draft"], approximate["drafts"]["draft"]) == ("mask (verified)", "mask (approximate)")
+    assert max(len(verified["drafts"]["acceptance"]), len(approximate["drafts"]["acceptance"])) == 2
 
 
 def test_a_number_that_is_none_is_refused(bundle: Path, command: Command) -> None:

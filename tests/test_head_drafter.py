@@ -13,7 +13,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.drafting import head as head_drafter
 from engram_runtime.drafting.drafter import Draft, Drafter
 from engram_runtime.drafting.head import HeadDrafter
-from engram_runtime.drafting.opening import open_drafting
+from engram_runtime.drafting.opening import open_decoding
 from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
@@ -157,7 +157,7 @@ def test_drawn_drafts_are_repeatable(bundle: Bundle, hidden: NDArray[np.float32]
 def test_a_bundle_without_a_head_is_told_so(workshop: Workshop) -> None:
     bundle = workshop.ready()
     with pytest.raises(RequestError) as caught:
-        open_drafting(bundle, load_executor("tvm", bundle, threads=1), DraftOptions(drafter="mtp"))
+        open_decoding(bundle, load_executor("tvm", bundle, threads=1), DraftOptions(drafter="mtp"))
     assert str(caught.value) == (
         f"bundle {bundle.path} has no draft head, which drafter 'mtp' needs; use 'lookup' or export the bundle with a "
         f"head"

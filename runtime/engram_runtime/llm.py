@@ -11,14 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.drafting.acceptance import by_sampling
-from engram_runtime.drafting.opening import open_drafting
+from engram_runtime.drafting.opening import open_decoding
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
-from engram_runtime.drafting.speculate import Speculation, decode_drafted
-from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
-from engram_runtime.generation import Generation, Tokens, decode_tokens
+from engram_runtime.generation import Generation
 from engram_runtime.parallel.beam import Beam, beam_search
 from engram_runtime.parallel.samples import Sample, draw_samples, seeded
 from engram_runtime.sampling import SamplingOptions, make_sampler
@@ -57,18 +54,19 @@ class LLM:
             threads: worker threads, or None for what the target profile says, else one per core.
             tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
             tables: how they are read, if they are.
-            drafts: who drafts tokens that a forward pass verifies, several at once; the text stays the same.
+            drafts: who drafts tokens that a forward pass verifies, several at once; the text stays the same, unless
+                they are asked for unverified. Samples and beams are drawn without.
             announce: see `engram_runtime.session.open_sites`.
 
         Raises:
             BundleError: the bundle or an overlay is damaged, or the overlay is for another table.
             TargetError: the executor can't run it on this machine.
             RequestError: no such executor, not a positive number of threads, no room for resident tables, or no head
-                to draft with.
+                or mask to draft with.
         """
         self.bundle = Bundle.open(Path(bundle))
         self.executor = load_executor(executor, self.bundle, threads=threads)
-        self._drafting = open_drafting(self.bundle, self.executor, drafts)
+        self._decoding = open_decoding(self.bundle, self.executor, drafts)
         self.session = Session.open(self.bundle, self.executor, options=tables, tables_on=tables_on, announce=announce)
         self._tokenizer: TextTokenizer | None = None
         self.last: Generation | None = None
@@ -130,7 +128,9 @@ class LLM:
         pieces: list[str] = []
         token_ids: list[int] = []
         first = last = prefilled
-        tokens, drafts = self._tokens(logits, sampling, max_tokens)
+        tokens, drafts = self._decoding(
+            self.session, logits, make_sampler(sampling), max_tokens=max_tokens, end_ids=end_ids
+        )
         with contextlib.closing(tokens):
             for token_id in tokens:
                 last = time.perf_counter()
@@ -220,19 +220,6 @@ class LLM:
         """Return ``[T, V]`` logits after each of ``token_ids``, run as a new sequence."""
         self.session.trim(len(self.session))
         return np.concatenate(list(self.session.logits(token_ids)))
-
-    def _tokens(
-        self, logits: NDArray[np.float32], sampling: SamplingOptions, max_tokens: int
-    ) -> tuple[Tokens, DraftStatistics | None]:
-        """Return the ids that follow the session's tokens, and where their drafts are counted."""
-        sample, end_ids = make_sampler(sampling), self.tokenizer.eos_token_ids
-        if self._drafting is None:
-            return decode_tokens(self.session, logits, sample, max_tokens=max_tokens, end_ids=end_ids), None
-        drafter, schedule = self._drafting.drafter, self._drafting.schedule
-        statistics = DraftStatistics(drafter=drafter.name)
-        speculation = Speculation(drafter, schedule, by_sampling(sample), statistics)
-        tokens = decode_drafted(self.session, logits, speculation, max_tokens=max_tokens, end_ids=end_ids)
-        return tokens, statistics
 
     def _prefill(self, prompt_ids: Sequence[int]) -> tuple[NDArray[np.float32], int]:
         """Make the session hold the prompt; returns logits ``[V]`` and how many tokens were computed."""

@@ -11,13 +11,13 @@ from engram_runtime.commands.options import (
     draft_options,
     executor_option,
     overlay_option,
-    read_drafts,
     read_options,
     sampling_options,
     table_options,
     threads_option,
 )
 from engram_runtime.commands.run import acceptance, summary
+from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.errors import RequestError, TableError
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
@@ -42,8 +42,7 @@ def chat(
     bundle: Path,
     system: str | None,
     max_tokens: int,
-    draft: str,
-    draft_k: int | None,
+    drafts: DraftOptions,
     executor: str,
     threads: int | None,
     tables: str,
@@ -62,7 +61,7 @@ def chat(
         threads=threads,
         tables_on=tables == "on",
         tables=reading,
-        drafts=read_drafts(draft, draft_k),
+        drafts=drafts,
         announce=announce_table,
     ) as llm:
         messages = list(beginning)

@@ -1,8 +1,9 @@
 """Options that several commands share."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -87,7 +88,16 @@ AUTO = "auto"
 
 
 def draft_options(command: Command) -> Command:
-    """Add ``--draft`` and ``--draft-k``; `read_drafts` makes `DraftOptions` of them."""
+    """Add ``--draft``, ``--draft-k`` and those of masks, which the command gets as ``drafts``, `DraftOptions`."""
+
+    @functools.wraps(command)
+    def with_drafts(
+        *, draft: str, draft_k: int | None, mask_id: int | None, mask_confidence: float, **others: Any
+    ) -> Any:
+        drafts = DraftOptions(drafter=draft, drafts=draft_k, mask_id=mask_id, confidence=mask_confidence)
+        return command(drafts=drafts, **others)
+
+    added: Any = with_drafts
     for option in reversed(
         [
             click.option(
@@ -95,8 +105,8 @@ def draft_options(command: Command) -> Command:
                 type=click.Choice(DRAFTERS),
                 default=NO_DRAFTS.drafter,
                 show_default=True,
-                help="Draft tokens that the model verifies several at once, by text before or the bundle's draft "
-                "head; what is said stays the same.",
+                help="Draft tokens that the model verifies several at once: by text before, the bundle's draft head or "
+                "masks the model was trained on; what is said stays the same, but for mask-approximate.",
             ),
             click.option(
                 "--draft-k",
@@ -104,17 +114,20 @@ def draft_options(command: Command) -> Command:
                 metavar="N|auto",
                 default=AUTO,
                 show_default=True,
-                help="Drafts a forward pass; auto measures what pays, 0 included.",
+                help="Drafts a forward pass; auto measures what pays, 0 included (with masks it is 3).",
+            ),
+            click.option("--mask-id", type=int, help="Token of a mask.  [default: that of published models]"),
+            click.option(
+                "--mask-confidence",
+                type=float,
+                default=NO_DRAFTS.confidence,
+                show_default=True,
+                help="Least probability of a guess at a mask that is taken.",
             ),
         ]
     ):
-        command = option(command)
-    return command
-
-
-def read_drafts(draft: str, draft_k: int | None) -> DraftOptions:
-    """Return how tokens are to be drafted; raises RequestError where the options contradict one another."""
-    return DraftOptions(drafter=draft, drafts=draft_k)
+        added = option(added)
+    return cast(Command, added)
 
 
 def _number_or_auto(text: str) -> int | None:

@@ -15,13 +15,13 @@ from engram_runtime.commands.options import (
     executor_option,
     json_option,
     overlay_option,
-    read_drafts,
     read_options,
     sampling_options,
     table_options,
     threads_option,
 )
 from engram_runtime.commands.run_samples import check_samples, print_samples, samples_options
+from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
@@ -46,8 +46,7 @@ def run(
     prompt: str,
     max_tokens: int,
     stop: tuple[str, ...],
-    draft: str,
-    draft_k: int | None,
+    drafts: DraftOptions,
     count: int,
     best_of: str | None,
     executor: str,
@@ -61,7 +60,7 @@ def run(
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
-    check_samples(count, best_of)
+    check_samples(count, best_of, drafts)
     reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
         bundle,
@@ -69,7 +68,7 @@ def run(
         threads=threads,
         tables_on=tables == "on",
         tables=reading,
-        drafts=read_drafts(draft, draft_k),
+        drafts=drafts,
         announce=announce_table,
     ) as llm:
         if count > 1:

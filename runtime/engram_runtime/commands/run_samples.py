@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.llm import LLM
 from engram_runtime.parallel.samples import SCORERS, Sample, best_of
@@ -32,8 +33,10 @@ def samples_options(command: Command) -> Command:
     return count(best(command))
 
 
-def check_samples(count: int, best: str | None) -> None:
-    """Raise RequestError where there is nothing to choose from."""
+def check_samples(count: int, best: str | None, drafts: DraftOptions) -> None:
+    """Raise RequestError where there is nothing to choose from, or what samples are drawn without."""
+    if count > 1 and drafts != NO_DRAFTS:
+        raise RequestError("samples drawn together share their forward passes already; leave out --draft or --n")
     if best is not None and count == 1:
         raise RequestError(f"--best-of {best} chooses among samples; give --n 2 or more")
 
