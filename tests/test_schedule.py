@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_runtime.drafting.schedule import CREDIT_PASSES, LOSS_SHARE, MOST_DRAFTS, Always, Measured, Pass
+from engram_runtime.drafting.schedule import (
+    CREDIT_PASSES,
+    FIRST_PASSES,
+    LOSS_SHARE,
+    MOST_DRAFTS,
+    Always,
+    Measured,
+    Pass,
+)
 
 ROWS = 24
 # By rows, in units of a plain pass: compiled sizes are 1, 2, 4, 8 and 16, others are sums of these.
@@ -60,30 +68,24 @@ def chance(share: float, seed: int = 0) -> Callable[[int], int]:
     return right
 
 
-def best_count(share: float, draft_s: float) -> int:
-    """Return the number with the most tokens a second by the formula of the geometric series."""
-    rates = [
+def best_rate(share: float, draft_s: float) -> float:
+    """Return the most tokens in the time of a plain one that any fixed number gives, by the geometric series."""
+    return max(
         (1 - share ** (count + 1)) / (1 - share) / (COSTS[count] + count * draft_s) for count in range(MOST_DRAFTS + 1)
-    ]
-    return int(np.argmax(rates))
+    )
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.75, 0.93, 0.99])
 @pytest.mark.parametrize("draft_s", [FREE, 0.04, 0.3])
-def test_the_usual_number_is_the_one_with_the_most_tokens_a_second(share: float, draft_s: float) -> None:
+def test_what_is_reached_is_nearly_what_the_best_fixed_number_reaches(share: float, draft_s: float) -> None:
     simulation = Simulation(draft_s)
     right = chance(share)
     for _ in range(SIMULATED):
         simulation.step(right)
-    usual = int(np.bincount(simulation.counts[SIMULATED // 2 :]).argmax())
-    rates = [
-        (1 - share ** (count + 1)) / (1 - share) / (COSTS[count] + count * draft_s)
-        for count in (usual, best_count(share, draft_s))
-    ]
-    assert rates[0] > 0.95 * rates[1]
+    assert simulation.plain_seconds / simulation.seconds > 0.93 * best_rate(share, draft_s)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     shares=st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=8),
     draft_s=st.sampled_from([FREE, 0.04, 0.5]),
@@ -97,7 +99,8 @@ def test_no_text_takes_longer_than_plain_decoding_and_the_share(
         right = chance(share, seed + number)
         for _ in range(100):
             simulation.step(right)
-            assert simulation.seconds - simulation.plain_seconds <= LOSS_SHARE * simulation.seconds + 1e-9
+            allowed = LOSS_SHARE * max(simulation.seconds, FIRST_PASSES * COSTS[0])
+            assert simulation.seconds - simulation.plain_seconds <= allowed + 1e-9
 
 
 def test_drafts_that_are_never_right_are_still_tried() -> None:
@@ -160,8 +163,9 @@ def test_grades_are_counted_by_themselves() -> None:
     for _ in range(300):
         simulation.step(lambda count: count, grade=8)
         simulation.step(lambda count: 0, grade=2)
-    assert simulation.schedule.count(8, 64, 0) == MOST_DRAFTS
-    assert simulation.schedule.count(2, 64, 0) == 0
+    good, bad = simulation.counts[200::2], simulation.counts[201::2]
+    assert np.mean(good) > 0.9 * MOST_DRAFTS
+    assert np.mean(bad) < 0.5
 
 
 def test_rows_that_were_put_off_are_part_of_the_pass() -> None:

@@ -8,15 +8,18 @@ import click
 from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.options import (
     bundle_argument,
+    draft_options,
     executor_option,
     overlay_option,
+    read_drafts,
     read_options,
     sampling_options,
     table_options,
     threads_option,
 )
-from engram_runtime.commands.run import summary
+from engram_runtime.commands.run import acceptance, summary
 from engram_runtime.errors import RequestError, TableError
+from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
 
@@ -30,6 +33,7 @@ HELP = """/help   show this
 @bundle_argument
 @click.option("--system", help="System message at the beginning of the conversation.")
 @sampling_options
+@draft_options
 @executor_option
 @threads_option
 @table_options
@@ -38,6 +42,8 @@ def chat(
     bundle: Path,
     system: str | None,
     max_tokens: int,
+    draft: str,
+    draft_k: int | None,
     executor: str,
     threads: int | None,
     tables: str,
@@ -51,7 +57,13 @@ def chat(
     beginning = [{"role": "system", "content": system}] if system else []
     reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
-        bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
+        bundle,
+        executor,
+        threads=threads,
+        tables_on=tables == "on",
+        tables=reading,
+        drafts=read_drafts(draft, draft_k),
+        announce=announce_table,
     ) as llm:
         messages = list(beginning)
         while (line := _read_line()) is not None:
@@ -65,11 +77,15 @@ def chat(
                 case "/reset":
                     messages = list(beginning)
                 case "/stats":
-                    click.echo("no answer yet" if llm.last is None else summary(llm.last))
+                    click.echo("no answer yet" if llm.last is None else _stats(llm.last))
                 case command if command.startswith("/"):
                     click.echo(f"{command} is no command; /help lists them")
                 case text:
                     _answer(llm, messages, text, max_tokens, options)
+
+
+def _stats(answer: Generation) -> str:
+    return summary(answer) if answer.drafts is None else f"{summary(answer)}\n{acceptance(answer)}"
 
 
 def _read_line() -> str | None:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+from engram_runtime.drafting.options import DRAFTERS, NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import EXECUTORS, MOST_THREADS
 from engram_runtime.sampling import SamplingOptions
@@ -80,6 +81,49 @@ def read_options(tables: str, table_io: str, table_ram: int | None, overlays: tu
             "leave out one or the other"
         )
     return options
+
+
+AUTO = "auto"
+
+
+def draft_options(command: Command) -> Command:
+    """Add ``--draft`` and ``--draft-k``; `read_drafts` makes `DraftOptions` of them."""
+    for option in reversed(
+        [
+            click.option(
+                "--draft",
+                type=click.Choice(DRAFTERS),
+                default=NO_DRAFTS.drafter,
+                show_default=True,
+                help="Draft tokens that the model verifies several at once, by text before or the bundle's draft "
+                "head; what is said stays the same.",
+            ),
+            click.option(
+                "--draft-k",
+                type=_number_or_auto,
+                metavar="N|auto",
+                default=AUTO,
+                show_default=True,
+                help="Drafts a forward pass; auto measures what pays, 0 included.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def read_drafts(draft: str, draft_k: int | None) -> DraftOptions:
+    """Return how tokens are to be drafted; raises RequestError where the options contradict one another."""
+    return DraftOptions(drafter=draft, drafts=draft_k)
+
+
+def _number_or_auto(text: str) -> int | None:
+    if text == AUTO:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is neither a number nor {AUTO}") from error
 
 
 def sampling_options(command: Command) -> Command:

@@ -11,9 +11,11 @@ import click
 from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.options import (
     bundle_argument,
+    draft_options,
     executor_option,
     json_option,
     overlay_option,
+    read_drafts,
     read_options,
     sampling_options,
     table_options,
@@ -33,6 +35,7 @@ from engram_runtime.tables.policy import TableChoice
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @samples_options
+@draft_options
 @executor_option
 @threads_option
 @table_options
@@ -45,6 +48,8 @@ def run(
     stop: tuple[str, ...],
     count: int,
     best_of: str | None,
+    draft: str,
+    draft_k: int | None,
     executor: str,
     threads: int | None,
     tables: str,
@@ -56,10 +61,16 @@ def run(
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     options = SamplingOptions(**sampling)
-    check_samples(count, best_of)
+    check_samples(count, best_of, draft)
     reading = read_options(tables, table_io, table_ram, overlays)
     with LLM(
-        bundle, executor, threads=threads, tables_on=tables == "on", tables=reading, announce=announce_table
+        bundle,
+        executor,
+        threads=threads,
+        tables_on=tables == "on",
+        tables=reading,
+        drafts=read_drafts(draft, draft_k),
+        announce=announce_table,
     ) as llm:
         if count > 1:
             figures = {"executor": executor, "threads": llm.executor.threads, "tables_on": tables == "on"}
@@ -98,6 +109,7 @@ def run(
 
 def generation_figures(generation: Generation) -> dict[str, Any]:
     """Return a generation as JSON values; times in milliseconds, rates in tokens per second."""
+    drafts = {} if generation.drafts is None else {"drafts": generation.drafts.figures()}
     return {
         "text": generation.text,
         "token_ids": list(generation.token_ids),
@@ -106,6 +118,7 @@ def generation_figures(generation: Generation) -> dict[str, Any]:
         "prefill_tok_s": round(generation.prefill_tok_s, 1),
         "decode_tok_s": round(generation.decode_tok_s, 1),
         "ttft_ms": round(generation.ttft_s * 1e3, 1),
+        **drafts,
     }
 
 
@@ -121,8 +134,29 @@ def summary(generation: Generation) -> str:
     return (
         f"[{len(generation.token_ids)} tokens, {generation.decode_tok_s:.1f} tok/s; prompt "
         f"{generation.prompt_tokens} tokens, {generation.prefill_tok_s:.1f} tok/s; "
-        f"first token after {generation.ttft_s * 1e3:.0f} ms; {_cold_rows(generation)}{generation.finish_reason}]"
+        f"first token after {generation.ttft_s * 1e3:.0f} ms; {_drafts(generation)}{_cold_rows(generation)}"
+        f"{generation.finish_reason}]"
     )
+
+
+def acceptance(generation: Generation) -> str:
+    """Return the share of right drafts by position, in one line."""
+    if generation.drafts is None or not generation.drafts.drafted:
+        return "nothing was drafted"
+    shares = ", ".join(f"{share:.0%}" for share in generation.drafts.acceptance)
+    return f"{generation.drafts.drafter} drafts right, one by one: {shares}"
+
+
+def _drafts(generation: Generation) -> str:
+    if (drafts := generation.drafts) is None:
+        return ""
+    used, ready = (
+        sum(getattr(counters, name) for counters in generation.tables.values())
+        for name in ("early_used", "early_ready")
+    )
+    rows = f"{ready} of {used} rows of drafts ready in time; " if used else ""
+    counts = f"{sum(drafts.accepted)} of {sum(drafts.drafted)} drafts right"
+    return f"{drafts.tokens_per_forward:.2f} tokens a forward pass, {counts}; {rows}"
 
 
 def _cold_rows(generation: Generation) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from engram_runtime.drafting.options import NONE
 from engram_runtime.errors import RequestError
 from engram_runtime.llm import LLM
 from engram_runtime.parallel.samples import SCORERS, Sample, best_of
@@ -32,10 +33,14 @@ def samples_options(command: Command) -> Command:
     return count(best(command))
 
 
-def check_samples(count: int, best: str | None) -> None:
-    """Raise RequestError where there is nothing to choose from."""
+def check_samples(count: int, best: str | None, draft: str) -> None:
+    """Raise RequestError where options contradict one another."""
     if best is not None and count == 1:
         raise RequestError(f"--best-of {best} chooses among samples; give --n 2 or more")
+    if draft != NONE and count > 1:
+        raise RequestError(
+            f"--draft {draft} drafts for one text, --n {count} draws several; leave out one or the other"
+        )
 
 
 def print_samples(

@@ -9,11 +9,12 @@ from typing import Protocol
 
 MOST_DRAFTS = 15  # of `Measured`: with the pending token as many rows as the costs were measured for
 LOSS_SHARE = 0.02  # of the time so far that drafts may have cost more than they gave
+FIRST_PASSES = 32  # the time so far counts as that of so many plain passes at least, so that short texts are drafted
 CREDIT_PASSES = 8  # gains are kept for bad times up to as many plain passes
 PLAIN_EVERY = 64  # passes, of which one is plain to know what that takes by now
 DOUBT, DOUBT_DRAFTS = 0.5, 2.0  # share of right drafts where nothing is known, and how many drafts outweigh it
 DECAY = 0.97  # of what is known, with each further draft of that position
-PLAIN_DECAY = 0.99  # and with each pass without any: text changes, and is tried again
+FADE = 0.99  # of what is known, with each pass that doesn't try a position: text changes, and is tried again
 RECENT = 9  # passes whose median says how fast the machine is at the moment
 LEARNING, MOST_SURPRISE = 0.2, 0.3  # how fast costs follow what passes take, and how far one can pull them
 
@@ -75,7 +76,8 @@ class Measured:
 
     A ledger holds the seconds that passes took beyond what their tokens would have taken one by one. A number of drafts
     is considered only if the ledger stays within `LOSS_SHARE` of the time so far even where none is right. So tries
-    come out of that share, and text that can't be drafted costs no more than it.
+    come out of that share, and text that can't be drafted costs no more than it. The time is that of all texts which
+    share a schedule.
     """
 
     def __init__(self, forward_s: Sequence[float], draft_s: float) -> None:
@@ -101,12 +103,13 @@ class Measured:
         if self._since_plain >= PLAIN_EVERY:
             return 0
         plain_s = self._costs.forward(1 + put_off)
+        allowance_s = self._allowance_s()
         best, best_rate, tokens, likely = 0, 1 / plain_s, 1.0, 1.0
         for drafts, share in enumerate(self._odds[grade].shares(min(most, MOST_DRAFTS)), start=1):
             likely *= share
             tokens += likely
             seconds = self._costs.forward(1 + drafts + put_off) + self._costs.draft_s * drafts
-            if self._affords(seconds - plain_s) and tokens / seconds > best_rate:
+            if seconds - plain_s <= allowance_s and tokens / seconds > best_rate:
                 best, best_rate = drafts, tokens / seconds
         return best
 
@@ -114,7 +117,9 @@ class Measured:
         """See `Schedule`."""
         self._costs.note(taken)
         plain_s = self._costs.forward(1)
-        lost_s = taken.draft_s + self._costs.forward(taken.rows) - taken.said * plain_s
+        # What is usual, not what this pass took: when others use the machine, plain decoding has to wait as well.
+        draft_s = min(taken.draft_s, self._costs.draft_s * max(1, taken.drafted))
+        lost_s = draft_s + self._costs.forward(taken.rows) - taken.said * plain_s
         self._lost_s = max(self._lost_s + lost_s, -CREDIT_PASSES * plain_s)
         self._total_s += taken.draft_s + taken.forward_s
         self._since_plain = self._since_plain + 1 if taken.drafted else 0
@@ -124,8 +129,8 @@ class Measured:
             for odds in self._odds.values():
                 odds.fade()
 
-    def _affords(self, loss_s: float) -> bool:
-        return self._lost_s + loss_s <= LOSS_SHARE * self._total_s
+    def _allowance_s(self) -> float:
+        return LOSS_SHARE * max(self._total_s, FIRST_PASSES * self._costs.forward(1)) - self._lost_s
 
 
 @dataclass(slots=True)
@@ -147,16 +152,20 @@ class _Odds:
         yield from itertools.repeat(share, count - len(self.made))
 
     def note(self, drafted: int, right: int) -> None:
+        """Count drafts of which so many were right before one wasn't; positions that weren't tried fade."""
         reached = min(drafted, right + 1)
         missing = [0.0] * (reached - len(self.made))
         self.made, self.right = self.made + missing, self.right + missing
         for position in range(reached):
             self.made[position] = DECAY * self.made[position] + 1
             self.right[position] = DECAY * self.right[position] + (position < right)
+        self.fade(drafted)
 
-    def fade(self) -> None:
-        self.made = [PLAIN_DECAY * made for made in self.made]
-        self.right = [PLAIN_DECAY * right for right in self.right]
+    def fade(self, first: int = 0) -> None:
+        """Let what is known of positions from ``first`` on count less."""
+        for position in range(first, len(self.made)):
+            self.made[position] *= FADE
+            self.right[position] *= FADE
 
 
 class _CurrentCosts:
