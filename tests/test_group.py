@@ -33,6 +33,8 @@ NATIVE = "avx512_vnni" if "avx512_vnni" in cpu_flags() else "portable"
 PROMPT = 21
 COUNT = 7  # batches of 4 and 3, the latter on the function for 4
 EXECUTORS = ["tvm", "onnxruntime"]
+# A session that steps back computes several tokens at once, which changes no bit of tvm's logits, but onnxruntime's.
+STEP_BACK_TOLERANCE = {"tvm": 0.0, "onnxruntime": 0.1}
 
 
 def family(name: str) -> Callable[[Workshop, Path], Bundle]:
@@ -143,15 +145,16 @@ def test_a_session_that_goes_on_does_not_disturb_its_group(session: Session) -> 
 
 
 def test_a_group_does_not_disturb_its_session(session: Session) -> None:
+    tolerance = STEP_BACK_TOLERANCE[session.executor.name]
     expected = session.decode([9])
     session.trim(1)
     with Group(session, 4) as group:
         for seed in range(5):
             group.step(tokens(4, seed))
         assert session.token_ids == random_ids(PROMPT)
-        assert_same_bits(session.decode([9]), expected)
+        np.testing.assert_allclose(session.decode([9]), expected, rtol=0, atol=tolerance)
     session.trim(1)
-    assert_same_bits(session.decode([9]), expected)
+    np.testing.assert_allclose(session.decode([9]), expected, rtol=0, atol=tolerance)
 
 
 def test_sequences_can_be_forked_dropped_and_reordered(session: Session) -> None:

@@ -1,5 +1,6 @@
 """The states of a text in memory that several sequences map, each page copied by whom it is changed first."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -34,21 +35,25 @@ class SharedStates:
         self._states = states
         self._length = length
         self._offsets, self._bytes = _layout(states)
-        self._file = os.memfd_create("engram-states")
         try:
-            self._fill()
+            self._file = self._filled()
         except OSError as error:
-            self.close()
             raise RequestError(f"no memory to share the states of {length} tokens: {error.strerror}") from error
 
-    def _fill(self) -> None:
-        os.ftruncate(self._file, self._bytes)
-        with mmap.mmap(self._file, self._bytes) as whole:
-            shared = {name: _view(whole, state, self._offsets[name]) for name, state in self._states.items()}
-            self._copy(self._states, shared, range(self._length))
-            del shared  # or the mapping couldn't be closed
-        for name, state in self._states.items():
-            _map_over(state, self._file, self._offsets[name])
+    def _filled(self) -> int:
+        """Return a file in memory with what the states hold, which they are mapped onto."""
+        with contextlib.ExitStack() as opened:
+            file = os.memfd_create("engram-states")
+            opened.callback(os.close, file)
+            os.ftruncate(file, self._bytes)
+            with mmap.mmap(file, self._bytes) as whole:
+                shared = {name: _view(whole, state, self._offsets[name]) for name, state in self._states.items()}
+                self._copy(self._states, shared, range(self._length))
+                del shared  # or the mapping couldn't be closed
+            for name, state in self._states.items():
+                _map_over(state, file, self._offsets[name])
+            opened.pop_all()
+        return file
 
     def fork(self) -> dict[str, State]:
         """Return states of one more sequence, to begin with those it was made from.
