@@ -27,8 +27,21 @@ EXECUTORS = ("onnxruntime", "tvm")
 FLOAT_TOLERANCE = 1e-4  # of onnxruntime's passes of other lengths
 
 
-def taking(workshop: Workshop, name: str = "llama", *sites: TinySite, quant: str = "none") -> Bundle:
-    return workshop.compiled(workshop.bundle(workshop.checkpoint(MODELS[name], *sites), quant=quant, embeddings=True))
+CASES = [
+    ("llama", "onnxruntime"),
+    ("qwen3", "onnxruntime"),
+    ("llama with a site", "tvm"),
+    pytest.param("qwen3", "tvm", marks=pytest.mark.exhaustive),
+]
+
+
+def saved(workshop: Workshop, name: str) -> Path:
+    return workshop.checkpoint(MODELS[name.split()[0]], *([SITE] if name.endswith("site") else []))
+
+
+def taking(workshop: Workshop, name: str, executor: str = "onnxruntime") -> Bundle:
+    bundle = workshop.bundle(saved(workshop, name), embeddings=True)
+    return workshop.compiled(bundle) if executor == "tvm" else bundle
 
 
 def embedding_of(checkpoint: Path, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -46,28 +59,28 @@ def assert_same(found: NDArray[np.float32], expected: NDArray[np.float32], execu
         np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT_TOLERANCE)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", MODELS)
-def test_embeddings_of_tokens_are_those_tokens(workshop: Workshop, name: str, executor: str) -> None:
-    bundle, text = taking(workshop, name), random_ids(30)
-    expected = bundle_logits(bundle, text, executor)
-    with open_session(bundle, executor) as session:
+@pytest.mark.parametrize(("name", "executor"), CASES)
+def test_with_tables_off_embeddings_of_tokens_are_those_tokens(workshop: Workshop, name: str, executor: str) -> None:
+    bundle, text = taking(workshop, name, executor), random_ids(30)
+    expected = bundle_logits(bundle, text, executor, tables_on=False)
+    with open_session(bundle, executor, tables_on=False) as session:
         session.prefill(text[:5])
-        last = session.prefill_embeddings(embedding_of(workshop.checkpoint(MODELS[name]), text[5:16]))
+        last = session.prefill_embeddings(embedding_of(saved(workshop, name), text[5:16]))
         assert_same(last, expected[15], executor)
         assert_same(session.decode(text[16:]), expected[16:], executor)
         assert session.token_ids == [*text[:5], *[NO_TOKEN] * 11, *text[16:]]
 
 
-def test_an_input_that_is_not_used_changes_no_bit(workshop: Workshop) -> None:
+@pytest.mark.parametrize("executor", ["onnxruntime", pytest.param("tvm", marks=pytest.mark.exhaustive)])
+def test_an_input_that_is_not_used_changes_no_bit(workshop: Workshop, executor: str) -> None:
     checkpoint, text = workshop.checkpoint(MODELS["llama"], SITE), random_ids(30)
-    plain, taken = (workshop.bundle(checkpoint, quant="int8", embeddings=given) for given in (False, True))
-    plain, taken = workshop.compiled(plain), workshop.compiled(taken)
-    np.testing.assert_array_equal(bundle_logits(taken, text, "tvm"), bundle_logits(plain, text, "tvm"))
+    bundles = [workshop.bundle(checkpoint, quant="int8", embeddings=given) for given in (False, True)]
+    plain, taken = (workshop.compiled(bundle) if executor == "tvm" else bundle for bundle in bundles)
+    np.testing.assert_array_equal(bundle_logits(taken, text, executor), bundle_logits(plain, text, executor))
 
 
 def test_hidden_states_are_told_without_a_draft_head(workshop: Workshop) -> None:
-    with open_session(taking(workshop), "tvm") as session:
+    with open_session(taking(workshop, "llama")) as session:
         session.prefill(random_ids(7))
         latent = session.hidden
         session.prefill_embeddings(latent)
@@ -77,14 +90,15 @@ def test_hidden_states_are_told_without_a_draft_head(workshop: Workshop) -> None
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_site_adds_nothing_at_positions_that_are_no_tokens(workshop: Workshop, executor: str) -> None:
     """With tables on they are what tokens are with tables off."""
-    bundle, text = taking(workshop, "llama", SITE), random_ids(12)
+    bundle, text = taking(workshop, "llama with a site", executor), random_ids(12)
     with open_session(bundle, executor, tables_on=False) as off, open_session(bundle, executor) as on:
         expected = off.prefill(text)
-        assert_same(on.prefill_embeddings(embedding_of(workshop.checkpoint(MODELS["llama"]), text)), expected, executor)
+        given = embedding_of(saved(workshop, "llama with a site"), text)
+        assert_same(on.prefill_embeddings(given), expected, executor)
 
 
 def test_a_site_sees_what_follows_as_the_beginning_of_a_text(workshop: Workshop) -> None:
-    (site,) = open_sites(taking(workshop, "llama", SITE))
+    (site,) = open_sites(taking(workshop, "llama with a site"))
     for count in (2, 20):
         before, after = random_ids(count), np.array(random_ids(count, seed=1))
         whole = np.concatenate([before, [NO_TOKEN] * 3, after])
@@ -115,10 +129,10 @@ def test_a_keyer_hides_all_up_to_a_position_that_is_no_token(text: list[int], be
         assert row_ids.tolist() == ([NO_ROW, NO_ROW] if text[place] == NO_TOKEN else alone[0].tolist())
 
 
-@pytest.mark.parametrize("sites", [(), (SITE,)])
-def test_embeddings_that_were_trimmed_leave_no_trace(workshop: Workshop, sites: Sequence[TinySite]) -> None:
+@pytest.mark.parametrize(("name", "executor"), CASES)
+def test_embeddings_that_were_trimmed_leave_no_trace(workshop: Workshop, name: str, executor: str) -> None:
     """With the window of a site, kept ones are computed again."""
-    bundle, text = taking(workshop, "llama", *sites), random_ids(20)
+    bundle, text = taking(workshop, name, executor), random_ids(20)
     first, other = np.random.default_rng(0).normal(size=(2, 6, HIDDEN)).astype(np.float32)
 
     def run(session: Session, *, detour: bool) -> list[NDArray[np.float32]]:
@@ -130,10 +144,10 @@ def test_embeddings_that_were_trimmed_leave_no_trace(workshop: Workshop, sites: 
             session.trim(9)
         return [session.decode(text[3:6]), session.prefill_embeddings(other[:2]), session.decode(text[6:9])]
 
-    with open_session(bundle, "tvm") as straight, open_session(bundle, "tvm") as around:
+    with open_session(bundle, executor) as straight, open_session(bundle, executor) as around:
         pairs = zip(run(around, detour=True), run(straight, detour=False), strict=True)
         for found, expected in pairs:
-            assert_same(found, expected, "tvm")
+            assert_same(found, expected, executor)
 
 
 @given(puts=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=5), at=st.integers(0, 9))
@@ -157,7 +171,7 @@ def test_embeddings_that_cant_be_are_refused(workshop: Workshop) -> None:
         (np.zeros((0, HIDDEN), dtype=np.float32), "no tokens were given; the model needs at least one"),
         (np.zeros((193, HIDDEN), dtype=np.float32), "193 tokens exceed the context of 192; shorten the prompt"),
     ]
-    with open_session(taking(workshop)) as session:
+    with open_session(taking(workshop, "llama")) as session:
         for embeddings, sentence in wrong:
             with pytest.raises(RequestError) as caught:
                 session.prefill_embeddings(embeddings)

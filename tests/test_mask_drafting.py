@@ -249,7 +249,7 @@ def test_the_confident_are_those_before_the_first_that_is_not() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_5_moe", marks=pytest.mark.exhaustive)])
 def test_verified_masks_give_the_text_of_a_compiled_bundle(workshop: Workshop, family: str, threads: int) -> None:
     """Its logits are held against plain ones by the sampler, which sees the same bits."""
     bundle = workshop.ready() if family == "llama" else compiled(workshop, FAMILIES[family][0], "int8")

@@ -21,6 +21,7 @@ from engram_runtime.manifest import DECODER, Manifest
 from engram_runtime.session import MOST_PUT_OFF, Session
 
 RECURRENT = {"name": "state.0", "dtype": "float32", "shape": [1, 2, 4, 4], "kind": "recurrent"}
+FLOAT_TOLERANCE = 1e-3  # of onnxruntime's passes of other lengths
 MODULUS = 8191  # its multiples by 31 are exact in float32
 
 
@@ -162,11 +163,17 @@ def test_rejected_drafts_are_computed_again_with_later_ones_until_they_are_many(
 # Compiled bundles
 
 
-def assert_rounds_leave_no_trace(bundle: Bundle, length: int) -> None:
+def assert_same(found: NDArray[np.float32], expected: NDArray[np.float32], executor: str) -> None:
+    """Hold logits against others, bit for bit where passes of other lengths compute the same bits."""
+    tolerance = 0.0 if executor == "tvm" else FLOAT_TOLERANCE
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+def assert_rounds_leave_no_trace(bundle: Bundle, length: int, executor: str = "tvm") -> None:
     """Draft and reject the tokens of a text, some of each draft, and hold its logits against those of the text."""
     text, wrong = random_ids(length), random_ids(length, seed=1)
-    expected = bundle_logits(bundle, text, "tvm")
-    with open_session(bundle, "tvm") as session:
+    expected = bundle_logits(bundle, text, executor)
+    with open_session(bundle, executor) as session:
         start = length // 3
         session.prefill(text[:start])
         sizes = np.random.default_rng(4)
@@ -176,11 +183,13 @@ def assert_rounds_leave_no_trace(bundle: Bundle, length: int) -> None:
             session.checkpoint()
             found = session.decode([*piece, *wrong[:rejected]])[: len(piece)]
             session.trim(int(rejected))
-            np.testing.assert_array_equal(found.view(np.uint32), expected[start : start + len(piece)].view(np.uint32))
+            assert_same(found, expected[start : start + len(piece)], executor)
             start += len(piece)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen4_exp", pytest.param("mixtral", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "family", ["qwen4_exp", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("qwen3_5_moe", "mixtral"))]
+)
 def test_rejected_drafts_leave_no_trace_in_compiled_families(workshop: Workshop, family: str) -> None:
     assert_rounds_leave_no_trace(compiled(workshop, FAMILIES[family][0], "int8"), 60)
 
@@ -189,15 +198,24 @@ def test_rejected_drafts_leave_no_trace_in_the_window_of_a_site(workshop: Worksh
     assert_rounds_leave_no_trace(workshop.ready(), 60)
 
 
-@pytest.mark.parametrize("name", ["gemma3n", pytest.param("gemma4", marks=pytest.mark.exhaustive)])
-def test_rejected_drafts_leave_no_trace_across_a_sliding_window(workshop: Workshop, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [
+        ("gemma3n", "onnxruntime"),
+        pytest.param("gemma3n", "tvm", marks=pytest.mark.exhaustive),
+        pytest.param("gemma4", "tvm", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_rejected_drafts_leave_no_trace_across_a_sliding_window(
+    workshop: Workshop, tmp_path: Path, name: str, executor: str
+) -> None:
     assert "sliding_attention" in CONFIGS[name]["layer_types"]
-    checkpoint = save_gemma(tmp_path / name, name)
-    bundle = workshop.compiled(workshop.bundle(checkpoint))
-    assert_rounds_leave_no_trace(bundle, 3 * WINDOW)
+    bundle = workshop.bundle(save_gemma(tmp_path / name, name))
+    bundle = workshop.compiled(bundle) if executor == "tvm" else bundle
+    assert_rounds_leave_no_trace(bundle, 3 * WINDOW, executor)
     text = random_ids(2 * WINDOW)
-    with open_session(bundle, "tvm") as session:
+    with open_session(bundle, executor) as session:
         session.prefill([*text[:WINDOW], *random_ids(3 * WINDOW, seed=1)])
         session.trim(3 * WINDOW)
         found = session.decode(text[WINDOW:])
-    np.testing.assert_array_equal(found, bundle_logits(bundle, text, "tvm")[WINDOW:], strict=True)
+    assert_same(found, bundle_logits(bundle, text, executor)[WINDOW:], executor)

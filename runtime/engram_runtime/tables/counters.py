@@ -21,8 +21,8 @@ class TableCounters:
         wait_s: seconds spent in asking for the cold ones and in waiting until they were in memory, as callers of
             `gather` felt it: nothing where none was cold.
         early: distinct rows, draft by draft, that a sequence had fetched before it was known that their tokens come.
-        early_used: those of them whose tokens came.
-        early_ready: those of these that were there when the pass over their tokens began.
+        early_used: those of them that a pass then read, be it for tokens that were rejected.
+        early_ready: those of these that were there when that pass began.
     """
 
     rows: int = 0
