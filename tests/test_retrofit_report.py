@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engram_runtime.errors import RequestError
-from examples.retrofit.bundle_command import FACTS, HEAD, KEPT, TRAINED, complete
+from examples.retrofit.bundle_command import HEAD, KEPT, TEXTS, TRAINED, complete
 from examples.retrofit.report import flat, tables
 
 
@@ -100,7 +100,7 @@ def test_evaluations_are_compared_by_all_their_shares_and_ratios() -> None:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    for folder, names in (("assets", TRAINED), ("head", HEAD), (".", FACTS)):
+    for folder, names in (("assets", TRAINED), ("head", HEAD), (".", TEXTS)):
         (tmp_path / folder).mkdir(exist_ok=True)
         for name in names:
             (tmp_path / folder / name).write_text(name)
@@ -118,10 +118,12 @@ def test_the_folder_of_a_new_model_has_what_the_repositorys_has(work: Path) -> N
         "config.json",
         "dictionary.jsonl",
         "engram.safetensors",
+        "manual-training.json",
         "manual.jsonl",
         "manual.overlay",
         "mtp-training.json",
         "mtp.safetensors",
+        "site-training.json",
         "untrained.jsonl",
     ]
     assert (work / "assets" / "mtp-training.json").read_text() == "training.json"
