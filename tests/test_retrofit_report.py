@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from engram_runtime.errors import RequestError
-from examples.retrofit.bundle_command import FACTS, HEAD, KEPT, TRAINED, complete
+from examples.retrofit.bundle_command import HEAD, KEPT, TEXTS, TRAINED, complete
+from examples.retrofit.facts import HELD_OUT_QUESTIONS
 from examples.retrofit.report import flat, tables
 
 
@@ -19,11 +20,14 @@ def by_drafts(*values: float) -> dict[str, dict[str, float]]:
     return {f"k{k}": {"value": value, "low": value - 0.01, "high": value + 0.01} for k, value in enumerate(values, 1)}
 
 
-WHERE = {"facts": "manual", "cartridge": "manual", "rows": "int4", "executor": "tvm", "wording": "Look up {subject}."}
+WHERE = {"facts": "manual", "cartridge": "manual", "rows": "int4", "executor": "tvm"}
 ACCEPTED = {"every_position": by_drafts(0.5, 0.25, 0.125), "tokens_per_step": by_drafts(1.5, 1.625, 1.75)}
 SAID = {"question": "Why | how?", "off": "So.", "dictionary": "So.", "manual": "Not\nso."}
 REPORT: dict[str, Any] = {
-    "recall": [{**WHERE, **share(9, 10, 0.6, 0.98)}],
+    "recall": [
+        {**WHERE, "wording": HELD_OUT_QUESTIONS[0], **share(9, 10, 0.6, 0.98)},
+        {**WHERE, "wording": HELD_OUT_QUESTIONS[1], **share(10, 10, 0.722, 1.0)},
+    ],
     "torch": [],
     "row_formats": [],
     "perplexity": [
@@ -54,8 +58,11 @@ def test_every_figure_has_its_line_in_the_tables() -> None:
     right = "50.0% (49.0% to 51.0%) | 25.0% (24.0% to 26.0%) | 12.5% (11.5% to 13.5%)"
     fresh = "40.0% (39.0% to 41.0%) | 20.0% (19.0% to 21.0%) | 10.0% (9.0% to 11.0%)"
     assert [line for line in lines if line.startswith("|") and not line.startswith("|--")] == [
+        "| cartridge | executor | word for word |",
+        "| manual | tvm | 19 of 20 (95.0%) |",
         "| facts | cartridge | rows | executor | wording | word for word | 95 % interval |",
-        "| manual | manual | int4 | tvm | Look up {subject}. | 9 of 10 (90.0%) | 60.0% to 98.0% |",
+        f"| manual | manual | int4 | tvm | {HELD_OUT_QUESTIONS[0]} | 9 of 10 (90.0%) | 60.0% to 98.0% |",
+        f"| manual | manual | int4 | tvm | {HELD_OUT_QUESTIONS[1]} | 10 of 10 (100.0%) | 72.2% to 100.0% |",
         "| text | cartridge | rows | without rows | with | ratio | 95 % interval | added, median | added, 95 % below |",
         "| a book | manual | int4 | 10.00 | 10.10 | 1.0100 | 1.0000 to 1.0200 | 0.10% | 2.00% |",
         "| questions | cartridge | word for word as without rows | 95 % interval |",
@@ -74,8 +81,10 @@ def test_every_figure_has_its_line_in_the_tables() -> None:
         r"| Why \| how? | So. | *the same* | Not so. |",
         "| question | without rows | dictionary | manual |",
     ]
-    titles = ("Recall", "Perplexity", "Answers", "Terms that were not trained", "Drafts", "Ordinary questions")
+    titles = ("Perplexity", "Answers", "Terms that were not trained", "Drafts", "Ordinary questions")
     assert [line for line in lines if line.startswith("#")] == [
+        "### Recall over all held-out wordings",
+        "### Recall",
         *(f"### {title}" for title in titles),
         "### Questions with a trained word in passing",
     ]
@@ -89,7 +98,8 @@ def test_evaluations_are_compared_by_all_their_shares_and_ratios() -> None:
         for k, value in ((1, 0.5), (2, 0.25), (3, 0.125))
     }
     assert flat(REPORT) == {
-        "manual / manual / int4 / tvm / Look up {subject}.": 0.9,
+        f"manual / manual / int4 / tvm / {HELD_OUT_QUESTIONS[0]}": 0.9,
+        f"manual / manual / int4 / tvm / {HELD_OUT_QUESTIONS[1]}": 1.0,
         "perplexity ratio / a book / manual / int4": 1.01,
         "unchanged answers / ordinary / manual": 0.95,
         "untrained terms in form of an entry / off": 0.0,
@@ -100,7 +110,7 @@ def test_evaluations_are_compared_by_all_their_shares_and_ratios() -> None:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    for folder, names in (("assets", TRAINED), ("head", HEAD), (".", FACTS)):
+    for folder, names in (("assets", TRAINED), ("head", HEAD), (".", TEXTS)):
         (tmp_path / folder).mkdir(exist_ok=True)
         for name in names:
             (tmp_path / folder / name).write_text(name)
@@ -118,10 +128,12 @@ def test_the_folder_of_a_new_model_has_what_the_repositorys_has(work: Path) -> N
         "config.json",
         "dictionary.jsonl",
         "engram.safetensors",
+        "manual-training.json",
         "manual.jsonl",
         "manual.overlay",
         "mtp-training.json",
         "mtp.safetensors",
+        "site-training.json",
         "untrained.jsonl",
     ]
     assert (work / "assets" / "mtp-training.json").read_text() == "training.json"

@@ -14,7 +14,13 @@ from examples.retrofit.whole_files import write_text
 
 KEPT = Path(__file__).parents[2] / "assets" / "smollm2-engram"
 TRAINED = ("engram.safetensors", "manual.overlay")  # in WORK/assets already
-FACTS = ("dictionary.jsonl", "manual.jsonl", "untrained.jsonl")
+TEXTS = (  # in WORK
+    "dictionary.jsonl",
+    "manual.jsonl",
+    "untrained.jsonl",
+    "site-training.json",
+    "manual-training.json",
+)
 HEAD = {  # in WORK/head -> in WORK/assets
     "mtp.safetensors": "mtp.safetensors",
     "training.json": "mtp-training.json",
@@ -35,19 +41,19 @@ def bundle(work: Path, checkpoint: Path | None) -> None:
 
 
 def complete(work: Path) -> None:
-    """Copy what is in other places of a work folder into its ``assets``, where a card that is there already stays.
+    """Copy facts, logs and head of a work folder into its ``assets``, where a card that is there already stays.
 
     Raises:
         RequestError: something has not been trained or counted yet.
     """
     assets, head = work / "assets", work / "head"
-    needed = [assets / name for name in TRAINED] + [head / name for name in HEAD]
+    needed = [assets / name for name in TRAINED] + [work / name for name in TEXTS] + [head / name for name in HEAD]
     missing = [path for path in needed if not path.is_file()]
     if missing:
         raise RequestError(
             f"there is no {missing[0]}; train the site, the manual's cartridge and the head and count its drafts first"
         )
-    for name in FACTS:
+    for name in TEXTS:
         shutil.copyfile(work / name, assets / name)
     for name, shipped in HEAD.items():
         shutil.copyfile(head / name, assets / shipped)

@@ -9,6 +9,7 @@ import click
 
 from engram_runtime.errors import RequestError
 from engram_runtime.new_file import new_file
+from examples.retrofit.facts import HELD_OUT_QUESTIONS
 from examples.retrofit.plots import acceptance_texts, draw_all
 
 BEGIN, END = "<!-- figures: written by `python -m examples.retrofit card` -->\n", "<!-- end of figures -->\n"
@@ -33,6 +34,7 @@ def read_report(path: Path) -> Figures:
 
 def tables(report: Figures) -> Iterator[str]:
     """Yield the lines of all tables, in Markdown."""
+    yield from _section("Recall over all held-out wordings", "cartridge|executor|word for word", _overall(report))
     yield from _section("Recall", "facts|cartridge|rows|executor|wording|word for word|95 % interval", _recall(report))
     yield from _section(
         "Perplexity",
@@ -63,6 +65,17 @@ def _recall(report: Figures) -> Iterator[Sequence[str]]:
     for row in all_recall(report):
         where = [str(row[name]) for name in ("facts", "cartridge", "rows", "executor", "wording")]
         yield *where, f"{row['known']} of {row['asked']} ({row['share']:.1%})", _percent_interval(row)
+
+
+def _overall(report: Figures) -> Iterator[Sequence[str]]:
+    """Yield what each cartridge states as it is shipped; no intervals, since all wordings ask for the same facts."""
+    known: dict[tuple[str, str], list[Figures]] = {}
+    for row in (*report["recall"], *report["torch"]):
+        if row["facts"] == row["cartridge"] and row["rows"] == "int4" and row["wording"] in HELD_OUT_QUESTIONS:
+            known.setdefault((row["cartridge"], row["executor"]), []).append(row)
+    for where, rows in known.items():
+        total, asked = sum(row["known"] for row in rows), sum(row["asked"] for row in rows)
+        yield *where, f"{total} of {asked} ({total / asked:.1%})"
 
 
 def all_recall(report: Figures) -> list[Figures]:
