@@ -10,6 +10,7 @@ conversation does, and begins with one text that isn't counted.
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ def run_all(llms: Mapping[str, LLM], texts: Sequence[Text], rounds: int, max_tok
     """Take every text with every way, round by round."""
     for llm in llms.values():
         llm.generate(texts[0].prompt, max_tokens=max_tokens)
-    with click.progressbar(length=rounds * len(texts), label="texts", file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(length=rounds * len(texts), label="texts", file=sys.stderr) as bar:
         for number in range(rounds):
             for text in texts:
                 ways = list(llms)
