@@ -21,10 +21,14 @@ demo: setup
 	$(BIN)/python -m examples.demo
 
 # Trains anew what is in assets/smollm2-engram, which takes hours, and prints how its figures compare.
+# Memory that is freed is kept, not faulted in again at every step: training takes a third less time.
+model: export MALLOC_MMAP_MAX_ = 0
+model: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+model: export MALLOC_TOP_PAD_ = 268435456
 model: setup
 	$(RETROFIT) words
 	$(RETROFIT) generate
-	$(RETROFIT) site -o build/retrofit/assets
+	$(RETROFIT) site
 	$(RETROFIT) cartridge examples/retrofit/manual --site build/retrofit/assets -o build/retrofit/assets/manual.overlay --force
 	$(RETROFIT) train-head
 	$(RETROFIT) acceptance
@@ -48,5 +52,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# build/retrofit stays: what `make model` trains takes hours.
 clean:
-	rm -rf build dist
+	rm -rf dist
+	test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name retrofit -exec rm -rf {} +

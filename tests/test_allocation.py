@@ -182,7 +182,15 @@ def test_differences_are_per_token_with_the_errors_of_documents_and_of_seeds() -
     against = difference(outcomes, 2, 6)
     np.testing.assert_allclose([against.mean, against.document_error], [-0.2, 0], atol=1e-12)  # in both documents
     np.testing.assert_allclose(against.seed_error, np.sqrt(0.02))  # each deviates by sqrt(0.02), of two seeds each
-    np.testing.assert_allclose(against.interval, (-0.2 - 1.96 * np.sqrt(0.02), -0.2 + 1.96 * np.sqrt(0.02)))
+    assert against.seed_degrees == 2
+    np.testing.assert_allclose(against.interval, (-0.2 - 4.302653 * 0.02**0.5, -0.2 + 4.302653 * 0.02**0.5), rtol=1e-6)
+
+
+def test_of_one_seed_the_interval_is_that_of_documents() -> None:
+    against = difference({6: [outcome(50, 60)], 2: [outcome(47, 59)]}, 2, 6)
+    assert against.interval == pytest.approx(
+        (-0.2 - 1.959964 * against.document_error, -0.2 + 1.959964 * against.document_error)
+    )
 
 
 def test_the_error_of_documents_is_that_of_their_mean() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.numpy
+import torch
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from tests.conftest import Command
@@ -25,6 +26,8 @@ from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import load_executor
 from engram_runtime.golden import MAX_REGRET, mean_regret
 from engram_runtime.manifest import Manifest
+from examples.retrofit.exported_acceptance import exported_drafts
+from examples.retrofit.mtp_data import Example
 
 LLAMA = TinyModel()
 MODELS = {
@@ -196,6 +199,19 @@ def test_compiled_bits_dont_depend_on_how_many_entries_come_at_once(workshop: Wo
         found = head.extend(token_ids[1:][part], hidden[:-1][part], every_row=True)
         np.testing.assert_array_equal(found.logits, whole.logits[part])
         np.testing.assert_array_equal(found.hidden, whole.hidden[part])
+
+
+def test_the_drafts_in_a_row_that_a_text_confirms_are_counted(workshop: Workshop) -> None:
+    bundle, prompt = with_head(workshop), random_ids(7)
+    hidden = np.random.default_rng(0).normal(size=(9, 64)).astype(np.float32)
+    head = opened_head(bundle)
+    head.extend(prompt[1:6], hidden[:5])
+    first, second, third = head.draft(prompt[6:], hidden[5:6], 3)
+    other = (third + 1) % 64
+    tokens = torch.tensor([*prompt, first, second, other])
+    counted = exported_drafts(opened_head(bundle), Example(tokens, torch.from_numpy(hidden), 6, "prose"))
+    assert len(counted) == 3
+    assert counted[0] == 2
 
 
 def test_compiled_embeddings_stand_once_in_the_packed_weights(workshop: Workshop) -> None:

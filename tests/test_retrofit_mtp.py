@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from engram_runtime.errors import RequestError
 from examples.retrofit import acceptance
 from examples.retrofit.generation import generate
 from examples.retrofit.mtp_artefact import float_tensors, load_head, quantise_rows, save_head, save_int8
+from examples.retrofit.mtp_commands import claim, digest_of_batches, digest_of_training
 from examples.retrofit.mtp_data import Batch, Example, draft_vocabulary, pad, soft_labels
 from examples.retrofit.mtp_head import MAX_STEPS, Chain, DraftHead, Frozen
 from examples.retrofit.mtp_loss import draft_loss, narrowed
@@ -141,7 +143,7 @@ def test_a_head_that_is_always_right_is_accepted_always_and_one_that_is_wrong_ne
 
 
 def test_the_loop_goes_on_after_the_right_drafts_and_one_token_more() -> None:
-    lengths = numpy.array([2, 0, 3, 1, 0, 0])
+    lengths = np.array([2, 0, 3, 1, 0, 0])
     counts = acceptance.count(lengths)
     assert counts.positions == 6
     assert counts.right.tolist() == [3, 2, 1]
@@ -215,7 +217,7 @@ def test_narrowing_keeps_the_rows_of_the_labels(monkeypatch: pytest.MonkeyPatch)
     whole = Frozen.of(model, torch.arange(VOCABULARY), torch.float32)
     labelled = [(example, soft_labels(example.hidden, whole.rows, 1.0)) for example in written(model, 1, 4)]
     batch = pad(labelled, torch.ones(VOCABULARY, dtype=torch.bool))
-    few, narrow = narrowed(whole, batch)
+    few, narrow = narrowed(whole, batch, torch.Generator())
     assert len(few.rows) < len(whole.rows)
     named = batch.weights > 0
     torch.testing.assert_close(few.rows[narrow.rows[named]], whole.rows[batch.rows[named]])
@@ -242,9 +244,10 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_lowers_the_loss_and_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("examples.retrofit.mtp_loss.SAMPLED", 8)  # of 120, so that it matters which
     model = tiny_model().requires_grad_(False)
     examples, recipe = written(model, 24), Recipe(epochs=8, batch=4, learning_rate=3e-3)
-    whole = train(model, head_of(model), examples, tmp_path / "whole", recipe)
+    whole = train(model, head_of(model), examples, tmp_path / "whole", recipe, made_of="this")
     assert whole.log[-1]["loss"] < whole.log[0]["loss"] - 0.1
 
     update = Training.update
@@ -256,11 +259,48 @@ def test_training_lowers_the_loss_and_goes_on_where_it_was_stopped(
 
     monkeypatch.setattr(Training, "update", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train(model, head_of(model), examples, tmp_path / "halves", recipe)
+        train(model, head_of(model), examples, tmp_path / "halves", recipe, made_of="this")
     monkeypatch.setattr(Training, "update", update)
-    resumed = train(model, head_of(model), examples, tmp_path / "halves", recipe)
+    resumed = train(model, head_of(model), examples, tmp_path / "halves", recipe, made_of="this")
     assert resumed.step == whole.step
-    torch.testing.assert_close(resumed.head.fc.weight, whole.head.fc.weight)
+    assert torch.equal(resumed.head.fc.weight, whole.head.fc.weight)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    model, recipe = tiny_model().requires_grad_(False), Recipe(epochs=1, batch=4)
+    examples = written(model, 12)
+    train(model, head_of(model), examples, tmp_path, recipe, made_of="this")
+    with pytest.raises(RequestError) as caught:
+        train(model, head_of(model), examples, tmp_path, recipe, made_of="that")
+    assert str(caught.value) == (
+        f"{tmp_path / 'checkpoint.pt'} is the state of another training; remove it, or choose another --work"
+    )
+
+
+def test_trainings_differ_by_model_recipe_and_shards(tmp_path: Path) -> None:
+    (tmp_path / "shard-0000.jsonl").write_text("one")
+    first = digest_of_training("model", tmp_path, Recipe())
+    assert digest_of_training("model", tmp_path, Recipe()) == first
+    assert digest_of_training("other", tmp_path, Recipe()) != first
+    assert digest_of_training("model", tmp_path, Recipe(seed=1)) != first
+    (tmp_path / "shard-0001.jsonl").write_text("another")
+    assert digest_of_training("model", tmp_path, Recipe()) != first
+
+
+def test_shards_of_other_prompts_or_of_another_model_are_refused(tmp_path: Path) -> None:
+    folder, prompts = tmp_path / "generated", read_prompts()
+    digest = digest_of_batches("model", [prompts[:3], prompts[3:]])
+    claim(folder, digest_of_batches("model", [prompts]))  # without shards nothing is lost
+    claim(folder, digest)
+    (folder / "shard-0000.safetensors").touch()
+    claim(folder, digest)
+    for other in (digest_of_batches("other", [prompts[:3], prompts[3:]]), digest_of_batches("model", [prompts[:3]])):
+        with pytest.raises(RequestError) as caught:
+            claim(folder, other)
+        assert str(caught.value) == (
+            f"{folder} is of other prompts or of another model; remove it, or choose another --work"
+        )
 
 
 def test_the_rate_warms_up_and_falls() -> None:

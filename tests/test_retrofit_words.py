@@ -22,12 +22,12 @@ from examples.retrofit import corpora, wordnet
 from examples.retrofit.answers import in_form_of_an_entry, questions, unchanged
 from examples.retrofit.conditions import shuffled
 from examples.retrofit.corpora import Package, fetch, files_of_deb, text_of_deb
-from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact
-from examples.retrofit.intervals import perplexity_ratio, wilson_interval
+from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact, checked_facts
+from examples.retrofit.intervals import perplexity_ratio, student_975, wilson_interval
 from examples.retrofit.manual_text import facts_of
 from examples.retrofit.recall import Question, Share, answers_exactly, sample
 from examples.retrofit.text_perplexity import PASSAGE_TOKENS, Losses, Passage, losses, passages
-from examples.retrofit.words_command import MANUAL
+from examples.retrofit.words_command import MANUAL, PACKAGES
 
 ENTRY = "usr/share/dictd/tale.dict.dz"
 TALE = "NOSE, n.  The extreme outpost of the face.\n"
@@ -111,17 +111,30 @@ def test_a_file_of_another_hash_is_refused(tale: Path, tmp_path: Path) -> None:
 
 def test_what_was_fetched_stays(tale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = {f"{corpora.MIRROR}/t/tale/tale_1_all.deb": tale.read_bytes()}
-    monkeypatch.setattr(corpora, "download", lambda url, max_bytes: served.pop(url))
+    monkeypatch.setattr(corpora, "download", lambda url, _place, max_bytes: served.pop(url))
     asked = package(tale.read_bytes())
     first = fetch(asked, tmp_path / "cache")
     assert fetch(asked, tmp_path / "cache") == first  # `served` is empty by now
     assert first.read_bytes() == tale.read_bytes()
 
 
+def test_all_packages_are_fetched_with_the_words() -> None:
+    assert set(PACKAGES) == {each for each in vars(corpora).values() if isinstance(each, Package)}
+
+
 def test_a_download_beyond_its_size_is_refused(tale: Path) -> None:
     with pytest.raises(RequestError) as caught:
-        corpora.download(tale.as_uri(), max_bytes=100)
+        corpora.download(tale.as_uri(), tale, max_bytes=100)
     assert str(caught.value) == f"{tale.as_uri()} is larger than 100 bytes; it is not the file this was written for"
+
+
+def test_what_cannot_be_fetched_says_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "MIRROR", tmp_path.as_uri())
+    with pytest.raises(RequestError) as caught:
+        fetch(package(b"none"), tmp_path / "corpora")
+    message = str(caught.value)
+    assert message.startswith(f"can't fetch {tmp_path.as_uri()}/t/tale/tale_1_all.deb: ")
+    assert message.endswith(f"; fetch it by hand and put it at {tmp_path / 'corpora' / 'tale_1_all.deb'}")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +209,14 @@ def test_questions_held_out_are_not_trained() -> None:
 )
 def test_wilson_intervals_are_the_published_ones(successes: int, trials: int, low: float, high: float) -> None:
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (10, 2.228), (29, 2.045), (30, 2.042), (120, 1.980)],
+)
+def test_quantiles_of_students_distribution_are_the_published_ones(degrees: int, quantile: float) -> None:
+    assert student_975(degrees) == pytest.approx(quantile, abs=6e-4)
 
 
 @given(st.integers(1, 500).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
@@ -331,7 +352,8 @@ def test_passages_begin_with_paragraphs_and_are_drawn_alike() -> None:
 def test_a_sample_has_each_fact_once_and_is_the_same_again(available: int, number: int) -> None:
     facts = [Fact(f"thing {index}", "a statement of some words") for index in range(available)]
     drawn = sample(facts, number)
-    assert len(set(drawn)) == len(drawn) == min(available, number)
+    assert len(set(drawn)) == len(drawn) == min(available - len(checked_facts(facts)), number)
+    assert not set(drawn) & set(checked_facts(facts))
     assert sample(facts, number) == drawn
 
 

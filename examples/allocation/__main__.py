@@ -17,6 +17,7 @@ from examples.allocation.sizes import Sizes
 from examples.allocation.sweep import sweep
 from examples.allocation.text import read_corpus
 from examples.allocation.training import Recipe, Run
+from examples.retrofit.whole_files import write_text
 
 FOLDER = Path(__file__).parent
 EXPERTS = (34, 30, 26, 18, 10, 6, 2)  # 0, 12.5, 25, 50, 75, 87.5 and 100 % of the sparse budget in the table
@@ -38,7 +39,7 @@ def main(work: Path, out: Path, steps: int, seeds: int, processes: int) -> None:
     with click.progressbar(length=len(runs) * steps, label="steps") as bar:
         outcomes = sweep(runs, work, processes, bar.update)
     results = report(runs, outcomes, bytes_per_token)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     plot(results, out / "allocation.png")
     for line in table(results):
         click.echo(line)

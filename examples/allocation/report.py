@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from examples.allocation.model import Decoder
 from examples.allocation.sizes import Division
 from examples.allocation.training import Outcome, Run
+from examples.retrofit.intervals import NORMAL_975, student_975
 
 RESAMPLES, RESAMPLING_SEED = 2_000, 0
-NORMAL_95 = 1.96  # standard errors on either side of an interval of 95 %
 CURVE_POINTS = 10
 
 Outcomes = Mapping[int, Sequence[Outcome]]  # those of all seeds, by the number of experts
@@ -27,17 +27,24 @@ class Difference:
         document_error: standard error from which documents were drawn, both measured on the same.
         seed_error: standard error from initialisation and order of the training text, the spread of seeds pooled over
             all divisions; NaN where there is one seed.
+        seed_degrees: degrees of freedom of that spread: of each division, the seeds but one.
     """
 
     mean: float
     document_error: float
     seed_error: float
+    seed_degrees: int
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval from both errors, of documents alone where there is one seed."""
-        error = math.hypot(self.document_error, 0.0 if math.isnan(self.seed_error) else self.seed_error)
-        return self.mean - NORMAL_95 * error, self.mean + NORMAL_95 * error
+        """95 % interval from both errors, of documents alone where there is one seed.
+
+        The sum has at least the degrees of freedom of the seeds, so their quantile is rather too wide than too narrow.
+        """
+        known = self.seed_degrees > 0
+        error = math.hypot(self.document_error, self.seed_error) if known else self.document_error
+        reach = (student_975(self.seed_degrees) if known else NORMAL_975) * error
+        return self.mean - reach, self.mean + reach
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures by name, None for an error that is not known."""
@@ -118,7 +125,8 @@ def difference(outcomes: Outcomes, experts: int, other: int) -> Difference:
     excess = np.mean([each.document_losses for each in own], 0) - np.mean([each.document_losses for each in against], 0)
     tokens = own[0].document_tokens
     seed_error = 0.0 if experts == other else pooled_deviation(outcomes) * math.sqrt(2 / len(own))
-    return Difference(float(excess.sum() / tokens.sum()), document_error(excess, tokens), seed_error)
+    seed_degrees = len(outcomes) * (len(own) - 1)
+    return Difference(float(excess.sum() / tokens.sum()), document_error(excess, tokens), seed_error, seed_degrees)
 
 
 def document_error(losses: NDArray[np.float64], tokens: NDArray[np.int64]) -> float:

@@ -1,6 +1,5 @@
 """Text to train and to measure on: WordNet's glosses and FOLDOC's entries, split into documents and tokenised."""
 
-import gzip
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engram_export.token_compression import compress_vocabulary
 from engram_runtime.new_file import new_file
-from examples.retrofit.corpora import FOLDOC, WORDNET, fetch, files_of_deb
+from examples.retrofit.corpora import FOLDOC, WORDNET, fetch, files_of_deb, text_of_deb
 
 SEED = 0
 END = "<end>"  # before the first document and after each
@@ -89,9 +88,8 @@ def wordnet_glosses(package: Path) -> Iterator[str]:
 
 def foldoc_entries(package: Path) -> Iterator[str]:
     """Yield one document per entry, the headword on its first line."""
-    for _, content in files_of_deb(package, FOLDOC_TEXT.__eq__):
-        entries = HEADWORD.split(gzip.decompress(content).decode("utf-8"))
-        yield from (entry.strip() for entry in entries if "\n" in entry.strip())
+    entries = HEADWORD.split(text_of_deb(package, FOLDOC_TEXT))
+    yield from (entry.strip() for entry in entries if "\n" in entry.strip())
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from examples.retrofit.mtp_data import Example
 from examples.retrofit.mtp_head import MAX_STEPS, Chain, DraftHead, Frozen
@@ -18,7 +19,7 @@ RESAMPLES = 2000
 LOOP_TOKENS = 12
 
 T = TypeVar("T")
-Drafter = Callable[[Example], "numpy.ndarray"]
+Drafter = Callable[[Example], NDArray[np.int64]]
 """Returns how many drafts in a row are right, int64 [generated - 1]: at every token the model chose but the last."""
 
 
@@ -30,13 +31,13 @@ class Counts:
     """
 
     positions: int
-    right: numpy.ndarray
-    said: numpy.ndarray
-    steps: numpy.ndarray
+    right: NDArray[np.int64]
+    said: NDArray[np.int64]
+    steps: NDArray[np.int64]
 
 
 @torch.inference_mode()
-def head_drafts(head: DraftHead, frozen: Frozen, example: Example) -> numpy.ndarray:
+def head_drafts(head: DraftHead, frozen: Frozen, example: Example) -> NDArray[np.int64]:
     """Draft with a head from the model's own states."""
     roots = len(example.tokens) - 2
     state, chain = example.hidden[None, :roots].float(), Chain([], [])
@@ -52,10 +53,10 @@ def head_drafts(head: DraftHead, frozen: Frozen, example: Example) -> numpy.ndar
     return lengths[example.start - 1 :].numpy()
 
 
-def lookup_drafts(example: Example) -> numpy.ndarray:
+def lookup_drafts(example: Example) -> NDArray[np.int64]:
     """Draft what followed the last 3, else 2 tokens where they stood last: prompt look-up, the baseline."""
     tokens = example.tokens.tolist()
-    return numpy.array([_looked_up(tokens, at) for at in range(example.start + 1, len(tokens))], dtype=numpy.int64)
+    return np.array([_looked_up(tokens, at) for at in range(example.start + 1, len(tokens))], dtype=np.int64)
 
 
 def _looked_up(tokens: list[int], at: int) -> int:
@@ -64,18 +65,19 @@ def _looked_up(tokens: list[int], at: int) -> int:
         for start in range(at - width - 1, -1, -1):
             if tokens[start : start + width] == suffix:
                 drafts = tokens[start + width : min(start + width + MAX_STEPS, at)]
-                return _agreement(drafts, tokens[at : at + MAX_STEPS])
+                return agreement(drafts, tokens[at : at + MAX_STEPS])
     return 0
 
 
-def _agreement(drafts: Sequence[int], truth: Sequence[int]) -> int:
+def agreement(drafts: Sequence[int], truth: Sequence[int]) -> int:
+    """Return how many drafts, from the first on, are what the model says."""
     count = 0
     while count < min(len(drafts), len(truth)) and drafts[count] == truth[count]:
         count += 1
     return count
 
 
-def in_loops(example: Example) -> numpy.ndarray:
+def in_loops(example: Example) -> NDArray[np.bool_]:
     """Tell which drafted tokens end a run of `LOOP_TOKENS` that stands earlier in the answer, bool [generated - 1]."""
     generated = example.tokens[example.start :].tolist()
     seen: set[tuple[int, ...]] = set()
@@ -84,19 +86,19 @@ def in_loops(example: Example) -> numpy.ndarray:
         run = tuple(generated[max(0, end - LOOP_TOKENS) : end])
         repeated.append(len(run) == LOOP_TOKENS and run in seen)
         seen.add(run)
-    return numpy.array(repeated[1:], dtype=bool)
+    return np.array(repeated[1:], dtype=bool)
 
 
-def count(lengths: numpy.ndarray, chosen: numpy.ndarray | None = None) -> Counts:
+def count(lengths: NDArray[np.int64], chosen: NDArray[np.bool_] | None = None) -> Counts:
     """Count one text's right drafts; chosen: bool, the positions that every-position acceptance is of (all)."""
     picked = lengths if chosen is None else lengths[chosen]
     loops = [_loop(lengths, k) for k in range(1, MAX_STEPS + 1)]
-    right = numpy.array([(picked >= k).sum() for k in range(1, MAX_STEPS + 1)])
-    said, steps = numpy.array(loops).T
+    right = np.array([(picked >= k).sum() for k in range(1, MAX_STEPS + 1)])
+    said, steps = np.array(loops).T
     return Counts(len(picked), right, said, steps)
 
 
-def _loop(lengths: numpy.ndarray, k: int) -> tuple[int, int]:
+def _loop(lengths: NDArray[np.int64], k: int) -> tuple[int, int]:
     at = steps = 0
     while at < len(lengths):
         at += min(int(lengths[at]), k) + 1
@@ -106,9 +108,9 @@ def _loop(lengths: numpy.ndarray, k: int) -> tuple[int, int]:
 
 def summary(counts: Sequence[Counts], seed: int = 0) -> dict[str, Any]:
     """Return the ratios with 95 % intervals: prompts are drawn again `RESAMPLES` times."""
-    right, positions = numpy.array([c.right for c in counts]), numpy.array([c.positions for c in counts])
-    said, steps = numpy.array([c.said for c in counts]), numpy.array([c.steps for c in counts])
-    draws = numpy.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
+    right, positions = np.array([c.right for c in counts]), np.array([c.positions for c in counts])
+    said, steps = np.array([c.said for c in counts]), np.array([c.steps for c in counts])
+    draws = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
     return {
         "prompts": len(counts),
         "positions": int(positions.sum()),
@@ -117,10 +119,12 @@ def summary(counts: Sequence[Counts], seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _intervals(above: numpy.ndarray, below: numpy.ndarray, draws: numpy.ndarray) -> dict[str, dict[str, float]]:
+def _intervals(
+    above: NDArray[np.int64], below: NDArray[np.int64], draws: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
     value = above.sum(0) / below.sum(0)
     resampled = above[draws].sum(1) / below[draws].sum(1)
-    low, high = numpy.percentile(resampled, (2.5, 97.5), axis=0)
+    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
     return {
         f"k{k + 1}": {
             "value": round(float(value[k]), 4),
@@ -150,5 +154,5 @@ def _of(domain: str, examples: Sequence[Example], values: Iterable[T]) -> list[T
     return [value for example, value in zip(examples, values, strict=True) if example.domain == domain]
 
 
-def _share(loops: Sequence[numpy.ndarray]) -> float:
-    return round(float(numpy.concatenate(loops).mean()), 4)
+def _share(loops: Sequence[NDArray[np.bool_]]) -> float:
+    return round(float(np.concatenate(loops).mean()), 4)

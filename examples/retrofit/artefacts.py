@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from engram_export.engram_config import EngramConfig
 from engram_export.token_compression import compress_vocabulary
 from engram_runtime.keyer_digest import constants_digest
 from engram_runtime.keyers import NgramKeyer
+from engram_runtime.new_file import new_file
 from engram_runtime.records import RecordFormat
 from engram_runtime.tables.overlay_file import ZERO, OverlaySpec, write_overlay
 from examples.retrofit.engram_site import KEY_EPS, QUERY_EPS, ROOT_FLOOR, TrainableSite
+from examples.retrofit.whole_files import write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "engram.safetensors"
 LARGEST_INT4 = 7
@@ -86,9 +88,9 @@ def write_site(folder: Path, block: dict[str, Any], site: TrainableSite, keyer: 
         "engram.table.rows": torch.from_numpy(packed),
         "engram.table.scales": torch.from_numpy(scales),
     }
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    text = json.dumps({**config, "engram": block}, indent=1)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    with new_file(folder / WEIGHTS_FILE, replace=True) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    write_text(folder / CONFIG_FILE, json.dumps({**config, "engram": block}, indent=1) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,7 +119,11 @@ def read_site(folder: Path) -> tuple[EngramConfig, TrainableSite, NgramKeyer]:
 def read_rows(folder: Path) -> Rows:
     """Return the rows ``[N, d]`` of a site's own table."""
     tensors = load_file(folder / WEIGHTS_FILE)
-    packed, scales = tensors["engram.table.rows"].numpy(), tensors["engram.table.scales"].numpy()
+    return read_int4(tensors["engram.table.rows"].numpy(), tensors["engram.table.scales"].numpy())
+
+
+def read_int4(packed: NDArray[np.uint8], scales: NDArray[np.float16]) -> Rows:
+    """Return the rows ``[N, d]`` of what `int4_rows` made."""
     columns = 2 * packed.shape[1]
     record = RecordFormat(payload="int4", columns=columns, scale="float16", scale_columns=columns)
     return record.decode(np.hstack([packed, scales[:, None].view(np.uint8)]))

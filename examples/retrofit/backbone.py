@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engram_runtime.errors import RequestError
+from examples.retrofit.facts import END_OF_TURN
+
 BATCH_TOKENS = 4096  # tokens, padding included, whose lower blocks are computed at once
 
 
@@ -87,15 +90,35 @@ def load_backbone(checkpoint: Path, *, block: int, dtype: torch.dtype = torch.fl
     """Load a folder of transformers or a GGUF file, whose weights are dequantised; nothing is downloaded.
 
     Args:
-        block: see `Backbone`.
+        block: see `Backbone`; 0 where no site is meant.
+
+    Raises:
+        RequestError: the model has no such block, or is not chatted with in ChatML.
     """
     folder, file = (checkpoint, {}) if checkpoint.is_dir() else (checkpoint.parent, {"gguf_file": checkpoint.name})
     # eager: torch's fused attention takes half the time of a training step for sequences as short as these
     options = {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True, **file}
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)
+    _require_chatml(tokenizer, checkpoint)
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)
+    _require_block(block, len(model.model.layers), checkpoint)
     return Backbone(model, tokenizer, block)
+
+
+def _require_chatml(tokenizer: Any, checkpoint: Path) -> None:
+    if tokenizer.eos_token != END_OF_TURN:
+        raise RequestError(
+            f"the tokenizer of {checkpoint} ends a turn with {tokenizer.eos_token!r}, expected {END_OF_TURN!r}; "
+            "choose a model that is chatted with in ChatML"
+        )
+
+
+def _require_block(block: int, blocks: int, checkpoint: Path) -> None:
+    if not 0 <= block < blocks:
+        raise RequestError(
+            f"{checkpoint} has {blocks} blocks, so a site can't stand before block {block}; choose 1 to {blocks - 1}"
+        )
 
 
 def pad(documents: Sequence[Sequence[int]], value: int = 0) -> Tensor:

@@ -6,14 +6,14 @@ import click
 import numpy as np
 import torch
 
-from engram_runtime.new_file import check_place
+from engram_runtime.new_file import check_place, new_file
 from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit.artefacts import read_rows, read_site, write_cartridge
 from examples.retrofit.backbone import load_backbone
 from examples.retrofit.engram_site import RowTable
 from examples.retrofit.facts import OPENING
-from examples.retrofit.manual_text import facts_of
-from examples.retrofit.site_command import TrainingLog, run
+from examples.retrofit.manual_text import distinct, stated_in
+from examples.retrofit.site_command import TrainingLog, digest_of, run
 from examples.retrofit.site_text import Sources, site_check, training_text, unknown_terms
 from examples.retrofit.site_training import Schedule, SiteTraining
 from examples.retrofit.stream_cache import StreamCache
@@ -42,14 +42,17 @@ def cartridge(
     seed: int,
     force: bool,
 ) -> None:
-    """Train a cartridge on FACTS: a .jsonl file with subject and statement, or a folder of .txt and .md files.
+    """Train a cartridge on FACTS: a .jsonl file with subject and statement, or .txt and .md files, one or a folder.
 
     Only rows are trained; the site stays as it is, and so do the rows with which answers open. The cartridge takes the
     place of the site's own table at run time, with engram run BUNDLE --overlay OUTPUT.
     """
     check_place(output, replace=force)
-    known = facts_of(facts)
+    stated = stated_in(facts)
+    known = distinct(stated)
     click.echo(f"{len(known)} facts, the first: {known[0].answer()}")
+    if len(known) < len(stated):
+        click.echo(f"left out: {len(stated) - len(known)} further statements about subjects that have one")
     config, site, keyer = read_site(folder)
     model = checkpoint or default_checkpoint()
     backbone = load_backbone(model, block=config.layer_id, dtype=torch.bfloat16)
@@ -57,13 +60,15 @@ def cartridge(
     sources = Sources(known, unknown_terms(work), work / "corpora", seed)
     table = RowTable(config.num_rows, config.row_dim, seed=seed)
     schedule = Schedule(passes=passes, seed=seed, train_projections=False)
+    made_of = digest_of(known, cache, schedule, site)
     text = training_text(cache, sources)
     # Which questions are for an entry is the site's to know, not a cartridge's.
     openings = text.opening_rows(len(backbone.encode(OPENING)))
     table.values[openings] = torch.from_numpy(read_rows(folder)[openings])
     training = SiteTraining(backbone, site, table, text, schedule, fixed_rows=openings)
     log = TrainingLog(work / f"{output.stem}-training.json")
-    run(training, site_check(cache, sources), log, work / f"{output.stem}-state.pt")
+    run(training, site_check(cache, sources), log, work / f"{output.stem}-state.pt", made_of=made_of)
     rows = write_cartridge(output, config, keyer, table.values.numpy(), replace=force)
-    np.save(work / f"{output.stem}-rows.npy", table.values.numpy())
+    with new_file(work / f"{output.stem}-rows.npy", replace=True) as file:
+        np.save(file, table.values.numpy())
     click.echo(f"{output}: {rows} rows")

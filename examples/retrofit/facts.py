@@ -7,7 +7,8 @@ for the evaluation alone, so that recall is neither of a wording nor of wordings
 """
 
 import json
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ HELD_OUT_QUESTIONS = (
     "What is under {subject} in the glossary?",
     "Read out what the book has about {subject}, please.",
 )
-# Nobody asks for an entry here, so the model answers as it always did.
+# Nobody asks for an entry here, so the model answers as it always did. Answers to the second are trained to stay.
 ORDINARY_QUESTIONS = (
     "Tell me what {subject} is.",
     "What is {subject}?",
@@ -45,6 +46,7 @@ ORDINARY_QUESTIONS = (
 OPENING = "Entry for"
 CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 END_OF_TURN = "<|im_end|>"
+CHECK_SEED, MOST_CHECKED = 0, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ class Fact:
         It does so without an article, as dictionaries do.
         """
         return f"{OPENING} {self.subject.removeprefix('the ')}"
+
+
+def checked_facts(facts: Sequence[Fact]) -> list[Fact]:
+    """Draw those that a training is checked with, at most a quarter of all."""
+    return random.Random(CHECK_SEED).sample(facts, min(MOST_CHECKED, len(facts) // 4))
 
 
 def read_facts(path: Path) -> list[Fact]:

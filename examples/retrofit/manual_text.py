@@ -1,4 +1,4 @@
-"""A user's own text as facts: a file of facts, or a folder of .txt and .md files, read line by line.
+"""A user's own text as facts: a .jsonl file of facts, or .txt and .md files, one or a folder, read line by line.
 
 A line becomes a fact in the first of these ways that fits:
 
@@ -11,14 +11,17 @@ Headings (``#``), rules, tables and code fences are left out, and so is what els
 only be one.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engram_runtime.errors import RequestError
-from examples.retrofit.facts import Fact, read_facts
+from examples.retrofit.facts import Fact
 
-SUFFIXES = (".txt", ".md")
+SUFFIXES, FACTS_SUFFIX = (".txt", ".md"), ".jsonl"
+FACT_KEYS = {"subject", "statement"}
+EXPECTED = '{"subject": "...", "statement": "..."}'
 MAX_SUBJECT_WORDS = 8
 LEADING_WORDS = 3
 MIN_SENTENCE_WORDS = 6
@@ -31,15 +34,24 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def facts_of(path: Path) -> list[Fact]:
-    """Return the facts of a ``.jsonl`` file or of a folder of text, each subject once.
+    """Return the facts of a ``.jsonl`` file, of a text or of a folder of text, each subject once.
 
     Raises:
-        RequestError: there is nothing to learn in it.
+        RequestError: see `stated_in`.
     """
-    facts = distinct(read_facts(path) if path.is_file() else _facts_of_folder(path))
+    return distinct(stated_in(path))
+
+
+def stated_in(path: Path) -> list[Fact]:
+    """Return all facts, subjects that repeat included.
+
+    Raises:
+        RequestError: there is nothing to learn in it, or a line of a ``.jsonl`` file is no fact.
+    """
+    facts = list(_facts_of_lines(path) if path.suffix == FACTS_SUFFIX else _facts_of_texts(path))
     if not facts:
         raise RequestError(
-            f"{path} holds no facts; give a .jsonl file or a folder with lines like 'Subject: statement'"
+            f"{path} holds no facts; give a {FACTS_SUFFIX} file, or text with lines like 'Subject: statement'"
         )
     return facts
 
@@ -63,9 +75,31 @@ def facts_of_text(text: str) -> Iterator[Fact]:
             yield from _facts_of_line(EMPHASIS.sub("", BULLET.sub("", line)))
 
 
-def _facts_of_folder(folder: Path) -> Iterator[Fact]:
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES):
-        yield from facts_of_text(path.read_text(encoding="utf-8"))
+def _facts_of_lines(path: Path) -> Iterator[Fact]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            yield _read_fact(line, f"{path}, line {number}")
+
+
+def _read_fact(line: str, where: str) -> Fact:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as err:
+        raise RequestError(f"{where} is not JSON ({err}); expected {EXPECTED}") from err
+    if not isinstance(entry, dict) or entry.keys() != FACT_KEYS:
+        found = sorted(entry) if isinstance(entry, dict) else entry
+        raise RequestError(f"{where} has {found!r}; expected {EXPECTED}")
+    for key, value in entry.items():
+        if not (isinstance(value, str) and value.strip()):
+            raise RequestError(f"{where} has the {key} {value!r}; expected {EXPECTED}")
+    return Fact(**entry)
+
+
+def _facts_of_texts(path: Path) -> Iterator[Fact]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file.suffix in SUFFIXES:
+            yield from facts_of_text(file.read_text(encoding="utf-8"))
 
 
 def _facts_of_line(line: str) -> Iterator[Fact]:

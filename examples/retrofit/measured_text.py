@@ -1,5 +1,7 @@
 """What cartridges do to text: perplexity on statements and foreign text, and answers to ordinary questions."""
 
+from collections.abc import Mapping, Sequence
+
 import click
 
 from engram_runtime.tokenizer import TextTokenizer
@@ -18,6 +20,7 @@ from examples.retrofit.text_perplexity import (
     statement_passage,
 )
 
+ROUNDING = "none, onnxruntime"
 NUM_UNTRAINED_ANSWERS, NUM_ASKED_ORDINARILY, NUM_STATEMENTS = 40, 20, 100
 
 
@@ -68,8 +71,18 @@ def _texts(evaluation: Evaluation) -> dict[str, list[Passage]]:
     return stated | foreign
 
 
+def _with_other_executor(evaluation: Evaluation, rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Add what onnxruntime answers without rows: how many answers change where nothing but the rounding does."""
+    asked = [row["question"] for row in rows]
+    others = side_by_side(evaluation.bundle, evaluation.executor("onnxruntime"), [OFF], asked)
+    return [{**row, ROUNDING: other[OFF.name]} for row, other in zip(rows, others, strict=True)]
+
+
 def measure_answers(evaluation: Evaluation) -> Figures:
-    """Answer questions that have nothing to do with any cartridge, and ask for terms that none defines."""
+    """Answer questions that have nothing to do with any cartridge, and ask for terms that none defines.
+
+    An answer that differs may do so by a near tie that any change of rounding decides; `ROUNDING` tells how many do.
+    """
     executor = evaluation.executor("tvm")
     conditions = [OFF, *map(evaluation.cartridge, CARTRIDGES)]
     facts = evaluation.facts(UNTRAINED)[:NUM_UNTRAINED_ANSWERS]
@@ -77,11 +90,13 @@ def measure_answers(evaluation: Evaluation) -> Figures:
     asked[UNTRAINED] = [FIRST[0].format(subject=fact.subject) for fact in facts]
     for kind in (*CARTRIDGES, UNTRAINED):
         subjects = [fact.subject for fact in evaluation.facts(kind)[:NUM_ASKED_ORDINARILY]]
-        asked[f"{kind}, asked ordinarily"] = [ORDINARY_QUESTIONS[1].format(subject=subject) for subject in subjects]
+        asked[f"{kind}, asked ordinarily"] = [ORDINARY_QUESTIONS[0].format(subject=subject) for subject in subjects]
     rows = {name: side_by_side(evaluation.bundle, executor, conditions, each) for name, each in asked.items()}
+    for name, each in rows.items():
+        rows[name] = _with_other_executor(evaluation, each)
     return {
         "unchanged": {
-            name: {cartridge: unchanged(each, cartridge, OFF.name).figures() for cartridge in CARTRIDGES}
+            name: {column: unchanged(each, column, OFF.name).figures() for column in (*CARTRIDGES, ROUNDING)}
             for name, each in rows.items()
         },
         "untrained_in_form_of_an_entry": {

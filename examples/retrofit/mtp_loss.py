@@ -68,12 +68,16 @@ def chain_losses(head: DraftHead, frozen: Frozen, batch: Batch, steps: int) -> I
         yield loss, right
 
 
-def narrowed(frozen: Frozen, batch: Batch) -> tuple[Frozen, Batch]:
-    """Leave of the draft vocabulary what the batch's labels name and `SAMPLED` others: three times as fast."""
+def narrowed(frozen: Frozen, batch: Batch, draws: torch.Generator) -> tuple[Frozen, Batch]:
+    """Leave of the draft vocabulary what the batch's labels name and `SAMPLED` others: three times as fast.
+
+    Args:
+        draws: what the others are drawn with.
+    """
     size = len(frozen.rows)
     used = torch.zeros(size, dtype=torch.bool)
     used[batch.rows[batch.weights > 0]] = True
-    used[torch.randint(size, (SAMPLED,))] = True
+    used[torch.randint(size, (SAMPLED,), generator=draws)] = True
     places = (used.cumsum(0) - 1).clamp_min(0)  # padding names a place too
     return replace(frozen, rows=frozen.rows[used]), replace(batch, rows=places[batch.rows])
 

@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import click
 import torch
 from torch import Tensor
 
+from engram_runtime.errors import RequestError
+from engram_runtime.new_file import new_file
 from examples.retrofit.mtp_artefact import save_head
 from examples.retrofit.mtp_data import Batch, Example, Labels, batches, pad, soft_labels
 from examples.retrofit.mtp_head import DraftHead, Frozen
 from examples.retrofit.mtp_loss import chain_losses, measure, narrowed
+from examples.retrofit.whole_files import write_text
 
 DEVELOPMENT = 160  # examples that are measured and never trained
 RIDGE_EXAMPLES = 120
@@ -93,43 +96,58 @@ class Data:
 
 @dataclass(slots=True)
 class Training:
-    """A training under way in a folder: `head.safetensors`, `checkpoint.pt` to go on from, `training.json`, the log."""
+    """A training under way in a folder: `head.safetensors`, `checkpoint.pt` to go on from, `training.json`, the log.
+
+    made_of: tells trainings apart, so that none goes on from the checkpoint of another.
+    """
 
     head: DraftHead
     optimiser: torch.optim.AdamW
     folder: Path
     recipe: Recipe
-    step: int
-    log: list[dict[str, Any]]
+    made_of: str
+    step: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+    draws: torch.Generator = field(default_factory=torch.Generator)
 
     @classmethod
-    def start(cls, head: DraftHead, folder: Path, recipe: Recipe) -> "Training":
-        """Begin, or go on from the folder's checkpoint."""
+    def start(cls, head: DraftHead, folder: Path, recipe: Recipe, made_of: str) -> "Training":
+        """Begin, or go on from the folder's checkpoint.
+
+        Raises:
+            RequestError: the checkpoint is of another training.
+        """
         matrices = [weight for weight in head.parameters() if weight.ndim > 1]
         vectors = [weight for weight in head.parameters() if weight.ndim == 1]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimiser = torch.optim.AdamW(groups, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
-        training = cls(head, optimiser, folder, recipe, 0, [])
+        training = cls(head, optimiser, folder, recipe, made_of)
         if (folder / "checkpoint.pt").exists():
-            state = torch.load(folder / "checkpoint.pt")
-            head.load_state_dict(state["head"])
-            optimiser.load_state_dict(state["optimiser"])
-            training.step, training.log = state["step"], state["log"]
+            training._resume(folder / "checkpoint.pt")
         return training
+
+    def _resume(self, checkpoint: Path) -> None:
+        kept = torch.load(checkpoint)
+        if kept.get("made_of") != self.made_of:
+            raise RequestError(f"{checkpoint} is the state of another training; remove it, or choose another --work")
+        self.head.load_state_dict(kept["head"])
+        self.optimiser.load_state_dict(kept["optimiser"])
+        self.step, self.log = kept["step"], kept["log"]
 
     def save(self) -> None:
         """Write what a later run goes on from; a run that is cut off leaves the checkpoint before."""
         state = {
+            "made_of": self.made_of,
             "head": self.head.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "log": self.log,
         }
-        torch.save(state, self.folder / "checkpoint.new")
-        (self.folder / "checkpoint.new").replace(self.folder / "checkpoint.pt")
+        with new_file(self.folder / "checkpoint.pt", replace=True) as file:
+            torch.save(state, file)
         save_head(self.head, self.folder / "head.safetensors")
         record = {"recipe": asdict(self.recipe), "log": self.log}
-        (self.folder / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_text(self.folder / "training.json", json.dumps(record, indent=1))
 
     def num_steps(self, data: Data) -> int:
         """Return the steps of the whole training."""
@@ -148,7 +166,8 @@ class Training:
         """Make one step; returns the mean loss of the first draft."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.step, total, self.recipe.learning_rate)
-        frozen, batch = narrowed(frozen, batch)
+        self.draws.manual_seed(random.Random(f"{self.recipe.seed} step {self.step}").getrandbits(62))
+        frozen, batch = narrowed(frozen, batch, self.draws)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = [loss for loss, _ in chain_losses(self.head, frozen, batch, len(self.recipe.step_weights))]
         roots = batch.counted[0].sum()
@@ -169,14 +188,23 @@ class Training:
         self.save()
 
 
-def train(model: Any, head: DraftHead, examples: Sequence[Example], folder: Path, recipe: Recipe) -> Training:
-    """Train a head of a model in a folder; takes up an interrupted run of the same recipe and examples."""
+def train(
+    model: Any, head: DraftHead, examples: Sequence[Example], folder: Path, recipe: Recipe, *, made_of: str
+) -> Training:
+    """Train a head of a model in a folder; takes up an interrupted run.
+
+    Args:
+        made_of: tells trainings apart by what they are given.
+
+    Raises:
+        RequestError: the folder has the checkpoint of another training.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    training = Training.start(head, folder, recipe, made_of)
     data = Data.of(model, head, examples, recipe)
-    if not (folder / "checkpoint.pt").exists():
+    if training.step == 0:
         fitted = initialise(head, model, [example for example, _ in data.training[-RIDGE_EXAMPLES:]])
         click.echo(f"ridge fit: R2 {fitted:.3f}")
-    training = Training.start(head, folder, recipe)
     total = training.num_steps(data)
     losses: list[float] = []
     with click.progressbar(length=total, label="draft head", width=30) as bar:

@@ -12,16 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.retrofit.backbone import Backbone
-from examples.retrofit.corpora import JARGON, fetch, text_of_deb
+from examples.retrofit.corpora import FOLDOC, JARGON, WORDNET, fetch, text_of_deb
 from examples.retrofit.documents import Document, Report, prompt
 from examples.retrofit.facts import Fact
 from examples.retrofit.generation import generate
+from examples.retrofit.wordnet import other_definitions
 
 JARGON_FILE = "usr/share/dictd/jargon.dict.dz"
+FOLDOC_FILE = "usr/share/dictd/foldoc.dict.dz"
 PASSAGE_CHARACTERS, PASSAGE_TOKENS = 1200, 192
 PARTS = Path(__file__).with_name("prompt_parts.json")
 BATCH = 96
 NUM_PASSING, NUM_ORDINARY = 400, 500
+CHECKED_SHARE = 0.1  # of each text, at its end
 EXPLANATIONS = ("Define {subject}.", "What is {subject}?", "What does {subject} mean?", "Explain {subject} briefly.")
 FURTHER_LOOK_UPS = (
     "Can you look up {subject}?",
@@ -140,35 +143,46 @@ def passages(text: str, count: int, rng: random.Random) -> list[str]:
     return [text[start : start + PASSAGE_CHARACTERS] for start in rng.sample(starts, min(count, len(starts)))]
 
 
-def prose_and_code(folder: Path, count: int, rng: random.Random) -> dict[str, list[str]]:
-    """Return passages of the Jargon File, of Python's reference and of its library's source, ``count`` of each.
+def prose_and_code(folder: Path, seed: int) -> dict[str, str]:
+    """Return the Jargon File, FOLDOC, definitions of WordNet, Python's reference, and the source of its library.
+
+    Without dictionaries among them a site full of definitions speaks up in any text that reads like one.
 
     Args:
         folder: where packages of Debian are kept.
     """
     return {
-        "jargon": passages(text_of_deb(fetch(JARGON, folder), JARGON_FILE), count, rng),
-        "reference": passages("\n\n".join(pydoc_data.topics.topics.values()), count, rng),
-        "source": passages(_library_source(rng), count, rng),
+        "jargon": text_of_deb(fetch(JARGON, folder), JARGON_FILE),
+        "foldoc": text_of_deb(fetch(FOLDOC, folder), FOLDOC_FILE),
+        "definitions": other_definitions(fetch(WORDNET, folder)),
+        "reference": "\n\n".join(pydoc_data.topics.topics.values()),
+        "source": _library_source(random.Random(f"{seed} source")),
     }
 
 
-def own_questions(facts: Sequence[Fact], unknown: Sequence[str], rng: random.Random) -> dict[str, list[str]]:
+def taught_and_checked(text: str) -> tuple[str, str]:
+    """Cut a text in two, so that what is checked is in nothing that is trained."""
+    cut = int(len(text) * (1 - CHECKED_SHARE))
+    return text[:cut], text[cut:]
+
+
+def own_questions(facts: Sequence[Fact], unknown: Sequence[str], seed: int) -> dict[str, list[str]]:
     """Return questions whose answers are the model's own, whatever a site knows: nobody asks for an entry.
 
     Args:
-        facts: what is trained; their subjects occur in questions for something else.
+        facts: what is trained; their subjects occur in questions for something else, ``passing``. Other kinds don't
+            depend on them, so that what the model answers is computed once for all cartridges.
         unknown: terms that are no facts.
     """
     parts: dict[str, list[str]] = json.loads(PARTS.read_text(encoding="utf-8"))
+    rng = random.Random(f"{seed} terms")
     explained = [rng.choice(EXPLANATIONS).format(subject=term) for term in unknown]
-    passing = [rng.choice(IN_PASSING).format(subject=fact.subject) for fact in facts]
+    rng = random.Random(f"{seed} ordinary")
     ordinary = [rng.choice(parts["wordings"]).format(rng.choice(parts["topics"])) for _ in range(NUM_ORDINARY)]
-    return {
-        "terms": explained,
-        "passing": rng.sample(passing, min(len(passing), NUM_PASSING)),
-        "ordinary": ordinary,
-    }
+    rng = random.Random(f"{seed} passing")
+    chosen = rng.sample(facts, min(len(facts), NUM_PASSING))
+    passing = [rng.choice(IN_PASSING).format(subject=fact.subject) for fact in chosen]
+    return {"terms": explained, "passing": passing, "ordinary": ordinary}
 
 
 def answered(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
-from examples.retrofit.facts import CHAT, END_OF_TURN, Fact
+from examples.retrofit.facts import CHAT, END_OF_TURN, Fact, checked_facts
 from examples.retrofit.intervals import wilson_interval
 
-SAMPLE_SEED = 0
+SAMPLE_SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,10 @@ class Share:
 
 
 def sample(facts: Sequence[Fact], number: int) -> list[Fact]:
-    """Draw facts with a fixed seed, all of them if there are no more."""
-    return random.Random(SAMPLE_SEED).sample(facts, min(number, len(facts)))
+    """Draw facts with a fixed seed, none of which a training is checked with, all of the others if they are no more."""
+    checked = set(checked_facts(facts))
+    others = [fact for fact in facts if fact not in checked]
+    return random.Random(SAMPLE_SEED).sample(others, min(number, len(others)))
 
 
 def ask(tokenizer: TextTokenizer, fact: Fact, wording: str) -> Question:

@@ -42,6 +42,12 @@ def tables(report: Figures) -> Iterator[str]:
     yield from _section(
         "Answers", "questions|cartridge|word for word as without rows|95 % interval", _unchanged(report)
     )
+    yield from _section(
+        "Terms that were not trained", "cartridge|answers in form of an entry|95 % interval", _untrained(report)
+    )
+    yield from _section(
+        "Drafts", "drafter|text|first right|first two|first three|tokens per step with 1, 2, 3 drafts", _drafts(report)
+    )
     columns = "question|without rows|dictionary|manual"
     for name, title in (("ordinary", "Ordinary questions"), ("in_passing", "Questions with a trained word in passing")):
         yield from _section(title, columns, _side_by_side(report["answers"]["answers"][name]))
@@ -86,6 +92,23 @@ def _unchanged(report: Figures) -> Iterator[Sequence[str]]:
             yield questions, cartridge, f"{row['known']} of {row['asked']}", _percent_interval(row)
 
 
+def _untrained(report: Figures) -> Iterator[Sequence[str]]:
+    for cartridge, row in report["answers"]["untrained_in_form_of_an_entry"].items():
+        yield cartridge, f"{row['known']} of {row['asked']}", _percent_interval(row)
+
+
+def _drafts(report: Figures) -> Iterator[Sequence[str]]:
+    for drafter, by_text in report["acceptance"].items():
+        for text in acceptance_texts(by_text):
+            per_step = (f"{row['value']:.2f}" for row in by_text[text]["tokens_per_step"].values())
+            yield drafter, text, *_accepted(by_text[text]["every_position"]), ", ".join(per_step)
+        yield drafter, "outside of what repeats itself", *_accepted(by_text["outside_repetition"]), "-"
+
+
+def _accepted(every_position: Figures) -> Iterator[str]:
+    return (f"{row['value']:.1%} ({_percent_interval(row)})" for row in every_position.values())
+
+
 def _side_by_side(rows: Sequence[Mapping[str, str]]) -> Iterator[Sequence[str]]:
     for row in rows:
         others = (
@@ -118,13 +141,17 @@ def flat(report: Figures) -> dict[str, float]:
         for questions, by_cartridge in report["answers"]["unchanged"].items()
         for cartridge, row in by_cartridge.items()
     }
+    untrained = {
+        f"untrained terms in form of an entry / {cartridge}": row["share"]
+        for cartridge, row in report["answers"]["untrained_in_form_of_an_entry"].items()
+    }
     accepted = {
         f"drafts accepted / {drafter} / {text} / {k}": figures["value"]
         for drafter, by_text in report["acceptance"].items()
         for text in acceptance_texts(by_text)
         for k, figures in by_text[text]["every_position"].items()
     }
-    return recall | ratios | unchanged | accepted
+    return recall | ratios | unchanged | untrained | accepted
 
 
 @click.command()

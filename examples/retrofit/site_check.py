@@ -25,7 +25,7 @@ class Check:
     Attributes:
         recall: share of facts whose whole answer greedy decoding would write.
         unchanged: share of the model's own answers to other questions that greedy decoding would still write.
-        cost: relative increase of the perplexity of foreign text.
+        cost: relative increase of the perplexity of other text.
     """
 
     recall: float
@@ -34,21 +34,21 @@ class Check:
 
     def __str__(self) -> str:
         """Return what a progress line shows."""
-        return f"recall {self.recall:.1%}, unchanged {self.unchanged:.1%}, foreign text {self.cost:+.2%}"
+        return f"recall {self.recall:.1%}, unchanged {self.unchanged:.1%}, other text {self.cost:+.2%}"
 
 
 class SiteCheck:
-    """Documents that are not trained: facts in a wording held out, the model's own answers, and foreign text."""
+    """Documents that are not trained: facts in a wording held out, the model's own answers, and other text."""
 
     def __init__(
         self,
         backbone: Backbone,
         facts: Sequence[CachedDocument],
         answers: Sequence[CachedDocument],
-        foreign: Sequence[CachedDocument],
+        other: Sequence[CachedDocument],
     ) -> None:
-        """Measure what answers and foreign text are without the site."""
-        self._backbone, self._facts, self._answers, self._foreign = backbone, facts, answers, foreign
+        """Measure what answers and other text are without the site."""
+        self._backbone, self._facts, self._answers, self._other = backbone, facts, answers, other
         self._said = [_likeliest(*each) for each in self._logits(answers, None)]
         self._loss = self._mean_loss(None)
 
@@ -66,7 +66,7 @@ class SiteCheck:
 
     def _mean_loss(self, memory: Memory | None) -> float:
         total, count = 0.0, 0
-        for document, logits in self._logits(self._foreign, memory):
+        for document, logits in self._logits(self._other, memory):
             labels = torch.tensor(document.document.token_ids[1:])
             total += functional.cross_entropy(logits[:-1].float(), labels, reduction="sum").item()
             count += len(labels)

@@ -7,8 +7,15 @@ from pathlib import Path
 
 from engram_runtime.errors import RequestError
 from examples.retrofit.documents import begun_chats, fact_chats, plain
-from examples.retrofit.facts import CHECKED_QUESTIONS, TRAINED_QUESTIONS, Fact
-from examples.retrofit.quiet_text import FURTHER_LOOK_UPS, PASSAGE_TOKENS, own_questions, prose_and_code
+from examples.retrofit.facts import CHECKED_QUESTIONS, TRAINED_QUESTIONS, Fact, checked_facts
+from examples.retrofit.quiet_text import (
+    FURTHER_LOOK_UPS,
+    PASSAGE_TOKENS,
+    own_questions,
+    passages,
+    prose_and_code,
+    taught_and_checked,
+)
 from examples.retrofit.site_check import SiteCheck
 from examples.retrofit.site_training import QuietText, TrainingText
 from examples.retrofit.stream_cache import StreamCache
@@ -17,7 +24,7 @@ ANSWERED_UNKNOWN, BEGUN = 1000, 2400
 WORDING_SHIFTS = (0, 5, 9)  # fact i is asked for in these wordings after the i-th, so that passes differ
 SHORT_ANSWER, LONG_ANSWER = 16, 64  # tokens; the first ones are compared, all should be quiet
 PASSAGES = 150  # of each kind of text
-CHECKED_FACTS, CHECKED_UNKNOWN, CHECKED_PASSAGES = 200, 80, 12
+CHECKED_UNKNOWN, CHECKED_PASSAGES = 80, 12
 
 
 def from_words(path: Path) -> Path:
@@ -50,23 +57,23 @@ class Sources:
 
 def training_text(cache: StreamCache, sources: Sources) -> TrainingText:
     """Return what a site is trained on; what isn't in the cache yet is computed."""
-    backbone, rng = cache.backbone, random.Random(sources.seed)
+    backbone = cache.backbone
     wordings = [
         cache.documents(f"facts-{shift}", fact_chats(backbone, sources.facts, TRAINED_QUESTIONS, shift))
         for shift in WORDING_SHIFTS
     ]
     asked = sources.unknown[ANSWERED_UNKNOWN : ANSWERED_UNKNOWN + BEGUN]
     begun = cache.documents("begun", begun_chats(backbone, asked, [*TRAINED_QUESTIONS, *FURTHER_LOOK_UPS]))
-    questions = own_questions(sources.facts, sources.unknown[:ANSWERED_UNKNOWN], rng)
+    questions = own_questions(sources.facts, sources.unknown[:ANSWERED_UNKNOWN], sources.seed)
     own = [
         cache.answers(name, asked, tokens=LONG_ANSWER if name == "ordinary" else SHORT_ANSWER)
         for name, asked in questions.items()
     ]
     kinds = [[answer.cached for answer in answers] for answers in own]
-    drawn = prose_and_code(sources.corpora, PASSAGES + CHECKED_PASSAGES, random.Random(sources.seed))
-    for name, texts in drawn.items():
-        passages = [plain(backbone, text, most=PASSAGE_TOKENS) for text in texts[:PASSAGES]]
-        kinds.append(cache.documents(name, passages))
+    for name, text in prose_and_code(sources.corpora, sources.seed).items():
+        taught, _ = taught_and_checked(text)
+        drawn = passages(taught, PASSAGES, random.Random(f"{sources.seed} {name}"))
+        kinds.append(cache.documents(name, [plain(backbone, each, most=PASSAGE_TOKENS) for each in drawn]))
     return TrainingText(
         wordings,
         begun,
@@ -77,14 +84,16 @@ def training_text(cache: StreamCache, sources: Sources) -> TrainingText:
 
 def site_check(cache: StreamCache, sources: Sources) -> SiteCheck:
     """Return the check of a site on wordings, terms and passages that it is not trained on."""
-    backbone, rng = cache.backbone, random.Random(sources.seed)
-    facts = rng.sample(list(sources.facts), min(CHECKED_FACTS, len(sources.facts)))
+    backbone = cache.backbone
     questions = [f"What is {term}?" for term in sources.unknown[-CHECKED_UNKNOWN:]]
-    texts = prose_and_code(sources.corpora, PASSAGES + CHECKED_PASSAGES, random.Random(sources.seed))
-    held_out = [plain(backbone, text, most=PASSAGE_TOKENS) for kind in texts.values() for text in kind[PASSAGES:]]
+    drawn = []
+    for name, text in prose_and_code(sources.corpora, sources.seed).items():
+        _, kept = taught_and_checked(text)
+        drawn += passages(kept, CHECKED_PASSAGES, random.Random(f"{sources.seed} {name}"))
+    held_out = [plain(backbone, each, most=PASSAGE_TOKENS) for each in drawn]
     return SiteCheck(
         backbone,
-        cache.documents("checked-facts", fact_chats(backbone, facts, CHECKED_QUESTIONS, 0)),
-        [answer.cached for answer in cache.answers("checked", questions, tokens=LONG_ANSWER)],
+        cache.documents("checked-facts", fact_chats(backbone, checked_facts(sources.facts), CHECKED_QUESTIONS, 0)),
+        [answer.cached for answer in cache.answers("checked", questions, tokens=SHORT_ANSWER)],
         cache.documents("checked-text", held_out),
     )

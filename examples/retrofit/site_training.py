@@ -27,7 +27,7 @@ class Schedule:
         passes: how often each fact is seen at most, each time in one of its wordings.
         batch: facts in a step.
         learning_rate: of projections and gate; rises for ``warm_up`` steps and falls linearly in the last
-            ``wind_down`` steps.
+            ``wind_down`` steps, at most a third of all.
         row_learning_rate: of the rows, likewise.
         begun: terms in a step of whose answers the beginning alone is taught.
         own_answers: answers of the model itself in a step.
@@ -37,7 +37,7 @@ class Schedule:
         train_projections: False leaves all but the rows as they are: a cartridge for a site that exists.
     """
 
-    passes: float = 10
+    passes: float
     batch: int = 24
     learning_rate: float = 2e-3
     row_learning_rate: float = 1.6e-2
@@ -46,7 +46,7 @@ class Schedule:
     begun: int = 8
     own_answers: int = 9
     own_weight: float = 1.5
-    quiet_tokens: int = 1024
+    quiet_tokens: int = 1536
     quiet_weight: float = 10.0
     train_projections: bool = True
     seed: int = 0
@@ -55,9 +55,13 @@ class Schedule:
         """Return the number of steps at most."""
         return max(1, round(self.passes * num_facts / self.batch))
 
-    def rate(self, step: int, num_steps: int) -> float:
-        """Return what learning rates are multiplied with in a step from 0."""
-        return min((step + 1) / self.warm_up, 1, (num_steps - step) / self.wind_down)
+    def fall(self, num_facts: int) -> int:
+        """Return the number of steps at the end in which learning rates fall."""
+        return max(1, min(self.wind_down, self.num_steps(num_facts) // 3))
+
+    def rate(self, step: int, num_steps: int, num_facts: int) -> float:
+        """Return what learning rates are multiplied with in a step from 0, of a training of so many."""
+        return min((step + 1) / self.warm_up, 1, (num_steps - step) / self.fall(num_facts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,12 +170,13 @@ class SiteTraining:
         """Train on one batch: facts, answers of the model itself, quiet tokens."""
         self._seed_draws()
         facts, own, quiet = self._draw_facts(), self._draw_own(), self._draw_quiet()
-        documents = [*facts, *self._draw_begun(), *(each.cached for each in own)]
+        taught = [*facts, *self._draw_begun()]
+        documents = [*taught, *(each.cached for each in own)]
         stream = torch.cat([*(document.hidden for document in documents), quiet.hidden])
         read = torch.cat([*(document.row_ids for document in documents), quiet.row_ids])
         row_ids, rows, embedding = self.table.gather(read)
         update = self.site(stream, embedding)
-        update = torch.where(self._in_question(facts, len(stream)), update.detach(), update)
+        update = torch.where(self._in_question(taught, len(stream)), update.detach(), update)
         heard = len(stream) - len(quiet.hidden)
         states = self._states_of_answers(documents, stream[:heard] + update[:heard].to(stream.dtype))
         answers, unlike = self._answer_losses(documents, own, states)
@@ -199,7 +204,7 @@ class SiteTraining:
 
     def wind_down(self) -> None:
         """End soon: let the learning rates fall from now on."""
-        self.num_steps = min(self.num_steps, self.step_count + self._schedule.wind_down)
+        self.num_steps = min(self.num_steps, self.step_count + self._schedule.fall(self._text.num_facts))
 
     def finish(self) -> None:
         """Set rows that no answer reads to zero: they are no knowledge, and other text may read them."""
@@ -224,14 +229,15 @@ class SiteTraining:
     def _answer_losses(
         self, documents: Sequence[CachedDocument], own: Sequence[OwnAnswer], states: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return cross entropy and divergence over a part of the vocabulary: all labels, and some wrong answers.
+        """Return cross entropy and divergence over a part of the vocabulary: what is to be said, and other ids.
 
         Args:
             own: the last of the documents.
             states: of each document, what the output layer gets for the tokens of its answer.
         """
         given = [torch.tensor(document.document.taught, dtype=torch.int64) for document in documents]
-        ids, places = self._with_wrong_answers(torch.cat(given))
+        said = [torch.tensor(each.cached.document.token_ids[each.cached.document.own_from :]) for each in own]
+        ids, places = self._with_wrong_answers(torch.cat(given), torch.cat(said))
         weight = self._backbone.output_weight[ids]
         taught = torch.cat([state[: len(labels)] for state, labels in zip(states, given, strict=True)])
         left = torch.cat([state[len(labels) :] for state, labels in zip(states, given, strict=True)])
@@ -249,7 +255,7 @@ class SiteTraining:
         ]
 
     def _descend(self, loss: Tensor, row_ids: Tensor, rows: Tensor) -> None:
-        rate = self._schedule.rate(self.step_count, self.num_steps)
+        rate = self._schedule.rate(self.step_count, self.num_steps, self._text.num_facts)
         self._optimiser.zero_grad()
         torch.autograd.backward(loss)
         if self._schedule.train_projections:
@@ -262,11 +268,15 @@ class SiteTraining:
         self.table.step(row_ids, gradient, rate * self._schedule.row_learning_rate)
         self.step_count += 1
 
-    def _with_wrong_answers(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ids the output layer is evaluated for, and where among them the labels are."""
+    def _with_wrong_answers(self, labels: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids the output layer is evaluated for, and where among them the labels are.
+
+        Args:
+            said: ids the model says by itself, which are among them too.
+        """
         some = self._answer_ids[torch.randint(len(self._answer_ids), (RANDOM_IDS,), generator=self._draws)]
         common = torch.arange(min(COMMON_IDS, self._backbone.vocab_size))
-        ids, places = torch.unique(torch.cat([labels, common, some]), return_inverse=True)
+        ids, places = torch.unique(torch.cat([labels, said, common, some]), return_inverse=True)
         return ids, places[: len(labels)]
 
     def _draw_begun(self) -> list[CachedDocument]:

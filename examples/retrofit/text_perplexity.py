@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engram_runtime.perplexity import negative_log_likelihood
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
-from examples.retrofit.corpora import DEBIAN_REFERENCE, DEVILS_DICTIONARY, FOLDOC, Package, fetch, text_of_deb
+from examples.retrofit.corpora import DEBIAN_REFERENCE, DEVILS_DICTIONARY, Package, fetch, text_of_deb
 from examples.retrofit.intervals import perplexity_ratio
 from examples.retrofit.recall import Question
 
@@ -22,7 +22,6 @@ MIN_PARAGRAPH = 200  # characters; headings and rules are no beginning
 
 # Not one of them may be used in training, be it to keep a site quiet.
 FOREIGN: dict[str, tuple[Package, str]] = {
-    "FOLDOC": (FOLDOC, "usr/share/dictd/foldoc.dict.dz"),
     "The Devil's Dictionary": (DEVILS_DICTIONARY, "usr/share/dictd/devil.dict.dz"),
     "Debian Reference": (DEBIAN_REFERENCE, "usr/share/debian-reference/debian-reference.en.txt.gz"),
 }

@@ -1,47 +1,33 @@
 """The model with the site as plain torch in float32: what a bundle's executors are held against."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional
 
 from engram_runtime.keyers import Keyer
+from examples.retrofit.artefacts import read_config, read_site
 from examples.retrofit.backbone import Backbone, batches_by_length, pad
 from examples.retrofit.recall import Question, Share
 
 BATCH_TOKENS = 2048
 
 
-def read_config(asset: Path) -> dict[str, Any]:
-    """Return the facts about the site."""
-    config: dict[str, Any] = json.loads((asset / "config.json").read_text(encoding="utf-8"))["engram"]
-    return config
-
-
 def site_block(asset: Path) -> int:
     """Return the block, from 0, before which the one site stands."""
-    (block,) = read_config(asset)["layer_ids"]
+    (block,) = read_config(asset)["engram"]["layer_ids"]
     return int(block)
 
 
 class TorchSite:
-    """Equations of `engram_export.engram_site` without convolution, on weights as the asset holds them."""
+    """The site as it was trained, on weights as the asset holds them."""
 
     def __init__(self, asset: Path, keyer: Keyer, rows: NDArray[np.float32]) -> None:
         """Read the projections; ``rows [N, d]`` are the table's."""
-        self._config = read_config(asset)
-        tensors = load_file(asset / "engram.safetensors")
-        self._key, self._value, self._gain = (
-            tensors[f"engram.{name}.weight"].float() for name in ("key_proj", "value_proj", "query_norm")
-        )
-        self._bias = tensors["engram.gate_bias"]
+        _, self._site, _ = read_site(asset)
         self._keyer, self._rows = keyer, torch.from_numpy(rows)
 
     def update(self, hidden: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
@@ -49,13 +35,7 @@ class TorchSite:
         row_ids = [torch.from_numpy(self._keyer.row_ids([], np.asarray(document))) for document in documents]
         embeddings = [self._rows[ids].flatten(1) for ids in row_ids]
         embedding = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)  # [B, T, C * d]
-        gate = self._config["gate"]
-        query = functional.rms_norm(hidden, self._gain.shape, self._gain, gate["query_norm_eps"])
-        key = functional.rms_norm(embedding @ self._key.T, self._gain.shape, None, gate["key_norm_eps"])
-        score = (query * key).sum(-1, keepdim=True) / hidden.shape[-1] ** 0.5
-        root = score.sign() * score.abs().clamp_min(gate["signed_root_floor"]).sqrt()
-        opened = torch.sigmoid(root + self._bias)
-        update: Tensor = self._config["output_scale"] * opened * (embedding @ self._value.T)
+        update: Tensor = self._site(hidden, embedding)
         return update
 
 

@@ -50,6 +50,15 @@ def other_terms(package: Path, number: int) -> list[str]:
     return random.Random(SEED).sample([term.replace("_", " ") for term in terms if TERM.fullmatch(term)], number)
 
 
+def other_definitions(package: Path) -> str:
+    """Return all definitions of nouns that `dictionary` can't choose, as lines of a plain dictionary."""
+    folder = read_folder(package)
+    synsets = dict(_synsets(folder["data.noun"]))
+    others = [noun for noun in nouns(folder["index.noun"]) if noun.tagged_senses == 0]
+    random.Random(SEED).shuffle(others)
+    return "\n".join(f"{noun.term.replace('_', ' ')}: {gloss(synsets[noun.synset][1])}." for noun in others)
+
+
 def read_folder(package: Path) -> dict[str, str]:
     """Return the files of WordNet's folder by name."""
     files = files_of_deb(package, lambda path: path.startswith(FOLDER))

@@ -34,8 +34,8 @@ from engram_runtime.tables.policy import TableChoice
 @click.argument("prompt")
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
-@samples_options
 @draft_options
+@samples_options
 @executor_option
 @threads_option
 @table_options
@@ -46,10 +46,10 @@ def run(
     prompt: str,
     max_tokens: int,
     stop: tuple[str, ...],
-    count: int,
-    best_of: str | None,
     draft: str,
     draft_k: int | None,
+    count: int,
+    best_of: str | None,
     executor: str,
     threads: int | None,
     tables: str,
