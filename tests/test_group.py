@@ -63,7 +63,13 @@ BUNDLES: dict[str, Callable[[Workshop, Path], Bundle]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(BUNDLES))
+QUICK = ("int8-window", "qwen4_exp")  # of the default run: windows, caches, blocks of keys, recurrent states, experts
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in QUICK)) for name in BUNDLES],
+)
 def bundle(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return BUNDLES[request.param](workshop, tmp_path_factory.mktemp(request.param))
 
@@ -109,6 +115,7 @@ def test_each_sequence_has_the_bits_of_a_session_that_is_alone(bundle: Bundle, t
             assert_same_bits(session.decode([5]), alone(bundle, [[*random_ids(PROMPT), 5]]))
 
 
+@pytest.mark.exhaustive
 def test_every_step_of_every_sequence_has_the_bits_of_its_session(bundle: Bundle) -> None:
     steps = [tokens(3, seed) for seed in range(70)]  # past the first block of 64 keys
     with open_session(bundle, "tvm") as session, open_session(bundle, "tvm", threads=1) as lonely:

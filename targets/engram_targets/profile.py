@@ -14,6 +14,7 @@ from engram_runtime.executor import MOST_THREADS
 NATIVE = "native"
 KEYS = {"machine", "cpu_flags", "kernels", "decode_tokens", "prefill_tokens", "threads", "cache_dtype", "llvm"}
 AUTO_THREADS = "auto"
+MOST_SEQUENCES = 8  # of one pass: attention's kernel holds its code once for each
 CACHE_DTYPES = ("float32", "float16")
 KERNEL_FAMILIES = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm", "portable")
 
@@ -26,7 +27,7 @@ class TargetProfile:
         machine: instruction set architecture as ``uname -m`` spells it.
         cpu_flags: features the code needs, as ``/proc/cpuinfo`` spells them.
         kernels: kernel family, a module of `engram_compilers.kernels`.
-        decode_tokens: token counts compiled with logits for every token, and as numbers of sequences.
+        decode_tokens: token counts compiled with logits for every token, and as numbers of sequences up to 8.
         prefill_tokens: larger token counts, compiled with logits for every token and for the last one only.
         threads: how many run the library unless told otherwise, 0 for one on each core there is (``auto`` in files).
         cache_dtype: what attention's keys and values are kept in, ``float32`` or ``float16``.
@@ -86,7 +87,7 @@ class TargetProfile:
     @property
     def batches(self) -> tuple[int, ...]:
         """Numbers of sequences, a token of each, whose forward passes are compiled."""
-        return tuple(count for count in self.decode_tokens if count > 1)
+        return tuple(count for count in self.decode_tokens if 1 < count <= MOST_SEQUENCES)
 
     def fits(self, architecture: str, flags: Iterable[str]) -> bool:
         """Whether a machine with these CPU flags can run the code."""
