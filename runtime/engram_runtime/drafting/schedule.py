@@ -11,12 +11,12 @@ MOST_DRAFTS = 15  # of `Measured`: with the pending token as many rows as the co
 LOSS_SHARE = 0.02  # of the time so far that drafts may have cost more than they gave
 FIRST_PASSES = 32  # the time so far counts as that of so many plain passes at least, so that short texts are drafted
 CREDIT_PASSES = 8  # gains are kept for bad times up to as many plain passes
-PLAIN_EVERY = 64  # passes, of which one is plain to know what that takes by now
+PLAIN_EVERY = 24  # passes, of which one is plain to know what that takes by now
 DOUBT, DOUBT_DRAFTS = 0.5, 2.0  # share of right drafts where nothing is known, and how many drafts outweigh it
 DECAY = 0.97  # of what is known, with each further draft of that position
 FADE = 0.99  # of what is known, with each pass that doesn't try a position: text changes, and is tried again
-RECENT = 9  # passes whose median says how fast the machine is at the moment
-LEARNING, MOST_SURPRISE = 0.2, 0.3  # how fast costs follow what passes take, and how far one can pull them
+RECENT, PLAIN_RECENT = 9, 3  # drafts and plain passes whose median is what one takes at the moment
+LEARNING, MOST_SURPRISE = 0.25, 0.5  # how fast costs follow what passes take, and how far one can pull them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class Measured:
         self._odds: defaultdict[int, _Odds] = defaultdict(_Odds)
         self._lost_s = 0.0
         self._total_s = 0.0
-        self._since_plain = 0
+        self._since_plain = PLAIN_EVERY  # the first pass says how fast the machine is
 
     @property
     def lost_s(self) -> float:
@@ -120,12 +120,10 @@ class Measured:
 
     def note(self, taken: Pass) -> None:
         """See `Schedule`."""
-        self._costs.note(taken)
         plain_s = self._costs.forward(1)
-        # What is usual, not what this pass took: when others use the machine, plain decoding has to wait as well.
-        draft_s = min(taken.draft_s, self._costs.draft_s * max(1, taken.drafted))
-        lost_s = draft_s + self._costs.forward(taken.rows) - taken.said * plain_s
-        self._lost_s = max(self._lost_s + lost_s, -CREDIT_PASSES * plain_s)
+        gained_s = (taken.said - 1) * plain_s
+        self._lost_s = max(self._lost_s + self._costs.extra(taken) - gained_s, -CREDIT_PASSES * plain_s)
+        self._costs.note(taken)
         self._total_s += taken.draft_s + taken.forward_s
         self._since_plain = self._since_plain + 1 if taken.drafted else 0
         if taken.drafted:
@@ -174,31 +172,46 @@ class _Odds:
 
 
 class _CurrentCosts:
-    """Measured costs at the machine's present pace, corrected by what passes take.
+    """What passes cost at the machine's present pace, which is that of the last plain ones.
 
-    Single passes are noisy, so the pace is a median, and a pass moves the cost of its number of rows by a little.
+    Passes over several tokens are known by their ratio to a plain one. What the last ones took counts, and less with
+    every plain pass since: then that which was measured counts again.
     """
 
     def __init__(self, forward_s: Sequence[float], draft_s: float) -> None:
-        self._forward_s = list(forward_s)
-        self._paces = deque([1.0] * RECENT, maxlen=RECENT)
-        self._pace = 1.0
+        self._measured = [seconds / forward_s[0] for seconds in forward_s]
+        self._ratios = list(self._measured)
+        self._plain_times: deque[float] = deque(maxlen=PLAIN_RECENT)
+        self._plain_s = forward_s[0]
         self._draft_times = deque([draft_s] * RECENT, maxlen=RECENT)
         self.draft_s = draft_s
 
     def forward(self, rows: int) -> float:
         """Return the seconds of a pass over so many tokens, in proportion beyond those measured."""
-        measured = min(rows, len(self._forward_s))
-        return self._forward_s[measured - 1] * self._pace * rows / measured
+        measured = min(rows, len(self._ratios))
+        return self._plain_s * self._ratios[measured - 1] * rows / measured
+
+    def extra(self, taken: Pass) -> float:
+        """Return the seconds a pass took more than a plain one, but for what it has to wait when others are at work."""
+        draft_s = min(taken.draft_s, self.draft_s * max(1, taken.drafted))
+        return draft_s + (self._likely(taken) - self._plain_s if taken.rows > 1 else 0.0)
+
+    def _likely(self, taken: Pass) -> float:
+        """Return what a pass took, or as much as can be believed of it."""
+        expected_s = self.forward(taken.rows)
+        surprise = taken.forward_s / expected_s - 1
+        return expected_s * (1 + min(max(surprise, -MOST_SURPRISE), MOST_SURPRISE))
 
     def note(self, taken: Pass) -> None:
         """Learn from a pass."""
-        if taken.rows <= len(self._forward_s):
-            pace = taken.forward_s / self._forward_s[taken.rows - 1]
-            surprise = min(max(pace / self._pace - 1, -MOST_SURPRISE), MOST_SURPRISE)
-            self._forward_s[taken.rows - 1] *= 1 + LEARNING * surprise
-            self._paces.append(pace)
-            self._pace = statistics.median(self._paces)
+        if taken.rows == 1:
+            self._plain_times.append(taken.forward_s)
+            self._plain_s = statistics.median(self._plain_times)
+            pairs = zip(self._ratios, self._measured, strict=True)
+            self._ratios = [measured + FADE * (ratio - measured) for ratio, measured in pairs]
+        elif taken.rows <= len(self._ratios):
+            ratio = self._ratios[taken.rows - 1]
+            self._ratios[taken.rows - 1] += LEARNING * (self._likely(taken) / self._plain_s - ratio)
         if taken.drafted:
             self._draft_times.append(taken.draft_s / taken.drafted)
             self.draft_s = statistics.median(self._draft_times)
