@@ -41,6 +41,8 @@ DRAFTED: dict[str, tuple[Probabilities, Probabilities]] = {  # what the model sa
     "the model turned round": (MODEL, MODEL[::-1].copy()),
 }
 
+DEFAULT = ("another", "the model's own", "nothing where the model has something", "disjoint")
+
 
 def odds(probabilities: Probabilities) -> Odds:
     """Return the tokens with any probability, as samplers keep them."""
@@ -67,7 +69,9 @@ def counted(draw_once: Callable[[], int], draws: int = DRAWS) -> NDArray[np.int6
     return np.bincount([draw_once() for _ in range(draws)], minlength=VOCAB)
 
 
-@pytest.mark.parametrize("name", DRAFTED)
+@pytest.mark.parametrize(
+    "name", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in DRAFTED if name not in DEFAULT)]
+)
 def test_text_from_drawn_drafts_has_the_models_distribution(name: str) -> None:
     model, drafted = DRAFTED[name]
     drafter, verifier = np.random.default_rng(3), np.random.default_rng(4)

@@ -63,7 +63,7 @@ BUNDLES: dict[str, Callable[[Workshop], Bundle]] = {
     },
     **{name: functools.partial(gemma, name=name) for name in CONFIGS},
 }
-DEFAULT = (HEADED, "qwen4_exp", "gemma3n")  # windows, heads; recurrent states, experts, n-gram rows; sliding windows
+DEFAULT = (HEADED, "qwen4_exp")  # a window and a head; recurrent states, experts and n-gram rows
 
 
 @dataclass(slots=True)
