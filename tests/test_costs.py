@@ -97,7 +97,15 @@ def test_a_damaged_file_is_replaced(bundle: Bundle, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 2}, {"forward_s": [1.0]}, {"forward_s": [-1.0] * MOST_ROWS}, {"draft_s": -1.0}, {"more": 1}]
+    "change",
+    [
+        {"version": 2},
+        {"forward_s": [1.0]},
+        {"forward_s": [-1.0] * MOST_ROWS},
+        {"forward_s": [0.0] * MOST_ROWS},
+        {"draft_s": -1.0},
+        {"more": 1},
+    ],
 )
 def test_a_file_that_cant_be_is_no_costs(bundle: Bundle, tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "costs.json"

@@ -193,10 +193,3 @@ def test_run_has_nothing_to_choose_from_one_sample(command: Command, workshop: W
         "",
         "engram: --best-of logprob chooses among samples; give --n 2 or more\n",
     )
-
-
-def test_run_drafts_for_one_text_alone(command: Command, workshop: Workshop) -> None:
-    assert run(command, workshop, "--n", 2, "--draft", "lookup") == (
-        "",
-        "engram: --draft lookup drafts for one text, --n 2 draws several; leave out one or the other\n",
-    )

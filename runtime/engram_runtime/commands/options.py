@@ -106,7 +106,8 @@ def draft_options(command: Command) -> Command:
                 default=NO_DRAFTS.drafter,
                 show_default=True,
                 help="Draft tokens that the model verifies several at once: by text before, the bundle's draft head or "
-                "masks the model was trained on; what is said stays the same, but for mask-approximate.",
+                "masks the model was trained on. What is said stays the same, bit for bit with tvm, but for "
+                "mask-approximate; onnxruntime rounds passes of several tokens in another way.",
             ),
             click.option(
                 "--draft-k",

@@ -16,7 +16,7 @@ import numpy as np
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cpus, cpu_flags, physical_memory
 from engram_runtime.draft_head import DraftHead
-from engram_runtime.errors import BundleError
+from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import Executor
 from engram_runtime.library import find_library
 from engram_runtime.manifest import DRAFT_HEAD
@@ -29,6 +29,7 @@ VERSION = 1
 MEASURED_ROWS = (1, 2, 4, 8, 16)  # forward passes between them are taken to lie on lines between them
 MOST_ROWS = 24
 DEPTH = 64  # tokens before those of a pass
+MOST_S = 3600.0
 ROUNDS, BUDGET_S = 7, 1.0  # rounds that begin within the budget, at least one
 
 Clock = Callable[[], float]
@@ -64,8 +65,10 @@ class ForwardCosts:
             draft_s=fields.number("draft_s"),
         )
         fields.finish()
-        if version != VERSION or len(costs.forward_s) != MOST_ROWS or min(*costs.forward_s, costs.draft_s) < 0:
-            raise BundleError(f"costs have version {version} and {len(costs.forward_s)} rows, or are below 0")
+        if version != VERSION or len(costs.forward_s) != MOST_ROWS:
+            raise BundleError(f"costs have version {version} and {len(costs.forward_s)} rows")
+        if min(costs.forward_s) <= 0 or costs.draft_s < 0 or max(*costs.forward_s, costs.draft_s) > MOST_S:
+            raise BundleError("costs are of no pass that can be: at most 0 s, or longer than an hour")
         return costs
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def read_costs(path: Path) -> ForwardCosts | None:
 
 def write_costs(path: Path, costs: ForwardCosts) -> None:
     """Keep costs for the next process where that is possible."""
-    with contextlib.suppress(OSError), new_file(path, replace=True) as file:
+    with contextlib.suppress(OSError, RequestError), new_file(path, replace=True) as file:
         file.write((json.dumps(costs.to_dict(), indent=1) + "\n").encode())
 
 

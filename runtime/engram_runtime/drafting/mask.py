@@ -131,7 +131,8 @@ def decode_by_verified_masks(
                 if token_id != draft or token_id in end_ids:
                     break
         finally:
-            session.trim(len(session) - start - said)
+            if session.token_ids[start:] == tokens:  # else someone went on with the session meanwhile
+                session.trim(len(tokens) - said)
             statistics.note(len(drafts), said)
         count += said
         guesses = confident(rows[len(drafts) :], options.confidence)[1:] if said == len(tokens) else []
