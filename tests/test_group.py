@@ -1,5 +1,6 @@
 """Sequences of a group have the bits of sessions that are alone, share memory, and leave one another in peace."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -215,6 +216,25 @@ def test_wrong_tokens_are_refused_and_change_nothing(session: Session) -> None:
         with pytest.raises(RequestError, match=f"token id {VOCAB} is outside the vocabulary of {VOCAB}"):
             group.step([1, VOCAB])
         assert_same_bits(group.step([1, 2]), plain.step([1, 2]))
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_sequence_that_is_not_there_can_not_be_kept(session: Session, index: int) -> None:
+    with Group(session, 2) as group, Group(session, 2) as plain:
+        with pytest.raises(RequestError) as caught:
+            group.keep([0, index])
+        assert str(caught.value) == f"there is no sequence {index} to keep among 2, which count from 0"
+        assert_same_bits(group.step([1, 2]), plain.step([1, 2]))
+
+
+def test_a_group_that_is_closed_again_closes_no_file_of_others(session: Session, tmp_path: Path) -> None:
+    group = Group(session, 2)
+    group.close()
+    with contextlib.ExitStack() as opened:
+        # More of them than the group had, so one has the number of its file.
+        others = [opened.enter_context((tmp_path / "other").open("w")) for _ in range(16)]
+        group.close()
+        assert [os.fstat(other.fileno()).st_size for other in others] == [0] * 16
 
 
 def test_a_full_context_takes_no_more_tokens(session: Session) -> None:

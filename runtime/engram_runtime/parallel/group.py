@@ -84,7 +84,13 @@ class Group:
 
         Args:
             indices: ``[B]`` places among the sequences so far; B is the number of them from now on.
+
+        Raises:
+            RequestError: no sequence has that place; nothing has changed.
         """
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise RequestError(f"there is no sequence {index} to keep among {len(self)}, which count from 0")
         if list(indices) == list(range(len(self))):
             return
         kept: list[_Sequence] = []
@@ -126,7 +132,7 @@ class Group:
             raise RequestError(f"a sequence fills the context of {self._model.context_length}; keep the others")
 
     def close(self) -> None:
-        """End the sequences; the session stays open."""
+        """End the sequences, once however often it is called; the session stays open."""
         self._rows.close()
         self._shared.close()
         self._sequences, self._unused, self._steps = [], [], []
