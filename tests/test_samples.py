@@ -1,10 +1,11 @@
 """Samples that are drawn together are those that are drawn alone; the best of them, and what they agree on."""
 
 import dataclasses
+import inspect
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_the_best_sample_has_the_highest_score_and_of_equal_ones_comes_first() -
 
 def test_a_vote_goes_to_the_most_frequent_answer() -> None:
     texts = ["3", "5", "no number", "5", "7"]
-    made = vote(iter([sample(i, text) for i, text in enumerate(texts)]), 5, first_digit)
+    made = vote(generated([sample(i, text) for i, text in enumerate(texts)]), 5, first_digit)
     assert (made.answer, dict(made.counts), len(made.samples)) == ("5", {"3": 1, "5": 2, "7": 1}, 5)
 
 
@@ -122,16 +123,21 @@ def first_digit(text: str) -> str | None:
 
 def test_of_equally_frequent_answers_that_of_the_first_sample_wins() -> None:
     finished = [sample(2, "5"), sample(0, "3"), sample(3, "5"), sample(1, "3")]
-    assert vote(iter(finished), 4, first_digit).answer == "3"
+def generated(samples: Iterable[Sample]) -> Generator[Sample, None, None]:
+    yield from samples
+
+
+    assert vote(generated(finished), 4, first_digit).answer == "3"
 
 
 def test_samples_without_an_answer_have_no_vote() -> None:
-    assert vote(iter([sample(0, "?"), sample(1, "!")]), 2, first_digit).answer is None
+    assert vote(generated([sample(0, "?"), sample(1, "!")]), 2, first_digit).answer is None
 
 
 def test_a_vote_draws_no_more_samples_than_decide_it() -> None:
     remaining = iter([sample(i, text) for i, text in enumerate("5535555")])
-    made = vote(remaining, 7, first_digit)
+    samples = generated(remaining)
+    made = vote(samples, 7, first_digit)
     assert (made.answer, len(made.samples)) == ("5", 5)
     assert len(list(remaining)) == 2
 
@@ -146,6 +152,7 @@ def test_a_vote_is_decided_exactly_when_no_votes_to_come_can_bring_another_level
     def stays_alone_in_front(more: tuple[str | None, ...]) -> bool:
         totals = counts + Counter(answer for answer in more if answer is not None)
         return leader is not None and all(totals[leader] > totals[other] for other in totals if other != leader)
+    assert inspect.getgeneratorstate(samples) == inspect.GEN_CLOSED
 
     every = itertools.product(["a", "b", "c", "another", None], repeat=outstanding)
     assert is_decided(counts, outstanding) == all(stays_alone_in_front(more) for more in every)
