@@ -15,6 +15,8 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.manifest import DECODER, Manifest
+from engram_runtime.memory import FreeMemory
+from engram_runtime.parallel import group as groups
 from engram_runtime.parallel.beam import Beam, beam_search, log_softmax
 from engram_runtime.session import Session
 
@@ -145,3 +147,16 @@ def test_options_out_of_range_are_refused(options: Mapping[str, float], message:
     with session_of(toy_model(0)) as session, pytest.raises(RequestError) as caught:
         beam_search(session, session.prefill(PROMPT), end_ids=(), **chosen)  # type: ignore[arg-type]
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("max_tokens", "tokens", "needed"), [(3, 3, 12), (100, CONTEXT - len(PROMPT), 120)])
+def test_more_beams_than_memory_holds_are_refused(
+    monkeypatch: pytest.MonkeyPatch, max_tokens: int, tokens: int, needed: int
+) -> None:
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=10 << 30))
+    with session_of(toy_model(0)) as session, pytest.raises(RequestError) as caught:
+        beam_search(session, session.prefill(PROMPT), width=1 << 30, max_tokens=max_tokens, end_ids=())
+    assert str(caught.value) == (
+        f"the states of 1073741824 sequences of {tokens} tokens need {needed}.0 GiB, 10.0 GiB of memory are available; "
+        f"ask for fewer sequences or tokens"
+    )

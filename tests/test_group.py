@@ -26,7 +26,9 @@ from engram_runtime.errors import RequestError
 from engram_runtime.executor import allocate_states
 from engram_runtime.executors.tvm_batch import batch_sizes
 from engram_runtime.manifest import StateSpec
-from engram_runtime.parallel.group import Group
+from engram_runtime.memory import FreeMemory
+from engram_runtime.parallel import group as groups
+from engram_runtime.parallel.group import Group, require_memory
 from engram_runtime.parallel.shared_states import SharedStates
 from engram_runtime.session import Session
 
@@ -235,6 +237,19 @@ def test_a_group_that_is_closed_again_closes_no_file_of_others(session: Session,
         others = [opened.enter_context((tmp_path / "other").open("w")) for _ in range(16)]
         group.close()
         assert [os.fstat(other.fileno()).st_size for other in others] == [0] * 16
+
+
+def test_a_group_needs_memory_for_the_positions_it_adds_and_all_of_the_other_states(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [(spec.rolls_back, session.states[spec.name].nbytes) for spec in session.state_specs]
+    assert {rolls_back for rolls_back, _ in states} == {True, False}
+    needed = 3 * sum(num_bytes * 5 // CONTEXT if rolls_back else num_bytes for rolls_back, num_bytes in states)
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=needed))
+    require_memory(session, 3, 5)
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=needed - 1))
+    with pytest.raises(RequestError, match="the states of 3 sequences of 5 tokens need "):
+        require_memory(session, 3, 5)
 
 
 def test_a_full_context_takes_no_more_tokens(session: Session) -> None:

@@ -17,6 +17,8 @@ from tests.workshop import THREADS, Workshop
 
 from engram_runtime import LLM, SamplingOptions
 from engram_runtime.errors import RequestError
+from engram_runtime.memory import FreeMemory
+from engram_runtime.parallel import group as groups
 from engram_runtime.parallel.samples import Sample, best_of, is_decided, log_probability, seeded, vote
 
 PROMPT = "The tide comes in"
@@ -93,6 +95,16 @@ def test_samples_that_can_not_be_drawn_are_refused(options: SamplingOptions, cou
         seeded(options, count)
 
 
+def test_more_samples_than_memory_holds_are_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=0))
+    with pytest.raises(RequestError) as caught:
+        drawn(llm)
+    assert str(caught.value) == (
+        "the states of 6 sequences of 12 tokens need 0.0 GiB, 0.0 GiB of memory are available; "
+        "ask for fewer sequences or tokens"
+    )
+
+
 def test_one_sample_at_temperature_0_is_greedy(llm: LLM) -> None:
     (sample,) = llm.samples(PROMPT, 1, max_tokens=6, sampling=SamplingOptions())
     assert sample.token_ids == llm.generate(PROMPT, max_tokens=6).token_ids
@@ -111,6 +123,10 @@ def test_the_best_sample_has_the_highest_score_and_of_equal_ones_comes_first() -
     assert best_of(samples, lambda each: len(each.text)).index == 0
 
 
+def generated(samples: Iterable[Sample]) -> Generator[Sample, None, None]:
+    yield from samples
+
+
 def test_a_vote_goes_to_the_most_frequent_answer() -> None:
     texts = ["3", "5", "no number", "5", "7"]
     made = vote(generated([sample(i, text) for i, text in enumerate(texts)]), 5, first_digit)
@@ -123,10 +139,6 @@ def first_digit(text: str) -> str | None:
 
 def test_of_equally_frequent_answers_that_of_the_first_sample_wins() -> None:
     finished = [sample(2, "5"), sample(0, "3"), sample(3, "5"), sample(1, "3")]
-def generated(samples: Iterable[Sample]) -> Generator[Sample, None, None]:
-    yield from samples
-
-
     assert vote(generated(finished), 4, first_digit).answer == "3"
 
 
@@ -140,6 +152,7 @@ def test_a_vote_draws_no_more_samples_than_decide_it() -> None:
     made = vote(samples, 7, first_digit)
     assert (made.answer, len(made.samples)) == ("5", 5)
     assert len(list(remaining)) == 2
+    assert inspect.getgeneratorstate(samples) == inspect.GEN_CLOSED
 
 
 @given(votes=st.lists(st.sampled_from("abc"), max_size=6), outstanding=st.integers(0, 4))
@@ -152,7 +165,6 @@ def test_a_vote_is_decided_exactly_when_no_votes_to_come_can_bring_another_level
     def stays_alone_in_front(more: tuple[str | None, ...]) -> bool:
         totals = counts + Counter(answer for answer in more if answer is not None)
         return leader is not None and all(totals[leader] > totals[other] for other in totals if other != leader)
-    assert inspect.getgeneratorstate(samples) == inspect.GEN_CLOSED
 
     every = itertools.product(["a", "b", "c", "another", None], repeat=outstanding)
     assert is_decided(counts, outstanding) == all(stays_alone_in_front(more) for more in every)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.parallel.group import Group
+from engram_runtime.parallel.group import Group, require_memory
 from engram_runtime.session import Session
 
 
@@ -46,9 +46,10 @@ def beam_search(
         length_penalty: 0 or more; 0 compares sums, 1 means per token.
 
     Raises:
-        RequestError: a width, a number of tokens or a penalty out of range.
+        RequestError: a width, a number of tokens or a penalty out of range, or more of them than memory is free for.
     """
     _check(width, max_tokens, length_penalty)
+    require_memory(session, width, max_tokens)
     finished: list[Beam] = []
     followed = [Beam(token_ids=(), logprob=0.0)]
     rows = logits[None]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.parallel.group import Group
+from engram_runtime.parallel.group import Group, require_memory
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
@@ -67,12 +67,18 @@ def draw_samples(
 ) -> Generator[Sample, None, None]:
     """Yield a sample for each of ``sampling`` as it finishes, of several at once the first one first.
 
-    Each has the tokens of a generation that is alone. The session keeps its tokens and is not to be used meanwhile.
+    Each has the tokens of a generation that is alone. The session keeps its tokens and is not to be used meanwhile,
+    which ends when the generator is closed.
 
     Args:
         logits: ``[V]`` after the session's last token.
         sampling: see `seeded`.
+
+    Raises:
+        RequestError: no memory is free for so many samples of so many tokens.
+        VerificationError: a logit is not finite.
     """
+    require_memory(session, len(sampling), max_tokens)
     going = [_Growing(index, options, tokenizer, stop) for index, options in enumerate(sampling)]
     with Group(session, len(going)) as group, ThreadPoolExecutor(session.executor.threads) as threads:
         rows = np.broadcast_to(logits, (len(going), len(logits)))
