@@ -12,9 +12,11 @@ from tests.steps import FunctionStep
 from tests.test_manifest import sound_manifest
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import RequestError
+from engram_runtime.errors import RequestError, VerificationError
 from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.manifest import DECODER, Manifest
+from engram_runtime.memory import FreeMemory
+from engram_runtime.parallel import group as groups
 from engram_runtime.parallel.beam import Beam, beam_search, log_softmax
 from engram_runtime.session import Session
 
@@ -137,7 +139,9 @@ def test_the_search_ends_with_the_context() -> None:
     [
         ({"width": 0}, "beam width is 0, expected at least 1"),
         ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
-        ({"length_penalty": -0.5}, "length_penalty is -0.5, expected 0 or more"),
+        ({"length_penalty": -0.5}, "length_penalty is -0.5, expected 0 to 10"),
+        ({"length_penalty": 10.5}, "length_penalty is 10.5, expected 0 to 10"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan, expected 0 to 10"),
     ],
 )
 def test_options_out_of_range_are_refused(options: Mapping[str, float], message: str) -> None:
@@ -145,3 +149,29 @@ def test_options_out_of_range_are_refused(options: Mapping[str, float], message:
     with session_of(toy_model(0)) as session, pytest.raises(RequestError) as caught:
         beam_search(session, session.prefill(PROMPT), end_ids=(), **chosen)  # type: ignore[arg-type]
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("max_tokens", "tokens", "needed"), [(3, 3, 12), (100, CONTEXT - len(PROMPT), 120)])
+def test_more_beams_than_memory_holds_are_refused(
+    monkeypatch: pytest.MonkeyPatch, max_tokens: int, tokens: int, needed: int
+) -> None:
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=10 << 30))
+    with session_of(toy_model(0)) as session, pytest.raises(RequestError) as caught:
+        beam_search(session, session.prefill(PROMPT), width=1 << 30, max_tokens=max_tokens, end_ids=())
+    assert str(caught.value) == (
+        f"the states of 1073741824 sequences of {tokens} tokens need {needed}.0 GiB, 10.0 GiB of memory are available; "
+        f"ask for fewer sequences or tokens"
+    )
+
+
+@pytest.mark.parametrize("length", [len(PROMPT), len(PROMPT) + 1])
+def test_logits_that_are_not_finite_end_the_search(length: int) -> None:
+    def broken(token_ids: Sequence[int]) -> NDArray[np.float32]:
+        logits = toy_model(4)(token_ids)
+        logits[3] = np.nan if len(token_ids) == length else logits[3]
+        return logits
+
+    with session_of(broken) as session:
+        logits = session.prefill(PROMPT)
+        with pytest.raises(VerificationError, match=r"the model produced \d logits of \d+ that are nan or infinite"):
+            beam_search(session, logits, width=2, max_tokens=4, end_ids=())

@@ -1,5 +1,6 @@
 """Sequences of a group have the bits of sessions that are alone, share memory, and leave one another in peace."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -25,7 +26,9 @@ from engram_runtime.errors import RequestError
 from engram_runtime.executor import allocate_states
 from engram_runtime.executors.tvm_batch import batch_sizes
 from engram_runtime.manifest import StateSpec
-from engram_runtime.parallel.group import Group
+from engram_runtime.memory import FreeMemory
+from engram_runtime.parallel import group as groups
+from engram_runtime.parallel.group import Group, require_memory
 from engram_runtime.parallel.shared_states import SharedStates
 from engram_runtime.session import Session
 
@@ -215,6 +218,38 @@ def test_wrong_tokens_are_refused_and_change_nothing(session: Session) -> None:
         with pytest.raises(RequestError, match=f"token id {VOCAB} is outside the vocabulary of {VOCAB}"):
             group.step([1, VOCAB])
         assert_same_bits(group.step([1, 2]), plain.step([1, 2]))
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_sequence_that_is_not_there_can_not_be_kept(session: Session, index: int) -> None:
+    with Group(session, 2) as group, Group(session, 2) as plain:
+        with pytest.raises(RequestError) as caught:
+            group.keep([0, index])
+        assert str(caught.value) == f"there is no sequence {index} to keep among 2, which count from 0"
+        assert_same_bits(group.step([1, 2]), plain.step([1, 2]))
+
+
+def test_a_group_that_is_closed_again_closes_no_file_of_others(session: Session, tmp_path: Path) -> None:
+    group = Group(session, 2)
+    group.close()
+    with contextlib.ExitStack() as opened:
+        # More of them than the group had, so one has the number of its file.
+        others = [opened.enter_context((tmp_path / "other").open("w")) for _ in range(16)]
+        group.close()
+        assert [os.fstat(other.fileno()).st_size for other in others] == [0] * 16
+
+
+def test_a_group_needs_memory_for_the_positions_it_adds_and_all_of_the_other_states(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [(spec.rolls_back, session.states[spec.name].nbytes) for spec in session.state_specs]
+    assert {rolls_back for rolls_back, _ in states} == {True, False}
+    needed = 3 * sum(num_bytes * 5 // CONTEXT if rolls_back else num_bytes for rolls_back, num_bytes in states)
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=needed))
+    require_memory(session, 3, 5)
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=needed - 1))
+    with pytest.raises(RequestError, match="the states of 3 sequences of 5 tokens need "):
+        require_memory(session, 3, 5)
 
 
 def test_a_full_context_takes_no_more_tokens(session: Session) -> None:

@@ -1,10 +1,11 @@
 """Samples that are drawn together are those that are drawn alone; the best of them, and what they agree on."""
 
 import dataclasses
+import inspect
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from tests.workshop import THREADS, Workshop
 
 from engram_runtime import LLM, SamplingOptions
 from engram_runtime.errors import RequestError
+from engram_runtime.memory import FreeMemory
+from engram_runtime.parallel import group as groups
 from engram_runtime.parallel.samples import Sample, best_of, is_decided, log_probability, seeded, vote
 
 PROMPT = "The tide comes in"
@@ -92,6 +95,16 @@ def test_samples_that_can_not_be_drawn_are_refused(options: SamplingOptions, cou
         seeded(options, count)
 
 
+def test_more_samples_than_memory_holds_are_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=0))
+    with pytest.raises(RequestError) as caught:
+        drawn(llm)
+    assert str(caught.value) == (
+        "the states of 6 sequences of 12 tokens need 0.0 GiB, 0.0 GiB of memory are available; "
+        "ask for fewer sequences or tokens"
+    )
+
+
 def test_one_sample_at_temperature_0_is_greedy(llm: LLM) -> None:
     (sample,) = llm.samples(PROMPT, 1, max_tokens=6, sampling=SamplingOptions())
     assert sample.token_ids == llm.generate(PROMPT, max_tokens=6).token_ids
@@ -110,9 +123,13 @@ def test_the_best_sample_has_the_highest_score_and_of_equal_ones_comes_first() -
     assert best_of(samples, lambda each: len(each.text)).index == 0
 
 
+def generated(samples: Iterable[Sample]) -> Generator[Sample, None, None]:
+    yield from samples
+
+
 def test_a_vote_goes_to_the_most_frequent_answer() -> None:
     texts = ["3", "5", "no number", "5", "7"]
-    made = vote(iter([sample(i, text) for i, text in enumerate(texts)]), 5, first_digit)
+    made = vote(generated([sample(i, text) for i, text in enumerate(texts)]), 5, first_digit)
     assert (made.answer, dict(made.counts), len(made.samples)) == ("5", {"3": 1, "5": 2, "7": 1}, 5)
 
 
@@ -122,18 +139,20 @@ def first_digit(text: str) -> str | None:
 
 def test_of_equally_frequent_answers_that_of_the_first_sample_wins() -> None:
     finished = [sample(2, "5"), sample(0, "3"), sample(3, "5"), sample(1, "3")]
-    assert vote(iter(finished), 4, first_digit).answer == "3"
+    assert vote(generated(finished), 4, first_digit).answer == "3"
 
 
 def test_samples_without_an_answer_have_no_vote() -> None:
-    assert vote(iter([sample(0, "?"), sample(1, "!")]), 2, first_digit).answer is None
+    assert vote(generated([sample(0, "?"), sample(1, "!")]), 2, first_digit).answer is None
 
 
 def test_a_vote_draws_no_more_samples_than_decide_it() -> None:
     remaining = iter([sample(i, text) for i, text in enumerate("5535555")])
-    made = vote(remaining, 7, first_digit)
+    samples = generated(remaining)
+    made = vote(samples, 7, first_digit)
     assert (made.answer, len(made.samples)) == ("5", 5)
     assert len(list(remaining)) == 2
+    assert inspect.getgeneratorstate(samples) == inspect.GEN_CLOSED
 
 
 @given(votes=st.lists(st.sampled_from("abc"), max_size=6), outstanding=st.integers(0, 4))

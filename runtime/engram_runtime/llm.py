@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -177,7 +177,7 @@ class LLM:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         sampling: SamplingOptions,
         stop: Sequence[str] = (),
-    ) -> Iterator[Sample]:
+    ) -> Generator[Sample, None, None]:
         """Yield ``count`` continuations of a prompt as they finish, drawn together; nothing else is to be asked before.
 
         Sample i has the tokens that `generate` draws with the seed ``sampling.seed + i``. See `best_of` and `vote`.

@@ -21,7 +21,12 @@ def batch_sizes(count: int, most: int) -> Sequence[int]:
 
 
 class TvmBatchStep:
-    """A function of ``size`` sequences that serves the first ``count``; the others begin anew at every pass."""
+    """A function of ``size`` sequences that serves the first ``count``.
+
+    The others take token 0 at position 0 of states that nobody reads: what of those goes by position begins anew at
+    every pass, windows and recurrent states go on from what the last pass left. The experts they are routed to are
+    read, and count in `Executor.expert_bytes_read`.
+    """
 
     def __init__(self, step: "TvmStep", count: int, size: int) -> None:
         self._step = step

@@ -7,8 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.parallel.group import Group
+from engram_runtime.parallel.group import Group, require_memory
+from engram_runtime.sampling import finite
 from engram_runtime.session import Session
+
+MAX_LENGTH_PENALTY = 10.0  # far further out, lengths to its power are no float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,18 +46,20 @@ def beam_search(
 
     Args:
         logits: ``[V]`` after the session's last token.
-        length_penalty: 0 or more; 0 compares sums, 1 means per token.
+        length_penalty: 0 to 10; 0 compares sums, 1 means per token.
 
     Raises:
-        RequestError: a width, a number of tokens or a penalty out of range.
+        RequestError: a width, a number of tokens or a penalty out of range, or more of them than memory is free for.
+        VerificationError: a logit is not finite.
     """
     _check(width, max_tokens, length_penalty)
+    require_memory(session, width, max_tokens)
     finished: list[Beam] = []
     followed = [Beam(token_ids=(), logprob=0.0)]
     rows = logits[None]
     with Group(session, 1) as group:
         for length in range(1, max_tokens + 1):
-            likely = _extended(followed, rows, width * (1 + len(end_ids)))
+            likely = _extended(followed, finite(rows), width * (1 + len(end_ids)))
             followed, parents = _divide(likely, finished, width, end_ids)
             finished = _best(finished, width, length_penalty)
             reachable = followed[0].logprob / max_tokens**length_penalty  # sums only fall
@@ -112,5 +117,5 @@ def _check(width: int, max_tokens: int, length_penalty: float) -> None:
         raise RequestError(f"beam width is {width}, expected at least 1")
     if max_tokens < 1:
         raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
-    if length_penalty < 0:
-        raise RequestError(f"length_penalty is {length_penalty}, expected 0 or more")
+    if not 0 <= length_penalty <= MAX_LENGTH_PENALTY:
+        raise RequestError(f"length_penalty is {length_penalty}, expected 0 to {MAX_LENGTH_PENALTY:g}")

@@ -1,7 +1,7 @@
 """Sequences that go on from one session's tokens and are run together."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -10,11 +10,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import BatchInputs, BatchStep, PendingRows, State, empty_rows
+from engram_runtime.executor import BatchInputs, BatchStep, PendingRows, State, empty_rows, state_bytes
+from engram_runtime.manifest import StateSpec
+from engram_runtime.memory import free_memory
 from engram_runtime.parallel.rows import JointRows
 from engram_runtime.parallel.shared_states import SharedStates
 from engram_runtime.parallel.steps import bind_sequences
 from engram_runtime.session import Session
+
+
+def require_memory(session: Session, count: int, max_tokens: int) -> None:
+    """Check that memory is free for all that a group may come to change of its states.
+
+    Args:
+        count: the most sequences it has at once.
+        max_tokens: the most that each takes; the context may hold fewer.
+
+    Raises:
+        RequestError: it isn't.
+    """
+    # The system maps more than it has, each page being the session's until it is changed, and ends the process then.
+    tokens = min(max_tokens, session.model.context_length - len(session))
+    narrow = session.executor.float16_states
+    needed = count * sum(_changed_bytes(spec, narrow, tokens) for spec in session.state_specs)
+    free = free_memory().num_bytes
+    if needed > free:
+        raise RequestError(
+            f"the states of {count} sequences of {tokens} tokens need {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB of memory are available; ask for fewer sequences or tokens"
+        )
+
+
+def _changed_bytes(spec: StateSpec, float16_states: Collection[str], tokens: int) -> int:
+    """Return how much of a state is written while a sequence takes tokens."""
+    whole = state_bytes([spec], float16_states)
+    return whole // spec.shape[-2] * tokens if spec.rolls_back else whole
 
 
 @dataclass(slots=True)
@@ -84,7 +114,13 @@ class Group:
 
         Args:
             indices: ``[B]`` places among the sequences so far; B is the number of them from now on.
+
+        Raises:
+            RequestError: no sequence has that place; nothing has changed.
         """
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise RequestError(f"there is no sequence {index} to keep among {len(self)}, which count from 0")
         if list(indices) == list(range(len(self))):
             return
         kept: list[_Sequence] = []
@@ -126,7 +162,7 @@ class Group:
             raise RequestError(f"a sequence fills the context of {self._model.context_length}; keep the others")
 
     def close(self) -> None:
-        """End the sequences; the session stays open."""
+        """End the sequences, once however often it is called; the session stays open."""
         self._rows.close()
         self._shared.close()
         self._sequences, self._unused, self._steps = [], [], []

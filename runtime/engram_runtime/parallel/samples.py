@@ -1,8 +1,9 @@
 """Several samples of one prompt, drawn together, and the choice of one of them."""
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.parallel.group import Group
+from engram_runtime.parallel.group import Group, require_memory
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
@@ -63,15 +64,21 @@ def draw_samples(
     *,
     max_tokens: int,
     stop: Sequence[str] = (),
-) -> Iterator[Sample]:
+) -> Generator[Sample, None, None]:
     """Yield a sample for each of ``sampling`` as it finishes, of several at once the first one first.
 
-    Each has the tokens of a generation that is alone. The session keeps its tokens and is not to be used meanwhile.
+    Each has the tokens of a generation that is alone. The session keeps its tokens and is not to be used meanwhile,
+    which ends when the generator is closed.
 
     Args:
         logits: ``[V]`` after the session's last token.
         sampling: see `seeded`.
+
+    Raises:
+        RequestError: no memory is free for so many samples of so many tokens.
+        VerificationError: a logit is not finite.
     """
+    require_memory(session, len(sampling), max_tokens)
     going = [_Growing(index, options, tokenizer, stop) for index, options in enumerate(sampling)]
     with Group(session, len(going)) as group, ThreadPoolExecutor(session.executor.threads) as threads:
         rows = np.broadcast_to(logits, (len(going), len(logits)))
@@ -172,22 +179,23 @@ class Vote:
     samples: tuple[Sample, ...]
 
 
-def vote(samples: Iterator[Sample], count: int, extract: Callable[[str], str | None]) -> Vote:
+def vote(samples: Generator[Sample, None, None], count: int, extract: Callable[[str], str | None]) -> Vote:
     """Return the answer most samples give (self-consistency, arXiv 2203.11171), drawing no more than it takes.
 
     Args:
-        samples: ``count`` of them as they finish, see `draw_samples`; they are left alone once no other answer can
-            have as many votes as the leading one.
+        samples: ``count`` of them as they finish, see `draw_samples`; closed once no other answer can have as
+            many votes as the leading one.
         extract: finds the answer in a text, or None.
     """
     finished: list[Sample] = []
     votes: dict[int, str] = {}  # by sample
-    for sample in samples:
-        finished.append(sample)
-        if (answer := extract(sample.text)) is not None:
-            votes[sample.index] = answer
-        if is_decided(Counter(votes.values()), count - len(finished)):
-            break
+    with contextlib.closing(samples):
+        for sample in samples:
+            finished.append(sample)
+            if (answer := extract(sample.text)) is not None:
+                votes[sample.index] = answer
+            if is_decided(Counter(votes.values()), count - len(finished)):
+                break
     counts = Counter(votes[index] for index in sorted(votes))
     leading = counts.most_common(1)  # of equal counts the answer that came first
     return Vote(answer=leading[0][0] if leading else None, counts=dict(counts), samples=tuple(finished))

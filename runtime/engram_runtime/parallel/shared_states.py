@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -40,18 +41,17 @@ class SharedStates:
         except OSError as error:
             raise RequestError(f"no memory to share the states of {length} tokens: {error.strerror}") from error
 
-    def _filled(self) -> int:
+    def _filled(self) -> io.FileIO:
         """Return a file in memory with what the states hold, which they are mapped onto."""
         with contextlib.ExitStack() as opened:
-            file = os.memfd_create("engram-states")
-            opened.callback(os.close, file)
-            os.ftruncate(file, self._bytes)
-            with mmap.mmap(file, self._bytes) as whole:
+            file = opened.enter_context(io.FileIO(os.memfd_create("engram-states"), "r+"))
+            file.truncate(self._bytes)
+            with mmap.mmap(file.fileno(), self._bytes) as whole:
                 shared = {name: _view(whole, state, self._offsets[name]) for name, state in self._states.items()}
                 self._copy(self._states, shared, range(self._length))
                 del shared  # or the mapping couldn't be closed
             for name, state in self._states.items():
-                _map_over(state, file, self._offsets[name])
+                _map_over(state, file.fileno(), self._offsets[name])
             opened.pop_all()
         return file
 
@@ -68,7 +68,7 @@ class SharedStates:
 
     def _mapped(self, name: str, state: State) -> State:
         private, both = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-        return _view(mmap.mmap(self._file, state.nbytes, private, both, offset=self._offsets[name]), state, 0)
+        return _view(mmap.mmap(self._file.fileno(), state.nbytes, private, both, offset=self._offsets[name]), state, 0)
 
     def copy(self, source: Mapping[str, State], target: Mapping[str, State], length: int) -> None:
         """Make a fork hold what another one does, which holds ``length`` tokens."""
@@ -81,8 +81,8 @@ class SharedStates:
             target[spec.name][held] = source[spec.name][held]
 
     def close(self) -> None:
-        """Let go of the memory; the sequences keep what they have mapped."""
-        os.close(self._file)
+        """Let go of the memory, once however often it is called; the sequences keep what they have mapped."""
+        self._file.close()
 
 
 def _layout(states: Mapping[str, State]) -> tuple[dict[str, int], int]:
