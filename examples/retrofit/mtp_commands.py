@@ -47,7 +47,7 @@ def _load(checkpoint: Path, dtype: torch.dtype) -> Backbone:
 @click.command()
 @checkpoint_option
 @work_option
-@click.option("--prompts", "count", type=click.IntRange(min=1), default=9_000, show_default=True)
+@click.option("--prompts", "count", type=click.IntRange(min=1), default=6_000, show_default=True)
 def generate(checkpoint: Path | None, work: Path, count: int) -> None:
     """Let the model answer prompts greedily: WORK/generated gets shards of text and hidden states; resumable."""
     package = fetch(WORDNET, work / "corpora")
