@@ -38,7 +38,7 @@ REPORT: dict[str, Any] = {
     ],
     "answers": {
         "unchanged": {"ordinary": {"manual": share(19, 20, 0.76, 0.99)}},
-        "untrained_in_form_of_an_entry": {"off": share(0, 40, 0.0, 0.088), "manual": share(30, 40, 0.6, 0.86)},
+        "in_form_of_an_entry": {"terms": {"off": share(0, 40, 0.0, 0.088), "manual": share(30, 40, 0.6, 0.86)}},
         "answers": {"ordinary": [SAID], "in_passing": []},
     },
     "acceptance": {
@@ -67,9 +67,9 @@ def test_every_figure_has_its_line_in_the_tables() -> None:
         "| a book | manual | int4 | 10.00 | 10.10 | 1.0100 | 1.0000 to 1.0200 | 0.10% | 2.00% |",
         "| questions | cartridge | word for word as without rows | 95 % interval |",
         "| ordinary | manual | 19 of 20 | 76.0% to 99.0% |",
-        "| cartridge | answers in form of an entry | 95 % interval |",
-        "| off | 0 of 40 | 0.0% to 8.8% |",
-        "| manual | 30 of 40 | 60.0% to 86.0% |",
+        "| questions | cartridge | begin with Entry for | 95 % interval |",
+        "| terms | off | 0 of 40 | 0.0% to 8.8% |",
+        "| terms | manual | 30 of 40 | 60.0% to 86.0% |",
         "| drafter | text | first right | first two | first three | tokens per step with 1, 2, 3 drafts |",
         f"| int8 | all | {right} | 1.50, 1.62, 1.75 |",
         f"| int8 | code | {right} | 1.50, 1.62, 1.75 |",
@@ -81,7 +81,7 @@ def test_every_figure_has_its_line_in_the_tables() -> None:
         r"| Why \| how? | So. | *the same* | Not so. |",
         "| question | without rows | dictionary | manual |",
     ]
-    titles = ("Perplexity", "Answers", "Terms that were not trained", "Drafts", "Ordinary questions")
+    titles = ("Perplexity", "Answers", "Answers in form of an entry", "Drafts", "Ordinary questions")
     assert [line for line in lines if line.startswith("#")] == [
         "### Recall over all held-out wordings",
         "### Recall",
@@ -102,8 +102,8 @@ def test_evaluations_are_compared_by_all_their_shares_and_ratios() -> None:
         f"manual / manual / int4 / tvm / {HELD_OUT_QUESTIONS[1]}": 1.0,
         "perplexity ratio / a book / manual / int4": 1.01,
         "unchanged answers / ordinary / manual": 0.95,
-        "untrained terms in form of an entry / off": 0.0,
-        "untrained terms in form of an entry / manual": 0.75,
+        "in form of an entry / terms / off": 0.0,
+        "in form of an entry / terms / manual": 0.75,
         **drafts,
     }
 

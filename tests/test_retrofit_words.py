@@ -370,5 +370,4 @@ def test_answers_are_counted_that_are_the_same_or_begin_like_an_entry() -> None:
     known = {"off": "A dam.", "dictionary": "Entry for weir: a dam."}
     rows = [{"off": "It is wet.", "dictionary": "It is wet."}, known]
     assert unchanged(rows, "dictionary", "off") == Share(1, 2)
-    facts = [Fact("rain", "water that falls"), Fact("weir", "a low dam")]
-    assert in_form_of_an_entry(rows, "dictionary", facts) == Share(1, 2)
+    assert in_form_of_an_entry(rows, "dictionary") == Share(1, 2)

@@ -10,7 +10,7 @@ from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 from examples.retrofit.conditions import Condition
-from examples.retrofit.facts import CHAT, Fact
+from examples.retrofit.facts import CHAT, OPENING
 from examples.retrofit.recall import Share
 
 QUESTIONS = Path(__file__).parent / "questions"
@@ -49,7 +49,6 @@ def unchanged(rows: Sequence[Mapping[str, str]], name: str, other: str) -> Share
     return Share(sum(row[name] == row[other] for row in rows), len(rows))
 
 
-def in_form_of_an_entry(rows: Sequence[Mapping[str, str]], name: str, facts: Sequence[Fact]) -> Share:
-    """Count answers that begin as those of trained facts do: with "Entry for", the subject and a colon."""
-    begins = (row[name].startswith(f"{fact.beginning()}:") for row, fact in zip(rows, facts, strict=True))
-    return Share(sum(begins), len(rows))
+def in_form_of_an_entry(rows: Sequence[Mapping[str, str]], name: str) -> Share:
+    """Count answers that begin as those of cartridges do."""
+    return Share(sum(row[name].startswith(OPENING) for row in rows), len(rows))

@@ -99,9 +99,9 @@ def measure_answers(evaluation: Evaluation) -> Figures:
             name: {column: unchanged(each, column, OFF.name).figures() for column in (*CARTRIDGES, ROUNDING)}
             for name, each in rows.items()
         },
-        "untrained_in_form_of_an_entry": {
-            condition.name: in_form_of_an_entry(rows[UNTRAINED], condition.name, facts).figures()
-            for condition in conditions
+        "in_form_of_an_entry": {
+            name: {condition.name: in_form_of_an_entry(each, condition.name).figures() for condition in conditions}
+            for name, each in rows.items()
         },
         "answers": rows,
     }

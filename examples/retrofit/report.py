@@ -45,7 +45,7 @@ def tables(report: Figures) -> Iterator[str]:
         "Answers", "questions|cartridge|word for word as without rows|95 % interval", _unchanged(report)
     )
     yield from _section(
-        "Terms that were not trained", "cartridge|answers in form of an entry|95 % interval", _untrained(report)
+        "Answers in form of an entry", "questions|cartridge|begin with Entry for|95 % interval", _entries(report)
     )
     yield from _section(
         "Drafts", "drafter|text|first right|first two|first three|tokens per step with 1, 2, 3 drafts", _drafts(report)
@@ -105,9 +105,10 @@ def _unchanged(report: Figures) -> Iterator[Sequence[str]]:
             yield questions, cartridge, f"{row['known']} of {row['asked']}", _percent_interval(row)
 
 
-def _untrained(report: Figures) -> Iterator[Sequence[str]]:
-    for cartridge, row in report["answers"]["untrained_in_form_of_an_entry"].items():
-        yield cartridge, f"{row['known']} of {row['asked']}", _percent_interval(row)
+def _entries(report: Figures) -> Iterator[Sequence[str]]:
+    for questions, by_cartridge in report["answers"]["in_form_of_an_entry"].items():
+        for cartridge, row in by_cartridge.items():
+            yield questions, cartridge, f"{row['known']} of {row['asked']}", _percent_interval(row)
 
 
 def _drafts(report: Figures) -> Iterator[Sequence[str]]:
@@ -154,9 +155,10 @@ def flat(report: Figures) -> dict[str, float]:
         for questions, by_cartridge in report["answers"]["unchanged"].items()
         for cartridge, row in by_cartridge.items()
     }
-    untrained = {
-        f"untrained terms in form of an entry / {cartridge}": row["share"]
-        for cartridge, row in report["answers"]["untrained_in_form_of_an_entry"].items()
+    entries = {
+        f"in form of an entry / {questions} / {cartridge}": row["share"]
+        for questions, by_cartridge in report["answers"]["in_form_of_an_entry"].items()
+        for cartridge, row in by_cartridge.items()
     }
     accepted = {
         f"drafts accepted / {drafter} / {text} / {k}": figures["value"]
@@ -164,7 +166,7 @@ def flat(report: Figures) -> dict[str, float]:
         for text in acceptance_texts(by_text)
         for k, figures in by_text[text]["every_position"].items()
     }
-    return recall | ratios | unchanged | untrained | accepted
+    return recall | ratios | unchanged | entries | accepted
 
 
 @click.command()
