@@ -60,7 +60,7 @@ class Schedule:
         return max(1, min(self.wind_down, self.num_steps(num_facts) // 3))
 
     def rate(self, step: int, num_steps: int, num_facts: int) -> float:
-        """Return what learning rates are multiplied with in a step from 0, of a training of so many."""
+        """Return what learning rates are multiplied with in a step, which counts from 0 to ``num_steps``."""
         return min((step + 1) / self.warm_up, 1, (num_steps - step) / self.fall(num_facts))
 
 
