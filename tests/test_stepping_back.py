@@ -95,6 +95,8 @@ def test_logits_are_those_of_the_tokens_that_are_left(actions: list[tuple[str, l
     session, executor = new_session()
     text: list[int] = []
     for action, ids in actions:
+        if action != "trim" and len(ids) > session.room:
+            continue
         if action == "checkpoint":
             session.checkpoint()
         elif action == "trim":
