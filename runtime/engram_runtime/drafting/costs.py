@@ -114,19 +114,18 @@ def measure(bundle: Bundle, executor: Executor, *, library: str, clock: Clock = 
     Args:
         clock: tells seconds.
     """
-    sizes = sorted({size for rows in MEASURED_ROWS for size in executor.chunks(rows)})
     with Session.open(bundle, executor, tables_on=False) as session:
+        sizes = sorted({size for rows in MEASURED_ROWS for size in session.passes(rows)})
         token_ids = _random_tokens(bundle)
         session.prefill(token_ids[max(sizes) :])
         passes = [partial(_verify, session, token_ids[:size]) for size in sizes]
         *seconds, draft_s = _medians([*passes, _draft_pass(bundle, executor)], clock)
+        sizes_of_rows = [session.passes(rows) for rows in range(1, MOST_ROWS + 1)]
     return ForwardCosts(
         library=library,
         threads=executor.threads,
         machine=_machine(),
-        forward_s=tuple(
-            float(np.interp(executor.chunks(rows), sizes, seconds).sum()) for rows in range(1, MOST_ROWS + 1)
-        ),
+        forward_s=tuple(float(np.interp(each, sizes, seconds).sum()) for each in sizes_of_rows),
         draft_s=draft_s,
     )
 
