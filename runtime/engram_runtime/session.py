@@ -169,6 +169,8 @@ class Session:
         For a draft head or another session's `prefill_embeddings`; ``[0, D]`` before the first call, and of a bundle
         with neither a head nor input embeddings.
         """
+        if len(self._hidden) == 1:
+            return self._hidden[0]
         return np.concatenate([np.empty((0, self.model.hidden_size), dtype=np.float32), *self._hidden])
 
     @property
