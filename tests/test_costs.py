@@ -51,7 +51,8 @@ def test_costs_are_the_seconds_of_passes_and_of_those_a_number_of_tokens_is_spli
 
 
 @pytest.mark.parametrize(("fixed_s", "rounds"), [(0.001, ROUNDS), (0.1, 2), (5.0, 1)])
-def test_measuring_ends_with_the_budget(fixed_s: float, rounds: int) -> None:
+def test_measuring_ends_with_the_budget(fixed_s: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "DEPTH", 1)
     model = TimedModel(fixed_s, 0.0)
     timed_costs(model)
     assert (
