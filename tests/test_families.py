@@ -339,10 +339,11 @@ def test_of_512_experts_only_the_routed_ones_are_read(workshop: Workshop) -> Non
     found = bytes_by_piece(bundle, executor, pieces(token_ids, PIECES[:-1]))
     expert_bytes = 3 * 32 * 64 * 4  # gate, up and down of 32 features over a hidden size of 64, float32
     ends = np.cumsum(PIECES)
-    assert found == [
-        expert_bytes * sum(len(np.unique(layer[end - size : end])) for layer in chosen)
-        for end, size in zip(ends, PIECES, strict=True)
+    distinct = [
+        sum(len(np.unique(layer[end - size : end])) for layer in chosen) for end, size in zip(ends, PIECES, strict=True)
     ]
+    assert found == [expert_bytes * count for count in distinct]
+    assert executor.experts_read == sum(distinct)
 
 
 def test_bench_tells_the_bytes_of_the_experts_a_token_takes(workshop: Workshop, command: Command) -> None:

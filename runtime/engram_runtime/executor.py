@@ -91,6 +91,11 @@ class Executor(Protocol):
         """Bytes of experts' weights read by all steps so far, or None where that isn't counted."""
         ...
 
+    @property
+    def experts_read(self) -> int | None:
+        """How many experts these were, each layer's distinct ones step by step; None without any and as above."""
+        ...
+
     def chunks(self, count: int) -> Sequence[int]:
         """Split ``count`` tokens into the sizes this executor runs at once, in order."""
         ...

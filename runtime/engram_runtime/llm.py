@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.drafting.opening import open_decoding
+from engram_runtime.drafting.opening import open_decoding, recorded
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import load_executor
@@ -25,6 +25,7 @@ from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, silently
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.tracing.recorder import Recorder
 
 DEFAULT_MAX_TOKENS = 256
 GREEDY = SamplingOptions()
@@ -128,6 +129,7 @@ class LLM:
         pieces: list[str] = []
         token_ids: list[int] = []
         first = last = prefilled
+        experts = self.executor.experts_read
         tokens, drafts = self._decoding(
             self.session, logits, make_sampler(sampling), max_tokens=max_tokens, end_ids=end_ids
         )
@@ -156,7 +158,13 @@ class LLM:
             decode_s=last - first,
             tables={site: now - counters[site] for site, now in self.session.counters.items()},
             drafts=drafts,
+            experts=_added(experts, self.executor.experts_read),
         )
+
+    def record(self, recorder: Recorder) -> None:
+        """Have what runs from now on recorded; see `engram_runtime.tracing`. Samples and beams only in part."""
+        self.session.record(recorder)
+        self._decoding = recorded(self._decoding, recorder)
 
     def chat(
         self,
@@ -243,3 +251,7 @@ class LLM:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _added(before: int | None, now: int | None) -> int | None:
+    return None if before is None or now is None else now - before
