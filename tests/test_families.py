@@ -353,6 +353,9 @@ def test_bench_tells_the_bytes_of_the_experts_a_token_takes(workshop: Workshop, 
     expected = bundle.manifest.model.num_layers * 10 * 3 * 32 * 64 * 4
     assert figures["expert_bytes_per_token"] == expected
     assert figures["against"]["expert_bytes_per_token"] is None
+    layers = bundle.manifest.model.num_layers
+    assert figures["verify_experts"]["1"] == layers * 10 < figures["verify_experts"]["8"] <= layers * 80
+    assert figures["against"]["verify_experts"] is None
     _, library = find_library(bundle)
     weights = sum(tensor.end - tensor.offset for tensor in library.tensors if ".experts." not in tensor.name)
     assert expected < figures["bytes_per_token"] < expected + weights  # no rows of the embedding

@@ -221,3 +221,8 @@ def aligned_zeros(shape: Sequence[int], dtype: str = FLOAT32) -> NDArray[Any]:
     # Not numpy's zeros: it asks for huge pages, so the first position of each head would take 2 MiB.
     pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype=dtype, count=count).reshape(shape)
+
+
+def added(before: int | None, now: int | None) -> int | None:
+    """Return what was read of experts since ``before``, or None where it isn't counted."""
+    return None if before is None or now is None else now - before

@@ -14,7 +14,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.drafting.opening import open_decoding, recorded
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import load_executor
+from engram_runtime.executor import added, load_executor
 from engram_runtime.generation import Generation
 from engram_runtime.parallel.beam import Beam, beam_search
 from engram_runtime.parallel.samples import Sample, draw_samples, seeded
@@ -158,7 +158,7 @@ class LLM:
             decode_s=last - first,
             tables={site: now - counters[site] for site, now in self.session.counters.items()},
             drafts=drafts,
-            experts=_added(experts, self.executor.experts_read),
+            experts=added(experts, self.executor.experts_read),
         )
 
     def record(self, recorder: Recorder) -> None:
@@ -251,7 +251,3 @@ class LLM:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def _added(before: int | None, now: int | None) -> int | None:
-    return None if before is None or now is None else now - before

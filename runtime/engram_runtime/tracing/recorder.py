@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.drafting.drafter import Drafter, DrawDrafts, Groups, Proposal
 from engram_runtime.drafting.statistics import DraftStatistics
-from engram_runtime.executor import Executor, PendingRows, Step, StepInputs
+from engram_runtime.executor import Executor, PendingRows, Step, StepInputs, added
 from engram_runtime.keyers import Keyer
 from engram_runtime.sampling import Sampler
 from engram_runtime.site import Site
@@ -100,8 +100,8 @@ class _RecordedStep:
         logits = self._step(replace(inputs, rows=rows))
         ended = self._timeline.span(GRAPH, f"{tokens} tokens", began, tokens=tokens, position=inputs.position)
         self._passes.append((began, ended))
-        if experts is not None and (now := self._executor.experts_read) is not None:
-            self._timeline.count(EXPERTS, now - experts)
+        if (read := added(experts, self._executor.experts_read)) is not None:
+            self._timeline.count(EXPERTS, read)
         return logits
 
     def _fill(self, site: str, rows: PendingRows, out: NDArray[np.float32]) -> None:
