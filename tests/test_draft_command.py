@@ -1,6 +1,7 @@
 """``--draft``: the same text, with figures of what drafts came to."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,14 @@ def test_the_summary_in_full() -> None:
         "[2 tokens, 10.0 tok/s; prompt 4 tokens, 8.0 tok/s; first token after 500 ms; 1.70 tokens a forward pass, "
         "14 of 36 drafts right; 20 of 25 rows of drafts ready in time; length]"
     )
+
+
+def test_the_summary_tells_of_experts() -> None:
+    made = replace(generation(DraftStatistics(drafter="mtp", forwards=4), {}), experts=50)
+    assert "; 12.5 experts a forward pass; " in summary(made)
+    assert replace(made, drafts=None).experts_per_forward == 50
+    assert replace(made, drafts=DraftStatistics(drafter="mtp")).experts_per_forward is None
+    assert generation(None, {}).experts_per_forward is None
 
 
 def test_chat_says_the_same_with_drafts(bundle: Path, command: Command) -> None:

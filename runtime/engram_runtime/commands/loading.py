@@ -104,5 +104,6 @@ def loading_options(command: Command) -> Command:
 _trace_option = click.option(
     "--trace",
     type=click.Path(path_type=Path),
-    help="Write when what ran to this file, as trace events, which ui.perfetto.dev shows.",
+    help="Write a timeline of look-ups, forward passes and drafts to this file, for ui.perfetto.dev; one that "
+    "exists is replaced.",
 )
