@@ -95,7 +95,7 @@ def test_sums_of_a_plain_trace_are_the_figures_of_the_generation(bundle: Path, p
 
 
 def test_sums_of_a_drafted_trace_are_the_figures_of_the_generation(bundle: Path, plain: Generation) -> None:
-    """Seven drafts take three passes of the compiled sizes."""
+    """Seven drafts take more than one pass of the compiled sizes."""
     with LLM(bundle, threads=THREADS) as llm:
         start = len(llm.tokenizer.encode(PROMPT))
 

@@ -96,8 +96,13 @@ class Executor(Protocol):
         """How many experts these were, each layer's distinct ones step by step; None without any and as above."""
         ...
 
-    def chunks(self, count: int) -> Sequence[int]:
-        """Split ``count`` tokens into the sizes this executor runs at once, in order."""
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
+        """Return how many tokens each pass has room for that ``count`` tokens take, in order.
+
+        Args:
+            spare: up to how many more than ``count`` they may have room for in all. A pass that isn't full leaves
+                values that mean nothing in the states of as many positions after its tokens.
+        """
         ...
 
     def row_decoder(self, site: str) -> RowDecoder | None:
