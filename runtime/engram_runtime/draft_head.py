@@ -65,6 +65,8 @@ class DraftHead:
         """
         ids = np.maximum(np.asarray(token_ids, dtype=np.int64), 0)
         self._check(len(ids), len(hidden))
+        if len(ids) == 1:
+            return self._pass(ids, hidden, every_row=False)
         parts, start = [], 0
         for size in self._executor.chunks(len(ids), self._context_length - len(self) - len(ids)):
             parts.append(self._pass(ids[start : start + size], hidden[start : start + size], every_row=every_row))
