@@ -11,7 +11,7 @@ from engram_runtime.session import MOST_PUT_OFF
 
 MOST_DRAFTS = 15  # of `Measured`: with the pending token as many rows as the costs were measured for
 LOSS_SHARE = 0.015  # of a text's time so far that drafts may have cost more than they gave
-FIRST_PASSES = 32  # the time so far counts as that of so many plain passes at least, so that short texts are drafted
+FIRST_PASSES = 64  # the time so far counts as that of so many plain passes at least, so that short texts are drafted
 PLAIN_EVERY = 24  # passes, of which one is plain to know what that takes by now
 DOUBT, DOUBT_DRAFTS = 0.5, 2.0  # share of right drafts where nothing is known, and how many drafts outweigh it
 DECAY = 0.97  # of what is known, with each further draft of that position
@@ -234,9 +234,9 @@ class _CurrentCosts:
         return taken.forward_s if taken.rows == 1 else self._plain_s
 
     def charged(self, taken: Pass) -> float:
-        """Return the seconds of a pass, but for what it had to wait when others were at work."""
+        """Return the seconds of a pass and its drafts, but for what it had to wait when others were at work."""
         expected_s = self.plain(taken) if taken.rows == 1 else self.forward(taken.rows)
-        draft_s = min(taken.draft_s, MOST_CHARGED * self.draft_s * max(1, taken.drafted))
+        draft_s = min(taken.draft_s, MOST_CHARGED * self.draft_s * max(1, taken.drafted)) if taken.asked else 0.0
         return draft_s + min(taken.forward_s, MOST_CHARGED * expected_s)
 
     def _likely(self, taken: Pass) -> float:

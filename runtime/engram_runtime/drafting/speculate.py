@@ -134,6 +134,8 @@ def _draft(
     proposal = speculation.drafter.propose(pending)
     count = speculation.schedule.count(proposal.grade, min(most, proposal.most), session.put_off)
     drafts: list[Draft] = []
+    if count == 0:
+        return drafts, proposal.grade, 0
     with contextlib.closing(proposal.draw(count)) as groups:
         while len(drafts) < count and (group := next(groups, None)):
             _check(speculation.drafter.name, group, vocab_size)
