@@ -2,9 +2,10 @@
 
     python benchmarks/drafting.py build/demo.engram --json build/drafting.json
 
-Every round takes each text with each way in turn, one right after the other, and compares their seconds from the first
-token to the last; whether the tokens are the same is checked. A way keeps its schedule from text to text as a
-conversation does, and begins with one text that isn't counted.
+Every round takes each text with each way in turn, one right after the other, and compares their seconds from the end of
+the prompt to the last token; whether the tokens are the same is checked. A way keeps its schedule from text to text as
+a conversation does, and begins with one text that isn't counted. "plain, again" is plain decoding a second time: what
+it differs from the first by is noise, and so is as much of the others.
 """
 
 import json
@@ -24,7 +25,8 @@ from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import VerificationError
 from engram_runtime.manifest import DRAFT_HEAD
 
-PLAIN = "plain"
+PLAIN, AGAIN = "plain", "plain, again"
+SHORT = 16  # tokens; of texts up to there the few first ones, which nobody could draft for, are most
 PROMPTS = Path(__file__).parents[1] / "examples" / "retrofit" / "test_prompts.jsonl"
 COPY, MIXED = "copy", "mixed"
 DOMAINS = ("chat", "definitions", "code", "prose")
@@ -109,7 +111,8 @@ def _keep(text: Text, made: Mapping[str, Generation]) -> None:
     for way, generation in made.items():
         if generation.token_ids != expected:
             raise VerificationError(f"{way} says other tokens than plain decoding after {text.prompt[:60]!r}")
-        text.seconds.setdefault(way, []).append(generation.decode_s)
+        after_prompt_s = generation.ttft_s - generation.prefill_s + generation.decode_s
+        text.seconds.setdefault(way, []).append(after_prompt_s)
         if generation.drafts is not None:
             text.figures[way] = generation.drafts.figures()
 
@@ -118,9 +121,10 @@ def summary(texts: Sequence[Text], ways: Sequence[str]) -> dict[str, Any]:
     """Return ratios by kind of text and way: of all seconds, of the worst and the median text, and of drafts."""
     found: dict[str, Any] = {}
     for kind in dict.fromkeys(text.kind for text in texts):
-        # Of a few tokens the first ones are most, which nobody could draft for.
-        chosen = [text for text in texts if text.kind == kind and text.tokens > 16]
-        found[kind] = {way: _figures(chosen, way) for way in ways if way != PLAIN}
+        of_kind = [text for text in texts if text.kind == kind]
+        chosen = [text for text in of_kind if text.tokens > SHORT]
+        short = len(of_kind) - len(chosen)
+        found[kind] = {way: {**_figures(chosen, way), "left_out": short} for way in ways if way != PLAIN}
     return found
 
 
@@ -130,14 +134,19 @@ def _figures(texts: Sequence[Text], way: str) -> dict[str, Any]:
         for number in range(len(texts[0].seconds[way]))
     ]
     ratios = sorted(text.ratio(way) for text in texts)
-    forwards = sum(text.figures[way]["forwards"] for text in texts)
-    drafted, accepted = (sum(text.figures[way][name] for text in texts) for name in ("drafted", "accepted"))
-    return {
+    found = {
         "texts": len(texts),
         "ratio": round(statistics.median(totals), 3),
         "rounds": [round(total, 3) for total in totals],
         "worst": round(ratios[0], 3),
         "median": round(statistics.median(ratios), 3),
+    }
+    return found if way == AGAIN else found | _drafts([text.figures[way] for text in texts])
+
+
+def _drafts(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    forwards, drafted, accepted = (sum(each[name] for each in figures) for name in ("forwards", "drafted", "accepted"))
+    return {
         "tokens_per_forward": round((forwards + accepted) / forwards, 3),
         "drafted": drafted,
         "accepted": accepted,
@@ -159,7 +168,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             spread = f"{found['ratio']:.2f} ({min(found['rounds']):.2f} to {max(found['rounds']):.2f})"
             lines.append(
                 f"| {kind}, {found['texts']} | {way} | {spread} | {found['worst']:.2f} | {found['median']:.2f} | "
-                f"{found['tokens_per_forward']:.2f} | {found['accepted']} of {found['drafted']} |"
+                f"{found.get('tokens_per_forward', 1):.2f} | {found.get('accepted', 0)} of {found.get('drafted', 0)} |"
             )
     return "\n".join(lines)
 
@@ -183,7 +192,7 @@ def main(
 ) -> None:
     """Measure BUNDLE and print a table in Markdown."""
     before = os.getloadavg()[0]
-    llms = {PLAIN: LLM(bundle, threads=threads, drafts=NO_DRAFTS)}
+    llms = {way: LLM(bundle, threads=threads, drafts=NO_DRAFTS) for way in (PLAIN, AGAIN)}
     drafters = ["lookup", *(["mtp"] if DRAFT_HEAD in llms[PLAIN].bundle.manifest.graphs else [])]
     for drafter in drafters:
         for number in (None, *fixed):

@@ -12,7 +12,7 @@ from engram_runtime.sampling import SamplingOptions, distribution, draw
 
 NAME = "mtp"
 MOST = 64  # drafts; verification pays for far fewer
-MOST_KEPT = 256  # tokens of a long text that the head sees the end of: more aren't worth its time
+MOST_KEPT = 64  # tokens of a long text that the head sees the end of: all of them would take as long as some passes
 MOST_WAITING = 8  # states that are entered with the next draft; those before are left out
 CHAIN = 0  # the one grade
 LEAST_LIKELY = 0.25  # of all drafts so far by the head's own account, to make one more: it is right half as often
