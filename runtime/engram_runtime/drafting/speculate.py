@@ -18,7 +18,7 @@ from engram_runtime.drafting.drafter import Draft, Drafter
 from engram_runtime.drafting.schedule import Pass, Schedule
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError, TableError
-from engram_runtime.generation import Tokens
+from engram_runtime.generation import Tokens, say
 from engram_runtime.sequences import common_length
 from engram_runtime.session import Session
 
@@ -49,12 +49,12 @@ def decode_drafted(
         logits: ``[V]`` after the session's last token.
 
     Raises:
-        RequestError: the drafter proposes what is no token.
+        RequestError: the drafter proposes what is no token, and as for `generation.say`.
     """
     _tell(speculation.drafter, session)
     history = list(session.token_ids)
     token_id = speculation.choose(logits, history, None)
-    yield token_id
+    yield from say(session, token_id)
     count = 1
     while token_id not in end_ids and count < max_tokens and session.room:
         most = min(max_tokens - count, session.room) - 1  # a pass says one token more than it has drafts
@@ -62,7 +62,8 @@ def decode_drafted(
             for row, draft in zip(block.rows, [*block.drafts, None], strict=True):
                 history.append(block.token_ids[block.said])
                 block.said += 1
-                yield (token_id := speculation.choose(row, history, draft))
+                token_id = speculation.choose(row, history, draft)
+                yield from say(session, token_id)
                 if draft is None or token_id != draft.token_id or token_id in end_ids:
                     break
         count += block.said
@@ -96,18 +97,21 @@ class _Block:
 def _verified(
     session: Session, speculation: Speculation, pending: int, most: int, *, vocab_size: int
 ) -> Iterator[_Block]:
-    """Add a token and up to ``most`` drafts after it; on leaving, trim those that weren't said."""
-    start, put_off, began = len(session), session.put_off, time.perf_counter()
+    """Add a token and up to ``most`` drafts after it; on leaving, trim those that weren't said.
+
+    A session that others used meanwhile is left as they made it.
+    """
+    put_off, began = session.put_off, time.perf_counter()
     drafts, grade = _draft(session, speculation, pending, most, vocab_size)
     drafted = time.perf_counter()
     block = _run(session, pending, drafts)
     verified = time.perf_counter()
-    hidden = session.hidden
+    hidden, changes = session.hidden, session.changes
     try:
         yield block
     finally:
         closed = time.perf_counter()
-        if session.token_ids[start:] == block.token_ids:  # else someone went on with the session meanwhile
+        if session.changes == changes:
             session.trim(len(block.token_ids) - block.said)
             speculation.drafter.add(block.token_ids[: block.said], hidden[: block.said])
         draft_s = drafted - began + time.perf_counter() - closed
