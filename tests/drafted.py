@@ -93,7 +93,9 @@ class Model:
 
     def _guess(self, name: str, request: Request) -> Callable[[Sequence[int]], int]:
         following, start = self.plain(request).token_ids, len(request.prompt)
-        chances = np.random.default_rng(len(following)).integers(self.vocab_size, size=len(following) + 99).tolist()
+        chances: list[int] = (
+            np.random.default_rng(len(following)).integers(self.vocab_size, size=len(following) + 99).tolist()
+        )
 
         def guess(text: Sequence[int]) -> int:
             place = len(text) - start

@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 from tests.toy_model import CONTEXT, UNREADABLE, VOCAB, Scripted, ToyModel, ToySession, erratic, right, wrong
 
-from engram_runtime.drafting.acceptance import Choice, by_rejection, by_sampling
 from engram_runtime.drafting.drafter import Drafter
 from engram_runtime.drafting.lookup import LookupDrafter
 from engram_runtime.drafting.schedule import Always, Measured
@@ -48,8 +47,8 @@ def recording(sample: Sampler, rows: Recorded) -> Sampler:
     return sample_and_keep
 
 
-def speculation(drafter: Drafter, drafts: int, choose: Choice) -> Speculation:
-    return Speculation(drafter, Always(drafts), choose, DraftStatistics(drafter=drafter.name))
+def speculation(drafter: Drafter, drafts: int, sample: Sampler) -> Speculation:
+    return Speculation(drafter, Always(drafts), sample, DraftStatistics(drafter=drafter.name))
 
 
 def drafted(
@@ -58,7 +57,7 @@ def drafted(
     return decode_drafted(
         session,
         session.first_logits,
-        speculation(drafter, drafts, by_sampling(sample)),
+        speculation(drafter, drafts, sample),
         max_tokens=max_tokens,
         end_ids=set() if end is None else {end},
     )
@@ -100,12 +99,12 @@ def test_text_and_logits_are_those_of_plain_decoding(name: str, drafts: int, sam
 def test_a_measured_schedule_changes_nothing() -> None:
     schedule = Measured([1.0, 1.01, 1.02, 1.03] * 6, 0.0)
     session = new_session()
-    choose = by_sampling(make_sampler(SamplingOptions()))
+    sample = make_sampler(SamplingOptions())
     statistics = DraftStatistics(drafter="scripted")
     tokens = decode_drafted(
         session,
         session.first_logits,
-        Speculation(Scripted(erratic), schedule, choose, statistics),
+        Speculation(Scripted(erratic), schedule, sample, statistics),
         max_tokens=25,
         end_ids=(),
     )
@@ -274,15 +273,7 @@ def test_statistics_count_positions() -> None:
 
 def test_a_chain_of_right_drafts_says_all_of_them_in_one_pass() -> None:
     session, drafter = new_session(), Scripted(right)
-    with_drafts = speculation(drafter, 7, by_sampling(make_sampler(SamplingOptions())))
+    with_drafts = speculation(drafter, 7, make_sampler(SamplingOptions()))
     text = list(decode_drafted(session, session.first_logits, with_drafts, max_tokens=17, end_ids=()))
     assert text == greedy_text(17)
     assert (with_drafts.statistics.forwards, with_drafts.statistics.accepted) == (2, [2] * 7)
-
-
-def test_rejection_without_odds_draws_as_plain_decoding_does() -> None:
-    options = SAMPLING["drawn"]
-    session = new_session()
-    with_drafts = speculation(Scripted(erratic), 3, by_rejection(options))
-    found = decode_drafted(session, session.first_logits, with_drafts, max_tokens=20, end_ids=())
-    assert list(found) == list(plain(new_session(), make_sampler(options)))
