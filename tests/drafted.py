@@ -74,6 +74,12 @@ class Model:
         text = list(self.plain(request).token_ids)
         return replace(request, end_ids=frozenset([max(text, key=text.index)]))
 
+    def filling(self, request: Request) -> Request:
+        """Return a request for as many tokens, the last of which has no room in the context."""
+        length = self._bundle.manifest.model.context_length + 1 - request.max_tokens
+        prompt = np.random.default_rng(9).integers(self.vocab_size, size=length - len(request.prompt))
+        return replace(request, prompt=(*request.prompt, *prompt.tolist()), max_tokens=length + request.max_tokens)
+
     def drafted(self, request: Request, drafter: str, *, drafts: int, threads: int) -> Said:
         """Say a text with up to so many drafts a pass."""
         if drafter == MASK:

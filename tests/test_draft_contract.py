@@ -37,10 +37,9 @@ def prompts(most: int) -> list[tuple[int, ...]]:
 def requests(model: Model, drafter: str) -> list[Request]:
     """Return what a drafter is tried with: texts of 128 tokens, cut or filling the context, and those with an end."""
     full = CONTEXT + 1 - TOKENS  # tokens of a prompt that leave room for one less than are said
+    whole = [Request(prompt=ids, max_tokens=TOKENS) for ids in prompts(full - 1)]
     if drafter == PAST_THE_END:
-        whole = [Request(prompt=(*ids, *range(full - len(ids))), max_tokens=CONTEXT) for ids in prompts(full)]
-    else:
-        whole = [Request(prompt=ids, max_tokens=TOKENS) for ids in prompts(full - 1)]
+        whole = [model.filling(request) for request in whole]
     assert [len(model.plain(request).token_ids) for request in whole] == [TOKENS] * PROMPTS
     ended = [model.ending(request) for request in whole] if drafter in ENDED else []
     return ended if drafter == END else [*whole, *ended]

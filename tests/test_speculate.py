@@ -10,6 +10,7 @@ from tests.toy_model import CONTEXT, UNREADABLE, VOCAB, Scripted, ToyModel, ToyS
 
 from engram_runtime.drafting.drafter import Drafter
 from engram_runtime.drafting.lookup import LookupDrafter
+from engram_runtime.drafting.mask import MaskOptions, decode_by_masks, decode_by_verified_masks
 from engram_runtime.drafting.schedule import Always, Measured
 from engram_runtime.drafting.speculate import Speculation, decode_drafted
 from engram_runtime.drafting.statistics import DraftStatistics
@@ -222,14 +223,49 @@ def test_an_interrupted_pass_never_happened(passes: int) -> None:
     assert_same_states(session, new_session())
 
 
-def test_a_session_that_someone_went_on_with_is_left_alone() -> None:
-    session = new_session()
-    tokens = drafted(session, Scripted(right), 7, make_sampler(SamplingOptions()))
-    assert [next(tokens) for _ in range(3)] == greedy_text(3)
-    session.trim(len(session))
-    session.prefill([9, 9])
+WAYS: dict[str, Callable[[ToySession], Tokens]] = {
+    "plain": lambda session: plain(session, make_sampler(SamplingOptions())),
+    "drafts": lambda session: drafted(session, Scripted(right), 7, make_sampler(SamplingOptions())),
+    "masks": lambda session: masked(session, decode_by_verified_masks),
+    "masks, unverified": lambda session: masked(session, decode_by_masks),
+}
+
+
+def masked(session: ToySession, decode: Callable[..., Tokens]) -> Tokens:
+    sample, statistics = make_sampler(SamplingOptions()), DraftStatistics(drafter="masks")
+    ends = {"max_tokens": 20, "end_ids": ()}
+    return decode(session, session.first_logits, sample, MaskOptions(mask_id=0), statistics=statistics, **ends)
+
+
+@pytest.mark.parametrize("first", WAYS)
+@pytest.mark.parametrize("second", WAYS)
+@pytest.mark.parametrize("said", [1, 3])
+def test_a_text_whose_session_began_another_cant_go_on_and_disturbs_nothing(first: str, second: str, said: int) -> None:
+    """Even where both hold the same tokens."""
+    expected = list(WAYS[second](new_session()))
+    for leave in (close, refused):
+        session = new_session()
+        outdated = WAYS[first](session)
+        assert len([next(outdated) for _ in range(said)]) == said
+        session.trim(len(session))
+        session.first_logits = session.prefill(PROMPT)
+        tokens = WAYS[second](session)
+        begun = [next(tokens) for _ in range(said)]
+        leave(outdated)
+        assert [*begun, *tokens] == expected
+
+
+def close(tokens: Tokens) -> None:
     tokens.close()
-    assert list(session.token_ids) == [9, 9]
+
+
+def refused(tokens: Tokens) -> None:
+    with pytest.raises(RequestError) as caught:
+        next(tokens)
+    assert str(caught.value) == (
+        "another text was begun in this session while this one was generated, which can't go on; finish or close a "
+        "text before the next one"
+    )
 
 
 def test_a_drafter_is_told_what_the_session_holds_with_hidden_states_of_all_it_said() -> None:
