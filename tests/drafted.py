@@ -69,6 +69,12 @@ class Model:
             self._plain[request] = said(self._sessions[2], request, plainly)
         return self._plain[request]
 
+    def suited(self, request: Request, drafter: str) -> Request:
+        """Return what a drafter is tried with: that request, or with the end that it drafts or goes beyond."""
+        if drafter == END:
+            return self.ending(request)
+        return self.filling(request) if drafter == PAST_THE_END else request
+
     def ending(self, request: Request) -> Request:
         """Return a request whose text ends where all tokens that occur in it have occurred."""
         text = list(self.plain(request).token_ids)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.drafted import COUNTS, END, HEAD, LOOKUP, MASK, PAST_THE_END, SCRIPTED, Model, Request, assert_same
+from tests.drafted import COUNTS, END, HEAD, LOOKUP, MASK, SCRIPTED, Model, Request, assert_same
 from tests.test_drafted_bundles import with_site_and_head
 from tests.tiny import CONTEXT, VOCAB
 from tests.workshop import Workshop
@@ -36,10 +36,8 @@ def prompts(most: int) -> list[tuple[int, ...]]:
 
 def requests(model: Model, drafter: str) -> list[Request]:
     """Return what a drafter is tried with: texts of 128 tokens, cut or filling the context, and those with an end."""
-    full = CONTEXT + 1 - TOKENS  # tokens of a prompt that leave room for one less than are said
-    whole = [Request(prompt=ids, max_tokens=TOKENS) for ids in prompts(full - 1)]
-    if drafter == PAST_THE_END:
-        whole = [model.filling(request) for request in whole]
+    plain = [Request(prompt=ids, max_tokens=TOKENS) for ids in prompts(CONTEXT + 1 - TOKENS)]
+    whole = plain if drafter == END else [model.suited(request, drafter) for request in plain]
     assert [len(model.plain(request).token_ids) for request in whole] == [TOKENS] * PROMPTS
     ended = [model.ending(request) for request in whole] if drafter in ENDED else []
     return ended if drafter == END else [*whole, *ended]

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from tests.drafted import COUNTS, END, HEAD, LOOKUP, MASK, PAST_THE_END, SCRIPTED, Model, Request, assert_same
+from tests.drafted import COUNTS, HEAD, LOOKUP, MASK, PAST_THE_END, SCRIPTED, Model, Request, assert_same
 from tests.test_draft_head import draft_folder
 from tests.test_families import NATIVE
 from tests.tiny import TinyModel, TinySite, save_site_folder
@@ -20,8 +20,7 @@ from tests.workshop import Workshop, random_ids
 from engram_runtime.bundle import Bundle
 from engram_runtime.sampling import SamplingOptions
 
-TOKENS = 24
-TEXT = Request(prompt=tuple(random_ids(21)), max_tokens=TOKENS)
+TEXT = Request(prompt=tuple(random_ids(21)), max_tokens=24)
 WARM = SamplingOptions(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=3)
 HEADED, QWEN3 = "llama with site and head", "qwen3"
 
@@ -82,7 +81,7 @@ def test_greedy_text_logits_and_states_are_those_of_plain_decoding(
     model: Callable[[str], Model], name: str, drafter: str, drafts: int, threads: int
 ) -> None:
     tried = model(name)
-    request = {END: tried.ending, PAST_THE_END: tried.filling}.get(drafter, lambda request: request)(TEXT)
+    request = tried.suited(TEXT, drafter)
     assert_same(tried.drafted(request, drafter, drafts=drafts, threads=threads), tried.plain(request))
 
 
@@ -92,8 +91,7 @@ def test_more_drafts_than_a_compiled_pass_holds_change_nothing(
     model: Callable[[str], Model], drafter: str, drafts: int
 ) -> None:
     tried = model(HEADED)  # whose largest pass is of 8 tokens
-    request = dataclasses.replace(TEXT, max_tokens=100)
-    request = tried.filling(request) if drafter == PAST_THE_END else request
+    request = tried.suited(dataclasses.replace(TEXT, max_tokens=100), drafter)
     assert_same(tried.drafted(request, drafter, drafts=drafts, threads=2), tried.plain(request))
 
 
