@@ -45,7 +45,7 @@ class Remembering:
     def __init__(self, model: Model) -> None:
         self._model = model
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [count]
 
     def row_decoder(self, site: str) -> None:

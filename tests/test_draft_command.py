@@ -12,7 +12,7 @@ from engram_runtime import LLM, Generation, SamplingOptions
 from engram_runtime.commands.run import summary
 from engram_runtime.drafting.opening import Drafting
 from engram_runtime.drafting.options import DraftOptions
-from engram_runtime.drafting.schedule import Always, Measured
+from engram_runtime.drafting.schedule import Always
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError
 from engram_runtime.tables.counters import TableCounters
@@ -148,17 +148,6 @@ def test_a_second_stream_of_a_prompt_ends_the_first_and_is_not_disturbed(plain: 
         with pytest.raises(RequestError, match="another text was begun in this session"):
             next(first)
         assert "".join([*pieces[1], *second]) == expected.text
-
-
-def test_a_schedule_learns_from_one_text_for_the_next(bundle: Path) -> None:
-    with LLM(bundle, threads=THREADS, drafts=DraftOptions(drafter="lookup")) as llm:
-        llm.generate(PROMPT, max_tokens=24)
-        assert isinstance(llm._decoding, Drafting)
-        schedule = llm._decoding.schedule
-        assert isinstance(schedule, Measured)
-        before = schedule.total_s
-        llm.generate(PROMPT, max_tokens=24)
-        assert schedule.total_s > before > 0
 
 
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {

@@ -11,6 +11,7 @@ from tests.tiny import CONTEXT, VOCAB
 from tests.workshop import Workshop
 
 from engram_runtime.bundle import Bundle
+from engram_runtime.drafting import head
 from engram_runtime.tokenizer import TextTokenizer
 from examples.retrofit.prompts import read_prompts
 
@@ -20,6 +21,12 @@ PROMPTS, DEMO_PROMPTS, TOKENS = 50, 4, 128
 DEMO = Path(__file__).parents[1] / "build" / "demo.engram"
 DRAFTERS = (*SCRIPTED, LOOKUP, HEAD, MASK)
 ENDED = ("right", END, HEAD, MASK)  # are tried with an end token inside a draft as well
+
+
+@pytest.fixture(autouse=True)
+def never_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the head make as many drafts as it is asked for."""
+    monkeypatch.setattr(head, "LEAST_LIKELY", 0.0)
 
 
 @pytest.fixture(scope="module")

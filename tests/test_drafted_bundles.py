@@ -18,6 +18,7 @@ from tests.tiny_gemma import CONFIGS, save_gemma
 from tests.workshop import Workshop, random_ids
 
 from engram_runtime.bundle import Bundle
+from engram_runtime.drafting import head
 from engram_runtime.sampling import SamplingOptions
 
 TEXT = Request(prompt=tuple(random_ids(21)), max_tokens=24)
@@ -59,6 +60,12 @@ BUNDLES: dict[str, Callable[[Workshop], Bundle]] = {
     },
 }
 DEFAULT = (HEADED, "qwen4_exp")  # a window and a head; recurrent states, experts and n-gram rows
+
+
+@pytest.fixture(autouse=True)
+def never_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the head make as many drafts as it is asked for."""
+    monkeypatch.setattr(head, "LEAST_LIKELY", 0.0)
 
 
 @pytest.fixture(scope="module")

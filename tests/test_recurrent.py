@@ -419,7 +419,7 @@ class RunningSum:
 
     name, threads, expert_bytes_read, float16_states = "running sum", 1, None, ()
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [count]
 
     def row_decoder(self, site: str) -> None:

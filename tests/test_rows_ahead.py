@@ -102,7 +102,7 @@ class RecordingExecutor:
     def __init__(self) -> None:
         self.rows: list[dict[str, NDArray[np.float32]]] = []
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [CHUNK] * (count // CHUNK) + [1] * (count % CHUNK)
 
     def row_decoder(self, site: str) -> None:

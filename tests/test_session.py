@@ -35,7 +35,7 @@ class InterruptedSum:
         self.steps: list[tuple[int, int]] = []
         self.interrupt = -1
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [2] * (count // 2) + [1] * (count % 2)
 
     def row_decoder(self, site: str) -> None:

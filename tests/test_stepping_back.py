@@ -40,7 +40,7 @@ class RollingHash:
         self.interrupt = -1
         self._largest = largest
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [self._largest] * (count // self._largest) + [1] * (count % self._largest)
 
     def row_decoder(self, site: str) -> None:

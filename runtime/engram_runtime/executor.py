@@ -91,8 +91,13 @@ class Executor(Protocol):
         """Bytes of experts' weights read by all steps so far, or None where that isn't counted."""
         ...
 
-    def chunks(self, count: int) -> Sequence[int]:
-        """Split ``count`` tokens into the sizes this executor runs at once, in order."""
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
+        """Return how many tokens each pass has room for that ``count`` tokens take, in order.
+
+        Args:
+            spare: up to how many more than ``count`` they may have room for in all. A pass that isn't full leaves
+                values that mean nothing in the states of as many positions after its tokens.
+        """
         ...
 
     def row_decoder(self, site: str) -> RowDecoder | None:

@@ -182,5 +182,5 @@ def _filled(session: Session, count: int) -> int:
     What stands after a token or a mask doesn't change it.
     """
     put_off, most = session.put_off, min(2 * count, session.room)
-    wholes = (size for size in range(count, most + 1) if len(session.executor.chunks(put_off + size)) == 1)
+    wholes = (size for size in range(count, most + 1) if len(session.passes(put_off + size)) == 1)
     return next(wholes, count)

@@ -54,6 +54,7 @@ def decode_drafted(
     Raises:
         RequestError: the drafter proposes what is no token, and as for `generation.say`.
     """
+    speculation.schedule.begin()
     _tell(speculation.drafter, session)
     history = list(session.token_ids)
     token_id = speculation.sample(logits, history)
@@ -105,11 +106,12 @@ def _verified(
     A session that others used meanwhile is left as they made it.
     """
     put_off, began = session.put_off, time.perf_counter()
-    drafts, grade = _draft(session, speculation, pending, most, vocab_size)
+    drafts, grade, asked = _draft(session, speculation, pending, most, vocab_size)
     drafted = time.perf_counter()
     block = _run(session, pending, drafts)
     verified = time.perf_counter()
     hidden, changes = session.hidden, session.changes
+    read = time.perf_counter()
     try:
         yield block
     finally:
@@ -117,11 +119,12 @@ def _verified(
         if session.changes == changes:
             session.trim(len(block.token_ids) - block.said)
             speculation.drafter.add(block.token_ids[: block.said], hidden[: block.said])
-        draft_s = drafted - began + time.perf_counter() - closed
+        draft_s = drafted - began + read - verified + time.perf_counter() - closed
         speculation.statistics.note(len(block.drafts), block.said)
         speculation.schedule.note(
             Pass(
                 grade=grade,
+                asked=asked,
                 drafted=len(block.drafts),
                 put_off=put_off,
                 said=block.said,
@@ -133,8 +136,8 @@ def _verified(
 
 def _draft(
     session: Session, speculation: Speculation, pending: int, most: int, vocab_size: int
-) -> tuple[list[int], int]:
-    """Return drafts after ``pending``, whose rows are on their way, and their grade."""
+) -> tuple[list[int], int, int]:
+    """Return drafts after ``pending``, whose rows are on their way, their grade and how many were asked for."""
     proposal = speculation.drafter.propose(pending)
     count = speculation.schedule.count(proposal.grade, min(most, proposal.most), session.put_off)
     drafts: list[int] = []
@@ -143,7 +146,7 @@ def _draft(
             _check(speculation.drafter.name, group, vocab_size)
             drafts += group
             session.request([pending, *drafts])
-    return drafts[:count], proposal.grade
+    return drafts[:count], proposal.grade, count
 
 
 def _check(name: str, drafts: Sequence[int], vocab_size: int) -> None:

@@ -17,6 +17,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
+from engram_runtime.executors.padding import LARGEST, padded_inputs
 from engram_runtime.executors.tvm_batch import TvmBatchStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
@@ -103,7 +104,7 @@ class TvmExecutor:
         self._batches = info.batches
         self._unread: Mapping[str, State] = {}  # states of what fills a batch up
         self._row_functions = {table.site: row_function(table) for table in tables}
-        self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
+        self._sizes = sorted({tokens for tokens, _ in info.passes})
         self._module = module = load_module(folder / info.library)
         self.pool = LibraryPool(module.get_function("use_threads", query_imports=True), threads)
         self._machine_code = module["vm_load_executable"]()
@@ -111,12 +112,13 @@ class TvmExecutor:
         weights = map_weights(folder / info.weights, info)
         self._weights = {graph: [weights[place] for place in used] for graph, used in info.graph_tensors.items()}
 
-    def chunks(self, count: int) -> Sequence[int]:
-        """See `Executor.chunks`: compiled sizes only, the largest first, so nothing is padded."""
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
+        """See `Executor.chunks`: compiled sizes, the largest first, and the next larger one for a small rest."""
         chunks: list[int] = []
-        for size in self._sizes:
-            times, count = divmod(count, size)
-            chunks += [size] * times
+        while count > 0:
+            padded = [size for size in self._sizes if count <= size <= min(count + spare, LARGEST)]
+            chunks.append(min(padded) if padded else max(size for size in self._sizes if size <= count))
+            count -= chunks[-1]
         return chunks
 
     def batches(self, count: int) -> Sequence[int]:
@@ -181,6 +183,7 @@ class TvmStep:
         self._names = names
         self._counts_experts = counts_experts
         self._told: Sequence[Any] = ()
+        self._count: int | None = None  # tokens of the last pass that are told of, None for all
         self._buffers: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
         self._pending: list[tuple[PendingRows, NDArray[np.float32]]] = []
         self._failure: BaseException | None = None
@@ -188,18 +191,24 @@ class TvmStep:
     @property
     def told(self) -> Mapping[str, NDArray[np.float32]]:
         """See `Step.told`."""
-        values = (np.asarray(np.from_dlpack(tensor)) for tensor in self._told)
+        values = (np.asarray(np.from_dlpack(tensor))[: self._count] for tensor in self._told)
         return dict(zip(self._names, values, strict=False))
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """See `Step` and `run`."""
+        """See `Step` and `run`; a pass that is smaller than all that were compiled is padded."""
+        count, rows = len(inputs.token_ids), len(inputs.logit_rows)
+        size = min(size for size, _ in self._forward if size >= count)
+        if size > count:
+            inputs = padded_inputs(inputs, size)
         tokens = {
             "token_ids": inputs.token_ids,
             "position": np.array([inputs.position], dtype=np.int64),
             "logit_rows": inputs.logit_rows,
         }
         after = {HIDDEN: inputs.hidden, EMBEDDINGS: inputs.embeddings}
-        return self.run(tokens, inputs.rows, {name: values for name, values in after.items() if values is not None})
+        given = {name: values for name, values in after.items() if values is not None}
+        self._count = count
+        return self.run(tokens, inputs.rows, given)[:rows]
 
     def run(
         self, before: Mapping[str, NDArray[Any]], rows: Mapping[str, PendingRows], after: Mapping[str, NDArray[Any]]
