@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.drafted import COUNTS, END, HEAD, LOOKUP, MASK, SCRIPTED, Model, Request, assert_same
-from tests.test_drafted_bundles import with_site_and_head
+from tests.test_drafted_bundles import BUNDLES, HEADED, PADDED
 from tests.tiny import CONTEXT, VOCAB
 from tests.workshop import Workshop
 
@@ -29,9 +29,9 @@ def never_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "LEAST_LIKELY", 0.0)
 
 
-@pytest.fixture(scope="module")
-def tiny(workshop: Workshop) -> Iterator[Model]:
-    with Model(with_site_and_head(workshop)) as model:
+@pytest.fixture(scope="module", params=[HEADED, PADDED])
+def tiny(workshop: Workshop, request: pytest.FixtureRequest) -> Iterator[Model]:
+    with Model(BUNDLES[request.param](workshop)) as model:
         yield model
 
 

@@ -23,18 +23,20 @@ from engram_runtime.sampling import SamplingOptions
 
 TEXT = Request(prompt=tuple(random_ids(21)), max_tokens=24)
 WARM = SamplingOptions(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=3)
-HEADED, QWEN3 = "llama with site and head", "qwen3"
+QWEN3 = "qwen3"
+# With a window, which steps back to copies; without, where small passes are padded.
+HEADED, PADDED = "llama with site and head", "llama with head and a site without a window"
 
 
-def with_site_and_head(workshop: Workshop) -> Bundle:
+def with_site_and_head(workshop: Workshop, *, window: bool = True) -> Bundle:
     def make(folder: Path) -> None:
-        save_site_folder(folder, plain, TinySite())
+        save_site_folder(folder, plain, TinySite(convolution=window))
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"mtp": BLOCK}))
         (folder / "mtp.safetensors").write_bytes((draft_folder(workshop) / "mtp.safetensors").read_bytes())
 
     plain = workshop.checkpoint(TinyModel())
-    both = workshop._once("site and head", "both", make)
+    both = workshop._once(f"site and head {window}", "both", make)
     return workshop.compiled(workshop.bundle(plain, engram=both, quant="int8"), always_parallel=True)
 
 
@@ -49,6 +51,7 @@ def gemma(workshop: Workshop, name: str) -> Path:
 
 BUNDLES: dict[str, Callable[[Workshop], Bundle]] = {
     HEADED: with_site_and_head,
+    PADDED: functools.partial(with_site_and_head, window=False),
     QWEN3: lambda workshop: native(workshop, workshop.checkpoint(TinyModel(family="qwen3", head_dim=32))),
     **{
         name: functools.partial(lambda workshop, family: native(workshop, workshop.family(family)), family=sizes[0])
@@ -59,7 +62,7 @@ BUNDLES: dict[str, Callable[[Workshop], Bundle]] = {
         for name in CONFIGS
     },
 }
-DEFAULT = (HEADED, "qwen4_exp")  # a window and a head; recurrent states, experts and n-gram rows
+DEFAULT = (HEADED, PADDED, "qwen4_exp")  # the last with recurrent states, experts and n-gram rows
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +80,7 @@ def model(workshop: Workshop) -> Iterator[Callable[[str], Model]]:
 def every_case() -> Iterator[object]:
     for name in BUNDLES:
         marks = [] if name in DEFAULT else [pytest.mark.exhaustive]
-        for drafter in (*SCRIPTED, LOOKUP, MASK, *([HEAD] if name == HEADED else [])):
+        for drafter in (*SCRIPTED, LOOKUP, MASK, *([HEAD] if name in (HEADED, PADDED) else [])):
             yield pytest.param(name, drafter, id=f"{name}-{drafter}", marks=marks)
 
 
