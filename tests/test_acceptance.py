@@ -32,7 +32,7 @@ OPTIONS = SamplingOptions(temperature=0.8, top_k=40)
 class Chain:
     """An executor whose logits depend on the last token alone."""
 
-    name, threads, expert_bytes_read, float16_states = "chain", 1, None, ()
+    name, threads, expert_bytes_read, experts_read, float16_states = "chain", 1, None, None, ()
 
     def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [count]

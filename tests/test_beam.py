@@ -41,6 +41,7 @@ class Remembering:
     """Keeps token ids in its one state, an entry per position, and asks a model for the logits after what is there."""
 
     name, threads, expert_bytes_read, float16_states = "remembering", 1, None, ()
+    experts_read = None
 
     def __init__(self, model: Model) -> None:
         self._model = model

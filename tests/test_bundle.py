@@ -805,7 +805,7 @@ class ScriptedExecutor:
 
     name = "scripted"
     threads = 1
-    expert_bytes_read = None
+    expert_bytes_read = experts_read = None
     float16_states = ()
 
     def __init__(self, logits: NDArray[np.float32]) -> None:

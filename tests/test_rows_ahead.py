@@ -98,6 +98,7 @@ class RecordingExecutor:
     """Runs `CHUNK` tokens at a time and keeps copies of the rows it is given; the logits are their sum."""
 
     name, threads, expert_bytes_read, float16_states = "recording", 1, None, ()
+    experts_read = None
 
     def __init__(self) -> None:
         self.rows: list[dict[str, NDArray[np.float32]]] = []

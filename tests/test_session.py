@@ -30,6 +30,7 @@ class InterruptedSum:
     """
 
     name, threads, expert_bytes_read, float16_states = "interrupted sum", 1, None, ()
+    experts_read = None
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int]] = []

@@ -34,6 +34,7 @@ class RollingHash:
     """
 
     name, threads, expert_bytes_read, float16_states = "rolling hash", 1, None, ()
+    experts_read = None
 
     def __init__(self, largest: int = 4) -> None:
         self.passes: list[int] = []

@@ -32,6 +32,7 @@ class ToyModel:
     """
 
     name, threads, expert_bytes_read, float16_states = "toy", 1, None, ()
+    experts_read: int | None = None
 
     def __init__(self, largest: int = 4) -> None:
         self.passes: list[int] = []

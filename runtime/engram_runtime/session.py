@@ -24,6 +24,7 @@ from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores,
 from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
+from engram_runtime.tracing.recorder import Recorder
 
 MOST_PUT_OFF = 3  # tokens that are computed again and again rather than once, for a checkpoint after them
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
@@ -314,6 +315,11 @@ class Session:
         self._check_vocabulary(token_ids)
         if self.tables_on:
             self._rows_ahead.request(self._history(), [*self._token_ids[self._held :], *token_ids])
+
+    def record(self, recorder: Recorder) -> None:
+        """Have all forward passes and look-ups from now on recorded; the sites are nobody else's then."""
+        self._step = recorder.step(self._step, self.executor)
+        recorder.sites(self.sites, self._rows_ahead.early)
 
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)

@@ -23,6 +23,7 @@ from engram_runtime.tokenizer import TextTokenizer
 
 APPROXIMATE, VERIFIED = "mask (approximate)", "mask (verified)"  # as figures call them
 MOST_TOKENS = 16  # k of the published models
+DEFAULT_CONFIDENCE = 0.9
 MASK_TOKENS = tuple(f"<|mtp_special_token_{index}|>" for index in range(32))  # theirs, of which the first is used
 
 
@@ -38,7 +39,7 @@ class MaskOptions:
 
     mask_id: int
     most: int = 4
-    confidence: float = 0.9
+    confidence: float = DEFAULT_CONFIDENCE
 
     def __post_init__(self) -> None:
         if not 1 <= self.most <= MOST_TOKENS:

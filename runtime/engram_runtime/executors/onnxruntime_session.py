@@ -35,7 +35,7 @@ class OnnxRuntimeExecutor:
     """Sessions of onnxruntime over a bundle's graphs."""
 
     name = "onnxruntime"
-    expert_bytes_read = None
+    expert_bytes_read = experts_read = None
     float16_states = ()
 
     def __init__(self, open_graph: "Callable[[str], ort.InferenceSession]", threads: int) -> None:

@@ -98,6 +98,7 @@ class TvmExecutor:
         self.threads = threads
         self._told = told
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
+        self.experts_read: int | None = 0 if info.expert_bytes else None
         self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
@@ -131,9 +132,11 @@ class TvmExecutor:
 
     def count_experts(self, outputs: Sequence[Any]) -> None:
         """Add what a call has read of experts; the last of its outputs say how many experts."""
-        counts = outputs[len(outputs) - len(self._expert_bytes) :]
-        for count, size in zip(counts, self._expert_bytes, strict=True):
-            self.expert_bytes_read += int(np.from_dlpack(count)[0]) * size
+        if self.experts_read is None:
+            return
+        counts = [int(np.from_dlpack(count)[0]) for count in outputs[len(outputs) - len(self._expert_bytes) :]]
+        self.experts_read += sum(counts)
+        self.expert_bytes_read += sum(count * size for count, size in zip(counts, self._expert_bytes, strict=True))
 
     def row_decoder(self, site: str) -> TvmRowDecoder | None:
         """See `Executor.row_decoder`: none for records cut elsewhere than before their scales."""
