@@ -1,122 +1,140 @@
-"""What is accepted or drawn anew has exactly the model's distribution, whatever is drafted and from whatever odds."""
+"""What is drawn has exactly the model's distribution, whatever is drafted: rejection sampling of certain drafts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.steps import FunctionStep
+from tests.test_manifest import sound_manifest
+from tests.toy_model import Scripted
 
-from engram_runtime.drafting.acceptance import accept_or_redraw, by_rejection, by_sampling
-from engram_runtime.drafting.drafter import Draft, Odds
-from engram_runtime.sampling import SamplingOptions, draw, make_sampler
+from engram_runtime.bundle import Bundle
+from engram_runtime.drafting.schedule import Always
+from engram_runtime.drafting.speculate import Speculation, decode_drafted
+from engram_runtime.drafting.statistics import DraftStatistics
+from engram_runtime.executor import State, Step, StepInputs
+from engram_runtime.manifest import DECODER, Manifest
+from engram_runtime.sampling import SamplingOptions, make_sampler
+from engram_runtime.session import Session
 
-VOCAB, DRAWS = 64, 100_000
-ALL = np.arange(VOCAB)
+VOCAB, CONTEXTS, TEXT, DRAWS = 64, 4, 400, 100_000
 LEAST_P = 0.01
-Probabilities = NDArray[np.float64]
+# What follows a token depends on its id modulo 4.
+LOGITS = (1.5 * np.random.default_rng(1).standard_normal((CONTEXTS, VOCAB))).astype(np.float32)
+IDS = {"name": "ids", "dtype": "float32", "shape": [1, 1, TEXT + 1, 1], "kind": "positional"}
+OPTIONS = SamplingOptions(temperature=0.8, top_k=40)
 
 
-def soft(seed: int, spread: float) -> Probabilities:
-    weights = np.exp(spread * np.random.default_rng(seed).standard_normal(VOCAB))
-    return np.asarray(weights / weights.sum())
+class Chain:
+    """An executor whose logits depend on the last token alone."""
+
+    name, threads, expert_bytes_read, experts_read, float16_states = "chain", 1, None, None, ()
+
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
+        return [count]
+
+    def row_decoder(self, site: str) -> None:
+        pass
+
+    def bind(self, states: Mapping[str, State], graph: str = DECODER) -> Step:
+        def step(inputs: StepInputs) -> NDArray[np.float32]:
+            logits: NDArray[np.float32] = LOGITS[inputs.token_ids[inputs.logit_rows] % CONTEXTS]
+            return logits
+
+        return FunctionStep(step)
 
 
-def only(probabilities: Probabilities, kept: NDArray[np.bool_]) -> Probabilities:
-    return np.asarray(np.where(kept, probabilities, 0) / probabilities[kept].sum())
+def chain_session() -> Session:
+    raw = sound_manifest()
+    raw["graphs"]["decoder"] |= {"states": [IDS], "inputs": raw["graphs"]["decoder"]["inputs"][:3]}
+    raw["graphs"]["decoder"]["outputs"] = [{"name": "logits", "dtype": "float32", "shape": ["R", VOCAB]}]
+    raw["model"] |= {"vocab_size": VOCAB, "context_length": TEXT + 1}
+    raw["tables"] = []
+    return Session(Bundle(Path(), Manifest.from_dict(raw)), Chain(), [])
 
 
-MODEL = soft(1, 1.5)
-LIKELY = np.median(MODEL) < MODEL
-DRAFTED: dict[str, tuple[Probabilities, Probabilities]] = {  # what the model says, and what drafts are drawn from
-    "another": (MODEL, soft(2, 1.5)),
-    "the model's own": (MODEL, MODEL),
-    "nearly the model's": (MODEL, only(MODEL + 1e-17 * np.arange(VOCAB), ALL >= 0)),
-    "nothing where the model has something": (MODEL, only(soft(2, 1.5), ~LIKELY)),
-    "something where the model has nothing": (only(MODEL, LIKELY), soft(2, 1.5)),
-    "disjoint": (only(MODEL, LIKELY), only(MODEL, ~LIKELY)),
-    "one token, unlikely": (MODEL, np.eye(VOCAB)[MODEL.argmin()]),
-    "one token, likely": (MODEL, np.eye(VOCAB)[MODEL.argmax()]),
-    "flat": (MODEL, np.full(VOCAB, 1 / VOCAB)),
-    "the model turned round": (MODEL, MODEL[::-1].copy()),
-}
-
-DEFAULT = ("another", "the model's own", "nothing where the model has something", "disjoint")
+def exact() -> NDArray[np.float64]:
+    """Return the odds ``[CONTEXTS, V]`` of each token, by the definition of temperature and top k."""
+    odds = np.exp(LOGITS.astype(np.float64) / OPTIONS.temperature)
+    odds[odds < np.sort(odds, axis=1)[:, -OPTIONS.top_k, None]] = 0
+    return np.asarray(odds / odds.sum(axis=1, keepdims=True))
 
 
-def odds(probabilities: Probabilities) -> Odds:
-    """Return the tokens with any probability, as samplers keep them."""
-    kept = np.flatnonzero(probabilities)
-    return Odds(kept, probabilities[kept])
-
-
-def chi_square_p(counts: NDArray[np.int64], probabilities: Probabilities) -> float:
-    """Return how likely counts are to be at least this far off; 0 where something impossible was drawn.
+def chi_square_p(counts: NDArray[np.int64], odds: NDArray[np.float64]) -> float:
+    """Return how likely counts ``[C, V]`` are to be at least this far off; 0 where something impossible was drawn.
 
     By Wilson and Hilferty's normal approximation, which is within 0.001 for as many degrees of freedom as here.
     """
-    possible = probabilities > 0
+    possible = odds > 0
     if counts[~possible].any():
         return 0.0
-    expected = counts.sum() * probabilities[possible]
-    statistic, freedom = ((counts[possible] - expected) ** 2 / expected).sum(), possible.sum() - 1
+    expected = counts.sum(axis=1, keepdims=True) * odds
+    statistic = ((counts[possible] - expected[possible]) ** 2 / expected[possible]).sum()
+    freedom = possible.sum() - len(odds)
     spread = 2 / (9 * freedom)
     normal = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     return 0.5 * math.erfc(normal / math.sqrt(2))
 
 
-def counted(draw_once: Callable[[], int], draws: int = DRAWS) -> NDArray[np.int64]:
-    return np.bincount([draw_once() for _ in range(draws)], minlength=VOCAB)
+def likeliest(text: Sequence[int]) -> int:
+    return int(LOGITS[text[-1] % CONTEXTS].argmax())
 
 
-@pytest.mark.parametrize(
-    "name", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in DRAFTED if name not in DEFAULT)]
-)
-def test_text_from_drawn_drafts_has_the_models_distribution(name: str) -> None:
-    model, drafted = DRAFTED[name]
-    drafter, verifier = np.random.default_rng(3), np.random.default_rng(4)
-    wanted, proposed = odds(model), odds(drafted)
-
-    def draw_once() -> int:
-        return accept_or_redraw(wanted, draw(*proposed, drafter), proposed, verifier)
-
-    assert chi_square_p(counted(draw_once), model) > LEAST_P
+def unlikely(text: Sequence[int]) -> int:
+    """Draft the least likely token that can be drawn."""
+    row = LOGITS[text[-1] % CONTEXTS]
+    return int(np.argsort(row)[-OPTIONS.top_k])
 
 
-def test_the_statistic_finds_out_a_distribution_that_is_a_little_off() -> None:
-    model, drafted = DRAFTED["another"]
-    rng = np.random.default_rng(5)
-    assert chi_square_p(counted(lambda: draw(*odds(0.98 * model + 0.02 * drafted), rng)), model) < 1e-6
+def impossible(text: Sequence[int]) -> int:
+    return int(LOGITS[text[-1] % CONTEXTS].argmin())
 
 
-@pytest.mark.parametrize("name", ["another", "the model's own", "disjoint"])
-def test_as_many_drafts_are_accepted_as_both_distributions_share(name: str) -> None:
-    model, drafted = DRAFTED[name]
-    drafter, verifier = np.random.default_rng(6), np.random.default_rng(7)
-    wanted, proposed = odds(model), odds(drafted)
-    drafts = [draw(*proposed, drafter) for _ in range(20_000)]
-    accepted = sum(accept_or_redraw(wanted, draft, proposed, verifier) == draft for draft in drafts)
-    assert accepted / len(drafts) == pytest.approx(np.minimum(model, drafted).sum(), abs=0.012)
+def anything(text: Sequence[int]) -> int:
+    return (31 * text[-1] + 17 * len(text)) % VOCAB
 
 
-@pytest.mark.parametrize("drafted", ["likely", "unlikely", "none"])
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_certain_drafts_leave_the_draws_of_a_seed_as_they_are(drafted: str, temperature: float) -> None:
-    logits = np.log(MODEL).astype(np.float32)
-    options = SamplingOptions(temperature=temperature, top_p=0.95, seed=9)
-    certain = {"likely": Draft(int(MODEL.argmax())), "unlikely": Draft(int(MODEL.argmin())), "none": None}[drafted]
-    plain = make_sampler(options)
-    expected = [plain(logits, []) for _ in range(200)]
-    for choose in (by_sampling(make_sampler(options)), by_rejection(options)):
-        assert [choose(logits, [], certain) for _ in range(200)] == expected
+def by_turns(text: Sequence[int]) -> int:
+    """Draft by a rule that what was said before chooses."""
+    return (likeliest, unlikely, impossible, anything)[sum(text[-3:]) % 4](text)
 
 
-def test_rejection_keeps_to_temperature_and_nucleus() -> None:
-    options = SamplingOptions(temperature=0.7, top_k=20, min_p=0.01, seed=10)
-    logits = np.log(MODEL).astype(np.float32)
-    cold = MODEL ** (1 / 0.7)
-    cold = only(cold, (cold >= np.sort(cold)[-20]) & (cold >= 0.01 * cold.max()))
-    drafter, proposed = np.random.default_rng(11), odds(soft(2, 1.5))
-    choose = by_rejection(options)
-    counts = counted(lambda: choose(logits, [], Draft(draw(*proposed, drafter), proposed)), 30_000)
-    assert chi_square_p(counts, cold) > LEAST_P
+def drawn(guess: Callable[[Sequence[int]], int], draws: int) -> tuple[NDArray[np.int64], DraftStatistics]:
+    """Return how often each token was drawn after those of each context, ``[CONTEXTS, V]``."""
+    session, statistics = chain_session(), DraftStatistics(drafter="any")
+    counts = np.zeros((CONTEXTS, VOCAB), dtype=np.int64)
+    for seed in range(draws // TEXT):
+        session.trim(len(session))
+        logits, sample = session.prefill([seed % VOCAB]), make_sampler(replace(OPTIONS, seed=seed))
+        speculation = Speculation(Scripted(guess), Always(3), sample, statistics)
+        tokens = decode_drafted(session, logits, speculation, max_tokens=TEXT, end_ids=())
+        text = np.array([seed % VOCAB, *tokens])
+        np.add.at(counts, (text[:-1] % CONTEXTS, text[1:]), 1)
+    return counts, statistics
+
+
+ALONE = [pytest.param(guess, marks=pytest.mark.exhaustive) for guess in (likeliest, unlikely, impossible, anything)]
+
+
+@pytest.mark.parametrize("guess", [by_turns, *ALONE])
+def test_drafted_text_has_the_models_distribution(guess: Callable[[Sequence[int]], int]) -> None:
+    counts, statistics = drawn(guess, DRAWS)
+    assert counts.sum() == DRAWS
+    assert sum(statistics.drafted) > DRAWS / 2
+    assert chi_square_p(counts, exact()) > LEAST_P
+
+
+def test_the_statistic_finds_out_drafts_that_are_accepted_a_little_too_often() -> None:
+    often = 0.97 * exact() + 0.03 * np.eye(VOCAB)[exact().argmax(axis=1)]
+    counts = np.random.default_rng(5).multinomial(DRAWS // CONTEXTS, often)
+    assert chi_square_p(counts, exact()) < 1e-6
+
+
+def test_a_draft_is_accepted_with_the_probability_that_the_model_gives_it() -> None:
+    counts, statistics = drawn(likeliest, 20_000)
+    contexts = counts.sum(axis=1) / counts.sum()
+    assert statistics.acceptance[0] == pytest.approx((contexts * exact().max(axis=1)).sum(), abs=0.02)

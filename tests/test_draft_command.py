@@ -15,6 +15,7 @@ from engram_runtime.drafting.opening import Drafting
 from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.drafting.schedule import Always
 from engram_runtime.drafting.statistics import DraftStatistics
+from engram_runtime.errors import RequestError
 from engram_runtime.tables.counters import TableCounters
 
 PROMPT = "The tide comes in"
@@ -146,6 +147,16 @@ def test_a_stream_that_is_left_early_does_not_disturb_the_next(plain: LLM, draft
             next(stream)
         del stream
         assert drafting.generate(PROMPT, max_tokens=24).token_ids == expected.token_ids
+
+
+def test_a_second_stream_of_a_prompt_ends_the_first_and_is_not_disturbed(plain: LLM, drafting: LLM) -> None:
+    expected = plain.generate(PROMPT, max_tokens=24)
+    for count in range(1, 8):
+        first, second = (drafting.stream(PROMPT, max_tokens=24) for _ in range(2))
+        pieces = [[next(stream) for _ in range(count)] for stream in (first, second)]
+        with pytest.raises(RequestError, match="another text was begun in this session"):
+            next(first)
+        assert "".join([*pieces[1], *second]) == expected.text
 
 
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {

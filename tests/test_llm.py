@@ -113,6 +113,17 @@ def test_a_stream_that_is_left_early_does_not_disturb_the_next(llm: LLM) -> None
     assert same(llm.generate(PROMPT, max_tokens=12), expected)
 
 
+def test_a_second_stream_of_a_prompt_ends_the_first_and_is_not_disturbed(llm: LLM) -> None:
+    expected = llm.generate(PROMPT, max_tokens=12)
+    first, second = (llm.stream(PROMPT, max_tokens=12) for _ in range(2))
+    pieces = [next(stream) for stream in (first, second)]
+    with pytest.raises(RequestError, match="another text was begun in this session"):
+        next(first)
+    assert pieces[1] + "".join(second) == expected.text
+    assert llm.last is not None
+    assert same(llm.last, expected)
+
+
 def test_logits_are_those_of_decoding_one_token_at_a_time(workshop: Workshop, llm: LLM) -> None:
     token_ids = random_ids(21)
     expected = stepwise_logits(workshop.ready(), token_ids, llm.executor.name)

@@ -24,7 +24,7 @@ def drafts_of(drafter: Drafter, pending: int, count: int) -> tuple[int, list[int
     """Return the grade and up to ``count`` drafts."""
     proposal = drafter.propose(pending)
     groups = proposal.draw(min(count, proposal.most))
-    return proposal.grade, [draft.token_id for group in groups for draft in group]
+    return proposal.grade, [draft for group in groups for draft in group]
 
 
 def searched(token_ids: Sequence[int], pending: int, count: int) -> tuple[int, list[int]]:

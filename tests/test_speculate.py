@@ -8,9 +8,9 @@ import pytest
 from numpy.typing import NDArray
 from tests.toy_model import CONTEXT, UNREADABLE, VOCAB, Scripted, ToyModel, ToySession, erratic, right, wrong
 
-from engram_runtime.drafting.acceptance import Choice, by_rejection, by_sampling
 from engram_runtime.drafting.drafter import Drafter
 from engram_runtime.drafting.lookup import LookupDrafter
+from engram_runtime.drafting.mask import MaskOptions, decode_by_masks, decode_by_verified_masks
 from engram_runtime.drafting.schedule import Always, Measured
 from engram_runtime.drafting.speculate import Speculation, decode_drafted
 from engram_runtime.drafting.statistics import DraftStatistics
@@ -48,8 +48,8 @@ def recording(sample: Sampler, rows: Recorded) -> Sampler:
     return sample_and_keep
 
 
-def speculation(drafter: Drafter, drafts: int, choose: Choice) -> Speculation:
-    return Speculation(drafter, Always(drafts), choose, DraftStatistics(drafter=drafter.name))
+def speculation(drafter: Drafter, drafts: int, sample: Sampler) -> Speculation:
+    return Speculation(drafter, Always(drafts), sample, DraftStatistics(drafter=drafter.name))
 
 
 def drafted(
@@ -58,7 +58,7 @@ def drafted(
     return decode_drafted(
         session,
         session.first_logits,
-        speculation(drafter, drafts, by_sampling(sample)),
+        speculation(drafter, drafts, sample),
         max_tokens=max_tokens,
         end_ids=set() if end is None else {end},
     )
@@ -100,12 +100,12 @@ def test_text_and_logits_are_those_of_plain_decoding(name: str, drafts: int, sam
 def test_a_measured_schedule_changes_nothing() -> None:
     schedule = Measured([1.0, 1.01, 1.02, 1.03] * 6, 0.0)
     session = new_session()
-    choose = by_sampling(make_sampler(SamplingOptions()))
+    sample = make_sampler(SamplingOptions())
     statistics = DraftStatistics(drafter="scripted")
     tokens = decode_drafted(
         session,
         session.first_logits,
-        Speculation(Scripted(erratic), schedule, choose, statistics),
+        Speculation(Scripted(erratic), schedule, sample, statistics),
         max_tokens=25,
         end_ids=(),
     )
@@ -223,14 +223,49 @@ def test_an_interrupted_pass_never_happened(passes: int) -> None:
     assert_same_states(session, new_session())
 
 
-def test_a_session_that_someone_went_on_with_is_left_alone() -> None:
-    session = new_session()
-    tokens = drafted(session, Scripted(right), 7, make_sampler(SamplingOptions()))
-    assert [next(tokens) for _ in range(3)] == greedy_text(3)
-    session.trim(len(session))
-    session.prefill([9, 9])
+WAYS: dict[str, Callable[[ToySession], Tokens]] = {
+    "plain": lambda session: plain(session, make_sampler(SamplingOptions())),
+    "drafts": lambda session: drafted(session, Scripted(right), 7, make_sampler(SamplingOptions())),
+    "masks": lambda session: masked(session, decode_by_verified_masks),
+    "masks, unverified": lambda session: masked(session, decode_by_masks),
+}
+
+
+def masked(session: ToySession, decode: Callable[..., Tokens]) -> Tokens:
+    sample, statistics = make_sampler(SamplingOptions()), DraftStatistics(drafter="masks")
+    ends = {"max_tokens": 20, "end_ids": ()}
+    return decode(session, session.first_logits, sample, MaskOptions(mask_id=0), statistics=statistics, **ends)
+
+
+@pytest.mark.parametrize("first", WAYS)
+@pytest.mark.parametrize("second", WAYS)
+@pytest.mark.parametrize("said", [1, 3])
+def test_a_text_whose_session_began_another_cant_go_on_and_disturbs_nothing(first: str, second: str, said: int) -> None:
+    """Even where both hold the same tokens."""
+    expected = list(WAYS[second](new_session()))
+    for leave in (close, refused):
+        session = new_session()
+        outdated = WAYS[first](session)
+        assert len([next(outdated) for _ in range(said)]) == said
+        session.trim(len(session))
+        session.first_logits = session.prefill(PROMPT)
+        tokens = WAYS[second](session)
+        begun = [next(tokens) for _ in range(said)]
+        leave(outdated)
+        assert [*begun, *tokens] == expected
+
+
+def close(tokens: Tokens) -> None:
     tokens.close()
-    assert list(session.token_ids) == [9, 9]
+
+
+def refused(tokens: Tokens) -> None:
+    with pytest.raises(RequestError) as caught:
+        next(tokens)
+    assert str(caught.value) == (
+        "another text was begun in this session while this one was generated, which can't go on; finish or close a "
+        "text before the next one"
+    )
 
 
 def test_a_drafter_is_told_what_the_session_holds_with_hidden_states_of_all_it_said() -> None:
@@ -274,15 +309,7 @@ def test_statistics_count_positions() -> None:
 
 def test_a_chain_of_right_drafts_says_all_of_them_in_one_pass() -> None:
     session, drafter = new_session(), Scripted(right)
-    with_drafts = speculation(drafter, 7, by_sampling(make_sampler(SamplingOptions())))
+    with_drafts = speculation(drafter, 7, make_sampler(SamplingOptions()))
     text = list(decode_drafted(session, session.first_logits, with_drafts, max_tokens=17, end_ids=()))
     assert text == greedy_text(17)
     assert (with_drafts.statistics.forwards, with_drafts.statistics.accepted) == (2, [2] * 7)
-
-
-def test_rejection_without_odds_draws_as_plain_decoding_does() -> None:
-    options = SAMPLING["drawn"]
-    session = new_session()
-    with_drafts = speculation(Scripted(erratic), 3, by_rejection(options))
-    found = decode_drafted(session, session.first_logits, with_drafts, max_tokens=20, end_ids=())
-    assert list(found) == list(plain(new_session(), make_sampler(options)))

@@ -10,7 +10,7 @@ from tests.steps import FunctionStep
 from tests.test_manifest import sound_manifest
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.drafting.drafter import Draft, Groups, Proposal
+from engram_runtime.drafting.drafter import Groups, Proposal
 from engram_runtime.errors import TableError
 from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.manifest import DECODER, HIDDEN, Manifest
@@ -129,7 +129,7 @@ class Scripted:
                 group = []
                 for _ in range(self._group):
                     text.append(self._guess(text))
-                    group.append(Draft(text[-1]))
+                    group.append(text[-1])
                 yield group
 
         return Proposal(most=self._most, grade=0, draw=draw)

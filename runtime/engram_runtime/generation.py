@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.drafting.statistics import DraftStatistics
+from engram_runtime.errors import RequestError
 from engram_runtime.sampling import Sampler
 from engram_runtime.session import Session
 from engram_runtime.tables.counters import TableCounters
@@ -69,10 +70,28 @@ def decode_tokens(
 
     Args:
         logits: ``[V]`` after the session's last token.
+
+    Raises:
+        RequestError: as for `say`.
     """
     for count in range(1, max_tokens + 1):
         token_id = sample(logits, session.token_ids)
-        yield token_id
+        yield from say(session, token_id)
         if token_id in end_ids or count == max_tokens or session.room == 0:
             return
         logits = session.decode([token_id])[-1]
+
+
+def say(session: Session, token_id: int) -> Tokens:
+    """Yield a token; a session that others used before the next one is asked for can't go on with this text.
+
+    Raises:
+        RequestError: they did.
+    """
+    changes = session.changes
+    yield token_id
+    if session.changes != changes:
+        raise RequestError(
+            "another text was begun in this session while this one was generated, which can't go on; finish or close "
+            "a text before the next one"
+        )

@@ -34,7 +34,8 @@ GREEDY = SamplingOptions()
 class LLM:
     """A loaded bundle with one sequence; what a new prompt shares with the last one is not computed again.
 
-    Use it from any thread, one at a time, and close it, best by ``with``.
+    Use it from any thread, one at a time, and close it, best by ``with``. A request ends the streams that are still
+    open: going on with one of them is a RequestError, closing it changes nothing.
     """
 
     def __init__(

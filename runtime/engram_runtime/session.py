@@ -102,6 +102,7 @@ class Session:
         self._one_way = OneWayStates([states[spec.name] for spec in specs if not spec.rolls_back])
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
+        self._changes = 0
         self._held = 0  # how many of them the states hold; those after are computed with the next ones
         self._stale = False  # whether the states may hold other tokens
         self._hidden: list[NDArray[np.float32]] = []  # by the passes of the last call
@@ -149,6 +150,11 @@ class Session:
         -1 stands for a position that was given as an embedding; see `prefill_embeddings`.
         """
         return self._token_ids
+
+    @property
+    def changes(self) -> int:
+        """How often tokens were added or trimmed, by which those who use it in turn find out about each other."""
+        return self._changes
 
     @property
     def activity(self) -> Activity:
@@ -291,6 +297,7 @@ class Session:
         kept = len(self) - count
         self._stale = self._stale or kept < self._held
         self._token_ids = self._token_ids[:kept]
+        self._changes += 1
         held = min(self._held, kept)
         self._step_back()
         return held - self._held
@@ -327,6 +334,7 @@ class Session:
                 chunk, following = self._chunk(np.concatenate([missing, waiting]))
                 added = max(0, len(chunk) - len(missing))
                 logits = self._pass(chunk, following, every_position=every_position and added > 1)
+                self._changes += added > 0
                 self._token_ids += waiting[:added].tolist()
                 self._held += len(chunk)
                 self._stale = False

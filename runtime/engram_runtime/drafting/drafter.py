@@ -1,28 +1,13 @@
 """What makes drafts: the protocol."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-class Odds(NamedTuple):
-    """What a draft was drawn from: ``token_ids [K]`` int64, each once, and their ``probabilities [K]`` float64."""
-
-    token_ids: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-
-
-class Draft(NamedTuple):
-    """A guess of one token; without ``odds`` it is certain to be this one, a point mass."""
-
-    token_id: int
-    odds: Odds | None = None
-
-
-Groups = Generator[Sequence[Draft], None, None]
+Groups = Generator[Sequence[int], None, None]
 DrawDrafts = Callable[[int], Groups]
 
 
@@ -33,8 +18,8 @@ class Proposal:
     Attributes:
         most: how many drafts it has; 0 where it has no guess.
         grade: how sure it is, in classes of its own, of each of which acceptance is counted by itself.
-        draw: makes so many drafts, at most ``most`` and maybe 0, in order, in groups as they come; where it has no
-            further guess it ends early. It is closed before the drafter is used again.
+        draw: makes so many drafts, at most ``most`` and maybe 0, token ids in order, in groups as they come; where it
+            has no further guess it ends early. It is closed before the drafter is used again.
     """
 
     most: int
@@ -84,8 +69,3 @@ NOTHING = Proposal(most=0, grade=0, draw=no_drafts)
 def is_token(token_id: int) -> bool:
     """Tell a token's id from what stands in the place of a position that was given as an embedding."""
     return token_id >= 0
-
-
-def all_at_once(token_ids: Iterable[int]) -> list[Draft]:
-    """Return point masses."""
-    return [Draft(token_id) for token_id in token_ids]

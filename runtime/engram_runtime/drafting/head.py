@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.draft_head import Drafted, DraftHead
-from engram_runtime.drafting.drafter import NOTHING, Draft, Groups, Odds, Proposal, is_token
-from engram_runtime.sampling import SamplingOptions, distribution, draw
+from engram_runtime.drafting.drafter import NOTHING, Groups, Proposal, is_token
 
 NAME = "mtp"
 MOST = 64  # drafts; verification pays for far fewer
@@ -30,15 +29,9 @@ class HeadDrafter:
 
     name = NAME
 
-    def __init__(self, head: DraftHead, sampling: SamplingOptions | None = None) -> None:
-        """Start with no tokens.
-
-        Args:
-            sampling: how to draw drafts, penalties left out; or None for the likeliest ones, as point masses.
-        """
+    def __init__(self, head: DraftHead) -> None:
+        """Start with no tokens."""
         self._head = head
-        self._sampling = sampling
-        self._rng = np.random.Generator(np.random.PCG64(None if sampling is None else sampling.seed)).spawn(1)[0]
         self._token_ids: list[int] = []
         self._waiting: list[_State] = []
         self._entered: list[int] = []  # places that the head has entries of
@@ -82,11 +75,11 @@ class HeadDrafter:
             try:
                 likely = 1.0
                 for number in itertools.count(1):
-                    yield [draft := self._draft(drafted)]
+                    yield [draft := int(self._head.vocabulary[drafted.logits[-1].argmax()])]
                     likely *= _top_probability(drafted.logits[-1])
                     if number == count or likely < LEAST_LIKELY:
                         return
-                    drafted = self._head.extend([draft.token_id], drafted.hidden[-1:])
+                    drafted = self._head.extend([draft], drafted.hidden[-1:])
             finally:
                 self._head.trim(len(self._head) - kept)
 
@@ -104,14 +97,6 @@ class HeadDrafter:
         drafted = self._head.extend(token_ids, np.stack(states))
         self._entered += places
         return drafted
-
-    def _draft(self, drafted: Drafted) -> Draft:
-        logits = drafted.logits[-1]
-        if self._sampling is None:
-            return Draft(int(self._head.vocabulary[logits.argmax()]))
-        kept, weights = distribution(logits, (), self._sampling)
-        odds = Odds(self._head.vocabulary[kept], weights / weights.sum())
-        return Draft(draw(odds.token_ids, odds.probabilities, self._rng), odds)
 
 
 def _top_probability(logits: NDArray[np.float32]) -> float:

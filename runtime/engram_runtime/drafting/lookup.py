@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.drafting.drafter import NOTHING, Groups, Proposal, all_at_once, is_token
+from engram_runtime.drafting.drafter import NOTHING, Groups, Proposal, is_token
 
 NAME = "lookup"
 ORDERS = (8, 5, 3, 2)  # lengths of the n-grams looked for, the longest first
@@ -70,6 +70,6 @@ class LookupDrafter:
             period = len(self._token_ids) + 1 - place
             while len(following) < count:
                 following.append(following[-period])
-            yield all_at_once(itertools.takewhile(is_token, following))
+            yield list(itertools.takewhile(is_token, following))
 
         return Proposal(most=MOST, grade=order, draw=draw)

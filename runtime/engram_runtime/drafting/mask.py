@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError
-from engram_runtime.generation import Tokens
+from engram_runtime.generation import Tokens, say
 from engram_runtime.sampling import Sampler, finite
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
@@ -80,6 +80,9 @@ def decode_by_masks(
 
     Args:
         logits: ``[V]`` after the session's last token.
+
+    Raises:
+        RequestError: as for `generation.say`.
     """
     masks = min(options.most - 1, session.room)
     rows = np.concatenate([logits[None], _run(session, [], masks, options.mask_id)])
@@ -91,7 +94,7 @@ def decode_by_masks(
         statistics.note(masks, len(block))
         for place, token_id in enumerate(block):
             count += 1
-            yield token_id
+            yield from say(session, token_id)
             if token_id in end_ids or count == max_tokens or session.room == place:
                 return
         masks = min(options.most - 1, session.room - len(block))
@@ -116,23 +119,28 @@ def decode_by_verified_masks(
 
     Args:
         logits: ``[V]`` after the session's last token.
+
+    Raises:
+        RequestError: as for `generation.say`.
     """
     token_id = sample(logits, session.token_ids)
-    yield token_id
+    yield from say(session, token_id)
     count, guesses = 1, list[int]()
     while token_id not in end_ids and count < max_tokens and session.room:
         drafts = guesses[: min(max_tokens - count, session.room) - 1]
         start, said, tokens = len(session), 0, [token_id, *drafts]
         masks = min(options.most - 1, session.room - len(tokens))
         rows = _run(session, tokens, masks, options.mask_id)
+        changes = session.changes
         try:
             for row, draft in zip(rows, [*drafts, None], strict=False):  # the rows after these are of masks
                 said += 1
-                yield (token_id := sample(row, session.token_ids[: start + said]))
+                token_id = sample(row, session.token_ids[: start + said])
+                yield from say(session, token_id)
                 if token_id != draft or token_id in end_ids:
                     break
         finally:
-            if session.token_ids[start:] == tokens:  # else someone went on with the session meanwhile
+            if session.changes == changes:
                 session.trim(len(tokens) - said)
             statistics.note(len(drafts), said)
         count += said

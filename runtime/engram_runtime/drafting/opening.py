@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.draft_head import DraftHead
 from engram_runtime.drafting import head, lookup, mask
-from engram_runtime.drafting.acceptance import by_sampling
 from engram_runtime.drafting.costs import forward_costs
 from engram_runtime.drafting.drafter import Drafter
 from engram_runtime.drafting.mask import MaskOptions
@@ -80,7 +79,7 @@ class Drafting:
     ) -> Generated:
         """See `Decoding`."""
         statistics = self.count_drafts(drafter=self.drafter.name)
-        speculation = Speculation(self.drafter, self.schedule, by_sampling(sample), statistics)
+        speculation = Speculation(self.drafter, self.schedule, sample, statistics)
         return decode_drafted(session, logits, speculation, max_tokens=max_tokens, end_ids=end_ids), statistics
 
 

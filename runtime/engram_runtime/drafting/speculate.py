@@ -3,6 +3,9 @@
 A pass takes the pending token, which was said but isn't held yet, and the drafts after it. Its rows are chosen from in
 turn, as they are asked for, until one isn't the draft. What is rejected never happened: neither the session nor the
 random generator nor the tokens that penalties see differ from plain decoding, whenever the generator is left.
+
+A token x is drawn as without drafts and a draft d accepted where x = d. That is rejection sampling (Leviathan et al.,
+arXiv 2211.17192) for drafts that are certain: d is accepted with p(d), and else x has p without d, normalised.
 """
 
 import contextlib
@@ -13,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.drafting.acceptance import Choice
-from engram_runtime.drafting.drafter import Draft, Drafter
+from engram_runtime.drafting.drafter import Drafter
 from engram_runtime.drafting.schedule import Pass, Schedule
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import RequestError, TableError
-from engram_runtime.generation import Tokens
+from engram_runtime.generation import Tokens, say
+from engram_runtime.sampling import Sampler
 from engram_runtime.sequences import common_length
 from engram_runtime.session import Session
 
@@ -29,7 +32,7 @@ class Speculation:
 
     drafter: Drafter
     schedule: Schedule
-    choose: Choice
+    sample: Sampler
     statistics: DraftStatistics
 
 
@@ -49,13 +52,13 @@ def decode_drafted(
         logits: ``[V]`` after the session's last token.
 
     Raises:
-        RequestError: the drafter proposes what is no token.
+        RequestError: the drafter proposes what is no token, and as for `generation.say`.
     """
     speculation.schedule.begin()
     _tell(speculation.drafter, session)
     history = list(session.token_ids)
-    token_id = speculation.choose(logits, history, None)
-    yield token_id
+    token_id = speculation.sample(logits, history)
+    yield from say(session, token_id)
     count = 1
     while token_id not in end_ids and count < max_tokens and session.room:
         most = min(max_tokens - count, session.room) - 1  # a pass says one token more than it has drafts
@@ -63,8 +66,9 @@ def decode_drafted(
             for row, draft in zip(block.rows, [*block.drafts, None], strict=True):
                 history.append(block.token_ids[block.said])
                 block.said += 1
-                yield (token_id := speculation.choose(row, history, draft))
-                if draft is None or token_id != draft.token_id or token_id in end_ids:
+                token_id = speculation.sample(row, history)
+                yield from say(session, token_id)
+                if token_id != draft or token_id in end_ids:
                     break
         count += block.said
 
@@ -84,32 +88,35 @@ class _Block:
     """
 
     pending: int
-    drafts: Sequence[Draft]
+    drafts: Sequence[int]
     rows: NDArray[np.float32]
     said: int = 0
 
     @property
     def token_ids(self) -> list[int]:
-        return [self.pending, *(draft.token_id for draft in self.drafts)]
+        return [self.pending, *self.drafts]
 
 
 @contextlib.contextmanager
 def _verified(
     session: Session, speculation: Speculation, pending: int, most: int, *, vocab_size: int
 ) -> Iterator[_Block]:
-    """Add a token and up to ``most`` drafts after it; on leaving, trim those that weren't said."""
-    start, put_off, began = len(session), session.put_off, time.perf_counter()
+    """Add a token and up to ``most`` drafts after it; on leaving, trim those that weren't said.
+
+    A session that others used meanwhile is left as they made it.
+    """
+    put_off, began = session.put_off, time.perf_counter()
     drafts, grade, asked = _draft(session, speculation, pending, most, vocab_size)
     drafted = time.perf_counter()
     block = _run(session, pending, drafts)
     verified = time.perf_counter()
-    hidden = session.hidden
+    hidden, changes = session.hidden, session.changes
     read = time.perf_counter()
     try:
         yield block
     finally:
         closed = time.perf_counter()
-        if session.token_ids[start:] == block.token_ids:  # else someone went on with the session meanwhile
+        if session.changes == changes:
             session.trim(len(block.token_ids) - block.said)
             speculation.drafter.add(block.token_ids[: block.said], hidden[: block.said])
         draft_s = drafted - began + read - verified + time.perf_counter() - closed
@@ -129,36 +136,34 @@ def _verified(
 
 def _draft(
     session: Session, speculation: Speculation, pending: int, most: int, vocab_size: int
-) -> tuple[list[Draft], int, int]:
+) -> tuple[list[int], int, int]:
     """Return drafts after ``pending``, whose rows are on their way, their grade and how many were asked for."""
     proposal = speculation.drafter.propose(pending)
     count = speculation.schedule.count(proposal.grade, min(most, proposal.most), session.put_off)
-    drafts: list[Draft] = []
+    drafts: list[int] = []
     if count == 0:
         return drafts, proposal.grade, 0
     with contextlib.closing(proposal.draw(count)) as groups:
         while len(drafts) < count and (group := next(groups, None)):
             _check(speculation.drafter.name, group, vocab_size)
             drafts += group
-            session.request([pending, *(draft.token_id for draft in drafts)])
+            session.request([pending, *drafts])
     return drafts[:count], proposal.grade, count
 
 
-def _check(name: str, drafts: Sequence[Draft], vocab_size: int) -> None:
+def _check(name: str, drafts: Sequence[int], vocab_size: int) -> None:
     for draft in drafts:
-        if not 0 <= draft.token_id < vocab_size:
-            raise RequestError(
-                f"drafter {name!r} proposes token id {draft.token_id}, outside the vocabulary of {vocab_size}"
-            )
+        if not 0 <= draft < vocab_size:
+            raise RequestError(f"drafter {name!r} proposes token id {draft}, outside the vocabulary of {vocab_size}")
 
 
-def _run(session: Session, pending: int, drafts: Sequence[Draft]) -> _Block:
+def _run(session: Session, pending: int, drafts: Sequence[int]) -> _Block:
     """Run a token and its drafts, or the token alone where rows of a draft can't be read, which may never be needed."""
     start = len(session)
     if drafts:
         session.checkpoint()
     try:
-        rows = session.decode([pending, *(draft.token_id for draft in drafts)])
+        rows = session.decode([pending, *drafts])
     except BaseException as error:
         session.trim(len(session) - start)  # of a pass in chunks some may have been added
         if not drafts or not isinstance(error, TableError):
