@@ -213,7 +213,7 @@ def test_a_row_that_several_sequences_read_is_asked_for_once(session: Session) -
 
 def test_wrong_tokens_are_refused_and_change_nothing(session: Session) -> None:
     with Group(session, 2) as group, Group(session, 2) as plain:
-        with pytest.raises(RequestError, match=re.escape("1 tokens were given to 2 sequences, expected one for each")):
+        with pytest.raises(RequestError, match=re.escape("tokens were given for 1 sequences, there are 2")):
             group.step([1])
         with pytest.raises(RequestError, match=f"token id {VOCAB} is outside the vocabulary of {VOCAB}"):
             group.step([1, VOCAB])
