@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.errors import RequestError
+from engram_runtime.errors import RequestError, TableError
 from engram_runtime.generation import GrowingText
 from engram_runtime.parallel.drafts import SiblingDrafter, SiblingLookup
 from engram_runtime.parallel.group import MOST_SEQUENCES, Group, require_memory
@@ -105,7 +105,22 @@ def draw_samples(
             going = [going[index] for index in kept]
             if going:
                 drafts = drafter.drafts([each.history for each in going], [each.room for each in going], group.spare)
-                rows = group.extend([[each.history[-1], *more] for each, more in zip(going, drafts, strict=True)])
+                drafts, rows = _verify(group, [each.history[-1] for each in going], drafts)
+
+
+def _verify(
+    group: Group, pending: Sequence[int], drafts: list[list[int]]
+) -> tuple[list[list[int]], list[NDArray[np.float32]]]:
+    """Add a token and its drafts to each sequence; returns the drafts and logits ``[1 + k, V]`` of each.
+
+    There are no drafts where rows of them can't be read, which may never be needed.
+    """
+    try:
+        return drafts, group.extend([[token_id, *more] for token_id, more in zip(pending, drafts, strict=True)])
+    except TableError:
+        if not any(drafts):
+            raise
+    return [[] for _ in pending], group.extend([[token_id] for token_id in pending])
 
 
 class _Growing:
