@@ -137,7 +137,8 @@ def test_the_search_ends_with_the_context() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0}, "beam width is 0, expected at least 1"),
+        ({"width": 0}, "beam width is 0, expected 1 to 1024"),
+        ({"width": 1025}, "beam width is 1025, expected 1 to 1024"),
         ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
         ({"length_penalty": -0.5}, "length_penalty is -0.5, expected 0 to 10"),
         ({"length_penalty": 10.5}, "length_penalty is 10.5, expected 0 to 10"),
