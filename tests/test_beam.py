@@ -41,11 +41,12 @@ class Remembering:
     """Keeps token ids in its one state, an entry per position, and asks a model for the logits after what is there."""
 
     name, threads, expert_bytes_read, float16_states = "remembering", 1, None, ()
+    experts_read = None
 
     def __init__(self, model: Model) -> None:
         self._model = model
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [count]
 
     def row_decoder(self, site: str) -> None:
@@ -156,11 +157,11 @@ def test_options_out_of_range_are_refused(options: Mapping[str, float], message:
 def test_more_beams_than_memory_holds_are_refused(
     monkeypatch: pytest.MonkeyPatch, max_tokens: int, tokens: int, needed: int
 ) -> None:
-    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=10 << 30))
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=1024 * needed - 1))
     with session_of(toy_model(0)) as session, pytest.raises(RequestError) as caught:
-        beam_search(session, session.prefill(PROMPT), width=1 << 30, max_tokens=max_tokens, end_ids=())
+        beam_search(session, session.prefill(PROMPT), width=1024, max_tokens=max_tokens, end_ids=())
     assert str(caught.value) == (
-        f"the states of 1073741824 sequences of {tokens} tokens need {needed}.0 GiB, 10.0 GiB of memory are available; "
+        f"the states of 1024 sequences of {tokens} tokens need 0.0 GiB, 0.0 GiB of memory are available; "
         f"ask for fewer sequences or tokens"
     )
 

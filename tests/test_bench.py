@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from engram_runtime.bench import runner as runner_module
 from engram_runtime.bench.bandwidth import LEAST_BYTES, MOST_BYTES, Bandwidth, read_bandwidth, working_set
 from engram_runtime.bench.bundle_runner import weight_bytes_of_a_token
+from engram_runtime.bench.continuations import Continuation, drafted
 from engram_runtime.bench.kernel_times import Watcher, by_kind, kernel_times, kind_of, medians, outside_ms
 from engram_runtime.bench.markdown import markdown
 from engram_runtime.bench.memory import resident_mb
 from engram_runtime.bench.process import Worker
 from engram_runtime.bench.report import ratios, report
 from engram_runtime.bench.rounds import Contestant, Result, Settings, measure
+from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
+from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import BundleError, RequestError, TargetError
 
 SETTINGS = Settings(prompt_tokens=8, decode_tokens=4, depths=(0, 8), rounds=3, tables_on=True, profile=False)
@@ -58,7 +61,16 @@ for line in sys.stdin:
     elif what == "group":
         answer = {"group": os.getpgrp()}
     elif what == "verify":
-        answer = {"seconds": {str(tokens): seconds * tokens for tokens in request["sizes"]}}
+        experts = {str(tokens): None for tokens in request["sizes"]}
+        answer = {"seconds": {str(tokens): seconds * tokens for tokens in request["sizes"]}, "experts": experts}
+    elif what == "drafts":
+        answer = {}
+        for text in request["prompts"]:
+            none = {"drafter": "none", "forwards": 4, "tokens": 4, "drafted": [], "accepted": []}
+            plain = {"tokens": 4, "seconds": 4 * seconds, "drafts": none, "experts": 8}
+            some = {"drafter": "lookup", "forwards": 2, "tokens": 4, "drafted": [2, 1], "accepted": [1, 1]}
+            drafted = {"tokens": 4, "seconds": len(text) * seconds, "drafts": some, "experts": 7}
+            answer[text] = {"plain": plain, "drafted": drafted, "same": text != "odd"}
     else:
         answer = {"seconds": seconds * request["tokens"], "expert_bytes": 500.0}
     print(json.dumps(answer), flush=True)
@@ -125,6 +137,7 @@ def test_figures_are_those_of_the_answers(start_worker: StartWorker) -> None:
         "bandwidth_share": (1000 + 500) * 0.5 / 2e9,
         "bytes_per_token": 1500,
         "expert_bytes_per_token": 500,
+        "verify_experts": None,
         "bandwidth_gb_s": 2.0,
         "bandwidth_mb": 64.0,
         "prompt_tokens": 8,
@@ -153,6 +166,116 @@ def test_ratios_are_the_bundles_figures_over_the_peers(start_worker: StartWorker
         "rss_file_mb": 1.0,
         "bandwidth_share": 2.0,
     }
+
+
+DRAFTED = replace(SETTINGS, drafts=DraftOptions(drafter="lookup", drafts=2), prompts={"ab": "A B", "c": "C"})
+
+
+def measured_drafts(start_worker: StartWorker, settings: Settings, *, peer_drafts: bool = True) -> list[Result]:
+    contestants = [
+        Contestant(runner="fast", model="fast.model"),
+        Contestant(runner="slow", model="slow.model", drafts=peer_drafts),
+    ]
+    return measure(contestants, settings, threads=1, progress=lambda: None, start_worker=start_worker)
+
+
+def test_drafts_are_measured_first_in_turn_with_a_peers(start_worker: StartWorker, tmp_path: Path) -> None:
+    results = measured_drafts(start_worker, DRAFTED)
+    asked = [(name, request) for name, request in log_of(tmp_path) if request["do"] != "load"][:8]
+    options = {"drafter": "lookup", "drafts": 2, "mask_id": None, "confidence": None}
+    request = {"do": "drafts", "prompts": DRAFTED.prompts, "prompt_tokens": 8, "tokens": 4, "drafts": options}
+    assert asked == [("fast", request), ("slow", request)] * 4
+    found = report(results, DRAFTED, BANDWIDTH, (0.5, 0.75))
+    assert found["prompts"] == {"ab": "A B", "c": "C"}
+    assert found["drafts"] == {
+        "plain_tok_s": 2.0,
+        "tok_s": 5.333,  # 8 tokens in 1.5 s
+        "over_plain": 2.667,
+        "texts": {
+            "ab": {"plain_tok_s": 2.0, "tok_s": 4.0, "over_plain": 2.0},
+            "c": {"plain_tok_s": 2.0, "tok_s": 8.0, "over_plain": 4.0},
+        },
+        "draft": "lookup",
+        "forwards": 12,
+        "tokens_per_forward": 2.0,
+        "drafted": 18,
+        "accepted": 12,
+        "acceptance": [0.5, 1.0],
+        "same_text": True,
+        "experts_per_forward": {"plain": 2.0, "drafted": 3.5},
+    }
+    assert found["against"]["ratios"]["drafts"]["tok_s"] == 2.0
+    assert found["against"]["ratios"]["drafts"]["texts"]["c"] == {"plain_tok_s": 2.0, "tok_s": 2.0, "over_plain": 1.0}
+
+
+def test_drafts_stand_beside_plain_decoding_in_the_table(start_worker: StartWorker) -> None:
+    results = measured_drafts(start_worker, DRAFTED, peer_drafts=False)
+    found = report(results, DRAFTED, BANDWIDTH, (0.5, 0.75))
+    assert found["against"]["drafts"] is None
+    lines = markdown(found, DRAFTED, ratios(results[0], results[1], DRAFTED)).splitlines()
+    assert lines[4:6] == [
+        "fast, drafts by lookup, 2 a pass, after up to 8 tokens of ab, c: 2.00 tokens a forward pass; right one by "
+        "one: 50%, 100%; 3.5 experts a forward pass, plain 2.0; the same text as without",
+        "",
+    ]
+    start = lines.index("| decode 4 after ab, tok/s | 2 |  |  |")
+    assert lines[start + 1 : start + 9] == [
+        "| the same with drafts by lookup, tok/s | 4 |  |  |",
+        "| drafts over plain, ab | 2 |  |  |",
+        "| decode 4 after c, tok/s | 2 |  |  |",
+        "| the same with drafts by lookup, tok/s | 8 |  |  |",
+        "| drafts over plain, c | 4 |  |  |",
+        "| decode 4 after all texts, tok/s | 2 |  |  |",
+        "| the same with drafts by lookup, tok/s | 5.333 |  |  |",
+        "| drafts over plain, all texts | 2.667 |  |  |",
+    ]
+
+
+def test_drafts_that_change_the_text_are_told(start_worker: StartWorker) -> None:
+    settings = replace(DRAFTED, drafts=DraftOptions(drafter="lookup"), prompts={"odd": "?"})
+    found = report(measured_drafts(start_worker, settings), settings, BANDWIDTH, (0.5, 0.75))
+    lines = markdown(found, settings, None).splitlines()
+    assert lines[4].startswith("fast, drafts by lookup, as many as pay, after up to 8 tokens of odd: ")
+    assert lines[4].endswith("; another text as without")
+    assert sum(line.startswith("| drafts over plain, ") for line in lines) == 1
+
+
+def test_steps_are_announced_with_drafts(start_worker: StartWorker) -> None:
+    steps: list[None] = []
+    contestant = Contestant(runner="fast", model="")
+    measure([contestant], DRAFTED, threads=1, progress=lambda: steps.append(None), start_worker=start_worker)
+    assert len(steps) == DRAFTED.steps
+
+
+class Parrot:
+    """Says a text's own characters again, with drafts five or as many as ``short`` says; keeps the order of ways."""
+
+    def __init__(self, short: int = 5) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self._short = short
+
+    def go_on(self, prompt: str, *, prompt_tokens: int, tokens: int, drafts: DraftOptions) -> Continuation:
+        self.asked.append((prompt, drafts.drafter))
+        said = tuple(map(ord, prompt[:prompt_tokens]))[: tokens if drafts == NO_DRAFTS else self._short]
+        return Continuation(token_ids=said, seconds=2.0, drafts=DraftStatistics(drafter="x"), experts=None)
+
+
+def test_ways_take_turns_in_being_the_first(start_worker: StartWorker) -> None:
+    parrot, prompts = Parrot(), {"one": "abcdefg", "two": "bcd", "three": "cdefgh"}
+    found = drafted(parrot, prompts=prompts, prompt_tokens=6, tokens=6, drafts={"drafter": "lookup"})
+    ways = ["none", "lookup", "lookup", "none", "none", "lookup"]
+    assert parrot.asked == list(zip([each for each in prompts.values() for _ in range(2)], ways, strict=True))
+    assert [(found[name]["plain"]["tokens"], found[name]["same"]) for name in prompts] == [
+        (5, False),
+        (2, True),
+        (5, False),
+    ]
+
+
+def test_a_text_that_is_at_its_end_is_named() -> None:
+    with pytest.raises(RequestError) as caught:
+        drafted(Parrot(1), prompts={"one": "abc"}, prompt_tokens=6, tokens=6, drafts={"drafter": "lookup"})
+    assert str(caught.value) == "the model ends text one with its first token; give another by --prompt-file"
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
@@ -286,6 +409,7 @@ class FakeRunner:
         self.token_ids: list[int] = []
         self.calls: list[tuple[int, int]] = []  # tokens held, tokens added
         self.expert_bytes_read = 0
+        self.experts_read: int | None = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -298,6 +422,7 @@ class FakeRunner:
         self.calls.append((len(self.token_ids), len(token_ids)))
         self.token_ids += token_ids
         self.expert_bytes_read += 10 * len(token_ids)
+        self.experts_read = 4 * len(token_ids) + (self.experts_read or 0)
         return np.zeros((len(token_ids), self.vocab_size), dtype=np.float32)
 
     def trim(self, count: int) -> None:
@@ -318,6 +443,7 @@ def test_every_measurement_stands_where_it_says() -> None:
     assert fake.calls == [(0, 6), *[(4 + i, 1) for i in range(4)], (8, 2), *[(10, 2)] * 6, *[(10, 3)] * 6]
     assert decoded["expert_bytes"] == 10
     assert list(verified["seconds"]) == ["2", "3"]
+    assert verified["experts"] == {"2": 8, "3": 12}
     assert fake.token_ids == runner_module.text(fake, 0, 13)
     assert runner_module.profile(fake, depth=3, tokens=5) == {
         "decode": {"before": 3, "added": 1},

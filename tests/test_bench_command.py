@@ -61,6 +61,48 @@ def test_bench_alone_prints_a_table_and_where_the_time_goes(workshop: Workshop, 
     assert any(line.startswith("| linear_int8 |") for line in lines)
 
 
+DRAFTS = ("--draft", "lookup", "--draft-k", 2)
+
+
+def test_bench_measures_drafts_on_a_text(workshop: Workshop, command: Command, tmp_path: Path) -> None:
+    (text := tmp_path / "tide.txt").write_text("the tide comes in and the tide comes in and")
+    line = ("bench", workshop.ready().path, *SIZES, "--decode-tokens", 40, *DRAFTS, "--prompt-file", text)
+    found = command("engram", *line, "--prompt-tokens", 12, "--json").json
+    drafts = found["drafts"]
+    assert found["prompts"] == {str(text): text.read_text()}
+    assert (drafts["draft"], drafts["same_text"], list(drafts["texts"])) == ("lookup", True, [str(text)])
+    assert drafts["drafted"] > 0
+    assert drafts["forwards"] == 2 * 40 - drafts["accepted"]
+    assert drafts["texts"][str(text)] == {key: drafts[key] for key in ("plain_tok_s", "tok_s", "over_plain")}
+    assert drafts["over_plain"] > 0
+    assert drafts["experts_per_forward"] == {"plain": None, "drafted": None}
+
+
+def test_without_a_file_drafts_are_for_the_texts_that_are_built_in(workshop: Workshop, command: Command) -> None:
+    outcome = command("engram", "bench", workshop.ready().path, *SIZES, *DRAFTS)
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("tvm, drafts by lookup")]
+    assert line.startswith("tvm, drafts by lookup, 2 a pass, after up to 5 tokens of prose, code, copy: ")
+    assert line.endswith("; the same text as without")
+    assert "| drafts over plain, all texts | " in outcome.out
+
+
+def test_drafts_that_cant_be_made_end_the_measurements_at_once(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready().path
+    assert error_of(command, "bench", bundle, *SIZES, "--draft", "mtp") == (
+        2,
+        f"engram: bundle {bundle} has no draft head, which drafter 'mtp' needs; use 'lookup' or export the bundle with "
+        "a head",
+    )
+    assert error_of(command, "bench", bundle, *SIZES, "--prompt-file", "tide.txt") == (
+        2,
+        "engram: --prompt-file is what drafts are made for; give --draft as well or leave it out",
+    )
+    assert error_of(command, "bench", bundle, *SIZES, "--draft", "lookup", "--prompt-file", "no such") == (
+        2,
+        "engram: text no such can't be read: No such file or directory",
+    )
+
+
 def test_bench_takes_bundles_without_a_tokenizer(workshop: Workshop, command: Command, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()

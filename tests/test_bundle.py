@@ -805,13 +805,13 @@ class ScriptedExecutor:
 
     name = "scripted"
     threads = 1
-    expert_bytes_read = None
+    expert_bytes_read = experts_read = None
     float16_states = ()
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self._logits = logits  # [T, V]
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [1] * count
 
     def row_decoder(self, site: str) -> None:

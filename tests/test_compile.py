@@ -281,6 +281,18 @@ def test_rows_that_cannot_be_read_end_a_pass_with_their_own_error(workshop: Work
 def test_a_text_is_run_in_the_largest_compiled_sizes_that_fit(workshop: Workshop) -> None:
     executor = load_executor("tvm", workshop.ready(), threads=1)
     assert executor.chunks(TOKENS) == [8, 8, 4, 2, 1]
+    assert executor.chunks(TOKENS, spare=1) == [8, 8, 8]
+    assert [list(executor.chunks(count, spare=9)) for count in (3, 5, 11)] == [[4], [8], [8, 4]]
+
+
+def test_a_pass_that_is_not_full_has_the_bits_of_single_tokens_to_the_end_of_the_context(workshop: Workshop) -> None:
+    bundle = workshop.ready()
+    executor = load_executor("tvm", bundle, threads=1)
+    with Session.open(bundle, executor) as session:
+        ids = random_ids(session.room)
+        expected = stepwise_logits(bundle, ids, "tvm")
+        logits = [session.decode(ids[at : at + 3]) for at in range(0, len(ids), 3)]
+    assert_same_bits(np.concatenate(logits), expected)
 
 
 def test_an_operator_without_lowering_is_named(workshop: Workshop, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``--draft``: the same text, with figures of what drafts came to."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from engram_runtime import LLM, Generation, SamplingOptions
 from engram_runtime.commands.run import summary
 from engram_runtime.drafting.opening import Drafting
 from engram_runtime.drafting.options import DraftOptions
-from engram_runtime.drafting.schedule import Always, Measured
+from engram_runtime.drafting.schedule import Always
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.tables.counters import TableCounters
 
@@ -86,6 +87,14 @@ def test_the_summary_in_full() -> None:
     )
 
 
+def test_the_summary_tells_of_experts() -> None:
+    made = replace(generation(DraftStatistics(drafter="mtp", forwards=4), {}), experts=50)
+    assert "; 12.5 experts a forward pass; " in summary(made)
+    assert replace(made, drafts=None).experts_per_forward == 50
+    assert replace(made, drafts=DraftStatistics(drafter="mtp")).experts_per_forward is None
+    assert generation(None, {}).experts_per_forward is None
+
+
 def test_chat_says_the_same_with_drafts(bundle: Path, command: Command) -> None:
     line = ("engram", "chat", bundle, "--max-tokens", 12)
     talk = "the tide the tide\nand then?\n/reset\nthe tide the tide\n/exit\n"
@@ -139,17 +148,6 @@ def test_a_stream_that_is_left_early_does_not_disturb_the_next(plain: LLM, draft
         assert drafting.generate(PROMPT, max_tokens=24).token_ids == expected.token_ids
 
 
-def test_a_schedule_learns_from_one_text_for_the_next(bundle: Path) -> None:
-    with LLM(bundle, threads=THREADS, drafts=DraftOptions(drafter="lookup")) as llm:
-        llm.generate(PROMPT, max_tokens=24)
-        assert isinstance(llm._decoding, Drafting)
-        schedule = llm._decoding.schedule
-        assert isinstance(schedule, Measured)
-        before = schedule.total_s
-        llm.generate(PROMPT, max_tokens=24)
-        assert schedule.total_s > before > 0
-
-
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "no-head": (
         ("--draft", "mtp"),
@@ -159,7 +157,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
         ("--draft-k", 3),
         "a number of drafts was given, but no drafter; choose one or leave out the number",
     ),
-    "too-many": (("--draft", "lookup", "--draft-k", 64), "drafts are 64, expected 0 to 63"),
+    "too-many": (("--draft", "lookup", "--draft-k", 64), "drafts are 64, drafter 'lookup' makes 0 to 63"),
     "no-mask": (
         ("--draft", "mask"),
         "the tokenizer has no <|mtp_special_token_0|>, with which mask drafting marks unknown tokens; name the mask's "
@@ -168,17 +166,23 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "other-mask": (("--draft", "mask", "--mask-id", 300), "mask 300 is outside the vocabulary of 300"),
     "mask-alone": (
         ("--draft", "lookup", "--mask-id", 3),
-        "a mask was given, which drafter 'lookup' has no use for; leave it out",
+        "a mask or the confidence in masks was given, which drafter 'lookup' has no use for; leave it out or choose "
+        "'mask'",
+    ),
+    "confidence-alone": (
+        ("--mask-confidence", 0.9),
+        "a mask or the confidence in masks was given, which drafter 'none' has no use for; leave it out or choose "
+        "'mask'",
     ),
     "too-many-masks": (
         ("--draft", "mask", "--mask-id", 3, "--draft-k", 16),
-        "tokens a pass are 17, expected 1 to 16",
+        "drafts are 16, drafter 'mask' makes 0 to 15",
     ),
     "too-sure": (
         ("--draft", "mask", "--mask-id", 3, "--mask-confidence", 1.5),
         "confidence is 1.5, expected 0 to 1",
     ),
-    "below-none": (("--draft", "lookup", "--draft-k", -1), "drafts are -1, expected 0 to 63"),
+    "below-none": (("--draft", "lookup", "--draft-k", -1), "drafts are -1, drafter 'lookup' makes 0 to 63"),
 }
 
 

@@ -44,6 +44,8 @@ from engram_runtime.generation import decode_tokens
 from engram_runtime.library import find_library
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session, open_sites
+from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.tracing.recorder import EXPERTS
 
 NATIVE = "avx512_vnni" if "avx512_vnni" in cpu_flags() else "portable"
 # Float32 sums in another order; over a chunk of linear attention transformers itself differs by 1e-4.
@@ -339,10 +341,11 @@ def test_of_512_experts_only_the_routed_ones_are_read(workshop: Workshop) -> Non
     found = bytes_by_piece(bundle, executor, pieces(token_ids, PIECES[:-1]))
     expert_bytes = 3 * 32 * 64 * 4  # gate, up and down of 32 features over a hidden size of 64, float32
     ends = np.cumsum(PIECES)
-    assert found == [
-        expert_bytes * sum(len(np.unique(layer[end - size : end])) for layer in chosen)
-        for end, size in zip(ends, PIECES, strict=True)
+    distinct = [
+        sum(len(np.unique(layer[end - size : end])) for layer in chosen) for end, size in zip(ends, PIECES, strict=True)
     ]
+    assert found == [expert_bytes * count for count in distinct]
+    assert executor.experts_read == sum(distinct)
 
 
 def test_bench_tells_the_bytes_of_the_experts_a_token_takes(workshop: Workshop, command: Command) -> None:
@@ -352,9 +355,28 @@ def test_bench_tells_the_bytes_of_the_experts_a_token_takes(workshop: Workshop, 
     expected = bundle.manifest.model.num_layers * 10 * 3 * 32 * 64 * 4
     assert figures["expert_bytes_per_token"] == expected
     assert figures["against"]["expert_bytes_per_token"] is None
+    layers = bundle.manifest.model.num_layers
+    assert figures["verify_experts"]["1"] == layers * 10 < figures["verify_experts"]["8"] <= layers * 80
+    assert figures["against"]["verify_experts"] is None
     _, library = find_library(bundle)
     weights = sum(tensor.end - tensor.offset for tensor in library.tensors if ".experts." not in tensor.name)
     assert expected < figures["bytes_per_token"] < expected + weights  # no rows of the embedding
+
+
+def test_run_tells_how_many_experts_a_forward_pass_reads(
+    workshop: Workshop, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is another model's with as many tokens: the bundle has no tokenizer."""
+    tokenizer = TextTokenizer.load(workshop.uncompiled().path)
+    monkeypatch.setattr(TextTokenizer, "load", lambda folder: tokenizer)
+    bundle = compiled(workshop, MANY_EXPERTS, "none")
+    line = ("engram", "run", bundle.path, "The tide", "--max-tokens", 5)
+    found = command(*line, "--trace", tmp_path / "trace.json", "--json").json
+    experts = bundle.manifest.model.num_layers * 10
+    assert found["experts_per_forward"] == experts
+    assert f"; {experts}.0 experts a forward pass; " in command(*line).err
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [event["args"][EXPERTS] for event in events if event["name"] == EXPERTS][-4:] == [experts] * 4
 
 
 def bytes_by_piece(bundle: Bundle, executor: TvmExecutor, texts: Sequence[Sequence[int]]) -> list[int]:

@@ -23,6 +23,11 @@ TEXT = random_ids(60)
 NO_HIDDEN = np.empty((0, HIDDEN), dtype=np.float32)
 
 
+@pytest.fixture(autouse=True)
+def never_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_drafter, "LEAST_LIKELY", 0.0)
+
+
 @pytest.fixture(scope="module")
 def bundle(workshop: Workshop) -> Bundle:
     return workshop.compiled(with_head(workshop, quant="int8"))
@@ -80,7 +85,7 @@ def forgets(count: int) -> Step:
 
 WAYS: dict[str, list[Step]] = {
     "at once": [adds(0, 40)],
-    "one by one": [adds(place, place + 1) for place in range(40)],
+    "one by one": [adds(0, 25), *(adds(place, place + 1) for place in range(25, 40))],
     "with drafts in between": [adds(0, 5), drafts(5), adds(5, 8), drafts(8), adds(8, 28), drafts(28), adds(28, 40)],
     "with states of more than it is told": [adds(0, 3), adds(3, 40, states_from=0)],
     "after other text": [adds(0, 30, 9, 9, 9), drafts(9), forgets(33), adds(0, 40)],
@@ -120,6 +125,27 @@ def test_the_head_sees_the_end_of_a_long_text(
     assert len(head) == 19
     ends = chained(opened_head(bundle, "tvm"), [*TEXT[21:40], TEXT[40]], hidden[20:40], 4)
     assert ids_of(drafts_of(drafter, TEXT[40], 4)) == ends
+
+
+def test_of_tokens_that_nothing_was_drafted_for_the_head_gets_the_last(
+    bundle: Bundle, hidden: NDArray[np.float32]
+) -> None:
+    head = opened_head(bundle, "tvm")
+    drafter = HeadDrafter(head)
+    for place in range(40):
+        adds(place, place + 1)(drafter, hidden)
+    assert len(head) == 0
+    ends = chained(opened_head(bundle, "tvm"), [*TEXT[25:40], TEXT[40]], hidden[24:40], 4)
+    assert ids_of(drafts_of(drafter, TEXT[40], 4)) == ends
+
+
+@pytest.mark.parametrize(("least", "made"), [(0.0, 4), (1.1, 1)])
+def test_no_draft_is_made_after_one_that_is_unlikely(
+    hidden: NDArray[np.float32], drafter: HeadDrafter, monkeypatch: pytest.MonkeyPatch, least: float, made: int
+) -> None:
+    monkeypatch.setattr(head_drafter, "LEAST_LIKELY", least)
+    drafter.add(TEXT[:10], hidden[:10])
+    assert len(drafts_of(drafter, TEXT[10], 4)) == made
 
 
 def test_drafts_leave_no_entries(hidden: NDArray[np.float32], bundle: Bundle) -> None:

@@ -67,8 +67,9 @@ class Toy:
     """An executor of that model, whose cache holds the ids by position."""
 
     name, threads, expert_bytes_read, float16_states = "toy", 1, None, ()
+    experts_read = None
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [4] * (count // 4) + [1] * (count % 4)
 
     def row_decoder(self, site: str) -> None:

@@ -418,8 +418,9 @@ class RunningSum:
     """An executor whose one state is the sum of all token ids so far; the logits are that sum."""
 
     name, threads, expert_bytes_read, float16_states = "running sum", 1, None, ()
+    experts_read = None
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [count]
 
     def row_decoder(self, site: str) -> None:

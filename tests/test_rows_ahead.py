@@ -98,11 +98,12 @@ class RecordingExecutor:
     """Runs `CHUNK` tokens at a time and keeps copies of the rows it is given; the logits are their sum."""
 
     name, threads, expert_bytes_read, float16_states = "recording", 1, None, ()
+    experts_read = None
 
     def __init__(self) -> None:
         self.rows: list[dict[str, NDArray[np.float32]]] = []
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [CHUNK] * (count // CHUNK) + [1] * (count % CHUNK)
 
     def row_decoder(self, site: str) -> None:

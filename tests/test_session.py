@@ -30,12 +30,13 @@ class InterruptedSum:
     """
 
     name, threads, expert_bytes_read, float16_states = "interrupted sum", 1, None, ()
+    experts_read = None
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int]] = []
         self.interrupt = -1
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [2] * (count // 2) + [1] * (count % 2)
 
     def row_decoder(self, site: str) -> None:

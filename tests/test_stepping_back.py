@@ -34,13 +34,14 @@ class RollingHash:
     """
 
     name, threads, expert_bytes_read, float16_states = "rolling hash", 1, None, ()
+    experts_read = None
 
     def __init__(self, largest: int = 4) -> None:
         self.passes: list[int] = []
         self.interrupt = -1
         self._largest = largest
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [self._largest] * (count // self._largest) + [1] * (count % self._largest)
 
     def row_decoder(self, site: str) -> None:

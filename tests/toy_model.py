@@ -32,6 +32,7 @@ class ToyModel:
     """
 
     name, threads, expert_bytes_read, float16_states = "toy", 1, None, ()
+    experts_read: int | None = None
 
     def __init__(self, largest: int = 4) -> None:
         self.passes: list[int] = []
@@ -39,7 +40,7 @@ class ToyModel:
         self.damaged = False
         self._largest = largest
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         return [self._largest] * (count // self._largest) + [1] * (count % self._largest)
 
     def row_decoder(self, site: str) -> None:

@@ -66,7 +66,7 @@ class DraftHead:
         ids = np.maximum(np.asarray(token_ids, dtype=np.int64), 0)
         self._check(len(ids), len(hidden))
         parts, start = [], 0
-        for size in self._executor.chunks(len(ids)):
+        for size in self._executor.chunks(len(ids), self._context_length - len(self) - len(ids)):
             parts.append(self._pass(ids[start : start + size], hidden[start : start + size], every_row=every_row))
             start += size
         logits = [part.logits for part in (parts if every_row else parts[-1:])]

@@ -91,8 +91,18 @@ class Executor(Protocol):
         """Bytes of experts' weights read by all steps so far, or None where that isn't counted."""
         ...
 
-    def chunks(self, count: int) -> Sequence[int]:
-        """Split ``count`` tokens into the sizes this executor runs at once, in order."""
+    @property
+    def experts_read(self) -> int | None:
+        """How many experts these were, each layer's distinct ones step by step; None without any and as above."""
+        ...
+
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
+        """Return how many tokens each pass has room for that ``count`` tokens take, in order.
+
+        Args:
+            spare: up to how many more than ``count`` they may have room for in all. A pass that isn't full leaves
+                values that mean nothing in the states of as many positions after its tokens.
+        """
         ...
 
     def row_decoder(self, site: str) -> RowDecoder | None:
@@ -223,3 +233,8 @@ def aligned_zeros(shape: Sequence[int], dtype: str = FLOAT32) -> NDArray[Any]:
     # Not numpy's zeros: it asks for huge pages, so the first position of each head would take 2 MiB.
     pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype=dtype, count=count).reshape(shape)
+
+
+def added(before: int | None, now: int | None) -> int | None:
+    """Return what was read of experts since ``before``, or None where it isn't counted."""
+    return None if before is None or now is None else now - before

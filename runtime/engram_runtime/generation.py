@@ -27,6 +27,8 @@ class Generation:
         decode_s: seconds from the first token to the last.
         tables: by site, what its table was asked for, see `Session.counters`; zeros with tables off.
         drafts: what they came to, None where none were made.
+        experts: that the forward passes after the prompt's read, each layer's distinct ones pass by pass; None for a
+            model without experts and where they aren't counted.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Generation:
     decode_s: float
     tables: Mapping[str, TableCounters]
     drafts: DraftStatistics | None = None
+    experts: int | None = None
 
     @property
     def prefill_tok_s(self) -> float:
@@ -49,6 +52,16 @@ class Generation:
     def decode_tok_s(self) -> float:
         """Tokens per second after the first one."""
         return (len(self.token_ids) - 1) / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes after the prompt's."""
+        return len(self.token_ids) - 1 if self.drafts is None else self.drafts.forwards
+
+    @property
+    def experts_per_forward(self) -> float | None:
+        """Distinct experts that a forward pass reads in all layers together; None as for `experts`, or without one."""
+        return None if self.experts is None or not self.forwards else self.experts / self.forwards
 
 
 class GrowingText:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.drafting.opening import open_decoding
+from engram_runtime.drafting.opening import open_decoding, recorded
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import load_executor
+from engram_runtime.executor import added, load_executor
 from engram_runtime.generation import Generation, GrowingText
 from engram_runtime.parallel.beam import Beam, beam_search
 from engram_runtime.parallel.samples import Sample, draw_samples, seeded
@@ -25,6 +25,7 @@ from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, silently
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.tracing.recorder import Recorder
 
 DEFAULT_MAX_TOKENS = 256
 GREEDY = SamplingOptions()
@@ -121,6 +122,7 @@ class LLM:
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         logits, computed = self._prefill(prompt_ids)
         first = last = prefilled = time.perf_counter()
+        experts = self.executor.experts_read
         tokens, drafts = self._decoding(
             self.session,
             logits,
@@ -149,7 +151,13 @@ class LLM:
             decode_s=last - first,
             tables={site: now - counters[site] for site, now in self.session.counters.items()},
             drafts=drafts,
+            experts=added(experts, self.executor.experts_read),
         )
+
+    def record(self, recorder: Recorder) -> None:
+        """Have what runs from now on recorded; see `engram_runtime.tracing`. Samples and beams only in part."""
+        self.session.record(recorder)
+        self._decoding = recorded(self._decoding, recorder)
 
     def chat(
         self,

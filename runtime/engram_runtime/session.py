@@ -24,6 +24,7 @@ from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores,
 from engram_runtime.tables.options import PREAD, TableOptions
 from engram_runtime.tables.overlay import hide_table, read_overlays, with_overlays
 from engram_runtime.tables.policy import TableChoice
+from engram_runtime.tracing.recorder import Recorder
 
 MOST_PUT_OFF = 3  # tokens that are computed again and again rather than once, for a checkpoint after them
 UNLOADED = TableOptions(io=PREAD)  # for few rows, or none
@@ -97,6 +98,7 @@ class Session:
         self._rows_ahead = RowsAhead(sites)
         self._counters_before = {site.name: dataclasses.replace(site.table.counters) for site in sites}
         self._states = states = allocate_states(specs, executor.float16_states)
+        self._rolls_back = all(spec.rolls_back for spec in specs)
         self._one_way = OneWayStates([states[spec.name] for spec in specs if not spec.rolls_back])
         self._step = executor.bind(states)
         self._token_ids: list[int] = []
@@ -168,6 +170,8 @@ class Session:
         For a draft head or another session's `prefill_embeddings`; ``[0, D]`` before the first call, and of a bundle
         with neither a head nor input embeddings.
         """
+        if len(self._hidden) == 1:
+            return self._hidden[0]
         return np.concatenate([np.empty((0, self.model.hidden_size), dtype=np.float32), *self._hidden])
 
     @property
@@ -266,6 +270,11 @@ class Session:
         if not self.put_off:
             self._one_way.save(len(self))
 
+    def passes(self, count: int) -> Sequence[int]:
+        """Return how many tokens each pass has room for that ``count`` tokens would take, those put off among them."""
+        spare = self.model.context_length - self._held - count if self._rolls_back else 0
+        return self.executor.chunks(count, spare)
+
     def catch_up(self) -> None:
         """Compute the tokens that were put off, so that the states hold all tokens."""
         for _ in self._add(np.empty(0, dtype=np.int64), every_position=False):
@@ -300,6 +309,11 @@ class Session:
         if self.tables_on:
             self._rows_ahead.request(self._history(), [*self._token_ids[self._held :], *token_ids])
 
+    def record(self, recorder: Recorder) -> None:
+        """Have all forward passes and look-ups from now on recorded; the sites are nobody else's then."""
+        self._step = recorder.step(self._step, self.executor)
+        recorder.sites(self.sites, self._rows_ahead.early)
+
     def _forward(self, token_ids: Sequence[int], *, every_position: bool) -> Iterator[NDArray[np.float32]]:
         ids = self._checked(token_ids)
         self._hidden = []
@@ -326,7 +340,7 @@ class Session:
 
     def _chunk(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the tokens of the next pass and those of the one after it, which may be none."""
-        size, next_size, *_ = *self.executor.chunks(len(token_ids)), 0
+        size, next_size, *_ = *self.passes(len(token_ids)), 0
         return token_ids[:size], token_ids[size : size + next_size]
 
     def _pass(

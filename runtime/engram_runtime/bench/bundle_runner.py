@@ -1,5 +1,7 @@
 """A bundle on one of the executors, as a runner."""
 
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -8,14 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.bench.continuations import Continuation
 from engram_runtime.bench.kernel_times import kernel_times
 from engram_runtime.bundle import Bundle
-from engram_runtime.executor import Executor, load_executor
+from engram_runtime.drafting.opening import Decoding, open_decoding
+from engram_runtime.drafting.options import NONE, DraftOptions
+from engram_runtime.drafting.statistics import DraftStatistics
+from engram_runtime.executor import Executor, added, load_executor
 from engram_runtime.library import find_library
+from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
 from engram_runtime.tables.options import TableOptions
+from engram_runtime.tokenizer import TextTokenizer
 
 TVM = "tvm"
+GREEDY = SamplingOptions()
 ROTATIONS, EMBEDDING, HEAD, EXPERTS = "rotations.", "embedding.", "lm_head.", ".experts."
 
 
@@ -29,6 +38,7 @@ class BundleRunner:
         self._bundle = bundle
         self._executor = executor
         self._session = session
+        self._decodings: dict[DraftOptions, Decoding] = {}
 
     @property
     def build(self) -> str:
@@ -57,6 +67,11 @@ class BundleRunner:
         """See `Runner`."""
         return self._executor.expert_bytes_read
 
+    @property
+    def experts_read(self) -> int | None:
+        """See `Runner`."""
+        return self._executor.experts_read
+
     def __len__(self) -> int:
         return len(self._session)
 
@@ -68,9 +83,33 @@ class BundleRunner:
         """See `Runner`."""
         return self._session.decode(token_ids)
 
-    def trim(self, count: int) -> object:
-        """See `Runner`."""
-        return self._session.trim(count)
+    def trim(self, count: int) -> None:
+        """See `Runner`; what has to be computed again is, so that nothing of it is timed."""
+        self._session.trim(count)
+        self._session.catch_up()
+
+    def go_on(self, prompt: str, *, prompt_tokens: int, tokens: int, drafts: DraftOptions) -> Continuation:
+        """See `engram_runtime.bench.continuations.Continuing`; a schedule of drafts goes on from text to text."""
+        if drafts not in self._decodings:
+            self._decodings[drafts] = open_decoding(self._bundle, self._executor, drafts)
+        decode, ends = self._decodings[drafts], self._tokenizer.eos_token_ids
+        self._session.trim(len(self._session))
+        logits = self._session.prefill(self._tokenizer.encode(prompt)[:prompt_tokens])
+        experts = self.experts_read
+        made, statistics = decode(self._session, logits, make_sampler(GREEDY), max_tokens=1 + tokens, end_ids=ends)
+        first = next(made)
+        started = time.perf_counter()
+        others = tuple(made)
+        return Continuation(
+            token_ids=(first, *others),
+            seconds=time.perf_counter() - started,
+            drafts=statistics or DraftStatistics(drafter=NONE, forwards=len(others), tokens=len(others)),
+            experts=added(experts, self.experts_read),
+        )
+
+    @functools.cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        return TextTokenizer.load(self._bundle.path)
 
     def profile(self, prepare: Callable[[], None], step: Callable[[], object], passes: int) -> Mapping[str, Any]:
         """See `Runner`; raises RequestError where the executor can't tell kernels apart."""

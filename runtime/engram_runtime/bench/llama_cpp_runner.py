@@ -18,7 +18,7 @@ class LlamaCppRunner:
     """A model and a context of one sequence; see `engram_runtime.bench.runner.Runner`."""
 
     name = "llama.cpp"
-    expert_bytes_read = None
+    expert_bytes_read = experts_read = None
     weight_bytes = None
     tables: Sequence[Mapping[str, Any]] = ()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from engram_runtime.bench.bandwidth import METHOD
 from engram_runtime.bench.report import Tree
-from engram_runtime.bench.rounds import VERIFIED_TOKENS, Settings
+from engram_runtime.bench.rounds import DRAFTS, VERIFIED_TOKENS, Settings
 
 Row = tuple[str, tuple[str, ...]]  # a label, and where the figure stands in a tree
 
@@ -24,8 +24,9 @@ def markdown(report: Tree, settings: Settings, ratios: Tree | None) -> str:
         f"medians of {settings.rounds} rounds",
         *(f"{runner['runner']}, {runner['threads']} threads: {runner['build']}" for runner in runners),
         f"memory bandwidth {report['bandwidth_gb_s']:.1f} GB/s ({METHOD.format(report['bandwidth_mb'])})",
+        *(_drafts(runner, settings) for runner in runners if runner.get(DRAFTS) is not None),
         "",
-        *_table(rows(settings), runners, ratios),
+        *_table([*rows(settings), *_expert_rows(report)], runners, ratios),
     ]
     for name, step in report.get("profile", {}).items():
         parts += ["", *_profile(name, step)]
@@ -36,6 +37,7 @@ def rows(settings: Settings) -> list[Row]:
     """Return the lines of the table."""
     return [
         *_speed(settings),
+        *_drafted_speed(settings),
         *(
             (f"forward of {tokens} tokens over 1", ("verify_cost", str(tokens)))
             for tokens in VERIFIED_TOKENS
@@ -59,6 +61,39 @@ def _speed(settings: Settings) -> Iterator[Row]:
     ):
         for depth in settings.depths:
             yield f"{name} {tokens} after {depth}, tok/s", ("depths", str(depth), key)
+
+
+def _drafted_speed(settings: Settings) -> Iterator[Row]:
+    """Yield the lines of each text, and of all together where there are several."""
+    places: list[Row] = [(name, (DRAFTS, "texts", name)) for name in settings.prompts]
+    if len(places) > 1:
+        places.append(("all texts", (DRAFTS,)))
+    for name, place in places:
+        yield f"decode {settings.decode_tokens} after {name}, tok/s", (*place, "plain_tok_s")
+        yield f"the same with drafts by {settings.drafts.drafter}, tok/s", (*place, "tok_s")
+        yield f"drafts over plain, {name}", (*place, "over_plain")
+
+
+def _drafts(runner: Tree, settings: Settings) -> str:
+    """Say in a line what drafts came to."""
+    found = runner[DRAFTS]
+    number = "as many as pay" if settings.drafts.drafts is None else f"{settings.drafts.drafts} a pass"
+    shares = ", ".join(f"{share:.0%}" for share in found["acceptance"]) or "none were made"
+    experts = found["experts_per_forward"]
+    read = (
+        f"; {experts['drafted']:.1f} experts a forward pass, plain {experts['plain']:.1f}" if experts["plain"] else ""
+    )
+    return (
+        f"{runner['runner']}, drafts by {found['draft']}, {number}, after up to {settings.prompt_tokens} tokens of "
+        f"{', '.join(settings.prompts)}: "
+        f"{found['tokens_per_forward']:.2f} tokens a forward pass; right one by one: {shares}{read}; "
+        f"{'the same' if found['same_text'] else 'another'} text as without"
+    )
+
+
+def _expert_rows(report: Tree) -> Iterator[Row]:
+    for size in report["verify_experts"] or ():
+        yield f"experts a forward of {size} tokens reads", ("verify_experts", size)
 
 
 def _table(lines: Sequence[Row], runners: Sequence[Tree], ratios: Tree | None) -> Iterator[str]:
@@ -92,7 +127,10 @@ def _profile(name: str, step: Tree) -> Iterator[str]:
 
 
 def _at(tree: Tree, path: Sequence[str]) -> Any:
+    """Return what stands in a tree, None where it has nothing of that kind."""
     for key in path:
+        if tree is None:
+            return None
         tree = tree[key]
     return tree
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from engram_runtime.bench.bandwidth import Bandwidth
-from engram_runtime.bench.rounds import VERIFIED_TOKENS, Result, Settings
+from engram_runtime.bench.draft_figures import draft_counts, draft_rounds
+from engram_runtime.bench.rounds import DRAFTS, VERIFIED_TOKENS, Result, Settings
 
 Tree = dict[str, Any]  # figures by name, some of them trees again
 EXPERT_BYTES = "expert_bytes"
@@ -14,7 +15,8 @@ EXPERT_BYTES = "expert_bytes"
 def per_round(result: Result, settings: Settings) -> Tree:
     """Return every figure that was measured in rounds, a list of its values in their order."""
     samples = result.samples
-    seconds = {name: [answer["seconds"] for answer in answers] for name, answers in samples.items() if name != "start"}
+    timed = {name: answers for name, answers in samples.items() if name not in ("start", DRAFTS)}
+    seconds = {name: [answer["seconds"] for answer in answers] for name, answers in timed.items()}
     forward = {str(tokens): [times[str(tokens)] for times in seconds["verify"]] for tokens in VERIFIED_TOKENS}
     depths = {
         str(depth): {
@@ -34,6 +36,7 @@ def per_round(result: Result, settings: Settings) -> Tree:
         ],
         "verify_ms": {tokens: [1e3 * s for s in times] for tokens, times in forward.items()},
         "depths": depths,
+        **({DRAFTS: draft_rounds(samples[DRAFTS])} if DRAFTS in samples else {}),
     }
 
 
@@ -42,6 +45,7 @@ def figures(result: Result, settings: Settings, bandwidth: Bandwidth) -> Tree:
     found = medians(per_round(result, settings))
     experts = expert_bytes_of_a_token(result, settings)
     read = bytes_of_a_token(result, settings)
+    drafts = {**found[DRAFTS], **draft_counts(result.samples[DRAFTS])} if DRAFTS in found else None
     share = None if read is None else _rounded(read * found["decode_tok_s"] / (bandwidth.gb_s * 1e9))
     return {
         "runner": result.facts["name"],
@@ -52,6 +56,8 @@ def figures(result: Result, settings: Settings, bandwidth: Bandwidth) -> Tree:
         "bandwidth_share": share,
         "bytes_per_token": read,
         "expert_bytes_per_token": experts,
+        "verify_experts": verify_experts(result),
+        **({DRAFTS: drafts} if settings.prompts else {}),
     }
 
 
@@ -69,6 +75,14 @@ def expert_bytes_of_a_token(result: Result, settings: Settings) -> int | None:
     """Return the mean bytes of experts a decoded token reads; None without experts or where they aren't counted."""
     answers = result.samples[f"decode@{settings.depths[0]}"]
     return round(statistics.mean(answer[EXPERT_BYTES] for answer in answers)) or None
+
+
+def verify_experts(result: Result) -> dict[str, float] | None:
+    """Return the mean number of distinct experts that a pass over so many tokens reads, None as above."""
+    answers = [answer["experts"] for answer in result.samples["verify"]]
+    if answers[0]["1"] is None:
+        return None
+    return {size: _rounded(statistics.mean(answer[size] for answer in answers)) for size in answers[0]}
 
 
 def bytes_of_a_token(result: Result, settings: Settings) -> int | None:
@@ -94,6 +108,7 @@ def report(results: Sequence[Result], settings: Settings, bandwidth: Bandwidth, 
         "prompt_tokens": settings.prompt_tokens,
         "decode_tokens": settings.decode_tokens,
         "rounds": settings.rounds,
+        **({"prompts": dict(settings.prompts)} if settings.prompts else {}),
         "tables": first.facts["tables"],
         "load_average": load_average[0],
         "load_average_after": load_average[1],
@@ -122,9 +137,11 @@ def _each(tree: Tree, change: Callable[[Any], Any]) -> Tree:
 
 
 def _both(tree: Tree, other: Tree, join: Callable[[Any, Any], Any]) -> Tree:
+    """Join what stands in both."""
     return {
         key: _both(value, other[key], join) if isinstance(value, dict) else join(value, other[key])
         for key, value in tree.items()
+        if key in other
     }
 
 

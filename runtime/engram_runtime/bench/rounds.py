@@ -4,14 +4,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from engram_runtime.bench.process import Worker
+from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.tables.options import AUTO
 
+DRAFTS = "drafts"
 VERIFIED_TOKENS = (1, 2, 4, 8, 16)
 WARM_UP_TOKENS = 1  # decoded before those that count
 SETTLE_S = 0.02  # idle threads of the one before still spin for some milliseconds
@@ -21,7 +23,8 @@ SETTLE_S = 0.02  # idle threads of the one before still spin for some millisecon
 class Settings:
     """Sizes of what is measured, in tokens; ``depths`` are how many tokens stand before.
 
-    ``table_io`` and ``table_ram`` are those of `engram_runtime.tables.options.TableOptions`.
+    ``table_io`` and ``table_ram`` are those of `engram_runtime.tables.options.TableOptions`. ``prompts`` are the texts
+    that drafts are measured on, by name, of each the first ``prompt_tokens``; none without drafts.
     """
 
     prompt_tokens: int
@@ -32,18 +35,21 @@ class Settings:
     profile: bool
     table_io: str = AUTO
     table_ram: int | None = None
+    drafts: DraftOptions = NO_DRAFTS
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def positions(self) -> int:
         """Return how long the longest sequence gets."""
         deepest = max(self.depths) + max(self.prompt_tokens, WARM_UP_TOKENS + self.decode_tokens)
         profiled = 2 * self.prompt_tokens if self.profile else 0  # a prompt after as many tokens
-        return max(deepest, profiled, self.prompt_tokens + max(VERIFIED_TOKENS))
+        drafted = self.prompt_tokens + self.decode_tokens if self.prompts else 0
+        return max(deepest, profiled, drafted, self.prompt_tokens + max(VERIFIED_TOKENS))
 
     @property
     def steps(self) -> int:
         """Return how often `measure` tells of progress."""
-        return (len(self.measurements()) + 1) * (1 + self.rounds)
+        return (len(self.measurements()) + (2 if self.prompts else 1)) * (1 + self.rounds)
 
     def check_context(self, context_length: int) -> None:
         """Raise RequestError where the measurements need more than the model's context."""
@@ -63,19 +69,30 @@ class Settings:
         found["verify"] = {"what": "verify", "depth": self.prompt_tokens, "sizes": VERIFIED_TOKENS}
         return found
 
+    def continuations(self) -> dict[str, Any]:
+        """Return what a worker that drafts is asked."""
+        return {
+            "what": DRAFTS,
+            "prompts": self.prompts,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.decode_tokens,
+            "drafts": asdict(self.drafts),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contestant:
     """What is measured: a runner's name, what it is told to load, and what only the caller knows of that.
 
     ``weight_bytes`` are those each token reads, or None to believe the runner; ``types`` are those of its tensors, for
-    the report, where they don't follow from what is measured.
+    the report, where they don't follow from what is measured; ``drafts`` tells whether it can draft.
     """
 
     runner: str
     model: str
     weight_bytes: int | None = None
     types: str | None = None
+    drafts: bool = True
 
 
 @dataclass(slots=True)
@@ -122,6 +139,10 @@ def measure(
             results.append(Result(contestant, facts))
         if settings.profile:
             results[0].profile = workers[0].ask("profile", depth=settings.prompt_tokens, tokens=settings.prompt_tokens)
+        if settings.prompts:  # first, as it may be that there is nothing to draft with
+            able = [place for place, contestant in enumerate(contestants) if contestant.drafts]
+            asks = [partial(workers[place].ask, **settings.continuations()) for place in able]
+            _in_turn([results[place] for place in able], asks, settings.rounds, DRAFTS, progress)
         for name, request in settings.measurements().items():
             asks = [partial(worker.ask, **request) for worker in workers]
             _in_turn(results, asks, settings.rounds, name, progress)

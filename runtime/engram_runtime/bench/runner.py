@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.bench.continuations import drafted
+from engram_runtime.executor import added
+
 DECODE_PASSES, PREFILL_PASSES = 51, 5  # of a profile: short steps are the ones that noise spoils
 WARM_UP, REPEATS = 1, 5  # passes of a verification before those that count, and those
 
@@ -41,6 +44,11 @@ class Runner(Protocol):
     @property
     def expert_bytes_read(self) -> int | None:
         """Bytes of experts' weights read so far, or None where that isn't counted."""
+        ...
+
+    @property
+    def experts_read(self) -> int | None:
+        """How many experts these were, each layer's distinct ones pass by pass; None without any and as above."""
         ...
 
     def __len__(self) -> int: ...
@@ -86,23 +94,29 @@ def decode(runner: Runner, *, depth: int, tokens: int) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "expert_bytes": read / tokens}
 
 
-def verify(runner: Runner, *, depth: int, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+def verify(runner: Runner, *, depth: int, sizes: Sequence[int]) -> dict[str, dict[str, float | None]]:
     """Time forward passes over so many tokens with all their logits, each after the same ``depth`` others; by size.
 
-    Those of a size follow one another, so that only the first of them finds its code cold.
+    Those of a size follow one another, so that only the first of them finds its code cold. They read as many experts
+    each.
     """
-    return {"seconds": {str(tokens): _forward_seconds(runner, depth, tokens) for tokens in sizes}}
+    taken = {str(tokens): _forward(runner, depth, tokens) for tokens in sizes}
+    return {
+        "seconds": {size: seconds for size, (seconds, _) in taken.items()},
+        "experts": {size: experts for size, (_, experts) in taken.items()},
+    }
 
 
-def _forward_seconds(runner: Runner, depth: int, tokens: int) -> float:
+def _forward(runner: Runner, depth: int, tokens: int) -> tuple[float, int | None]:
+    """Return the median seconds of passes over so many tokens, and the experts that the last one read."""
     seconds = []
     for _ in range(WARM_UP + REPEATS):
         _go_to(runner, depth)
-        token_ids = text(runner, depth, tokens)
+        token_ids, experts = text(runner, depth, tokens), runner.experts_read
         started = time.perf_counter()
         runner.decode(token_ids)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[WARM_UP:])
+    return statistics.median(seconds[WARM_UP:]), added(experts, runner.experts_read)
 
 
 def profile(runner: Runner, *, depth: int, tokens: int) -> dict[str, Any]:
@@ -134,4 +148,5 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "decode": decode,
     "verify": verify,
     "profile": profile,
+    "drafts": drafted,
 }

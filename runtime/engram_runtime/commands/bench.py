@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,24 @@ import click
 
 from engram_runtime.bench.bandwidth import read_bandwidth, working_set
 from engram_runtime.bench.markdown import markdown
+from engram_runtime.bench.prompts import PROMPTS
 from engram_runtime.bench.report import bytes_of_a_token, ratios, report
 from engram_runtime.bench.rounds import Contestant, Settings, measure
 from engram_runtime.bundle import Bundle
+from engram_runtime.commands.evaluate import read_text
 from engram_runtime.commands.options import (
     bundle_argument,
+    draft_options,
     executor_option,
     json_option,
     read_options,
     table_options,
     threads_option,
 )
+from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import CheckpointError, RequestError, TargetError
 from engram_runtime.tables.policy import TableChoice
+from engram_runtime.tokenizer import TextTokenizer
 
 # Of the export extra, asked for with --against llama.cpp only; sizes need no more of it than gguf.
 GGUF_WRITER, GGUF_SIZES = "engram_export.gguf_writer", "engram_export.gguf_sizes"
@@ -72,6 +77,15 @@ class BundleOrTables(click.Command):
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--profile", is_flag=True, help="Say where the time goes, by kind of kernel.")
+@draft_options
+@click.option(
+    "--prompt-file",
+    "prompt_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="UTF-8 text to go on from with --draft and without, its first --prompt-tokens; may be given several times.  "
+    f"[default: {', '.join(PROMPTS)}, which are built in]",
+)
 @table_options
 @json_option
 def bench(
@@ -80,18 +94,19 @@ def bench(
     against: str | None,
     gguf: Path | None,
     threads: int | None,
+    prompt_files: tuple[Path, ...],
     tables: str,
-    table_io: str,
-    table_ram: int | None,
     as_json: bool,
     **sizes: Any,
 ) -> None:
-    """Measure BUNDLE; figures are medians over the rounds, each of which takes the bundle and its peer in turn."""
-    _ = read_options(tables, table_io, table_ram)  # refuses what contradicts itself
-    settings = Settings(**sizes, tables_on=tables == "on", table_io=table_io, table_ram=table_ram)
+    """Measure BUNDLE; figures are medians over the rounds, each of which takes the bundle and its peer in turn.
+
+    They are of random tokens. With --draft, texts are continued as well, plainly and with drafts in turn.
+    """
+    _ = read_options(tables, sizes["table_io"], sizes["table_ram"])  # refuses what contradicts itself
+    settings = Settings(**sizes, tables_on=tables == "on", prompts=_prompts(sizes["drafts"], prompt_files))
     opened = Bundle.open(bundle)
-    _ = opened.manifest.decoder  # refuses tables alone, which have no context to check
-    settings.check_context(opened.manifest.model.context_length)
+    _check(opened, settings)
     before = os.getloadavg()[0]
     with (
         _contestants(opened, executor, against, gguf) as contestants,
@@ -108,6 +123,23 @@ def bench(
         click.echo(markdown(found, settings, ratios(results[0], results[1], settings) if against else None))
 
 
+def _prompts(drafts: DraftOptions, files: Sequence[Path]) -> Mapping[str, str]:
+    """Return texts to draft for by name, none where nothing is drafted."""
+    if drafts != NO_DRAFTS:
+        return {str(path): read_text(path) for path in files} or PROMPTS
+    if files:
+        raise RequestError("--prompt-file is what drafts are made for; give --draft as well or leave it out")
+    return {}
+
+
+def _check(bundle: Bundle, settings: Settings) -> None:
+    """Refuse what can't be measured before anything is."""
+    _ = bundle.manifest.decoder  # refuses tables alone, which have no context to check
+    settings.check_context(bundle.manifest.model.context_length)
+    if settings.prompts:
+        TextTokenizer.load(bundle.path)
+
+
 @contextlib.contextmanager
 def _contestants(bundle: Bundle, executor: str, against: str | None, gguf: Path | None) -> Iterator[list[Contestant]]:
     """Yield the bundle and its peer; a GGUF file written for it is gone afterwards."""
@@ -120,9 +152,18 @@ def _contestants(bundle: Bundle, executor: str, against: str | None, gguf: Path 
         yield [own, Contestant(runner=ONNXRUNTIME, model=str(bundle.path))]
     else:
         with _gguf_file(bundle, gguf) as file:
-            sizes = _of_export(GGUF_SIZES)
-            weight_bytes, types = sizes.weight_bytes_of_a_token(file), sizes.types_of_tensors(file)
-            yield [own, Contestant(runner=LLAMA_CPP, model=str(file), weight_bytes=weight_bytes, types=types)]
+            yield [own, _llama_cpp(file)]
+
+
+def _llama_cpp(file: Path) -> Contestant:
+    sizes = _of_export(GGUF_SIZES)
+    return Contestant(
+        runner=LLAMA_CPP,
+        model=str(file),
+        weight_bytes=sizes.weight_bytes_of_a_token(file),
+        types=sizes.types_of_tensors(file),
+        drafts=False,
+    )
 
 
 @contextlib.contextmanager

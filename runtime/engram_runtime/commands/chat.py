@@ -5,19 +5,9 @@ from typing import Any
 
 import click
 
-from engram_runtime.commands.announcing import announce_table
-from engram_runtime.commands.options import (
-    bundle_argument,
-    draft_options,
-    executor_option,
-    overlay_option,
-    read_options,
-    sampling_options,
-    table_options,
-    threads_option,
-)
+from engram_runtime.commands.loading import Loading, loading_options
+from engram_runtime.commands.options import bundle_argument, sampling_options
 from engram_runtime.commands.run import acceptance, summary
-from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.errors import RequestError, TableError
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
@@ -33,37 +23,12 @@ HELP = """/help   show this
 @bundle_argument
 @click.option("--system", help="System message at the beginning of the conversation.")
 @sampling_options
-@draft_options
-@executor_option
-@threads_option
-@table_options
-@overlay_option
-def chat(
-    bundle: Path,
-    system: str | None,
-    max_tokens: int,
-    drafts: DraftOptions,
-    executor: str,
-    threads: int | None,
-    tables: str,
-    table_io: str,
-    table_ram: int | None,
-    overlays: tuple[Path, ...],
-    **sampling: Any,
-) -> None:
+@loading_options
+def chat(bundle: Path, system: str | None, max_tokens: int, loading: Loading, **sampling: Any) -> None:
     """Talk with the model in BUNDLE; /help lists the commands."""
     options = SamplingOptions(**sampling)
     beginning = [{"role": "system", "content": system}] if system else []
-    reading = read_options(tables, table_io, table_ram, overlays)
-    with LLM(
-        bundle,
-        executor,
-        threads=threads,
-        tables_on=tables == "on",
-        tables=reading,
-        drafts=drafts,
-        announce=announce_table,
-    ) as llm:
+    with loading.load(bundle) as llm:
         messages = list(beginning)
         while (line := _read_line()) is not None:
             match line.strip():

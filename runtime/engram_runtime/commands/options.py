@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from engram_runtime.drafting.mask import DEFAULT_CONFIDENCE
 from engram_runtime.drafting.options import DRAFTERS, NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import EXECUTORS, MOST_THREADS
@@ -92,7 +93,7 @@ def draft_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_drafts(
-        *, draft: str, draft_k: int | None, mask_id: int | None, mask_confidence: float, **others: Any
+        *, draft: str, draft_k: int | None, mask_id: int | None, mask_confidence: float | None, **others: Any
     ) -> Any:
         drafts = DraftOptions(drafter=draft, drafts=draft_k, mask_id=mask_id, confidence=mask_confidence)
         return command(drafts=drafts, **others)
@@ -121,9 +122,7 @@ def draft_options(command: Command) -> Command:
             click.option(
                 "--mask-confidence",
                 type=float,
-                default=NO_DRAFTS.confidence,
-                show_default=True,
-                help="Least probability of a guess at a mask that is taken.",
+                help=f"Least probability of a guess at a mask that is taken.  [default: {DEFAULT_CONFIDENCE}]",
             ),
         ]
     ):

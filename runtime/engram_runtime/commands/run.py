@@ -8,20 +8,10 @@ from typing import Any
 
 import click
 
-from engram_runtime.commands.announcing import announce_table
-from engram_runtime.commands.options import (
-    bundle_argument,
-    draft_options,
-    executor_option,
-    json_option,
-    overlay_option,
-    read_options,
-    sampling_options,
-    table_options,
-    threads_option,
-)
+from engram_runtime.commands.loading import Loading, loading_options
+from engram_runtime.commands.options import bundle_argument, json_option, sampling_options
 from engram_runtime.commands.run_samples import check_samples, print_samples, samples_options
-from engram_runtime.drafting.options import DraftOptions
+from engram_runtime.errors import RequestError
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
@@ -34,81 +24,47 @@ from engram_runtime.tables.policy import TableChoice
 @click.argument("prompt")
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
-@draft_options
 @samples_options
-@executor_option
-@threads_option
-@table_options
-@overlay_option
+@loading_options
 @json_option
 def run(
     bundle: Path,
     prompt: str,
     max_tokens: int,
     stop: tuple[str, ...],
-    drafts: DraftOptions,
     count: int,
     best_of: str | None,
-    executor: str,
-    threads: int | None,
-    tables: str,
-    table_io: str,
-    table_ram: int | None,
-    overlays: tuple[Path, ...],
+    loading: Loading,
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
-    options = SamplingOptions(**sampling)
-    check_samples(count, best_of, drafts)
-    reading = read_options(tables, table_io, table_ram, overlays)
-    with LLM(
-        bundle,
-        executor,
-        threads=threads,
-        tables_on=tables == "on",
-        tables=reading,
-        drafts=drafts,
-        announce=announce_table,
-    ) as llm:
+    request: dict[str, Any] = {"max_tokens": max_tokens, "sampling": SamplingOptions(**sampling), "stop": stop}
+    check_samples(count, best_of, loading.drafts)
+    if count > 1 and loading.trace is not None:
+        raise RequestError("samples drawn together are not traced; leave out --trace or --n")
+    with loading.load(bundle) as llm:
+        figures = loading.figures(llm)
         if count > 1:
-            figures = {"executor": executor, "threads": llm.executor.threads, "tables_on": tables == "on"}
-            print_samples(
-                llm,
-                prompt,
-                count,
-                best_of,
-                max_tokens=max_tokens,
-                sampling=options,
-                stop=stop,
-                figures=figures if as_json else None,
-            )
-            return
-        for piece in llm.stream(prompt, max_tokens=max_tokens, sampling=options, stop=stop):
-            if not as_json:
-                click.echo(piece, nl=False)
-        assert llm.last is not None
-        if as_json:
-            click.echo(
-                json.dumps(
-                    {
-                        **generation_figures(llm.last),
-                        "executor": executor,
-                        "threads": llm.executor.threads,
-                        "tables_on": tables == "on",
-                        "tables": [table_figures(choice, llm.last.tables) for choice in llm.tables],
-                        "overlays": list(map(str, overlays)),
-                    }
-                )
-            )
+            print_samples(llm, prompt, count, best_of, figures=figures if as_json else None, **request)
+        elif as_json:
+            made = llm.generate(prompt, **request)
+            click.echo(json.dumps({**generation_figures(made), **figures, **reading_figures(llm, made, loading)}))
         else:
-            click.echo()
-            click.echo(summary(llm.last), err=True)
+            _print_text(llm, prompt, request)
+
+
+def _print_text(llm: LLM, prompt: str, request: Mapping[str, Any]) -> None:
+    for piece in llm.stream(prompt, **request):
+        click.echo(piece, nl=False)
+    assert llm.last is not None
+    click.echo()
+    click.echo(summary(llm.last), err=True)
 
 
 def generation_figures(generation: Generation) -> dict[str, Any]:
     """Return a generation as JSON values; times in milliseconds, rates in tokens per second."""
-    drafts = {} if generation.drafts is None else {"drafts": generation.drafts.figures()}
+    experts = generation.experts_per_forward
     return {
         "text": generation.text,
         "token_ids": list(generation.token_ids),
@@ -117,7 +73,16 @@ def generation_figures(generation: Generation) -> dict[str, Any]:
         "prefill_tok_s": round(generation.prefill_tok_s, 1),
         "decode_tok_s": round(generation.decode_tok_s, 1),
         "ttft_ms": round(generation.ttft_s * 1e3, 1),
-        **drafts,
+        **({} if experts is None else {"experts_per_forward": round(experts, 2)}),
+        **({} if generation.drafts is None else {"drafts": generation.drafts.figures()}),
+    }
+
+
+def reading_figures(llm: LLM, generation: Generation, loading: Loading) -> dict[str, Any]:
+    """Return how tables are read, and what a generation asked of them, as JSON values."""
+    return {
+        "tables": [table_figures(choice, generation.tables) for choice in llm.tables],
+        "overlays": list(map(str, loading.tables.overlays)),
     }
 
 
@@ -133,8 +98,8 @@ def summary(generation: Generation) -> str:
     return (
         f"[{len(generation.token_ids)} tokens, {generation.decode_tok_s:.1f} tok/s; prompt "
         f"{generation.prompt_tokens} tokens, {generation.prefill_tok_s:.1f} tok/s; "
-        f"first token after {generation.ttft_s * 1e3:.0f} ms; {_drafts(generation)}{_cold_rows(generation)}"
-        f"{generation.finish_reason}]"
+        f"first token after {generation.ttft_s * 1e3:.0f} ms; {_drafts(generation)}{_experts(generation)}"
+        f"{_cold_rows(generation)}{generation.finish_reason}]"
     )
 
 
@@ -156,6 +121,11 @@ def _drafts(generation: Generation) -> str:
     rows = f"{ready} of {used} rows of drafts ready in time; " if used else ""
     counts = f"{sum(drafts.accepted)} of {sum(drafts.drafted)} drafts right"
     return f"{drafts.tokens_per_forward:.2f} tokens a forward pass, {counts}; {rows}"
+
+
+def _experts(generation: Generation) -> str:
+    experts = generation.experts_per_forward
+    return "" if experts is None else f"{experts:.1f} experts a forward pass; "
 
 
 def _cold_rows(generation: Generation) -> str:

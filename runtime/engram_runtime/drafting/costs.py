@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from engram_runtime.session import Session
 from engram_runtime.strict_json import Fields, read_json_object
 
 COMPILED = "tvm"
-VERSION = 1
+VERSION = 2
 MEASURED_ROWS = (1, 2, 4, 8, 16)  # forward passes between them are taken to lie on lines between them
 MOST_ROWS = 24
 DEPTH = 64  # tokens before those of a pass
@@ -114,51 +114,70 @@ def measure(bundle: Bundle, executor: Executor, *, library: str, clock: Clock = 
     Args:
         clock: tells seconds.
     """
-    sizes = sorted({size for rows in MEASURED_ROWS for size in executor.chunks(rows)})
     with Session.open(bundle, executor, tables_on=False) as session:
-        token_ids = _random_tokens(bundle)
-        session.prefill(token_ids[max(sizes) :])
-        passes = [partial(_verify, session, token_ids[:size]) for size in sizes]
-        *seconds, draft_s = _medians([*passes, _draft_pass(bundle, executor)], clock)
+        most = session.model.context_length // 2
+        sizes = sorted({size for rows in MEASURED_ROWS if rows <= max(1, most) for size in session.passes(rows)})
+        token_ids = _random_tokens(session)
+        takes = [_pass(session, token_ids, size) for size in sizes]
+        *seconds, draft_s = _medians([*takes, _draft_pass(bundle, executor)], clock)
+        sizes_of_rows = [session.passes(rows) for rows in range(1, MOST_ROWS + 1)]
     return ForwardCosts(
         library=library,
         threads=executor.threads,
         machine=_machine(),
-        forward_s=tuple(
-            float(np.interp(executor.chunks(rows), sizes, seconds).sum()) for rows in range(1, MOST_ROWS + 1)
-        ),
+        forward_s=tuple(float(np.interp(each, sizes, seconds).sum()) for each in sizes_of_rows),
         draft_s=draft_s,
     )
 
 
-def _random_tokens(bundle: Bundle) -> list[int]:
-    model = bundle.manifest.model
-    count = min(DEPTH, model.context_length - max(MEASURED_ROWS)) + max(MEASURED_ROWS)
-    ids: list[int] = np.random.default_rng(0).integers(0, model.vocab_size, size=count).tolist()
+class _Take(NamedTuple):
+    """What is timed, and what is done before it."""
+
+    prepare: Callable[[], object]
+    run: Callable[[], object]
+
+
+def _random_tokens(session: Session) -> list[int]:
+    """Return as many as a pass takes at most, and those before it."""
+    count = max(DEPTH, *MEASURED_ROWS)
+    ids: list[int] = np.random.default_rng(0).integers(0, session.model.vocab_size, size=count).tolist()
     return ids
 
 
-def _verify(session: Session, token_ids: Sequence[int]) -> None:
-    session.checkpoint()
-    session.decode(token_ids)
-    session.trim(len(token_ids))
+def _pass(session: Session, token_ids: Sequence[int], rows: int) -> _Take:
+    """Return a plain pass, or one over drafts of which none is right."""
+
+    def prepare() -> None:
+        if len(session) == 0 or session.room <= rows:
+            session.trim(len(session))
+            session.prefill(token_ids[: max(1, min(DEPTH, session.model.context_length // 4))])
+        session.catch_up()
+        if rows > 1:
+            session.decode(token_ids[:1])  # or the checkpoint would stand where it was
+
+    def verify() -> None:
+        session.checkpoint()
+        session.decode(token_ids[:rows])
+        session.trim(rows - 1)
+        assert session.put_off < rows  # it steps back where it has to
+
+    return _Take(prepare, verify if rows > 1 else partial(session.decode, token_ids[:1]))
 
 
-def _draft_pass(bundle: Bundle, executor: Executor) -> Callable[[], None]:
+def _draft_pass(bundle: Bundle, executor: Executor) -> _Take:
     """Return what makes one draft, or does nothing where there is no head."""
     if DRAFT_HEAD not in bundle.manifest.graphs:
-        return lambda: None
+        return _Take(_nothing, _nothing)
     head = DraftHead(bundle, executor)
     hidden = np.ones((1, bundle.manifest.model.hidden_size), dtype=np.float32)
-
-    def draft() -> None:
-        head.extend([0], hidden)
-        head.trim(1)
-
-    return draft
+    return _Take(lambda: head.trim(len(head)), lambda: head.extend([0], hidden))
 
 
-def _medians(takes: Sequence[Callable[[], None]], clock: Clock) -> list[float]:
+def _nothing() -> None:
+    pass
+
+
+def _medians(takes: Sequence[_Take], clock: Clock) -> list[float]:
     """Time each in every round; the first round, which finds code and weights cold, isn't counted."""
     samples: list[list[float]] = [[] for _ in takes]
     began = clock()
@@ -166,8 +185,9 @@ def _medians(takes: Sequence[Callable[[], None]], clock: Clock) -> list[float]:
         if number > 1 and clock() - began > BUDGET_S:
             break
         for take, seconds in zip(takes, samples, strict=True):
+            take.prepare()
             before = clock()
-            take()
+            take.run()
             seconds.append(clock() - before)
     return [statistics.median(seconds[1:]) for seconds in samples]
 

@@ -13,8 +13,9 @@ from engram_runtime.sampling import SamplingOptions, distribution, draw
 NAME = "mtp"
 MOST = 64  # drafts; verification pays for far fewer
 MOST_KEPT = 256  # tokens of a long text that the head sees the end of: more aren't worth its time
-MOST_WAITING = 16  # states that are entered with the next draft
+MOST_WAITING = 16  # states that are entered with the next draft; those before are left out
 CHAIN = 0  # the one grade
+LEAST_LIKELY = 0.25  # of all drafts so far by the head's own account, to make one more: it is right half as often
 
 _State = tuple[int, NDArray[np.float32]]  # a place in the text and the model's hidden state there
 
@@ -52,9 +53,10 @@ class HeadDrafter:
         self._token_ids += token_ids
         known = min(len(hidden), len(token_ids), MOST_KEPT)
         self._waiting += enumerate(hidden[len(hidden) - known :].copy(), start=len(self._token_ids) - known)
-        if len(self._waiting) > MOST_WAITING:
+        if known > MOST_WAITING:
             self._enter(self._waiting[:-1], [])
             del self._waiting[:-1]
+        del self._waiting[:-MOST_WAITING]
 
     def forget(self, count: int) -> None:
         """See `Drafter`."""
@@ -78,9 +80,11 @@ class HeadDrafter:
             self._waiting = []
             kept = len(self._head)
             try:
+                likely = 1.0
                 for number in itertools.count(1):
                     yield [draft := self._draft(drafted)]
-                    if number == count:
+                    likely *= _top_probability(drafted.logits[-1])
+                    if number == count or likely < LEAST_LIKELY:
                         return
                     drafted = self._head.extend([draft.token_id], drafted.hidden[-1:])
             finally:
@@ -97,8 +101,9 @@ class HeadDrafter:
         if not entries:
             return None
         places, token_ids, states = zip(*entries, strict=True)
+        drafted = self._head.extend(token_ids, np.stack(states))
         self._entered += places
-        return self._head.extend(token_ids, np.stack(states))
+        return drafted
 
     def _draft(self, drafted: Drafted) -> Draft:
         logits = drafted.logits[-1]
@@ -107,3 +112,8 @@ class HeadDrafter:
         kept, weights = distribution(logits, (), self._sampling)
         odds = Odds(self._head.vocabulary[kept], weights / weights.sum())
         return Draft(draw(odds.token_ids, odds.probabilities, self._rng), odds)
+
+
+def _top_probability(logits: NDArray[np.float32]) -> float:
+    """Return the softmax of the largest of ``logits [n]``."""
+    return 1 / float(np.exp(logits - logits.max()).sum())

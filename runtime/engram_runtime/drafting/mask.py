@@ -23,6 +23,7 @@ from engram_runtime.tokenizer import TextTokenizer
 
 APPROXIMATE, VERIFIED = "mask (approximate)", "mask (verified)"  # as figures call them
 MOST_TOKENS = 16  # k of the published models
+DEFAULT_CONFIDENCE = 0.9
 MASK_TOKENS = tuple(f"<|mtp_special_token_{index}|>" for index in range(32))  # theirs, of which the first is used
 
 
@@ -38,7 +39,7 @@ class MaskOptions:
 
     mask_id: int
     most: int = 4
-    confidence: float = 0.9
+    confidence: float = DEFAULT_CONFIDENCE
 
     def __post_init__(self) -> None:
         if not 1 <= self.most <= MOST_TOKENS:
@@ -174,5 +175,5 @@ def _filled(session: Session, count: int) -> int:
     What stands after a token or a mask doesn't change it.
     """
     put_off, most = session.put_off, min(2 * count, session.room)
-    wholes = (size for size in range(count, most + 1) if len(session.executor.chunks(put_off + size)) == 1)
+    wholes = (size for size in range(count, most + 1) if len(session.passes(put_off + size)) == 1)
     return next(wholes, count)

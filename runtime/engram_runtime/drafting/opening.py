@@ -1,7 +1,7 @@
 """Ways to generate, made ready for a loaded bundle: one token a forward pass, or several by a drafter or by masks."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,9 +15,9 @@ from engram_runtime.drafting.costs import forward_costs
 from engram_runtime.drafting.drafter import Drafter
 from engram_runtime.drafting.mask import MaskOptions
 from engram_runtime.drafting.options import (
-    APPROXIMATE_MASK,
     DEFAULT_MASK_DRAFTS,
     MASK,
+    MASKS,
     NONE,
     DraftOptions,
 )
@@ -31,7 +31,9 @@ from engram_runtime.manifest import DRAFT_HEAD
 from engram_runtime.sampling import Sampler
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.tracing.recorder import Recorder
 
+CountDrafts = Callable[..., DraftStatistics]
 Generated = tuple[Tokens, DraftStatistics | None]  # token ids, and where their drafts are counted while they come
 
 
@@ -58,10 +60,14 @@ def plainly(
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """Generates the same text with a drafter, which knows what was drafted for before, as its schedule does."""
+    """Generates the same text with a drafter, which knows what was drafted for before, as its schedule does.
+
+    ``count_drafts`` makes what counts them.
+    """
 
     drafter: Drafter
     schedule: Schedule
+    count_drafts: CountDrafts = DraftStatistics
 
     def __call__(
         self,
@@ -73,18 +79,22 @@ class Drafting:
         end_ids: Collection[int],
     ) -> Generated:
         """See `Decoding`."""
-        statistics = DraftStatistics(drafter=self.drafter.name)
+        statistics = self.count_drafts(drafter=self.drafter.name)
         speculation = Speculation(self.drafter, self.schedule, by_sampling(sample), statistics)
         return decode_drafted(session, logits, speculation, max_tokens=max_tokens, end_ids=end_ids), statistics
 
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """Generates with masks; ``decode`` says whether their guesses are verified, and ``name`` as well."""
+    """Generates with masks; ``decode`` says whether their guesses are verified, and ``name`` as well.
+
+    ``count_drafts`` makes what counts them.
+    """
 
     decode: Callable[..., Tokens]
     name: str
     options: MaskOptions
+    count_drafts: CountDrafts = DraftStatistics
 
     def __call__(
         self,
@@ -96,9 +106,39 @@ class Masking:
         end_ids: Collection[int],
     ) -> Generated:
         """See `Decoding`."""
-        statistics = DraftStatistics(drafter=self.name)
+        statistics = self.count_drafts(drafter=self.name)
         ends = {"max_tokens": max_tokens, "end_ids": end_ids}
         return self.decode(session, logits, sample, self.options, statistics=statistics, **ends), statistics
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """Generates by another way, whose choices of tokens are recorded."""
+
+    decoding: Decoding
+    recorder: Recorder
+
+    def __call__(
+        self,
+        session: Session,
+        logits: NDArray[np.float32],
+        sample: Sampler,
+        *,
+        max_tokens: int,
+        end_ids: Collection[int],
+    ) -> Generated:
+        """See `Decoding`."""
+        return self.decoding(session, logits, self.recorder.sampler(sample), max_tokens=max_tokens, end_ids=end_ids)
+
+
+def recorded(decoding: Decoding, recorder: Recorder) -> Decoding:
+    """Return a way to generate that does the same and has it recorded."""
+    if isinstance(decoding, Drafting):
+        drafter = recorder.drafter(decoding.drafter)
+        decoding = replace(decoding, drafter=drafter, count_drafts=recorder.statistics)
+    elif isinstance(decoding, Masking):
+        decoding = replace(decoding, count_drafts=recorder.statistics)
+    return _Recorded(decoding, recorder)
 
 
 def open_decoding(bundle: Bundle, executor: Executor, options: DraftOptions) -> Decoding:
@@ -111,7 +151,7 @@ def open_decoding(bundle: Bundle, executor: Executor, options: DraftOptions) -> 
     """
     if options.drafter == NONE:
         return plainly
-    if options.drafter in (MASK, APPROXIMATE_MASK):
+    if options.drafter in MASKS:
         return _open_masking(bundle, options)
     drafter = open_drafter(bundle, executor, options.drafter)
     if options.drafts is not None:
@@ -139,7 +179,8 @@ def _open_masking(bundle: Bundle, options: DraftOptions) -> Masking:
     if not 0 <= mask_id < (vocab_size := bundle.manifest.model.vocab_size):
         raise RequestError(f"mask {mask_id} is outside the vocabulary of {vocab_size}")
     drafts = DEFAULT_MASK_DRAFTS if options.drafts is None else options.drafts
-    masks = MaskOptions(mask_id=mask_id, most=1 + drafts, confidence=options.confidence)
+    confidence = mask.DEFAULT_CONFIDENCE if options.confidence is None else options.confidence
+    masks = MaskOptions(mask_id=mask_id, most=1 + drafts, confidence=confidence)
     if options.drafter == MASK:
         return Masking(mask.decode_by_verified_masks, mask.VERIFIED, masks)
     return Masking(mask.decode_by_masks, mask.APPROXIMATE, masks)

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engram_runtime.session import MOST_PUT_OFF
+
 MOST_DRAFTS = 15  # of `Measured`: with the pending token as many rows as the costs were measured for
-LOSS_SHARE = 0.02  # of the time so far that drafts may have cost more than they gave
+LOSS_SHARE = 0.015  # of a text's time so far that drafts may have cost more than they gave
 FIRST_PASSES = 32  # the time so far counts as that of so many plain passes at least, so that short texts are drafted
-CREDIT_PASSES = 8  # gains are kept for bad times up to as many plain passes
 PLAIN_EVERY = 24  # passes, of which one is plain to know what that takes by now
 DOUBT, DOUBT_DRAFTS = 0.5, 2.0  # share of right drafts where nothing is known, and how many drafts outweigh it
 DECAY = 0.97  # of what is known, with each further draft of that position
 FADE = 0.99  # of what is known, with each pass that doesn't try a position: text changes, and is tried again
 RECENT, PLAIN_RECENT = 9, 3  # drafts and plain passes whose median is what one takes at the moment
 LEARNING, MOST_SURPRISE = 0.25, 0.5  # how fast costs follow what passes take, and how far one can pull them
+MOST_CHARGED = 3.0  # times what a pass should take; what it took beyond that was for others at work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,8 @@ class Pass:
 
     Attributes:
         grade: of the drafts, see `engram_runtime.drafting.drafter.Proposal`.
-        drafted: how many drafts were verified.
+        asked: how many drafts the schedule wanted.
+        drafted: how many there were and were verified.
         put_off: tokens computed in addition, `engram_runtime.session.Session.put_off`.
         said: tokens that came of it, one more than drafts were right.
         draft_s: the drafter's seconds.
@@ -33,6 +36,7 @@ class Pass:
     """
 
     grade: int
+    asked: int
     drafted: int
     put_off: int
     said: int
@@ -47,6 +51,10 @@ class Pass:
 
 class Schedule(Protocol):
     """Chooses the number of drafts."""
+
+    def begin(self) -> None:
+        """Start a text."""
+        ...
 
     def count(self, grade: int, most: int, put_off: int) -> int:
         """Return how many drafts of a grade to make, 0 to ``most``, where so many tokens were put off."""
@@ -63,6 +71,9 @@ class Always:
 
     drafts: int
 
+    def begin(self) -> None:
+        """See `Schedule`: every text is the same."""
+
     def count(self, grade: int, most: int, put_off: int) -> int:
         """See `Schedule`."""
         return min(self.drafts, most)
@@ -74,10 +85,10 @@ class Always:
 class Measured:
     """The number with the most expected tokens a second, from what passes cost and how many drafts were right lately.
 
-    A ledger holds the seconds that passes took beyond what their tokens would have taken one by one. A number of drafts
-    is considered only if the ledger stays within `LOSS_SHARE` of the time so far even where none is right. So tries
-    come out of that share, and text that can't be drafted costs no more than it. The time is that of all texts which
-    share a schedule.
+    Each text has a ledger of the seconds that passes took beyond what their tokens would have taken one by one. A
+    number of drafts is considered only if the ledger stays within `LOSS_SHARE` of the text's time even where none is
+    right. So tries come out of that share, and text that can't be drafted costs no more than it, but for a pass that
+    takes longer than costs say. What is known of drafts and of costs goes on from text to text.
     """
 
     def __init__(self, forward_s: Sequence[float], draft_s: float) -> None:
@@ -91,17 +102,17 @@ class Measured:
         self._odds: defaultdict[int, _Odds] = defaultdict(_Odds)
         self._lost_s = 0.0
         self._total_s = 0.0
-        self._since_plain = PLAIN_EVERY  # the first pass says how fast the machine is
+        self._since_plain = PLAIN_EVERY
 
     @property
     def lost_s(self) -> float:
-        """Seconds that drafts have cost beyond what they gave; below 0 is a gain, as far as it is remembered."""
+        """Seconds that drafts have cost this text beyond what they gave it; below 0 is a gain."""
         return self._lost_s
 
-    @property
-    def total_s(self) -> float:
-        """Seconds of all passes so far."""
-        return self._total_s
+    def begin(self) -> None:
+        """See `Schedule`; the first pass says how fast the machine is by now."""
+        self._lost_s = self._total_s = 0.0
+        self._since_plain = PLAIN_EVERY
 
     def count(self, grade: int, most: int, put_off: int) -> int:
         """See `Schedule`."""
@@ -110,24 +121,25 @@ class Measured:
         plain_s = self._costs.forward(1 + put_off)
         allowance_s = self._allowance_s()
         best, best_rate, tokens, likely = 0, 1 / plain_s, 1.0, 1.0
-        for drafts, share in enumerate(self._odds[grade].shares(min(most, MOST_DRAFTS)), start=1):
-            likely *= share
+        seconds = before_s = plain_s
+        for drafts, (made, right) in enumerate(self._odds[grade].shares(min(most, MOST_DRAFTS)), start=1):
+            likely *= right
             tokens += likely
-            seconds = self._costs.forward(1 + drafts + put_off) + self._costs.draft_s * drafts
-            if seconds - plain_s <= allowance_s and tokens / seconds > best_rate:
+            all_made_s = self._costs.drafted(drafts, put_off)
+            seconds += made * (all_made_s - before_s)
+            before_s = all_made_s
+            if all_made_s - plain_s <= allowance_s and tokens / seconds > best_rate:
                 best, best_rate = drafts, tokens / seconds
         return best
 
     def note(self, taken: Pass) -> None:
         """See `Schedule`."""
-        plain_s = self._costs.forward(1)
-        gained_s = (taken.said - 1) * plain_s
-        self._lost_s = max(self._lost_s + self._costs.extra(taken) - gained_s, -CREDIT_PASSES * plain_s)
+        self._lost_s += self._costs.charged(taken) - taken.said * self._costs.plain(taken)
         self._costs.note(taken)
         self._total_s += taken.draft_s + taken.forward_s
         self._since_plain = self._since_plain + 1 if taken.drafted else 0
-        if taken.drafted:
-            self._odds[taken.grade].note(taken.drafted, taken.said - 1)
+        if taken.asked:
+            self._odds[taken.grade].note(taken)
         else:
             for odds in self._odds.values():
                 odds.fade()
@@ -137,38 +149,58 @@ class Measured:
 
 
 @dataclass(slots=True)
+class _Position:
+    """Of one place after the pending token, what drafts came to; those long ago count less."""
+
+    wanted: float = 0.0
+    made: float = 0.0
+    reached: float = 0.0  # all before were right
+    right: float = 0.0
+
+    def note(self, *, made: bool, reached: bool, right: bool) -> None:
+        self.wanted = DECAY * self.wanted + 1
+        self.made = DECAY * self.made + made
+        if reached:
+            self.reached = DECAY * self.reached + 1
+            self.right = DECAY * self.right + right
+
+    def fade(self) -> None:
+        self.wanted, self.made = FADE * self.wanted, FADE * self.made
+        self.reached, self.right = FADE * self.reached, FADE * self.right
+
+
+@dataclass(slots=True)
 class _Odds:
-    """Of each position, how many drafts were made and how many right, those long ago counting less.
+    """What drafts of a grade came to, by position."""
 
-    A position counts where all before it were right.
-    """
+    positions: list[_Position] = field(default_factory=list)
 
-    made: list[float] = field(default_factory=list)
-    right: list[float] = field(default_factory=list)
+    def shares(self, count: int) -> Iterator[tuple[float, float]]:
+        """Yield of each position how often a wanted draft is made, and how often it is right where those before are.
 
-    def shares(self, count: int) -> Iterator[float]:
-        """Yield the share of right drafts at each position: where few were made, mostly that of the one before."""
-        share = DOUBT
-        for made, right in itertools.islice(zip(self.made, self.right, strict=True), count):
-            share = (right + share * DOUBT_DRAFTS) / (made + DOUBT_DRAFTS)
-            yield share
-        yield from itertools.repeat(share, count - len(self.made))
+        Where little is known a draft is made, and right as often as the one before.
+        """
+        made, right = 1.0, DOUBT
+        for position in self.positions[:count]:
+            made = min(made, (position.made + DOUBT_DRAFTS) / (position.wanted + DOUBT_DRAFTS))
+            right = (position.right + right * DOUBT_DRAFTS) / (position.reached + DOUBT_DRAFTS)
+            yield made, right
+        yield from itertools.repeat((made, right), count - len(self.positions))
 
-    def note(self, drafted: int, right: int) -> None:
-        """Count drafts of which so many were right before one wasn't; positions that weren't tried fade."""
-        reached = min(drafted, right + 1)
-        missing = [0.0] * (reached - len(self.made))
-        self.made, self.right = self.made + missing, self.right + missing
-        for position in range(reached):
-            self.made[position] = DECAY * self.made[position] + 1
-            self.right[position] = DECAY * self.right[position] + (position < right)
-        self.fade(drafted)
+    def note(self, taken: Pass) -> None:
+        """Count the drafts of a pass; what is known of positions that weren't wanted fades."""
+        right = taken.said - 1
+        self.positions += [_Position() for _ in range(taken.asked - len(self.positions))]
+        for number, position in enumerate(self.positions):
+            if number < taken.asked:
+                position.note(made=number < taken.drafted, reached=number <= right, right=number < right)
+            else:
+                position.fade()
 
-    def fade(self, first: int = 0) -> None:
-        """Let what is known of positions from ``first`` on count less."""
-        for position in range(first, len(self.made)):
-            self.made[position] *= FADE
-            self.right[position] *= FADE
+    def fade(self) -> None:
+        """Let all count less."""
+        for position in self.positions:
+            position.fade()
 
 
 class _CurrentCosts:
@@ -191,10 +223,21 @@ class _CurrentCosts:
         measured = min(rows, len(self._ratios))
         return self._plain_s * self._ratios[measured - 1] * rows / measured
 
-    def extra(self, taken: Pass) -> float:
-        """Return the seconds a pass took more than a plain one, but for what it has to wait when others are at work."""
-        draft_s = min(taken.draft_s, self.draft_s * max(1, taken.drafted))
-        return draft_s + (self._likely(taken) - self._plain_s if taken.rows > 1 else 0.0)
+    def drafted(self, drafts: int, put_off: int) -> float:
+        """Return the seconds of so many drafts and of the pass over them, see `engram_runtime.session.checkpoint`."""
+        if drafts and put_off > MOST_PUT_OFF:
+            return self.forward(put_off) + self.forward(1 + drafts) + self.draft_s * drafts
+        return self.forward(put_off + 1 + drafts) + self.draft_s * drafts
+
+    def plain(self, taken: Pass) -> float:
+        """Return the seconds of a plain pass at the time of this one."""
+        return taken.forward_s if taken.rows == 1 else self._plain_s
+
+    def charged(self, taken: Pass) -> float:
+        """Return the seconds of a pass, but for what it had to wait when others were at work."""
+        expected_s = self.plain(taken) if taken.rows == 1 else self.forward(taken.rows)
+        draft_s = min(taken.draft_s, MOST_CHARGED * self.draft_s * max(1, taken.drafted))
+        return draft_s + min(taken.forward_s, MOST_CHARGED * expected_s)
 
     def _likely(self, taken: Pass) -> float:
         """Return what a pass took, or as much as can be believed of it."""

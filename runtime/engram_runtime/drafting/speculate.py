@@ -51,6 +51,7 @@ def decode_drafted(
     Raises:
         RequestError: the drafter proposes what is no token.
     """
+    speculation.schedule.begin()
     _tell(speculation.drafter, session)
     history = list(session.token_ids)
     token_id = speculation.choose(logits, history, None)
@@ -98,11 +99,12 @@ def _verified(
 ) -> Iterator[_Block]:
     """Add a token and up to ``most`` drafts after it; on leaving, trim those that weren't said."""
     start, put_off, began = len(session), session.put_off, time.perf_counter()
-    drafts, grade = _draft(session, speculation, pending, most, vocab_size)
+    drafts, grade, asked = _draft(session, speculation, pending, most, vocab_size)
     drafted = time.perf_counter()
     block = _run(session, pending, drafts)
     verified = time.perf_counter()
     hidden = session.hidden
+    read = time.perf_counter()
     try:
         yield block
     finally:
@@ -110,11 +112,12 @@ def _verified(
         if session.token_ids[start:] == block.token_ids:  # else someone went on with the session meanwhile
             session.trim(len(block.token_ids) - block.said)
             speculation.drafter.add(block.token_ids[: block.said], hidden[: block.said])
-        draft_s = drafted - began + time.perf_counter() - closed
+        draft_s = drafted - began + read - verified + time.perf_counter() - closed
         speculation.statistics.note(len(block.drafts), block.said)
         speculation.schedule.note(
             Pass(
                 grade=grade,
+                asked=asked,
                 drafted=len(block.drafts),
                 put_off=put_off,
                 said=block.said,
@@ -126,8 +129,8 @@ def _verified(
 
 def _draft(
     session: Session, speculation: Speculation, pending: int, most: int, vocab_size: int
-) -> tuple[list[Draft], int]:
-    """Return drafts after ``pending``, whose rows are on their way, and their grade."""
+) -> tuple[list[Draft], int, int]:
+    """Return drafts after ``pending``, whose rows are on their way, their grade and how many were asked for."""
     proposal = speculation.drafter.propose(pending)
     count = speculation.schedule.count(proposal.grade, min(most, proposal.most), session.put_off)
     drafts: list[Draft] = []
@@ -136,7 +139,7 @@ def _draft(
             _check(speculation.drafter.name, group, vocab_size)
             drafts += group
             session.request([pending, *(draft.token_id for draft in drafts)])
-    return drafts[:count], proposal.grade
+    return drafts[:count], proposal.grade, count
 
 
 def _check(name: str, drafts: Sequence[Draft], vocab_size: int) -> None:

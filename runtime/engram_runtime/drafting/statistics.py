@@ -1,8 +1,9 @@
 """What drafts came to."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +33,16 @@ class DraftStatistics:
             self.drafted[position] += 1
             self.accepted[position] += position < said - 1
 
+    def __add__(self, other: Self) -> "DraftStatistics":
+        """Return what both counted."""
+        return DraftStatistics(
+            drafter=self.drafter,
+            forwards=self.forwards + other.forwards,
+            tokens=self.tokens + other.tokens,
+            drafted=_sums(self.drafted, other.drafted),
+            accepted=_sums(self.accepted, other.accepted),
+        )
+
     @property
     def tokens_per_forward(self) -> float:
         """Tokens said a pass; 1 without drafts, 0 where there was no pass."""
@@ -52,3 +63,7 @@ class DraftStatistics:
             "accepted": sum(self.accepted),
             "acceptance": [round(share, 3) for share in self.acceptance],
         }
+
+
+def _sums(counts: Sequence[int], others: Sequence[int]) -> list[int]:
+    return [sum(pair) for pair in itertools.zip_longest(counts, others, fillvalue=0)]

@@ -35,7 +35,7 @@ class OnnxRuntimeExecutor:
     """Sessions of onnxruntime over a bundle's graphs."""
 
     name = "onnxruntime"
-    expert_bytes_read = None
+    expert_bytes_read = experts_read = None
     float16_states = ()
 
     def __init__(self, open_graph: "Callable[[str], ort.InferenceSession]", threads: int) -> None:
@@ -44,7 +44,7 @@ class OnnxRuntimeExecutor:
         self._session(DECODER)
         self.threads = threads
 
-    def chunks(self, count: int) -> Sequence[int]:
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         """See `Executor.chunks`; any size runs, so only the last one is smaller."""
         full, rest = divmod(count, MAX_CHUNK_TOKENS)
         return [MAX_CHUNK_TOKENS] * full + [rest] * (rest > 0)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.executor import BatchInputs, PendingRows
+from engram_runtime.executor import BatchInputs
+from engram_runtime.executors.padding import padded_rows
 from engram_runtime.manifest import EMBEDDINGS
 
 if TYPE_CHECKING:
@@ -52,15 +53,7 @@ class TvmBatchStep:
             "position": np.pad(inputs.positions, others),
             "logit_rows": np.arange(size, dtype=np.int64),
         }
-        rows = {site: _padded(pending, size) for site, pending in inputs.rows.items()}
+        rows = {site: padded_rows(pending, size) for site, pending in inputs.rows.items()}
         after = {} if inputs.embeddings is None else {EMBEDDINGS: np.pad(inputs.embeddings, (others, (0, 0)))}
         states = [*(self._states[index] for index in inputs.sequences), *[self._unread] * (size - count)]
         return self._step.run(before, rows, after, list(itertools.chain.from_iterable(states)))[:count]
-
-
-def _padded(rows: PendingRows, size: int) -> PendingRows:
-    def fill(out: NDArray[np.float32]) -> None:
-        rows.fill(out[: rows.shape[0]])
-        out[rows.shape[0] :] = 0
-
-    return PendingRows((size, *rows.shape[1:]), fill)

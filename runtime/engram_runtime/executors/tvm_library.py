@@ -17,6 +17,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
+from engram_runtime.executors.padding import LARGEST, padded_inputs
 from engram_runtime.executors.tvm_batch import TvmBatchStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
@@ -97,13 +98,14 @@ class TvmExecutor:
         self.threads = threads
         self._told = told
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
+        self.experts_read: int | None = 0 if info.expert_bytes else None
         self.float16_states = info.float16_states
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
         self._batches = info.batches
         self._unread: Sequence[Any] = ()
         self._row_functions = {table.site: row_function(table) for table in tables}
-        self._sizes = sorted({tokens for tokens, _ in info.passes}, reverse=True)
+        self._sizes = sorted({tokens for tokens, _ in info.passes})
         self._module = module = load_module(folder / info.library)
         self.pool = LibraryPool(module.get_function("use_threads", query_imports=True), threads)
         self._machine_code = module["vm_load_executable"]()
@@ -111,12 +113,13 @@ class TvmExecutor:
         weights = map_weights(folder / info.weights, info)
         self._weights = {graph: [weights[place] for place in used] for graph, used in info.graph_tensors.items()}
 
-    def chunks(self, count: int) -> Sequence[int]:
-        """See `Executor.chunks`: compiled sizes only, the largest first, so nothing is padded."""
+    def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
+        """See `Executor.chunks`: compiled sizes, the largest first, and the next larger one for a small rest."""
         chunks: list[int] = []
-        for size in self._sizes:
-            times, count = divmod(count, size)
-            chunks += [size] * times
+        while count > 0:
+            padded = [size for size in self._sizes if count <= size <= min(count + spare, LARGEST)]
+            chunks.append(min(padded) if padded else max(size for size in self._sizes if size <= count))
+            count -= chunks[-1]
         return chunks
 
     def batches(self, count: int) -> Sequence[int]:
@@ -136,9 +139,11 @@ class TvmExecutor:
 
     def count_experts(self, outputs: Sequence[Any]) -> None:
         """Add what a call has read of experts; the last of its outputs say how many experts."""
-        counts = outputs[len(outputs) - len(self._expert_bytes) :]
-        for count, size in zip(counts, self._expert_bytes, strict=True):
-            self.expert_bytes_read += int(np.from_dlpack(count)[0]) * size
+        if self.experts_read is None:
+            return
+        counts = [int(np.from_dlpack(count)[0]) for count in outputs[len(outputs) - len(self._expert_bytes) :]]
+        self.experts_read += sum(counts)
+        self.expert_bytes_read += sum(count * size for count, size in zip(counts, self._expert_bytes, strict=True))
 
     def row_decoder(self, site: str) -> TvmRowDecoder | None:
         """See `Executor.row_decoder`: none for records cut elsewhere than before their scales."""
@@ -186,6 +191,7 @@ class TvmStep:
         self._names = names
         self._counts_experts = counts_experts
         self._told: Sequence[Any] = ()
+        self._count: int | None = None  # tokens of the last pass that are told of, None for all
         self._buffers: dict[tuple[str, tuple[int, ...]], tuple[NDArray[Any], Any]] = {}
         self._pending: list[tuple[PendingRows, NDArray[np.float32]]] = []
         self._failure: BaseException | None = None
@@ -193,18 +199,24 @@ class TvmStep:
     @property
     def told(self) -> Mapping[str, NDArray[np.float32]]:
         """See `Step.told`."""
-        values = (np.asarray(np.from_dlpack(tensor)) for tensor in self._told)
+        values = (np.asarray(np.from_dlpack(tensor))[: self._count] for tensor in self._told)
         return dict(zip(self._names, values, strict=False))
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """See `Step` and `run`."""
+        """See `Step` and `run`; a pass that is smaller than all that were compiled is padded."""
+        count, rows = len(inputs.token_ids), len(inputs.logit_rows)
+        size = min(size for size, _ in self._forward if size >= count)
+        if size > count:
+            inputs = padded_inputs(inputs, size)
         tokens = {
             "token_ids": inputs.token_ids,
             "position": np.array([inputs.position], dtype=np.int64),
             "logit_rows": inputs.logit_rows,
         }
         after = {HIDDEN: inputs.hidden, EMBEDDINGS: inputs.embeddings}
-        return self.run(tokens, inputs.rows, {name: values for name, values in after.items() if values is not None})
+        given = {name: values for name, values in after.items() if values is not None}
+        self._count = count
+        return self.run(tokens, inputs.rows, given)[:rows]
 
     def run(
         self,

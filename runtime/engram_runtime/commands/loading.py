@@ -1,0 +1,109 @@
+"""How commands that generate load a bundle: the options for it, and what they come to."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from engram_runtime.commands.announcing import announce_table
+from engram_runtime.commands.options import (
+    draft_options,
+    executor_option,
+    overlay_option,
+    read_options,
+    table_options,
+    threads_option,
+)
+from engram_runtime.drafting.options import DraftOptions
+from engram_runtime.llm import LLM
+from engram_runtime.new_file import new_file
+from engram_runtime.tables.options import TableOptions
+from engram_runtime.tracing.recorder import Recorder
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """What the user said of it; ``trace`` is where the times of what is generated go, None where they aren't taken."""
+
+    executor: str
+    threads: int | None
+    tables_on: bool
+    tables: TableOptions
+    drafts: DraftOptions
+    trace: Path | None
+
+    @contextlib.contextmanager
+    def load(self, bundle: Path) -> Iterator[LLM]:
+        """Yield a loaded bundle, its tables announced; a trace is written once it is done with.
+
+        Raises:
+            EngramError: as `LLM` and `engram_runtime.new_file.new_file`.
+        """
+        with (
+            contextlib.nullcontext() if self.trace is None else new_file(self.trace, replace=True) as file,
+            LLM(
+                bundle,
+                self.executor,
+                threads=self.threads,
+                tables_on=self.tables_on,
+                tables=self.tables,
+                drafts=self.drafts,
+                announce=announce_table,
+            ) as llm,
+        ):
+            if file is None:
+                yield llm
+                return
+            llm.record(recorder := Recorder())
+            yield llm
+            file.write(recorder.timeline.to_json())
+
+    def figures(self, llm: LLM) -> dict[str, Any]:
+        """Return what ran, as JSON values."""
+        return {"executor": self.executor, "threads": llm.executor.threads, "tables_on": self.tables_on}
+
+
+def loading_options(command: Command) -> Command:
+    """Add the options of `Loading`, which the command gets as ``loading``."""
+
+    @functools.wraps(command)
+    def with_loading(
+        *,
+        tables: str,
+        table_io: str,
+        table_ram: int | None,
+        overlays: tuple[Path, ...],
+        executor: str,
+        threads: int | None,
+        drafts: DraftOptions,
+        trace: Path | None,
+        **others: Any,
+    ) -> Any:
+        loading = Loading(
+            executor=executor,
+            threads=threads,
+            tables_on=tables == "on",
+            tables=read_options(tables, table_io, table_ram, overlays),
+            drafts=drafts,
+            trace=trace,
+        )
+        return command(loading=loading, **others)
+
+    added: Any = with_loading
+    for option in (_trace_option, overlay_option, table_options, threads_option, executor_option, draft_options):
+        added = option(added)
+    return cast(Command, added)
+
+
+_trace_option = click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Write a timeline of look-ups, forward passes and drafts to this file, for ui.perfetto.dev; one that "
+    "exists is replaced.",
+)
