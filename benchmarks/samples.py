@@ -4,14 +4,21 @@
 
 Numbers of samples run in turn, so other processes slow them alike; ratios are taken round by round. Every sample has
 all of its tokens, as end tokens end none. One sample is a plain generation, without a group.
+
+    python benchmarks/samples.py build/demo.engram --drafts --samples 3 --samples 5 --temperature 0.3 --max-tokens 128
+
+With ``--drafts`` samples of real prompts, which end where they do, are drawn with drafts from siblings and without,
+in turn; whether they are the same is checked.
 """
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +26,15 @@ import click
 import numpy as np
 
 from engram_runtime import LLM, SamplingOptions
+from engram_runtime.errors import VerificationError
 from engram_runtime.generation import decode_tokens
+from engram_runtime.parallel.drafts import SiblingDrafter, SiblingLookup
 from engram_runtime.parallel.group import Group
-from engram_runtime.parallel.samples import draw_samples, seeded
+from engram_runtime.parallel.samples import Sample, draw_samples, seeded
 from engram_runtime.sampling import make_sampler
 
+PROMPTS = Path(__file__).parents[1] / "examples" / "retrofit" / "test_prompts.jsonl"
+DOMAINS, TEXTS = ("chat", "code"), 4
 HEADS = ("samples", "seconds", "over one", "least to most", "tok/s of all")
 
 
@@ -86,6 +97,59 @@ def report(counts: Sequence[int], times: dict[int, list[float]], max_tokens: int
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class NoDrafts:
+    """A `SiblingDrafter` that drafts nothing."""
+
+    def add(self, text: list[int], count: int) -> None:
+        """Take no note."""
+
+    def drafts(self, texts: Sequence[list[int]], most: Sequence[int], spare: int) -> list[list[int]]:
+        """Return none."""
+        return [[] for _ in texts]
+
+
+def drawn(
+    llm: LLM, prompt: Sequence[int], each: Sequence[SamplingOptions], max_tokens: int, drafter: SiblingDrafter
+) -> tuple[float, list[Sample]]:
+    """Draw samples after a prompt; returns the seconds from its end on, and them."""
+    llm.session.trim(len(llm.session))
+    logits = llm.session.prefill(prompt)
+    started = time.perf_counter()
+    samples = list(draw_samples(llm.session, logits, llm.tokenizer, each, max_tokens=max_tokens, drafter=drafter))
+    seconds = time.perf_counter() - started
+    return seconds, sorted(samples, key=lambda sample: sample.index)
+
+
+def drafted_ratio(llm: LLM, prompt: Sequence[int], each: Sequence[SamplingOptions], max_tokens: int) -> float:
+    """Return the seconds without drafts over those with drafts from siblings."""
+    plain_s, plain = drawn(llm, prompt, each, max_tokens, NoDrafts())
+    drafted_s, drafted = drawn(llm, prompt, each, max_tokens, SiblingLookup())
+    if plain != drafted:
+        raise VerificationError("samples with drafts are not those without; report a bug")
+    return plain_s / drafted_s
+
+
+def compare_drafts(
+    llm: LLM, counts: Sequence[int], max_tokens: int, sampling: SamplingOptions, rounds: int
+) -> list[dict[str, Any]]:
+    """Print a line of Markdown for each kind of text and number of samples and return their figures."""
+    lines = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
+    click.echo("| text | samples | without over with drafts | least to most of texts |\n|---|---|---|---|")
+    found = []
+    for domain, count in itertools.product(DOMAINS, counts):
+        texts = [line["text"] for line in lines if line["domain"] == domain][:TEXTS]
+        ratios = []
+        for text in texts:
+            prompt = llm.tokenizer.encode_chat([{"role": "user", "content": text}])
+            each = seeded(sampling, count)
+            ratios.append(statistics.median(drafted_ratio(llm, prompt, each, max_tokens) for _ in range(rounds)))
+        median = statistics.median(ratios)
+        click.echo(f"| {domain} | {count} | {median:.3f} | {min(ratios):.3f} to {max(ratios):.3f} |")
+        found.append({"domain": domain, "samples": count, "speedup": ratios})
+    return found
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--samples", "counts", type=int, multiple=True, default=[8], show_default=True)
@@ -95,6 +159,7 @@ def report(counts: Sequence[int], times: dict[int, list[float]], max_tokens: int
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--threads", type=int, help="Worker threads.  [default: the profile's]")
 @click.option("--rounds", default=7, show_default=True)
+@click.option("--drafts", is_flag=True, help="Compare with drafts from siblings and without, on real prompts.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the figures here.")
 def main(
     bundle: Path,
@@ -105,16 +170,22 @@ def main(
     top_p: float,
     threads: int | None,
     rounds: int,
+    drafts: bool,
     json_file: Path | None,
 ) -> None:
     """Measure BUNDLE."""
     sampling = SamplingOptions(temperature=temperature, top_p=top_p, seed=0)
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     every = (1, *(count for count in counts if count > 1))
     with LLM(bundle, threads=threads) as llm:
         click.echo(
             f"{platform.machine()}, {os.cpu_count()} CPUs, {llm.executor.threads} threads, load average "
-            f"{os.getloadavg()[0]:.2f}; {prompt_tokens} tokens of prompt, {max_tokens} of each sample\n"
+            f"{os.getloadavg()[0]:.2f}; {max_tokens} tokens of each sample at temperature {temperature}\n"
         )
+        if drafts:
+            compared = compare_drafts(llm, every[1:], max_tokens, sampling, rounds)
+            keep(json_file, {"options": options, "drafts": compared})
+            return
         llm.tokenizer.eos_token_ids = frozenset()
         prompt = prompt_of(llm, prompt_tokens)
         times: dict[int, list[float]] = {count: [] for count in every}
@@ -129,9 +200,13 @@ def main(
         f"\nstates: {memory['prompt_mb']} MB of the prompt, {memory['added_mb']} MB more for {max(every)} samples, "
         f"whose own tokens take {memory['tokens_mb']} MB; load average {os.getloadavg()[0]:.2f}"
     )
-    if json_file is not None:
-        options = {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-        json_file.write_text(json.dumps({"options": options, "samples": figures, "states": memory}, indent=1))
+    keep(json_file, {"options": options | {"prompt_tokens": prompt_tokens}, "samples": figures, "states": memory})
+
+
+def keep(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures to a file where one is wanted."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -283,6 +283,27 @@ def test_sequences_of_any_lengths_have_the_bits_of_passes_of_their_own(machine: 
             np.testing.assert_array_equal(changed.numpy().view(np.uint32), state.view(np.uint32))
 
 
+@pytest.mark.parametrize("first", [0, 30, 62, TOKENS - rig.SEQUENCES])  # within blocks of keys, over their ends
+@pytest.mark.parametrize("name", LAYERS)
+def test_tokens_of_one_sequence_have_the_bits_of_passes_of_their_own(
+    machine: Callable[..., Any], name: str, first: int
+) -> None:
+    """The rows' caches are one and the same memory, where a pass before has left other tokens at these positions."""
+    layer, x, end = LAYERS[name][0], x_of(name), first + rig.SEQUENCES
+    states = rig.new_states(layer)
+    step = rig.tvm_step(machine(name), states)
+    for position in range(first):
+        step(x[position : position + 1], position)
+    held = [tvm.runtime.tensor(state) for state in states]
+    expected = np.concatenate([step(x[position : position + 1], position) for position in range(first, end)])
+    for rows in (-x[first:end], x[first:end]):
+        arguments = [tvm.runtime.tensor(rows), tvm.runtime.tensor(np.arange(first, end))]
+        found = machine(name)[f"batch_{rig.SEQUENCES}"](*arguments, *held * rig.SEQUENCES)[0].numpy()
+    assert same_bits(found, expected)
+    for state, changed in zip(states, held, strict=True):
+        np.testing.assert_array_equal(changed.numpy().view(np.uint32), state.view(np.uint32))
+
+
 @pytest.mark.parametrize("end", [8, 30, 67, 68])  # after, in and at the ends of blocks
 def test_tokens_are_forgotten_by_moving_the_end(machine: Callable[..., Any], end: int) -> None:
     """The index cache holds keys of blocks that become incomplete again: they must not count."""

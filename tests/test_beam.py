@@ -138,7 +138,8 @@ def test_the_search_ends_with_the_context() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0}, "beam width is 0, expected at least 1"),
+        ({"width": 0}, "beam width is 0, expected 1 to 1024"),
+        ({"width": 1025}, "beam width is 1025, expected 1 to 1024"),
         ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
         ({"length_penalty": -0.5}, "length_penalty is -0.5, expected 0 to 10"),
         ({"length_penalty": 10.5}, "length_penalty is 10.5, expected 0 to 10"),
@@ -156,11 +157,11 @@ def test_options_out_of_range_are_refused(options: Mapping[str, float], message:
 def test_more_beams_than_memory_holds_are_refused(
     monkeypatch: pytest.MonkeyPatch, max_tokens: int, tokens: int, needed: int
 ) -> None:
-    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=10 << 30))
+    monkeypatch.setattr(groups, "free_memory", lambda: FreeMemory(num_bytes=1024 * needed - 1))
     with session_of(toy_model(0)) as session, pytest.raises(RequestError) as caught:
-        beam_search(session, session.prefill(PROMPT), width=1 << 30, max_tokens=max_tokens, end_ids=())
+        beam_search(session, session.prefill(PROMPT), width=1024, max_tokens=max_tokens, end_ids=())
     assert str(caught.value) == (
-        f"the states of 1073741824 sequences of {tokens} tokens need {needed}.0 GiB, 10.0 GiB of memory are available; "
+        f"the states of 1024 sequences of {tokens} tokens need 0.0 GiB, 0.0 GiB of memory are available; "
         f"ask for fewer sequences or tokens"
     )
 

@@ -86,7 +86,8 @@ def test_samples_without_a_seed_have_one_to_be_drawn_again_with(llm: LLM) -> Non
 @pytest.mark.parametrize(
     ("options", "count", "message"),
     [
-        (WARM, 0, "n is 0, expected at least 1"),
+        (WARM, 0, "n is 0, expected 1 to 1024"),
+        (WARM, 1025, "n is 1025, expected 1 to 1024"),
         (SamplingOptions(), 3, "3 samples at temperature 0 are all the same; set a temperature"),
     ],
 )

@@ -136,6 +136,11 @@ class Workshop:
         """Return `uncompiled` with a library, all of whose kernels run in parallel."""
         return self.compiled(self.uncompiled(), always_parallel=True)
 
+    def positional(self) -> Bundle:
+        """Return a compiled bundle with a site all of whose states roll back, all of whose kernels run in parallel."""
+        checkpoint = self.checkpoint(TinyModel(), TinySite(convolution=False))
+        return self.compiled(self.bundle(checkpoint, quant="int8"), always_parallel=True)
+
     def _once(self, key: str, name: str, make: Callable[[Path], object]) -> Path:
         if key not in self._made:
             folder = self._root / str(next(self._numbers))

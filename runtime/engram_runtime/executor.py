@@ -121,15 +121,20 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchInputs:
-    """One forward pass over a token of each of B sequences.
+    """One forward pass over R rows, a token each, of several sequences.
+
+    A sequence may have several rows where all of its states roll back (`StateSpec.rolls_back`): tokens that follow one
+    another, in their order. No row reads a cache before all of them have added to theirs, or those before it have.
 
     Attributes:
-        token_ids: ``[B]`` int64.
-        positions: ``[B]`` int64, how many tokens the states of each already hold.
-        rows: by site in the manifest's order, ``[B, C, d]``.
-        embeddings: ``[B, D]`` float32 for a decoder that takes them, else None; see `StepInputs`.
+        sequences: ``[R]``, which of the bound sequences each row is of, counted from 0.
+        token_ids: ``[R]`` int64.
+        positions: ``[R]`` int64, how many tokens of its sequence come before each.
+        rows: by site in the manifest's order, ``[R, C, d]``.
+        embeddings: ``[R, D]`` float32 for a decoder that takes them, else None; see `StepInputs`.
     """
 
+    sequences: Sequence[int]
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     rows: Mapping[str, PendingRows]
@@ -137,28 +142,30 @@ class BatchInputs:
 
 
 class BatchStep(Protocol):
-    """The decoder bound to the states of B sequences, which it updates in place."""
-
-    @property
-    def told(self) -> Mapping[str, NDArray[np.float32]]:
-        """See `Step.told`; row i is of sequence i."""
-        ...
+    """The decoder bound to the states of several sequences, which it updates in place."""
 
     def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
-        """Return ``[B, V]`` logits, each with the bits of a pass of its own."""
+        """Return ``[R, V]`` logits, each with the bits of a pass of its own."""
         ...
 
 
 @runtime_checkable
 class Batching(Protocol):
-    """An executor that runs several sequences in one forward pass."""
+    """An executor that runs rows of several sequences in one forward pass."""
 
     def batches(self, count: int) -> Sequence[int]:
-        """Split ``count`` sequences into the numbers it runs at once, in order."""
+        """Split ``count`` rows into the numbers it runs at once, in order."""
+        ...
+
+    def spare_rows(self, count: int) -> int:
+        """Return how many rows more than ``count`` the same passes run in the same time; 0 where none is free."""
         ...
 
     def bind_batch(self, states: Sequence[Mapping[str, State]]) -> BatchStep:
-        """Bind the decoder to the states of as many sequences as one of `batches`; see `Executor.bind`."""
+        """Bind the decoder to the states of any number of sequences, for passes of 2 to the largest of `batches` rows.
+
+        See `Executor.bind`.
+        """
         ...
 
 

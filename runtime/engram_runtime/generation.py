@@ -1,6 +1,6 @@
 """Token by token generation over a session, and what it took."""
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from engram_runtime.errors import RequestError
 from engram_runtime.sampling import Sampler
 from engram_runtime.session import Session
 from engram_runtime.tables.counters import TableCounters
+from engram_runtime.tokenizer import TextTokenizer
 
 Tokens = Generator[int, None, None]  # ids one by one; closing it leaves the session with the tokens before the last one
 
@@ -61,6 +62,57 @@ class Generation:
     def experts_per_forward(self) -> float | None:
         """Distinct experts that a forward pass reads in all layers together; None as for `experts`, or without one."""
         return None if self.experts is None or not self.forwards else self.experts / self.forwards
+
+
+class GrowingText:
+    """The tokens of one generation as they come, their text, and whether they end it.
+
+    Attributes:
+        token_ids: so far.
+        text: what is certain of it; all of it after `finish`.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], max_tokens: int) -> None:
+        """Begin with no token; raises RequestError where there are none to come, or a stop string is out of range."""
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
+        self._stream = tokenizer.stream(stop)
+        self._end_ids = tokenizer.eos_token_ids
+        self._max_tokens = max_tokens
+        self.token_ids: list[int] = []
+        self.text = ""
+
+    @property
+    def room(self) -> int:
+        """How many more tokens may come."""
+        return self._max_tokens - len(self.token_ids)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._stream.stopped is not None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """See `Generation`; None where only the context can end it."""
+        if self.stopped:
+            return "stop_string"
+        if self.token_ids and self.token_ids[-1] in self._end_ids:
+            return "stop"
+        return None if self.room else "length"
+
+    def push(self, token_id: int) -> str:
+        """Add a token and return the text that is certain now; an end token has none."""
+        self.token_ids.append(token_id)
+        return self._grown("" if token_id in self._end_ids else self._stream.push(token_id))
+
+    def finish(self) -> str:
+        """Return the rest of the text."""
+        return self._grown(self._stream.finish())
+
+    def _grown(self, piece: str) -> str:
+        self.text += piece
+        return piece
 
 
 def decode_tokens(

@@ -15,7 +15,7 @@ from engram_runtime.drafting.opening import open_decoding, recorded
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import added, load_executor
-from engram_runtime.generation import Generation
+from engram_runtime.generation import Generation, GrowingText
 from engram_runtime.parallel.beam import Beam, beam_search
 from engram_runtime.parallel.samples import Sample, draw_samples, seeded
 from engram_runtime.sampling import SamplingOptions, make_sampler
@@ -117,41 +117,34 @@ class LLM:
         Raises:
             RequestError, TableError: as for `generate`.
         """
-        if max_tokens < 1:
-            raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
-        tokenizer = self.tokenizer
-        text = tokenizer.stream(stop)
+        text = GrowingText(self.tokenizer, stop, max_tokens)
         counters = self.session.counters
         started = time.perf_counter()
-        prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         logits, computed = self._prefill(prompt_ids)
-        prefilled = time.perf_counter()
-        end_ids = tokenizer.eos_token_ids
-        pieces: list[str] = []
-        token_ids: list[int] = []
-        first = last = prefilled
+        first = last = prefilled = time.perf_counter()
         experts = self.executor.experts_read
         tokens, drafts = self._decoding(
-            self.session, logits, make_sampler(sampling), max_tokens=max_tokens, end_ids=end_ids
+            self.session,
+            logits,
+            make_sampler(sampling),
+            max_tokens=max_tokens,
+            end_ids=self.tokenizer.eos_token_ids,
         )
         with contextlib.closing(tokens):
             for token_id in tokens:
                 last = time.perf_counter()
-                first = last if not token_ids else first
-                token_ids.append(token_id)
-                piece = "" if token_id in end_ids else text.push(token_id)
-                pieces.append(piece)
-                if piece:
+                first = first if text.token_ids else last
+                if piece := text.push(token_id):
                     yield piece
-                if text.stopped is not None:
+                if text.stopped:
                     break
-        rest = text.finish()
-        if rest:
+        if rest := text.finish():
             yield rest
         self.last = Generation(
-            text="".join(pieces) + rest,
-            token_ids=tuple(token_ids),
-            finish_reason=self._finish_reason(token_ids, text.stopped, max_tokens),
+            text=text.text,
+            token_ids=tuple(text.token_ids),
+            finish_reason=text.finish_reason or "context",
             prompt_tokens=len(prompt_ids),
             prefilled_tokens=computed,
             prefill_s=prefilled - started,
@@ -235,13 +228,6 @@ class LLM:
         shared = common_length(self.session.token_ids, prompt_ids[:-1])
         again = self.session.trim(len(self.session) - shared)
         return self.session.prefill(prompt_ids[shared:]), again + len(prompt_ids) - shared
-
-    def _finish_reason(self, token_ids: Sequence[int], stopped: str | None, max_tokens: int) -> str:
-        if stopped is not None:
-            return "stop_string"
-        if token_ids[-1] in self.tokenizer.eos_token_ids:
-            return "stop"
-        return "length" if len(token_ids) == max_tokens else "context"
 
     def close(self) -> None:
         """Close the tables."""

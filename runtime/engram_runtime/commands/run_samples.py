@@ -11,6 +11,7 @@ import click
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import RequestError
 from engram_runtime.llm import LLM
+from engram_runtime.parallel.group import MOST_SEQUENCES
 from engram_runtime.parallel.samples import SCORERS, Sample, best_of
 from engram_runtime.sampling import SamplingOptions
 
@@ -25,7 +26,7 @@ def samples_options(command: Command) -> Command:
     count = click.option(
         "--n",
         "count",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, MOST_SEQUENCES),
         default=1,
         show_default=True,
         help="Draw so many samples at once; sample i has the seed --seed + i.",

@@ -103,7 +103,7 @@ class TvmExecutor:
         self._expert_bytes = info.expert_bytes
         self._passes = info.passes
         self._batches = info.batches
-        self._unread: Mapping[str, State] = {}  # states of what fills a batch up
+        self._unread: Sequence[Any] = ()
         self._row_functions = {table.site: row_function(table) for table in tables}
         self._sizes = sorted({tokens for tokens, _ in info.passes})
         self._module = module = load_module(folder / info.library)
@@ -125,6 +125,13 @@ class TvmExecutor:
     def batches(self, count: int) -> Sequence[int]:
         """See `Batching.batches`: as few passes as there can be."""
         return batch_sizes(count, max(self._batches, default=1))
+
+    def spare_rows(self, count: int) -> int:
+        """See `Batching.spare_rows`: what fills the last batch up, unless each row reads experts of its own."""
+        last = count % max(self._batches, default=1)
+        if last < 2 or self._expert_bytes:  # a row that is left alone is a pass of its own
+            return 0
+        return min(size for size in self._batches if size >= last) - last
 
     def watch(self, watcher: Callable[..., None] | None) -> None:
         """See `engram_runtime.bench.kernel_times.Watchable`."""
@@ -153,17 +160,15 @@ class TvmExecutor:
         return TvmStep(self, forward, fixed, self._told[graph], counts_experts=graph == DECODER)
 
     def bind_batch(self, states: Sequence[Mapping[str, State]]) -> TvmBatchStep:
-        """See `Batching.bind_batch`; a function of more sequences runs fewer as well."""
-        size = min(count for count in self._batches if count >= len(states))
-        unread = [self._unread_states(states[0])] * (size - len(states))
-        fixed = [as_tensor(array) for of in (*states, *unread) for array in of.values()]
-        forward = {(size, size): self._machine_code[batch_function(size)]}
-        step = TvmStep(self, forward, [*fixed, *self._weights[DECODER]], self._told[DECODER], counts_experts=True)
-        return TvmBatchStep(step, len(states), size)
+        """See `Batching.bind_batch`; a function of more rows runs fewer as well."""
+        forward = {(size, size): self._machine_code[batch_function(size)] for size in self._batches}
+        step = TvmStep(self, forward, self._weights[DECODER], self._told[DECODER], counts_experts=True)
+        bound = [[as_tensor(array) for array in of.values()] for of in states]
+        return TvmBatchStep(step, self._batches, bound, self._unread_states(states[0]))
 
-    def _unread_states(self, like: Mapping[str, State]) -> Mapping[str, State]:
-        if not self._unread:
-            self._unread = {name: aligned_zeros(state.shape, state.dtype.name) for name, state in like.items()}
+    def _unread_states(self, like: Mapping[str, State]) -> Sequence[Any]:
+        """Return states of what fills a batch up."""
+        self._unread = self._unread or [as_tensor(aligned_zeros(each.shape, each.dtype.name)) for each in like.values()]
         return self._unread
 
 
@@ -214,16 +219,23 @@ class TvmStep:
         return self.run(tokens, inputs.rows, given)[:rows]
 
     def run(
-        self, before: Mapping[str, NDArray[Any]], rows: Mapping[str, PendingRows], after: Mapping[str, NDArray[Any]]
+        self,
+        before: Mapping[str, NDArray[Any]],
+        rows: Mapping[str, PendingRows],
+        after: Mapping[str, NDArray[Any]],
+        own: Sequence[Any] = (),
     ) -> NDArray[np.float32]:
         """Return the logits of a pass with these inputs before the rows of sites and after them, by name in order.
+
+        Args:
+            own: arguments of this pass between those and the fixed ones.
 
         Raises:
             TargetError: threads or memory are lacking; and what waiting for rows raises.
         """
         _running.step, self._failure = self, None
         try:
-            logits, *others = self._forward_pass(before, rows, after)
+            logits, *others = self._forward_pass(before, rows, after, own)
         except RuntimeError as error:
             if self._failure is not None:
                 raise self._failure from None
@@ -236,7 +248,11 @@ class TvmStep:
         return np.asarray(np.from_dlpack(logits), dtype=np.float32)
 
     def _forward_pass(
-        self, before: Mapping[str, NDArray[Any]], rows: Mapping[str, PendingRows], after: Mapping[str, NDArray[Any]]
+        self,
+        before: Mapping[str, NDArray[Any]],
+        rows: Mapping[str, PendingRows],
+        after: Mapping[str, NDArray[Any]],
+        own: Sequence[Any],
     ) -> Sequence[Any]:
         function = self._forward[len(before["token_ids"]), len(before["logit_rows"])]
         buffers = [self._buffer(site, pending.shape, np.float32) for site, pending in rows.items()]
@@ -245,6 +261,7 @@ class TvmStep:
             *(self._copy(name, values) for name, values in before.items()),
             *(tensor for _, tensor in buffers),
             *(self._copy(name, values) for name, values in after.items()),
+            *own,
             *self._fixed,
         )
         with self._executor.pool.for_step():

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.parallel.group import Group, require_memory
+from engram_runtime.parallel.group import MOST_SEQUENCES, Group, require_memory
 from engram_runtime.sampling import finite
 from engram_runtime.session import Session
 
@@ -113,8 +113,8 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _check(width: int, max_tokens: int, length_penalty: float) -> None:
-    if width < 1:
-        raise RequestError(f"beam width is {width}, expected at least 1")
+    if not 1 <= width <= MOST_SEQUENCES:
+        raise RequestError(f"beam width is {width}, expected 1 to {MOST_SEQUENCES}")
     if max_tokens < 1:
         raise RequestError(f"max_tokens is {max_tokens}, expected at least 1")
     if not 0 <= length_penalty <= MAX_LENGTH_PENALTY:

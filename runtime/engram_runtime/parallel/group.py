@@ -1,7 +1,8 @@
 """Sequences that go on from one session's tokens and are run together."""
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -10,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import BatchInputs, BatchStep, PendingRows, State, empty_rows, state_bytes
+from engram_runtime.executor import Batching, BatchInputs, PendingRows, State, empty_rows, state_bytes
 from engram_runtime.manifest import StateSpec
 from engram_runtime.memory import free_memory
 from engram_runtime.parallel.rows import JointRows
 from engram_runtime.parallel.shared_states import SharedStates
-from engram_runtime.parallel.steps import bind_sequences
+from engram_runtime.parallel.steps import JointStep
 from engram_runtime.session import Session
+
+MOST_SEQUENCES = 1024  # that are asked for at once; far more than pay
 
 
 def require_memory(session: Session, count: int, max_tokens: int) -> None:
@@ -54,11 +57,12 @@ class _Sequence:
 
 
 class Group:
-    """Several continuations of a session, a token each at every step; close it, best by ``with``.
+    """Several continuations of a session, a token or more each at every step; close it, best by ``with``.
 
     Their logits have the bits of a session that is alone with its tokens. They share the memory of what the session
     holds when the group begins, and of it each has only what it changes; the session and they don't disturb one
-    another. Where a step raises, the group is to be closed.
+    another. Where a step raises, it has added nothing; it can be repeated where all states roll back, else the group is
+    to be closed.
     """
 
     def __init__(self, session: Session, count: int) -> None:
@@ -73,7 +77,9 @@ class Group:
         self._tables_on = session.tables_on
         self._takes_embeddings = session.takes_embeddings
         self._unused: list[Mapping[str, State]] = []  # states of sequences that were dropped
-        self._steps: list[tuple[BatchStep, slice]] = []  # with the sequences of each, bound when they are first needed
+        self._step: JointStep | None = None  # bound when it is first needed
+        self._start = len(session)
+        self._rolls_back = all(spec.rolls_back for spec in session.state_specs)
         with contextlib.ExitStack() as opened:
             self._shared = SharedStates(session.state_specs, session.states, len(session))
             opened.callback(self._shared.close)
@@ -89,6 +95,15 @@ class Group:
         """How many more tokens the context of each holds."""
         return self._model.context_length - max((len(each.token_ids) for each in self._sequences), default=0)
 
+    @property
+    def spare(self) -> int:
+        """How many tokens a step can take beyond one for each sequence in the same time, which may then be trimmed.
+
+        0 where a state can't step back, as windows and recurrent ones can't.
+        """
+        batching = self._executor if isinstance(self._executor, Batching) else None
+        return batching.spare_rows(len(self)) if batching and self._rolls_back else 0
+
     def token_ids(self, index: int) -> Sequence[int]:
         """Ids of all tokens of a sequence, those of the session first: a view, not to be changed."""
         return self._sequences[index].token_ids
@@ -97,17 +112,36 @@ class Group:
         """Add a token to each sequence and return the logits ``[B, V]`` after them.
 
         Raises:
-            RequestError: not a token for each, one outside the vocabulary, or no room in the context.
+            RequestError, TableError: as for `extend`.
+        """
+        return np.concatenate(self.extend([[token_id] for token_id in token_ids]))
+
+    def extend(self, blocks: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Add a block of K tokens to each sequence, K of its own, and return the logits ``[K, V]`` after each token.
+
+        Raises:
+            RequestError: not a block for each, none or several tokens where the states take one at a time, one outside
+                the vocabulary, or no room in the context.
             TableError: a table's file no longer holds its rows.
         """
-        self._check(token_ids)
-        if not self._steps:
-            self._steps = bind_sequences(self._executor, [each.states for each in self._sequences])
-        ids = np.array(token_ids, dtype=np.int64)
-        logits = [self._run(step, self._sequences[part], ids[part]) for step, part in self._steps]
-        for sequence, token_id in zip(self._sequences, token_ids, strict=True):
-            sequence.token_ids.append(token_id)
-        return np.concatenate(logits)
+        self._check(blocks)
+        logits = self._run(blocks)
+        for sequence, block in self._with(blocks):
+            sequence.token_ids += block
+        return np.split(logits, np.cumsum([len(block) for block in blocks])[:-1])
+
+    def trim(self, counts: Sequence[int]) -> None:
+        """Forget the last tokens of each sequence, so many of it, that `extend` has added.
+
+        Raises:
+            RequestError: not a count for each, or more than it has added; nothing has changed.
+        """
+        added = [len(each.token_ids) - self._start for each in self._sequences]
+        most = added if self._rolls_back else [0] * len(added)
+        if len(counts) != len(most) or not all(0 <= count <= of for count, of in zip(counts, most, strict=True)):
+            raise RequestError(f"can't trim {list(counts)} tokens of sequences that can forget up to {most}")
+        for sequence, count in zip(self._sequences, counts, strict=True):
+            del sequence.token_ids[len(sequence.token_ids) - count :]
 
     def keep(self, indices: Sequence[int]) -> None:
         """Go on with these sequences in this order: one that is named twice is forked, one that isn't ends.
@@ -130,42 +164,69 @@ class Group:
             kept.append(self._fork(self._sequences[index]) if index in named else self._sequences[index])
             named.add(index)
         self._sequences = kept
-        self._steps = []
+        self._step = None
 
     def _fork(self, sequence: _Sequence) -> _Sequence:
         states = self._unused.pop() if self._unused else self._shared.fork()
         self._shared.copy(sequence.states, states, len(sequence.token_ids))
         return _Sequence(states, list(sequence.token_ids))
 
-    def _run(
-        self, step: BatchStep, sequences: Sequence[_Sequence], token_ids: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        positions = np.array([len(each.token_ids) for each in sequences], dtype=np.int64)
-        rows = self._pending_rows(sequences, token_ids)
-        unread = (
-            np.zeros((len(token_ids), self._model.hidden_size), dtype=np.float32) if self._takes_embeddings else None
-        )
-        return step(BatchInputs(token_ids=token_ids, positions=positions, rows=rows, embeddings=unread))
+    def _run(self, blocks: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the logits ``[R, V]`` after each of all tokens, in as few passes as there can be."""
+        step = self._step = self._step or JointStep(self._executor, [each.states for each in self._sequences])
+        places = [
+            (i, len(each.token_ids) + k)
+            for i, (each, block) in enumerate(self._with(blocks))
+            for k in range(len(block))
+        ]
+        sequences, positions = (list(each) for each in zip(*places, strict=True))
+        token_ids = list(itertools.chain.from_iterable(blocks))
+        rows_of = self._rows_of(blocks)
+        passes = [
+            BatchInputs(
+                sequences=sequences[part],
+                token_ids=np.array(token_ids[part], dtype=np.int64),
+                positions=np.array(positions[part], dtype=np.int64),
+                rows=rows_of(part),
+                embeddings=self._unread_embeddings(len(token_ids[part])),
+            )
+            for part in step.parts(len(token_ids))
+        ]
+        return np.concatenate([step(inputs) for inputs in passes])
 
-    def _pending_rows(self, sequences: Sequence[_Sequence], token_ids: NDArray[np.int64]) -> Mapping[str, PendingRows]:
-        if not self._tables_on:
-            return {site.name: empty_rows(site.spec, len(token_ids)) for site in self._sites}
-        return self._rows.rows([each.token_ids for each in sequences], token_ids)
+    def _unread_embeddings(self, count: int) -> NDArray[np.float32] | None:
+        return np.zeros((count, self._model.hidden_size), dtype=np.float32) if self._takes_embeddings else None
 
-    def _check(self, token_ids: Sequence[int]) -> None:
-        if len(token_ids) != len(self):
-            raise RequestError(f"{len(token_ids)} tokens were given to {len(self)} sequences, expected one for each")
+    def _with(self, blocks: Sequence[Sequence[int]]) -> Iterator[tuple[_Sequence, Sequence[int]]]:
+        return zip(self._sequences, blocks, strict=True)
+
+    def _rows_of(self, blocks: Sequence[Sequence[int]]) -> Callable[[slice], Mapping[str, PendingRows]]:
+        """Ask for the rows of all blocks; what is returned tells those of a pass."""
+        if self._tables_on and self._sites:
+            return self._rows.request([each.token_ids for each in self._sequences], blocks).part
+        return lambda part: {site.name: empty_rows(site.spec, part.stop - part.start) for site in self._sites}
+
+    def _check(self, blocks: Sequence[Sequence[int]]) -> None:
+        if len(blocks) != len(self):
+            raise RequestError(f"tokens were given for {len(blocks)} sequences, there are {len(self)}")
+        for sequence, block in self._with(blocks):
+            self._check_block(block, self._model.context_length - len(sequence.token_ids))
+
+    def _check_block(self, token_ids: Sequence[int], room: int) -> None:
+        if not token_ids or (len(token_ids) > 1 and not self._rolls_back):
+            wanted = "at least one" if self._rolls_back else "one, as not all of its states roll back"
+            raise RequestError(f"{len(token_ids)} tokens were given to a sequence, expected {wanted}")
         for token_id in token_ids:
             if not 0 <= token_id < self._model.vocab_size:
                 raise RequestError(f"token id {token_id} is outside the vocabulary of {self._model.vocab_size}")
-        if self.room < 1:
+        if len(token_ids) > room:
             raise RequestError(f"a sequence fills the context of {self._model.context_length}; keep the others")
 
     def close(self) -> None:
         """End the sequences, once however often it is called; the session stays open."""
         self._rows.close()
         self._shared.close()
-        self._sequences, self._unused, self._steps = [], [], []
+        self._sequences, self._unused, self._step = [], [], None
 
     def __enter__(self) -> Self:
         return self

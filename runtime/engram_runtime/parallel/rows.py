@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,23 @@ from numpy.typing import NDArray
 from engram_runtime.executor import PendingRows
 from engram_runtime.site import Site
 
-Rows = Mapping[str, NDArray[np.float32]]  # by site, [B, C, d]
+Rows = Mapping[str, NDArray[np.float32]]  # by site, [R, C, d]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JointRequest:
+    """Rows that are on their way, by site ``[R, C, d]``."""
+
+    sites: Sequence[Site]
+    fetched: Future[Rows]
+
+    def part(self, part: slice) -> Mapping[str, PendingRows]:
+        """Return some of them, for a pass."""
+        count = part.stop - part.start
+        return {site.name: PendingRows(site.shape(count), partial(self._copy, site.name, part)) for site in self.sites}
+
+    def _copy(self, name: str, part: slice, out: NDArray[np.float32]) -> None:
+        out[...] = self.fetched.result()[name][part]
 
 
 class JointRows:
@@ -21,21 +38,17 @@ class JointRows:
         self._context = max((site.keyer.context for site in sites), default=0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engram-rows")
 
-    def rows(self, histories: Sequence[Sequence[int]], token_ids: NDArray[np.int64]) -> Mapping[str, PendingRows]:
-        """Return the rows of ``token_ids [B]``, each after a history of its own."""
-        if not self._sites:
-            return {}
+    def request(self, histories: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> JointRequest:
+        """Ask for the rows of blocks of tokens, each after a history of its own; R is the number of all tokens."""
         recent = [history[max(0, len(history) - self._context) :] for history in histories]
-        fetched = self._thread.submit(self._fetch, recent, token_ids)
-        count = len(token_ids)
-        return {site.name: PendingRows(site.shape(count), partial(_copy, fetched, site.name)) for site in self._sites}
+        return JointRequest(self._sites, self._thread.submit(self._fetch, recent, blocks))
 
-    def _fetch(self, recent: Sequence[Sequence[int]], token_ids: NDArray[np.int64]) -> Rows:
-        row_ids = [(site, _row_ids(site, recent, token_ids)) for site in self._sites]
+    def _fetch(self, recent: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> Rows:
+        row_ids = [(site, _row_ids(site, recent, blocks)) for site in self._sites]
         # One site's rows are waited for while those of the others are on their way.
         for site, ids in row_ids[1:]:
             site.request(ids)
-        rows = {site.name: site.empty(len(token_ids)) for site in self._sites}
+        rows = {site.name: site.empty(len(ids)) for site, ids in row_ids}
         for site, ids in row_ids:
             site.gather(ids, rows[site.name])
         return rows
@@ -45,11 +58,7 @@ class JointRows:
         self._thread.shutdown(cancel_futures=True)
 
 
-def _row_ids(site: Site, recent: Sequence[Sequence[int]], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return ``[B, C]`` row ids."""
-    each = [site.keyer.row_ids(before, token_ids[i : i + 1]) for i, before in enumerate(recent)]
+def _row_ids(site: Site, recent: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Return ``[R, C]`` row ids."""
+    each = [site.keyer.row_ids(before, np.array(block)) for before, block in zip(recent, blocks, strict=True)]
     return np.concatenate(each)
-
-
-def _copy(fetched: Future[Rows], name: str, out: NDArray[np.float32]) -> None:
-    out[...] = fetched.result()[name]

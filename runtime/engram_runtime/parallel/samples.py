@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.errors import RequestError
-from engram_runtime.parallel.group import Group, require_memory
+from engram_runtime.errors import RequestError, TableError
+from engram_runtime.generation import GrowingText
+from engram_runtime.parallel.drafts import SiblingDrafter, SiblingLookup
+from engram_runtime.parallel.group import MOST_SEQUENCES, Group, require_memory
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
@@ -45,10 +47,10 @@ def seeded(options: SamplingOptions, count: int) -> list[SamplingOptions]:
     """Return the options of each sample: sample i draws with ``options.seed + i``, a random seed where there is none.
 
     Raises:
-        RequestError: no sample, or several that would be the same.
+        RequestError: no sample, more than `MOST_SEQUENCES`, or several that would be the same.
     """
-    if count < 1:
-        raise RequestError(f"n is {count}, expected at least 1")
+    if not 1 <= count <= MOST_SEQUENCES:
+        raise RequestError(f"n is {count}, expected 1 to {MOST_SEQUENCES}")
     if count > 1 and options.temperature == 0:
         raise RequestError(f"{count} samples at temperature 0 are all the same; set a temperature")
     # Of 32 bits, short enough to be typed again.
@@ -64,82 +66,116 @@ def draw_samples(
     *,
     max_tokens: int,
     stop: Sequence[str] = (),
+    drafter: SiblingDrafter | None = None,
 ) -> Generator[Sample, None, None]:
     """Yield a sample for each of ``sampling`` as it finishes, of several at once the first one first.
 
-    Each has the tokens of a generation that is alone. The session keeps its tokens and is not to be used meanwhile,
-    which ends when the generator is closed.
+    Each has the tokens of a generation that is alone. Rows that a forward pass has beyond one for each sample
+    (`Group.spare`) verify drafts, unless the model has states that can't step back. The session keeps its tokens and is
+    not to be used meanwhile, which ends when the generator is closed.
 
     Args:
         logits: ``[V]`` after the session's last token.
         sampling: see `seeded`.
+        drafter: new, or None for `SiblingLookup`; it changes nothing but the time.
 
     Raises:
-        RequestError: no memory is free for so many samples of so many tokens.
+        RequestError: no memory is free for so many samples of so many tokens, or the drafter proposes what is no token.
         VerificationError: a logit is not finite.
     """
     require_memory(session, len(sampling), max_tokens)
-    going = [_Growing(index, options, tokenizer, stop) for index, options in enumerate(sampling)]
+    drafter = drafter or SiblingLookup()
+    prompt, context = list(session.token_ids), session.model.context_length
+    drafter.add(prompt, len(prompt))
+    going = [
+        _Growing(index, options, prompt, GrowingText(tokenizer, stop, max_tokens), context)
+        for index, options in enumerate(sampling)
+    ]
     with Group(session, len(going)) as group, ThreadPoolExecutor(session.executor.threads) as threads:
-        rows = np.broadcast_to(logits, (len(going), len(logits)))
+        rows = [logits[None]] * len(going)
+        drafts: list[list[int]] = [[] for _ in going]
         while going:
-            histories = [group.token_ids(index) for index in range(len(going))]
-            list(threads.map(_Growing.draw, going, rows, histories))
-            for each in going:
-                each.finish(max_tokens, group.room)
+            said = list(threads.map(_Growing.draw, going, rows, drafts))
+            group.trim([1 + len(drafted) - count for drafted, count in zip(drafts, said, strict=True)])
+            for each, count in zip(going, said, strict=True):
+                drafter.add(each.history, count)
             kept = [index for index, each in enumerate(going) if each.finish_reason is None]
             yield from (each.finished() for each in going if each.finish_reason is not None)
-            if len(kept) < len(going):
-                group.keep(kept)
-                going = [going[index] for index in kept]
+            group.keep(kept)
+            going = [going[index] for index in kept]
             if going:
-                rows = group.step([each.token_ids[-1] for each in going])
+                drafts = drafter.drafts([each.history for each in going], [each.room for each in going], group.spare)
+                drafts, rows = _verify(group, [each.history[-1] for each in going], drafts)
+
+
+def _verify(
+    group: Group, pending: Sequence[int], drafts: list[list[int]]
+) -> tuple[list[list[int]], list[NDArray[np.float32]]]:
+    """Add a token and its drafts to each sequence; returns the drafts and logits ``[1 + k, V]`` of each.
+
+    There are no drafts where rows of them can't be read, which may never be needed.
+    """
+    try:
+        return drafts, group.extend([[token_id, *more] for token_id, more in zip(pending, drafts, strict=True)])
+    except TableError:
+        if not any(drafts):
+            raise
+    return [[] for _ in pending], group.extend([[token_id] for token_id in pending])
 
 
 class _Growing:
-    """A sample that is being drawn."""
+    """A sample that is being drawn.
 
-    def __init__(self, index: int, options: SamplingOptions, tokenizer: TextTokenizer, stop: Sequence[str]) -> None:
+    Attributes:
+        history: the prompt and all tokens so far.
+        finish_reason: None as long as it goes on.
+    """
+
+    def __init__(
+        self, index: int, options: SamplingOptions, prompt: Sequence[int], text: GrowingText, context: int
+    ) -> None:
         assert options.seed is not None
         self._index = index
         self._seed = options.seed
         self._sample = make_sampler(options)
-        self._end_ids = tokenizer.eos_token_ids
-        self._text = tokenizer.stream(stop)
-        self._pieces: list[str] = []
+        self._text = text
+        self._context = context
         self._logprob = 0.0
-        self.token_ids: list[int] = []
+        self.history = list(prompt)
         self.finish_reason: str | None = None
 
-    def draw(self, logits: NDArray[np.float32], history: Sequence[int]) -> None:
-        """Add a token by ``logits [V]`` after all tokens so far."""
-        token_id = self._sample(logits, history)
-        self.token_ids.append(token_id)
-        self._logprob += log_probability(logits, token_id)
+    @property
+    def room(self) -> int:
+        """How many drafts can follow all tokens so far."""
+        return min(self._text.room - 1, self._context - len(self.history))
 
-    def finish(self, max_tokens: int, room: int) -> None:
-        """Add the last token's text and see whether it is the last one."""
-        token_id = self.token_ids[-1]
-        ended = token_id in self._end_ids
-        self._pieces.append("" if ended else self._text.push(token_id))
-        if self._text.stopped is not None:
-            self.finish_reason = "stop_string"
-        elif ended:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == max_tokens:
-            self.finish_reason = "length"
-        elif room == 0:
-            self.finish_reason = "context"
+    def draw(self, rows: NDArray[np.float32], drafts: Sequence[int]) -> int:
+        """Add a token by each of ``rows [1 + k, V]`` until it isn't the draft there, or the last; return how many."""
+        before = len(self.history)
+        for logits, draft in zip(rows, [*drafts, None], strict=True):
+            self._add(logits)
+            if self.finish_reason is not None or self.history[-1] != draft:
+                break
+        return len(self.history) - before
+
+    def _add(self, logits: NDArray[np.float32]) -> None:
+        token_id = self._sample(logits, self.history)
+        self._logprob += log_probability(logits, token_id)
+        self.history.append(token_id)
+        self._text.push(token_id)
+        full = len(self.history) > self._context  # the last token is never held
+        self.finish_reason = self._text.finish_reason or ("context" if full else None)
 
     def finished(self) -> Sample:
         """Return it as it is now, which is to be its end."""
+        self._text.finish()
         assert self.finish_reason is not None
         return Sample(
             index=self._index,
             seed=self._seed,
-            text="".join(self._pieces) + self._text.finish(),
-            token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason,
+            text=self._text.text,
+            token_ids=tuple(self._text.token_ids),
+            finish_reason=self._text.finish_reason or self.finish_reason,  # the rest may hold a stop string
             logprob=self._logprob,
         )
 

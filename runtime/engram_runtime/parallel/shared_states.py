@@ -6,11 +6,13 @@ import io
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import State
+from engram_runtime.executor import State, aligned_zeros
 from engram_runtime.manifest import StateSpec
 
 _MAP_FIXED = 0x10  # of Linux on every architecture here; the mmap module has no name for it
@@ -58,17 +60,17 @@ class SharedStates:
     def fork(self) -> dict[str, State]:
         """Return states of one more sequence, to begin with those it was made from.
 
+        They are one mapping without a file descriptor: the system limits the numbers of both.
+
         Raises:
             RequestError: the system maps no more memory for this process.
         """
         try:
-            return {name: self._mapped(name, state) for name, state in self._states.items()}
+            pages: NDArray[np.uint8] = aligned_zeros([self._bytes], "uint8")
+            _map_over(pages, self._file.fileno(), 0)
         except OSError as error:
             raise RequestError(f"no memory for one more sequence: {error.strerror}; ask for fewer") from error
-
-    def _mapped(self, name: str, state: State) -> State:
-        private, both = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-        return _view(mmap.mmap(self._file.fileno(), state.nbytes, private, both, offset=self._offsets[name]), state, 0)
+        return {name: _view(pages, state, self._offsets[name]) for name, state in self._states.items()}
 
     def copy(self, source: Mapping[str, State], target: Mapping[str, State], length: int) -> None:
         """Make a fork hold what another one does, which holds ``length`` tokens."""
@@ -94,14 +96,14 @@ def _layout(states: Mapping[str, State]) -> tuple[dict[str, int], int]:
     return offsets, max(end, mmap.PAGESIZE)
 
 
-def _view(pages: mmap.mmap, like: State, offset: int) -> State:
+def _view(pages: mmap.mmap | NDArray[np.uint8], like: State, offset: int) -> State:
     return np.ndarray(like.shape, like.dtype, buffer=pages, offset=offset)
 
 
-def _map_over(state: State, file: int, offset: int) -> None:
-    """Put a part of a file, copy-on-write, where a state is."""
-    address, both = state.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
-    placed = _libc.mmap(address, state.nbytes, both, mmap.MAP_PRIVATE | _MAP_FIXED, file, offset)
+def _map_over(array: NDArray[Any], file: int, offset: int) -> None:
+    """Put a part of a file, copy-on-write, where an array is, which begins at a page."""
+    address, both = array.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
+    placed = _libc.mmap(address, array.nbytes, both, mmap.MAP_PRIVATE | _MAP_FIXED, file, offset)
     if placed != address:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -1,44 +1,38 @@
-"""Steps over several sequences, on executors that run them at once and on those that don't."""
+"""Forward passes over several sequences, on executors that run them at once and on those that don't."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.executor import Batching, BatchInputs, BatchStep, Executor, State, Step, StepInputs
+from engram_runtime.executor import Batching, BatchInputs, Executor, State, Step, StepInputs
 
 
-def bind_sequences(executor: Executor, states: Sequence[Mapping[str, State]]) -> list[tuple[BatchStep, slice]]:
-    """Bind the decoder to the states of several sequences; returns steps and which of the sequences each runs."""
-    sizes = executor.batches(len(states)) if isinstance(executor, Batching) else [1] * len(states)
-    steps: list[tuple[BatchStep, slice]] = []
-    start = 0
-    for size in sizes:
-        part = slice(start, start + size)
-        steps.append((_bind(executor, states[part]), part))
-        start += size
-    return steps
+class JointStep:
+    """The decoder bound to the states of several sequences, for any number of rows of theirs."""
 
+    def __init__(self, executor: Executor, states: Sequence[Mapping[str, State]]) -> None:
+        """Bind it, but to each sequence alone only when a row of it first runs alone."""
+        self._executor = executor
+        self._states = states
+        self._batch = executor.bind_batch(states) if isinstance(executor, Batching) else None
+        self._alone: dict[int, Step] = {}
 
-def _bind(executor: Executor, states: Sequence[Mapping[str, State]]) -> BatchStep:
-    if len(states) > 1:
-        assert isinstance(executor, Batching)
-        return executor.bind_batch(states)
-    return _AloneStep(executor.bind(states[0]))
-
-
-class _AloneStep:
-    """A step of one sequence as a batch."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    @property
-    def told(self) -> Mapping[str, NDArray[np.float32]]:
-        return self._step.told
+    def parts(self, count: int) -> Iterator[slice]:
+        """Split ``count`` rows into those of each pass."""
+        start = 0
+        for size in self._executor.batches(count) if isinstance(self._executor, Batching) else [1] * count:
+            yield slice(start, start + size)
+            start += size
 
     def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
-        (position,) = inputs.positions.tolist()
+        """Run the rows of one of `parts`; see `BatchStep`."""
+        if len(inputs.token_ids) > 1:
+            assert self._batch is not None
+            return self._batch(inputs)
+        (sequence,), (position,) = inputs.sequences, inputs.positions.tolist()
+        if sequence not in self._alone:
+            self._alone[sequence] = self._executor.bind(self._states[sequence])
         alone = StepInputs(
             token_ids=inputs.token_ids,
             position=position,
@@ -46,4 +40,4 @@ class _AloneStep:
             rows=inputs.rows,
             embeddings=inputs.embeddings,
         )
-        return self._step(alone)
+        return self._alone[sequence](alone)
