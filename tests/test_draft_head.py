@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from tests.conftest import Command
 from tests.test_export_errors import error_line, left_in
-from tests.tiny import TinyModel, TinySite, save_site_folder
+from tests.tiny import HIDDEN, TinyModel, TinySite, save_site_folder
 from tests.tiny_draft import BLOCK, DRAFT_VOCAB, draft_tensors, reference_drafts, reference_hidden, save_draft_folder
 from tests.workshop import THREADS, Workshop, bundle_logits, copy_folder, export, open_session, random_ids
 
@@ -403,6 +403,32 @@ def test_a_head_that_cant_be_exported_leaves_one_sentence_and_no_file(
     outcome = command("engram-export", checkpoint, "-o", tmp_path / "out" / "bundle", "--engram", folder)
     assert error_line(outcome.err) == f"engram-export: {sentence}"
     assert (outcome.code, left_in(tmp_path / "out")) == (3, [])
+
+
+DEEPSEEK_NAMES = {
+    "mtp.layers.0.": "model.layers.2.",
+    "mtp.pre_fc_norm_embedding.": "model.layers.2.enorm.",
+    "mtp.pre_fc_norm_hidden.": "model.layers.2.hnorm.",
+    "mtp.fc.": "model.layers.2.eh_proj.",
+    "mtp.norm.": "model.layers.2.shared_head.norm.",
+}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_head_with_the_names_of_deepseek_is_that_head(workshop: Workshop, tmp_path: Path, int8: bool) -> None:
+    folder = copy_folder(draft_folder(workshop, int8=int8), tmp_path / "folder")
+    tensors = safetensors.numpy.load_file(folder / "mtp.safetensors")
+    renamed = {}
+    for name, values in tensors.items():
+        theirs = [name.replace(ours, other) for ours, other in DEEPSEEK_NAMES.items() if name.startswith(ours)]
+        renamed[theirs[0] if theirs else name] = values
+    assert "model.layers.2.eh_proj.weight" in renamed
+    safetensors.numpy.save_file(renamed, folder / "mtp.safetensors")
+    bundle = workshop.bundle(workshop.checkpoint(LLAMA), engram=folder)
+    ids, hidden = random_ids(5), np.ones((5, HIDDEN), dtype=np.float32)
+    drafted = opened_head(bundle).extend(ids, hidden, every_row=True)
+    expected = opened_head(with_head(workshop, int8=int8)).extend(ids, hidden, every_row=True)
+    np.testing.assert_array_equal(drafted.logits, expected.logits, strict=True)
 
 
 def test_a_folder_that_adds_nothing_is_refused(workshop: Workshop, tmp_path: Path, command: Command) -> None:

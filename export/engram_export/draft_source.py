@@ -1,10 +1,12 @@
 """Where a draft head comes from: the ``mtp`` block and ``mtp.safetensors`` of a folder added at export.
 
 The block says what the head computes, see `engram_export.draft_head`; other heads are refused. Tensors are named as in
-Qwen's checkpoints, ``mtp.*``; linear layers may be int8 with a scale of each row, ``X.weight_scale``. The ids that the
-head tells apart are ``mtp.draft_vocab``.
+Qwen's checkpoints, ``mtp.*``, or in DeepSeek's, ``model.layers.N.eh_proj`` and so on with N the number of layers of the
+model; linear layers may be int8 with a scale of each row, ``X.weight_scale``. The ids that the head tells apart are
+``mtp.draft_vocab``.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -30,6 +32,14 @@ WORDS = {
     "lm_head": "tied, restricted to mtp.draft_vocab",
     "rope_positions": "position of the hidden state (t), then t+1 for the chained step",
 }
+QWEN = {
+    "embedding_norm": "pre_fc_norm_embedding",
+    "hidden_norm": "pre_fc_norm_hidden",
+    "fc": "fc",
+    "norm": "norm",
+}
+DEEPSEEK = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "fc": "eh_proj", "norm": "shared_head.norm"}
+DEEPSEEK_LAYER = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
 FC_INPUT = ("norm(embedding of token t+1)", "norm(hidden t)")
 
 
@@ -76,13 +86,14 @@ class DraftSource:
 
     def name_map(self) -> NameMap:
         """Return what every weight of the head's own is made of."""
-        layer = norm_names(PREFIX, 0) | attention_names(PREFIX, 0) | mlp_names(PREFIX, 0)
+        found = next(filter(None, map(DEEPSEEK_LAYER.fullmatch, self.tensors.names())), None)
+        number = 0 if found is None else int(found[1])
+        root, own, names = (PREFIX, PREFIX, QWEN) if found is None else ("model.", f"model.layers.{number}.", DEEPSEEK)
+        layer = norm_names(root, number) | attention_names(root, number) | mlp_names(root, number)
+        target, first = f"layers.{number}.", f"{PREFIX}layers.0."
         return {
-            f"{PREFIX}embedding_norm.weight": Joined(f"{PREFIX}pre_fc_norm_embedding.weight"),
-            f"{PREFIX}hidden_norm.weight": Joined(f"{PREFIX}pre_fc_norm_hidden.weight"),
-            f"{PREFIX}fc.weight": Joined(f"{PREFIX}fc.weight"),
-            f"{PREFIX}norm.weight": Joined(f"{PREFIX}norm.weight"),
-            **{f"{PREFIX}{name}": recipe for name, recipe in layer.items()},
+            **{f"{PREFIX}{ours}.weight": Joined(f"{own}{theirs}.weight") for ours, theirs in names.items()},
+            **{name.replace(target, first, 1): recipe for name, recipe in layer.items()},
         }
 
 
