@@ -1,17 +1,20 @@
 """The draft head of the retrofit example on tiny random models."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from engram_runtime.errors import RequestError
 from examples.retrofit import acceptance
 from examples.retrofit.generation import generate
-from examples.retrofit.mtp_artefact import float_tensors, load_head, quantise_rows, save_head, save_int8
+from examples.retrofit.mtp_artefact import float_tensors, load_head, quantise_rows, save_head, ship_head
 from examples.retrofit.mtp_commands import claim, digest_of_batches, digest_of_training
 from examples.retrofit.mtp_data import Batch, Example, draft_vocabulary, pad, soft_labels
 from examples.retrofit.mtp_head import MAX_STEPS, Chain, DraftHead, Frozen
@@ -177,21 +180,56 @@ def test_int8_rows_are_within_half_a_scale() -> None:
 def test_a_shipped_head_reads_as_its_own_rounding(tmp_path: Path) -> None:
     model = tiny_model()
     head = head_of(model, torch.arange(0, VOCABULARY, 2))
-    save_head(head, tmp_path / "float.safetensors")
-    save_int8(tmp_path / "float.safetensors", tmp_path / "int8.safetensors")
-    shipped = load_file(tmp_path / "int8.safetensors")
+    save_head(head, tmp_path / "head.safetensors")
+    ship_head(tmp_path, model, torch.arange(0, VOCABULARY, 6))
+    shipped = load_file(tmp_path / "mtp.safetensors")
     assert shipped["mtp.fc.weight"].dtype == torch.int8
     assert shipped["mtp.norm.weight"].dtype == torch.float16
-    assert shipped["mtp.draft_vocab"].tolist() == list(range(0, VOCABULARY, 2))
-    loaded = load_head(model, tmp_path / "int8.safetensors")
+    assert shipped["mtp.draft_vocab"].dtype == torch.int32
+    assert shipped["mtp.draft_vocab"].tolist() == list(range(0, VOCABULARY, 6))
+    assert json.loads((tmp_path / "mtp-config.json").read_text())["draft_vocab_size"] == VOCABULARY // 6
+    loaded = load_head(model, tmp_path / "mtp.safetensors")
     torch.testing.assert_close(loaded.fc.weight, float_tensors(shipped)["mtp.fc.weight"])
-    torch.testing.assert_close(load_head(model, tmp_path / "float.safetensors").fc.weight, head.fc.weight)
+    trained = load_head(model, tmp_path / "head.safetensors")
+    torch.testing.assert_close(trained.fc.weight, head.fc.weight)
+    assert trained.draft_vocab.tolist() == list(range(0, VOCABULARY, 2))
+
+
+def test_the_shipped_weights_do_not_depend_on_how_many_ids_are_shipped(tmp_path: Path) -> None:
+    model = tiny_model()
+    save_head(head_of(model), tmp_path / "head.safetensors")
+    found = []
+    for size in (VOCABULARY, VOCABULARY // 2):
+        ship_head(tmp_path, model, torch.arange(size))
+        found.append(load_file(tmp_path / "mtp.safetensors"))
+    whole, few = found
+    assert len(whole.pop("mtp.draft_vocab")) == 2 * len(few.pop("mtp.draft_vocab"))
+    assert whole.keys() == few.keys()
+    assert all(torch.equal(whole[name], few[name]) for name in whole)
+
+
+def test_ids_that_the_head_was_not_trained_to_draft_are_not_shipped(tmp_path: Path) -> None:
+    model = tiny_model()
+    save_head(head_of(model, torch.arange(0, VOCABULARY, 2)), tmp_path / "head.safetensors")
+    with pytest.raises(RequestError) as caught:
+        ship_head(tmp_path, model, torch.tensor([2, 5, 7]))
+    assert str(caught.value) == (
+        f"{tmp_path / 'head.safetensors'} was not trained to draft token 5, one of 2; train it on this generated text"
+    )
+    assert not (tmp_path / "mtp.safetensors").exists()
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_ids_and_those_that_must_be() -> None:
     example = Example(torch.tensor([4, 4, 4, 9, 9, 30]), torch.zeros(5, WIDTH), 1, "chat")
     assert draft_vocabulary([example], [77], VOCABULARY, 3).tolist() == [4, 9, 77]
     assert draft_vocabulary([example], [77], VOCABULARY, 5).tolist() == [0, 4, 9, 30, 77]
+
+
+@given(st.lists(st.integers(0, VOCABULARY - 1), min_size=1), st.integers(1, VOCABULARY), st.integers(1, VOCABULARY))
+def test_a_smaller_draft_vocabulary_is_part_of_a_larger_one(tokens: list[int], size: int, other: int) -> None:
+    example = Example(torch.tensor(tokens), torch.zeros(len(tokens) - 1, WIDTH), 1, "chat")
+    few, many = (draft_vocabulary([example], [5], VOCABULARY, count).tolist() for count in sorted((size, other)))
+    assert set(few) <= set(many)
 
 
 def test_the_loss_and_its_gradient_are_those_of_cross_entropy() -> None:

@@ -1,5 +1,6 @@
 """The draft head as files: float weights to go on with, int8 weights to ship."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from engram_runtime.errors import RequestError
 from engram_runtime.new_file import new_file
 from examples.retrofit.mtp_head import DraftHead
+from examples.retrofit.whole_files import write_text
 
 PREFIX = "mtp."
+DRAFT_VOCAB = f"{PREFIX}draft_vocab"
 SCALE = "_scale"
 
 
@@ -53,15 +57,30 @@ def save_head(head: DraftHead, path: Path) -> None:
     save_whole({PREFIX + name: value.contiguous() for name, value in head.state_dict().items()}, path)
 
 
-def save_int8(source: Path, path: Path) -> None:
-    """Write the shipped form of a file of float weights."""
-    save_whole(int8_tensors(load_file(source)), path)
+def ship_head(folder: Path, model: Any, draft_vocab: Tensor) -> None:
+    """Write what is shipped of a folder's ``head.safetensors``: ``mtp.safetensors`` and ``mtp-config.json``.
+
+    draft_vocab: int64 [n], ascending ids that the shipped head chooses from. Its weights don't depend on them.
+
+    Raises:
+        RequestError: the head was not trained to choose from all of them.
+    """
+    source = folder / "head.safetensors"
+    tensors = load_file(source)
+    unknown = draft_vocab[~torch.isin(draft_vocab, tensors[DRAFT_VOCAB].long())]
+    if len(unknown):
+        raise RequestError(
+            f"{source} was not trained to draft token {int(unknown[0])}, one of {len(unknown)}; "
+            "train it on this generated text"
+        )
+    save_whole(int8_tensors({**tensors, DRAFT_VOCAB: draft_vocab}), folder / "mtp.safetensors")
+    write_text(folder / "mtp-config.json", json.dumps(config_block(model, len(draft_vocab)), indent=1))
 
 
 def load_head(model: Any, path: Path) -> DraftHead:
     """Read a head of this model from either form; float32."""
     tensors = float_tensors(load_file(path))
-    head = DraftHead(model, tensors[PREFIX + "draft_vocab"])
+    head = DraftHead(model, tensors[DRAFT_VOCAB])
     head.load_state_dict({name.removeprefix(PREFIX): value for name, value in tensors.items()})
     return head.eval()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from engram_runtime.errors import RequestError
 from examples.demo import checkpoint as default_checkpoint
@@ -16,7 +17,7 @@ from examples.retrofit import acceptance as counting
 from examples.retrofit import generation
 from examples.retrofit.backbone import Backbone, load_backbone
 from examples.retrofit.corpora import WORDNET, fetch
-from examples.retrofit.mtp_artefact import config_block, load_head, save_int8, save_whole
+from examples.retrofit.mtp_artefact import load_head, save_whole, ship_head
 from examples.retrofit.mtp_data import Example, draft_vocabulary, read_examples
 from examples.retrofit.mtp_head import DraftHead, Frozen
 from examples.retrofit.mtp_training import Recipe, train
@@ -24,7 +25,10 @@ from examples.retrofit.prompts import Prompt, quotations, read_prompts, training
 from examples.retrofit.whole_files import write_text
 from examples.retrofit.wordnet import other_terms, read_folder
 
-DRAFT_VOCABULARY = 16_384
+TRAINED_IDS = 16_384  # of the draft vocabulary in training
+# A draft is bound by what it reads, and of 13.6 MB 9.4 are the output rows of 16,384 ids. Over 7,298 drafts for the test
+# prompts 4,096 ids keep 95.3 % of the right ones, 6,144 97.9 % and 8,192 98.7 %.
+SHIPPED_IDS = 8_192
 MIN_GENERATED = 4  # tokens; shorter answers hold no draft to speak of
 BATCH, SORTED_BATCHES = 128, 8
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 64, 128
@@ -113,16 +117,17 @@ def train_head(checkpoint: Path | None, work: Path) -> None:
     generated = work / "generated"
     examples = [example for example in read_examples(generated) if example.generated >= MIN_GENERATED]
     click.echo(f"{len(examples)} answers, {sum(example.generated for example in examples):,} generated tokens")
+    folder = work / "head"
+    head, recipe = DraftHead(backbone.model, frequent_ids(backbone, examples, TRAINED_IDS)), Recipe()
+    train(backbone.model, head, examples, folder, recipe, made_of=digest_of_training(str(model), generated, recipe))
+    ship_head(folder, backbone.model, frequent_ids(backbone, examples, SHIPPED_IDS))
+
+
+def frequent_ids(backbone: Backbone, examples: Sequence[Example], size: int) -> Tensor:
+    """Return the `size` most frequent ids of the text, with special tokens and single characters, ascending; int64."""
     tokenizer = backbone.tokenizer
     single = [index for piece, index in tokenizer.get_vocab().items() if len(piece) == 1]
-    always = [*tokenizer.all_special_ids, *single]
-    vocabulary = draft_vocabulary(examples, always, backbone.vocab_size, DRAFT_VOCABULARY)
-    folder = work / "head"
-    head, recipe = DraftHead(backbone.model, vocabulary), Recipe()
-    train(backbone.model, head, examples, folder, recipe, made_of=digest_of_training(str(model), generated, recipe))
-    save_int8(folder / "head.safetensors", folder / "mtp.safetensors")
-    block = config_block(backbone.model, len(vocabulary))
-    write_text(folder / "mtp-config.json", json.dumps(block, indent=1))
+    return draft_vocabulary(examples, [*tokenizer.all_special_ids, *single], backbone.vocab_size, size)
 
 
 def digest_of_training(model_name: str, generated: Path, recipe: Recipe) -> str:
