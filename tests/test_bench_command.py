@@ -80,8 +80,10 @@ def test_bench_measures_drafts_on_a_text(workshop: Workshop, command: Command, t
 
 
 def test_texts_that_were_drafted_for_are_no_part_of_what_is_measured_after_them(workshop: Workshop) -> None:
-    options = {"threads": 1, "tables_on": True, "table_io": "auto", "table_ram": None, "positions": 64}
-    runner = bundle_runner.load("onnxruntime", str(workshop.uncompiled().path), **options)
+    path = str(workshop.uncompiled().path)
+    runner = bundle_runner.load(
+        "onnxruntime", path, threads=1, tables_on=True, table_io="auto", table_ram=None, positions=64
+    )
     said = runner.go_on("the tide comes in", prompt_tokens=4, tokens=3, drafts=DraftOptions(drafter="lookup", drafts=2))
     assert (len(said.token_ids), len(runner)) == (4, 0)
 
