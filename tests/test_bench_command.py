@@ -8,7 +8,8 @@ from tests.conftest import Command
 from tests.tiny import TinyModel
 from tests.workshop import Workshop, copy_folder
 
-from engram_runtime.bench import bandwidth
+from engram_runtime.bench import bandwidth, bundle_runner
+from engram_runtime.drafting.options import DraftOptions
 
 SIZES = ("--prompt-tokens", 5, "--decode-tokens", 3, "--depth", 0, "--depth", 7, "--rounds", 2, "--threads", 1)
 FIGURES = ("prefill_tok_s", "decode_tok_s", "ttft_ms", "load_ms", "start_ms", "rss_anon_mb", "rss_file_mb")
@@ -76,6 +77,15 @@ def test_bench_measures_drafts_on_a_text(workshop: Workshop, command: Command, t
     assert drafts["texts"][str(text)] == {key: drafts[key] for key in ("plain_tok_s", "tok_s", "over_plain")}
     assert drafts["over_plain"] > 0
     assert drafts["experts_per_forward"] == {"plain": None, "drafted": None}
+
+
+def test_texts_that_were_drafted_for_are_no_part_of_what_is_measured_after_them(workshop: Workshop) -> None:
+    path = str(workshop.uncompiled().path)
+    runner = bundle_runner.load(
+        "onnxruntime", path, threads=1, tables_on=True, table_io="auto", table_ram=None, positions=64
+    )
+    said = runner.go_on("the tide comes in", prompt_tokens=4, tokens=3, drafts=DraftOptions(drafter="lookup", drafts=2))
+    assert (len(said.token_ids), len(runner)) == (4, 0)
 
 
 def test_without_a_file_drafts_are_for_the_texts_that_are_built_in(workshop: Workshop, command: Command) -> None:

@@ -286,9 +286,10 @@ def test_a_text_is_run_in_the_largest_compiled_sizes_that_fit(workshop: Workshop
 
 
 def test_a_pass_that_is_not_full_has_the_bits_of_single_tokens_to_the_end_of_the_context(workshop: Workshop) -> None:
-    bundle = workshop.ready()
+    bundle = workshop.positional()
     executor = load_executor("tvm", bundle, threads=1)
     with Session.open(bundle, executor) as session:
+        assert session.passes(3) == [4]
         ids = random_ids(session.room)
         expected = stepwise_logits(bundle, ids, "tvm")
         logits = [session.decode(ids[at : at + 3]) for at in range(0, len(ids), 3)]

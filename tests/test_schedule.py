@@ -214,6 +214,20 @@ def test_rows_that_were_put_off_are_part_of_the_pass() -> None:
     assert simulation.schedule.count(0, 3, 5) == 3  # which are computed before, in a pass of their own
 
 
+def test_tokens_that_were_computed_before_in_a_pass_of_their_own_say_nothing_of_a_pass_over_as_many() -> None:
+    """Five and then three tokens take far longer than eight at once."""
+    simulation = Simulation()
+    right = chance(0.9)
+    for _ in range(300):
+        simulation.step(right, most=7)
+    simulation.step(right, most=0)
+    both_s = COSTS[4] + COSTS[2]
+    for _ in range(9):
+        taken = Pass(grade=1, asked=2, drafted=2, put_off=5, said=3, draft_s=0.0, forward_s=both_s)
+        simulation.schedule.note(taken)
+    assert simulation.schedule.count(0, 7, 0) == 7
+
+
 @given(drafts=st.integers(0, 9), most=st.integers(0, 9))
 def test_a_fixed_number_is_taken_where_there_are_as_many(drafts: int, most: int) -> None:
     assert Always(drafts).count(0, most, 0) == min(drafts, most)

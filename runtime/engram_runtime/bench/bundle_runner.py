@@ -100,9 +100,11 @@ class BundleRunner:
         first = next(made)
         started = time.perf_counter()
         others = tuple(made)
+        seconds = time.perf_counter() - started
+        self._session.trim(len(self._session))  # the other measurements are of another text
         return Continuation(
             token_ids=(first, *others),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             drafts=statistics or DraftStatistics(drafter=NONE, forwards=len(others), tokens=len(others)),
             experts=added(experts, self.experts_read),
         )

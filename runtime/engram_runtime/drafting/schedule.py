@@ -229,9 +229,12 @@ class _CurrentCosts:
 
     def drafted(self, drafts: int, put_off: int) -> float:
         """Return the seconds of so many drafts and of the pass over them, see `engram_runtime.session.checkpoint`."""
-        if drafts and put_off > MOST_PUT_OFF:
-            return self.forward(put_off) + self.forward(1 + drafts) + self.draft_s * drafts
-        return self.forward(put_off + 1 + drafts) + self.draft_s * drafts
+        return self._verified(drafts, put_off) + self.draft_s * drafts
+
+    def _verified(self, drafts: int, put_off: int) -> float:
+        if _apart(drafts, put_off):
+            return self.forward(put_off) + self.forward(1 + drafts)
+        return self.forward(put_off + 1 + drafts)
 
     def plain(self, taken: Pass) -> float:
         """Return the seconds of a plain pass at the time of this one."""
@@ -239,7 +242,7 @@ class _CurrentCosts:
 
     def charged(self, taken: Pass) -> float:
         """Return the seconds of a pass and its drafts, but for what it had to wait when others were at work."""
-        expected_s = self.plain(taken) if taken.rows == 1 else self.forward(taken.rows)
+        expected_s = self.plain(taken) if taken.rows == 1 else self._verified(taken.drafted, taken.put_off)
         draft_s = min(taken.draft_s, MOST_CHARGED * self.draft_s * max(1, taken.drafted)) if taken.asked else 0.0
         return draft_s + min(taken.forward_s, MOST_CHARGED * expected_s)
 
@@ -256,9 +259,14 @@ class _CurrentCosts:
             self._plain_s = statistics.median(self._plain_times)
             pairs = zip(self._ratios, self._measured, strict=True)
             self._ratios = [measured + RECOVERY * (ratio - measured) for ratio, measured in pairs]
-        elif taken.rows <= len(self._ratios):
+        elif taken.rows <= len(self._ratios) and not _apart(taken.drafted, taken.put_off):
             ratio = self._ratios[taken.rows - 1]
             self._ratios[taken.rows - 1] += LEARNING * (self._likely(taken) / self._plain_s - ratio)
         if taken.drafted:
             self._draft_times.append(taken.draft_s / taken.drafted)
             self.draft_s = statistics.median(self._draft_times)
+
+
+def _apart(drafts: int, put_off: int) -> bool:
+    """Return whether tokens that were put off are computed in a pass of their own before one over drafts."""
+    return drafts > 0 and put_off > MOST_PUT_OFF
