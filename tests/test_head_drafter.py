@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.test_draft_head import chained, hidden_states, opened_head, with_head
 from tests.tiny import HIDDEN
-from tests.workshop import Workshop, random_ids
+from tests.workshop import Workshop, open_session, random_ids
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.drafting import head as head_drafter
@@ -159,3 +159,11 @@ def test_a_bundle_without_a_head_is_told_so(workshop: Workshop) -> None:
         f"bundle {bundle.path} has no draft head, which drafter 'mtp' needs; use 'lookup' or export the bundle with a "
         f"head"
     )
+
+
+def test_states_of_tokens_that_were_trimmed_are_no_longer_told(bundle: Bundle) -> None:
+    with open_session(bundle, "tvm") as session:
+        session.decode(TEXT[:6])
+        assert len(session.hidden) == 6
+        session.trim(1)
+        assert session.hidden.shape == (0, HIDDEN)

@@ -173,8 +173,8 @@ class Session:
     def hidden(self) -> NDArray[np.float32]:
         """The last hidden states ``[T, D]``, after the final norm, of all tokens that were added last in one call.
 
-        For a draft head or another session's `prefill_embeddings`; ``[0, D]`` before the first call, and of a bundle
-        with neither a head nor input embeddings.
+        For a draft head or another session's `prefill_embeddings`; ``[0, D]`` before the first call, after a
+        `trim` of tokens, and of a bundle with neither a head nor input embeddings.
         """
         if len(self._hidden) == 1:
             return self._hidden[0]
@@ -297,6 +297,8 @@ class Session:
         kept = len(self) - count
         self._stale = self._stale or kept < self._held
         self._token_ids = self._token_ids[:kept]
+        if count:
+            self._hidden = []
         self._changes += 1
         held = min(self._held, kept)
         self._step_back()
