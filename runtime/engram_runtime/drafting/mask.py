@@ -91,8 +91,7 @@ def decode_by_masks(
         block = confident(rows, options.confidence)
         if len(block) == 1:
             block = [sample(rows[0], session.token_ids)]
-        if masks or count:  # else there was no pass yet
-            statistics.note(masks, len(block))
+        statistics.note(masks, len(block))
         for place, token_id in enumerate(block):
             count += 1
             yield from say(session, token_id)
