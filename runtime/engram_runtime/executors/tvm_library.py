@@ -216,7 +216,8 @@ class TvmStep:
         after = {HIDDEN: inputs.hidden, EMBEDDINGS: inputs.embeddings}
         given = {name: values for name, values in after.items() if values is not None}
         self._count = count
-        return self.run(tokens, inputs.rows, given)[:rows]
+        logits = self.run(tokens, inputs.rows, given)
+        return logits[:rows] if size > count else logits
 
     def run(
         self,
