@@ -15,9 +15,7 @@ FIRST_PASSES = 64  # the time so far counts as that of so many plain passes at l
 PLAIN_EVERY = 24  # passes, of which one is plain to know what that takes by now
 DOUBT, DOUBT_DRAFTS = 0.5, 2.0  # share of right drafts where nothing is known, and how many drafts outweigh it
 DECAY = 0.97  # of what is known, with each further draft of that position
-FADE = 0.97  # of what is known, with each pass that doesn't try a position: text changes, and is tried again
-OTHER_TEXT = 0.1  # of what is known, with each new text
-RECOVERY = 0.99  # of what passes took beyond what was measured, with each plain pass: then they are tried again
+FADE = 0.99  # of what is known, with each pass that doesn't try a position: text changes, and is tried again
 RECENT, PLAIN_RECENT = 9, 3  # drafts and plain passes whose median is what one takes at the moment
 LEARNING, MOST_SURPRISE = 0.25, 0.5  # how fast costs follow what passes take, and how far one can pull them
 MOST_CHARGED = 3.0  # times what a pass should take; what it took beyond that was for others at work
@@ -90,7 +88,7 @@ class Measured:
     Each text has a ledger of the seconds that passes took beyond what their tokens would have taken one by one. A
     number of drafts is considered only if the ledger stays within `LOSS_SHARE` of the text's time even where none is
     right. So tries come out of that share, and text that can't be drafted costs no more than it, but for a pass that
-    takes longer than costs say. What is known of costs goes on from text to text, and little of what is of drafts.
+    takes longer than costs say. What is known of drafts and of costs goes on from text to text.
     """
 
     def __init__(self, forward_s: Sequence[float], draft_s: float) -> None:
@@ -115,8 +113,6 @@ class Measured:
         """See `Schedule`; the first pass says how fast the machine is by now."""
         self._lost_s = self._total_s = 0.0
         self._since_plain = PLAIN_EVERY
-        for odds in self._odds.values():
-            odds.fade(OTHER_TEXT)
 
     def count(self, grade: int, most: int, put_off: int) -> int:
         """See `Schedule`."""
@@ -146,7 +142,7 @@ class Measured:
             self._odds[taken.grade].note(taken)
         else:
             for odds in self._odds.values():
-                odds.fade(FADE)
+                odds.fade()
 
     def _allowance_s(self) -> float:
         return LOSS_SHARE * max(self._total_s, FIRST_PASSES * self._costs.forward(1)) - self._lost_s
@@ -168,9 +164,9 @@ class _Position:
             self.reached = DECAY * self.reached + 1
             self.right = DECAY * self.right + right
 
-    def fade(self, kept: float) -> None:
-        self.wanted, self.made = kept * self.wanted, kept * self.made
-        self.reached, self.right = kept * self.reached, kept * self.right
+    def fade(self) -> None:
+        self.wanted, self.made = FADE * self.wanted, FADE * self.made
+        self.reached, self.right = FADE * self.reached, FADE * self.right
 
 
 @dataclass(slots=True)
@@ -199,12 +195,12 @@ class _Odds:
             if number < taken.asked:
                 position.note(made=number < taken.drafted, reached=number <= right, right=number < right)
             else:
-                position.fade(FADE)
+                position.fade()
 
-    def fade(self, kept: float) -> None:
+    def fade(self) -> None:
         """Let all count less."""
         for position in self.positions:
-            position.fade(kept)
+            position.fade()
 
 
 class _CurrentCosts:
@@ -258,7 +254,7 @@ class _CurrentCosts:
             self._plain_times.append(taken.forward_s)
             self._plain_s = statistics.median(self._plain_times)
             pairs = zip(self._ratios, self._measured, strict=True)
-            self._ratios = [measured + RECOVERY * (ratio - measured) for ratio, measured in pairs]
+            self._ratios = [measured + FADE * (ratio - measured) for ratio, measured in pairs]
         elif taken.rows <= len(self._ratios) and not _apart(taken.drafted, taken.put_off):
             ratio = self._ratios[taken.rows - 1]
             self._ratios[taken.rows - 1] += LEARNING * (self._likely(taken) / self._plain_s - ratio)
