@@ -14,7 +14,7 @@ MOST = 64  # drafts; verification pays for far fewer
 MOST_KEPT = 64  # tokens of a long text that the head sees the end of: all of them would take as long as some passes
 MOST_WAITING = 8  # states that are entered with the next draft; those before are left out
 CHAIN = 0  # the one grade
-LEAST_LIKELY = 0.25  # of all drafts so far by the head's own account, to make one more: it is right half as often
+LEAST_LIKELY = 0.25  # of all drafts so far, by the head, to make one more: it is right less than half as often
 
 _State = tuple[int, NDArray[np.float32]]  # a place in the text and the model's hidden state there
 
