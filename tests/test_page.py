@@ -208,14 +208,14 @@ def test_a_token_and_its_cells_point_at_each_other(page: Page, server: Conversat
     ids = " ".join(map(str, range(800, 816)))
     assert tip.locator("p").all_text_contents() == [
         '" corpse"  token 56',
-        "layer_3  gate 0.310  adds 15.5 %",
+        "layer_3  gate 0.310  adds 15.5 % to the stream",
         f"16 rows: {ids}",
-        "layer_25  gate 0.620  adds 31 %",
+        "layer_25  gate 0.620  adds 31 % to the stream",
         f"32 rows: {ids} 800 801 802 803 804 805 806 807 and 8 more",
     ]
     page.locator(".column").nth(12).hover()
     assert page.locator(".token.current").all_text_contents() == [" crem"]
-    expect(tip).to_contain_text("layer_3  gate 0.000  adds ∞")
+    expect(tip).to_contain_text("layer_3  gate 0.000  adds ∞ to the stream")
     assert page.locator(".column.current").count() == 1
     page.locator("h1").hover()
     assert page.locator(".current").count() == 0

@@ -158,7 +158,7 @@ function showTip(token, beside) {
   for (const [name, site] of Object.entries(token.sites)) {
     const more = site.rows.length - ROWS_SHOWN;
     const rows = site.rows.slice(0, ROWS_SHOWN).join(" ") + (more > 0 ? ` and ${more} more` : "");
-    element(tip, "p", "reading", `${name}  gate ${site.gate.toFixed(3)}  adds ${percent(site.contribution)}`);
+    element(tip, "p", "reading", `${name}  gate ${site.gate.toFixed(3)}  adds ${percent(site.contribution)} to the stream`);
     element(tip, "p", "rows", `${site.rows.length} rows: ${rows}`);
   }
   tip.hidden = false;
