@@ -1,5 +1,6 @@
 """Bodies of requests: what is asked of the engine for them, and that nothing out of range gets there."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ BOUNDS: Mapping[str, tuple[float, float, bool]] = {
 }
 CHAT_BOUNDS = {**BOUNDS, "max_completion_tokens": (1, CONTEXT, True), "top_logprobs": (0, 5, True)}
 COMPLETION_BOUNDS = {**BOUNDS, "logprobs": (0, 5, True)}
-EXTREMES = [
+EXTREMES: list[Any] = [
     *(0, 1, 2, 3, 4, 5, 6, -1, -2, CONTEXT, CONTEXT + 1, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 10**400),
     *(0.0, -0.0, 0.5, 1.0, 1.5, -0.1, 2.1, 1e-320, 1e308, -1e308, math.inf, -math.inf, math.nan),
     *(True, False, "1", "", [], [1], {}),
@@ -141,7 +142,13 @@ def test_what_is_not_asked_for_has_openai_s_defaults(engine: ScriptedEngine) -> 
 
 
 def test_null_is_not_asked_for(engine: ScriptedEngine) -> None:
-    fields = {**dict.fromkeys(CHAT_BOUNDS), "tools": None, "functions": None, "stop": None, "response_format": None}
+    fields: dict[str, Any] = {
+        **dict.fromkeys(CHAT_BOUNDS),
+        "tools": None,
+        "functions": None,
+        "stop": None,
+        "response_format": None,
+    }
     assert request(engine, **fields) == request(engine)
 
 
@@ -166,7 +173,13 @@ def test_several_prompts_are_texts_of_one_job(engine: ScriptedEngine) -> None:
 
 
 def test_fields_that_change_nothing_may_hold_anything(engine: ScriptedEngine) -> None:
-    ignored = {"user": {"a": 1}, "metadata": [], "store": True, "service_tier": 3, "safety_identifier": "x"}
+    ignored: dict[str, Any] = {
+        "user": {"a": 1},
+        "metadata": [],
+        "store": True,
+        "service_tier": 3,
+        "safety_identifier": "x",
+    }
     assert request(engine, **ignored) == request(engine)
 
 
@@ -183,13 +196,23 @@ def test_fields_that_change_nothing_may_hold_anything(engine: ScriptedEngine) ->
         ),
         (COMPLETION, {"suffix": "x"}, "suffix is not supported; put what follows into the prompt", "suffix"),
         (COMPLETION, {"best_of": 2}, "best_of is not supported; ask for n choices with logprobs and choose", "best_of"),
-        (COMPLETION, {"echo": True, "logprobs": 1}, "echo with logprobs is not supported: the prompt's tokens have none here", None),
+        (
+            COMPLETION,
+            {"echo": True, "logprobs": 1},
+            "echo with logprobs is not supported: the prompt's tokens have none here",
+            None,
+        ),
         (COMPLETION, {"prompt": ["a"] * 8, "n": 3}, "prompts times n make 24 texts, wanted at most 16", None),
         (COMPLETION, {"prompt": ""}, "the prompt is empty, wanted at least one token", "prompt"),
         (COMPLETION, {"prompt": [300]}, "prompt has token 300, the vocabulary ends at 299", "prompt"),
         (CHAT, {"temprature": 1}, "temprature is not a field that is known here", "temprature"),
         (CHAT, {"model": 3}, "model is 3, wanted a valid string", "model"),
-        (CHAT, {"messages": []}, "messages is [], list should have at least 1 item after validation, not 0", "messages"),
+        (
+            CHAT,
+            {"messages": []},
+            "messages is [], list should have at least 1 item after validation, not 0",
+            "messages",
+        ),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0] is {'role': 'user'}, wanted content", "messages[0]"),
         (
             CHAT,
@@ -200,13 +223,23 @@ def test_fields_that_change_nothing_may_hold_anything(engine: ScriptedEngine) ->
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0].content is [{'type': 'image_url', 'image_url': {'url': 'x'}}], wanted parts of type text, this "
-            "model takes no image_url",
+            "messages[0].content is [{'type': 'image_url', 'image_url': {'url': 'x'}}], wanted parts of type text, "
+            "this model takes no image_url",
             "messages[0].content",
         ),
-        (CHAT, {"stop": ["x"] * 9}, "stop is ['x', 'x', 'x', 'x', 'x', 'x', 'x', 'x', 'x'], list should have at most 8 items after validation, not 9", "stop"),
+        (
+            CHAT,
+            {"stop": ["x"] * 9},
+            f"stop is {['x'] * 9}, list should have at most 8 items after validation, not 9",
+            "stop",
+        ),
         (CHAT, {"stop": ""}, "stop[0] is '', string should have at least 1 character", "stop[0]"),
-        (CHAT, {"stream_options": {"include": True}}, "stream_options.include is not a field that is known here", "stream_options.include"),
+        (
+            CHAT,
+            {"stream_options": {"include": True}},
+            "stream_options.include is not a field that is known here",
+            "stream_options.include",
+        ),
         (CHAT, {"top_logprobs": 2}, "top_logprobs needs logprobs to be true", None),
         (CHAT, {"tool_choice": "required"}, "tool_choice needs tools", None),
         (CHAT, {"tools": [TOOL, TOOL]}, "tools have two functions of one name", None),
@@ -223,7 +256,7 @@ def test_fields_that_change_nothing_may_hold_anything(engine: ScriptedEngine) ->
             "response_format",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_can_not_be_done_is_said(
     engine: ScriptedEngine, path: str, fields: dict[str, Any], message: str, param: str | None
 ) -> None:
@@ -334,12 +367,19 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELD_NAMES = [*CHAT_BOUNDS, "messages", "tools", "tool_choice", "response_format", "stop", "logit_bias", "stream_options"]
+FIELD_NAMES = [
+    *CHAT_BOUNDS,
+    "messages",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "stop",
+    "logit_bias",
+    "stream_options",
+]
 
 
 @given(fields=st.dictionaries(st.sampled_from(FIELD_NAMES), JSON, max_size=4))
 def test_any_values_are_served_or_refused(engine: ScriptedEngine, fields: dict[str, Any]) -> None:
-    try:
-        prepared(engine, **fields)
-    except ApiError as error:
-        assert error.status == 400
+    with contextlib.suppress(ApiError):
+        assert len(prepared(engine, **fields).requests) == (fields.get("n") or 1)

@@ -1,7 +1,5 @@
 """A token's bytes are those that it adds to a text."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -14,7 +14,12 @@ from engram_runtime.openai_api.errors import ApiError
 from engram_runtime.openai_api.grammars import answer_grammar
 from engram_runtime.openai_api.tool_calls import Call, CallReader, Grown
 
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": CITY}},
     {"type": "function", "function": {"name": "now-utc"}},
@@ -97,10 +102,11 @@ def test_required_calls_come_at_once_and_only_one_where_parallel_ones_are_off() 
     assert not follows(f"{NOW}\n{WEATHER}", tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
 
 
-def test_a_named_tool_is_the_only_one() -> None:
+def test_a_named_tool_is_the_only_one_and_called_once() -> None:
     named = {"type": "function", "function": {"name": "weather"}}
     assert follows(WEATHER, tools=TOOLS, tool_choice=named)
     assert not follows(NOW, tools=TOOLS, tool_choice=named)
+    assert not follows(f"{WEATHER}\n{WEATHER}", tools=TOOLS, tool_choice=named)
 
 
 def test_a_schema_holds_beside_tools() -> None:
@@ -126,7 +132,5 @@ def test_parameters_are_those_of_an_object() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]
     with pytest.raises(ApiError) as caught:
         answer_grammar(body(tools=tools))
-    assert str(caught.value) == (
-        'the parameters of f have type "string", wanted a JSON Schema of type "object"'
-    )
+    assert str(caught.value) == ('the parameters of f have type "string", wanted a JSON Schema of type "object"')
     assert json.loads(json.dumps(caught.value.body()))["error"]["param"] == "tools[0].function.parameters"
