@@ -6,20 +6,34 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.loading import Loading, loading_options
 from engram_runtime.errors import RequestError, TargetError
+from engram_runtime.sampling import SamplingOptions
 from engram_runtime.serving.engine_protocol import Engine
 from engram_runtime.serving.opening import open_engine
 from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS, MOST_SLOTS, EngineOptions
 from engram_runtime.tables.policy import TableChoice
 
 DEFAULT_PORT = 8080
+SAMPLING_KINDS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _default_options(command: Command) -> Command:
+    """Add how texts are drawn whose requests don't say."""
+    for name, kind in reversed(SAMPLING_KINDS.items()):
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            help="Where a request doesn't say.  [default: the bundle's generation_config.json's, else OpenAI's]",
+        )(command)
+    return command
 
 
 @click.command()
@@ -55,6 +69,7 @@ DEFAULT_PORT = 8080
     "$ENGRAM_API_KEY.",
 )
 @click.option("--verbose", is_flag=True, help="Log each request as a line of JSON, without its text, to stderr.")
+@_default_options
 @loading_options
 def serve(
     bundles: tuple[Path, ...],
@@ -65,6 +80,7 @@ def serve(
     api_key_file: Path | None,
     verbose: bool,
     loading: Loading,
+    **sampling: float | None,
 ) -> None:
     """Serve the models in BUNDLE... over HTTP as OpenAI does, each under its folder's name without .engram.
 
@@ -80,13 +96,16 @@ def serve(
     paths = _paths(bundles)
     access = access_for(host, read_keys(api_key_file, os.environ))
     context = click.get_current_context()
+    defaults = {name: value for name, value in sampling.items() if value is not None}
+    SamplingOptions(**defaults)  # type: ignore[arg-type]  # refuses what is out of range
 
     def announce(choice: TableChoice) -> Callable[[int], None]:
         with context.scope(cleanup=False):  # models are loaded in another thread, and contexts are each thread's own
             return announce_table(choice)
 
-    def opened(name: str, note_pass: Callable[[float], None]) -> AbstractContextManager[Engine]:
-        return open_engine(
+    @contextlib.contextmanager
+    def opened(name: str, note_pass: Callable[[float], None]) -> Iterator[Engine]:
+        with open_engine(
             paths[name],
             loading.executor,
             options=EngineOptions(
@@ -99,7 +118,9 @@ def serve(
             tables=loading.tables,
             drafts=loading.drafts,
             announce=announce,
-        )
+        ) as engine:
+            engine.tokenizer.sampling_defaults = {**engine.tokenizer.sampling_defaults, **defaults}
+            yield engine
 
     with listen(host, port) as listener:
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

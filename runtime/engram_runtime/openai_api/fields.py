@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from engram_runtime.openai_api.errors import ApiError
 
@@ -41,20 +40,20 @@ class Body(Fields):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            raise _api_error(error.errors(include_url=False)[0]) from error
+            first = error.errors(include_url=False)[0]
+            raise _api_error(first["type"], _place(first["loc"]), first["msg"], first["input"]) from error
 
 
-def _api_error(detail: ErrorDetails) -> ApiError:
-    place = _place(detail["loc"])
-    match detail["type"]:
+def _api_error(kind: str, place: str, message: str, value: object) -> ApiError:
+    match kind:
         case "missing":
             return ApiError(f"{place} is missing", param=place, code="missing_required_parameter")
         case "extra_forbidden":
             return ApiError(f"{place} is not a field that is known here", param=place, code="unknown_parameter")
-    reason = detail["msg"].removeprefix("Value error, ").replace("Input should be", "wanted")
+    reason = message.removeprefix("Value error, ").replace("Input should be", "wanted")
     if not place:  # fields that don't fit each other
         return ApiError(reason, code="invalid_value")
-    shown = repr(detail["input"])
+    shown = repr(value)
     shown = shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}..."
     return ApiError(f"{place} is {shown}, {reason[:1].lower()}{reason[1:]}", param=place, code="invalid_value")
 

@@ -51,7 +51,8 @@ def serve_models(
         else:
             server.should_exit = True
 
-    with Loader(models, openings, done) as loader:
+    loader = Loader(models, openings, done)
+    with loader:
         server.run(sockets=[listener])
     if loader.error is not None:
         raise loader.error
