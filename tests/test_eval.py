@@ -143,7 +143,9 @@ def test_items_tell_of_each_question(workshop: Workshop, command: Command, quest
     items = [json.loads(item) for item in (tmp_path / "items").read_text().splitlines()]
     assert [item["line"] for item in items] == [1, 2, 3, 4]
     assert [item["kind"] for item in items] == ["choices"] * 3 + ["cloze"]
-    assert sum(item["accuracy"] == item["answer"] for item in items[:3]) == 3 * report["choices"]["accuracy"]["value"]
+    for score in ("accuracy", "accuracy_per_token", "accuracy_per_byte"):
+        right = sum(item["chosen"][score] == item["answer"] for item in items[:3])
+        assert report["choices"][score]["value"] == right / 3
     assert report["choices"]["chance"] == pytest.approx(1 / 3)
     again = command(*line, "--limit", 1)
     assert (again.code, again.err.splitlines()[-1]) == (
@@ -221,6 +223,20 @@ def test_an_ablation_is_of_a_text_or_of_questions(workshop: Workshop, command: C
     outcome = command("engram", "eval", "ablate", workshop.uncompiled().path)
     said = "engram: what are its tables to be worth something for? give either --text FILE or --choices FILE.jsonl\n"
     assert (outcome.code, outcome.err) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--text", "t", "--limit", 3), "--limit is for --choices, which isn't given; leave it out"),
+        (("--choices", "q", "--window", 64), "--window is for --text, which isn't given; leave it out"),
+    ],
+)
+def test_an_ablation_takes_no_options_of_the_other_kind(
+    workshop: Workshop, command: Command, options: tuple[object, ...], said: str
+) -> None:
+    outcome = command("engram", "eval", "ablate", workshop.uncompiled().path, *options)
+    assert (outcome.code, outcome.err) == (2, f"engram: {said}\n")
 
 
 def test_a_bundle_without_tables_has_none_to_do_without(workshop: Workshop, command: Command, text: Path) -> None:

@@ -120,7 +120,7 @@ def test_in_95_of_100_repetitions_an_interval_holds_the_ratio() -> None:
 
 def test_a_ratio_that_all_units_share_has_no_width() -> None:
     counts = np.array([10.0, 20.0, 30.0])
-    found = ratio_of_sums(0.01 * counts, counts).map(math.exp)
+    found = ratio_of_sums(0.01 * counts, counts).exp()
     assert (found.value, found.low, found.high) == pytest.approx((math.exp(0.01),) * 3)
 
 
@@ -136,13 +136,20 @@ def test_what_every_unit_has_more_of_moves_the_interval(units: list[tuple[float,
 
 
 def test_one_unit_has_no_interval_and_says_so() -> None:
-    found = ratio_of_sums(np.array([3.0]), np.array([2.0])).map(math.exp)
+    found = ratio_of_sums(np.array([3.0]), np.array([2.0])).exp()
     assert found == Estimate(value=math.exp(1.5), low=None, high=None)
     assert f"{found:.2f}" == "4.48 (too little for an interval)"
     assert not found.excludes(1.0)
 
 
+def test_ends_beyond_the_largest_float_stay_finite() -> None:
+    found = ratio_of_sums(np.array([1.0, 200.0]), np.ones(2)).exp()
+    assert found.high == math.exp(709)
+    assert found.value == pytest.approx(math.exp(100.5))
+
+
 def test_estimates_are_written_with_their_ends() -> None:
     found = Estimate(value=1.0, low=0.5, high=2.0)
-    assert f"{found.map(lambda value: 10 * value):.1f}" == "10.0 (5.0 to 20.0)"
+    assert f"{found:.1f}" == "1.0 (0.5 to 2.0)"
+    assert f"{found:+.0%}" == "+100% (+50% to +200%)"
     assert [found.excludes(value) for value in (0.4, 0.5, 1.0, 2.1)] == [True, False, False, True]

@@ -67,8 +67,7 @@ class TextTokenizer:
     def encode_with_bytes(self, text: str) -> tuple[list[int], NDArray[np.int64]]:
         """Return the ids of a text as `encode` does, and how many bytes of its UTF-8 each of them adds.
 
-        A character of several tokens counts at the first of them, special tokens have none: over all tokens that a text
-        ends with, the sum is that of the text.
+        A character of several tokens counts at the first of them; tokens that stand for no text have none.
         """
         encoded = self._encode(text, add_special_tokens=True)
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

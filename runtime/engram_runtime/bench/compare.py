@@ -51,8 +51,8 @@ def _parse(values: Mapping[str, Any]) -> BenchReport:
         "tables": ", ".join(tables) or "none read",
         "CPU": machine.take("cpu", str),
         "cores": machine.count("cores"),
-        "load average": fields.number("load_average"),
-        "load average after": fields.number("load_average_after"),
+        "load average": round(fields.number("load_average"), 2),
+        "load average after": round(fields.number("load_average_after"), 2),
         "memory bandwidth, GB/s": fields.number("bandwidth_gb_s"),
         **{f"{name} tokens": fields.count(f"{name}_tokens") for name in ("prompt", "decode")},
     }

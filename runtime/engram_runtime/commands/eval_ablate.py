@@ -5,9 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from engram_runtime.commands.eval_choices import limit_option
-from engram_runtime.commands.eval_options import TextToScore, scoring_options, text_options, to_json, what_ran
+from engram_runtime.commands.eval_options import (
+    TextToScore,
+    limit_option,
+    scoring_options,
+    text_options,
+    to_json,
+    what_ran,
+)
 from engram_runtime.commands.loading import Loading
 from engram_runtime.commands.options import bundle_argument, executor_option, json_option
 from engram_runtime.errors import RequestError
@@ -52,6 +59,10 @@ def ablate_command(
         raise RequestError(
             "what are its tables to be worth something for? give either --text FILE or --choices FILE.jsonl"
         )
+    if choices is None:
+        _refuse_options("--choices", ("limit",))
+    else:
+        _refuse_options("--text", ("tokens", "window"))
     questions = read_questions(choices, limit) if choices is not None else []
     with loading.load(bundle) as llm:
         if not llm.session.sites:
@@ -59,6 +70,13 @@ def ablate_command(
         found = _on_text(llm, text) if text is not None else _on_questions(llm, questions)
         ran = what_ran(loading, llm)
     click.echo(to_json({"conditions": found, **ran}) if as_json else "\n".join([*map(_line, found), _meaning(found)]))
+
+
+def _refuse_options(given_with: str, names: Sequence[str]) -> None:
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise RequestError(f"--{name} is for {given_with}, which isn't given; leave it out")
 
 
 def _on_text(llm: LLM, text: TextToScore) -> list[Figures]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from engram_runtime.commands.eval_options import scoring_options, to_json, what_ran
+from engram_runtime.commands.eval_options import limit_option, scoring_options, to_json, what_ran
 from engram_runtime.commands.loading import Loading
 from engram_runtime.commands.options import (
     bundle_argument,
@@ -20,8 +20,6 @@ from engram_runtime.commands.options import (
 from engram_runtime.evaluation.answers import SCORES, answers, figures
 from engram_runtime.evaluation.questions import read_questions
 from engram_runtime.new_file import new_file
-
-limit_option = click.option("--limit", type=click.IntRange(min=1), help="Ask the first ones only.  [default: all]")
 
 
 @click.command()
@@ -37,10 +35,10 @@ limit_option = click.option("--limit", type=click.IntRange(min=1), help="Ask the
 def choices(
     bundle: Path, file: Path, limit: int | None, items: Path | None, force: bool, loading: Loading, as_json: bool
 ) -> None:
-    r"""Ask BUNDLE the questions of a file by the likelihood of their answers.
+    """Ask BUNDLE the questions of a file by the likelihood of their answers.
 
     A line is one of these; an answer is a choice or its place, from 0. A choice follows a prompt, a target its text as
-    they stand. A question is asked as "Question: ...\nAnswer:", and choices follow after a space.
+    they stand. A question is asked as "Question: ...", a line "Answer:" after it, and choices follow after a space.
 
     \b
         {"prompt": "Paris is in", "choices": [" France", " Peru"], "answer": 0}

@@ -19,6 +19,8 @@ from engram_runtime.tokenizer import TextTokenizer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+limit_option = click.option("--limit", type=click.IntRange(min=1), help="Ask the first ones only.  [default: all]")
+
 
 def scoring_options(command: Command) -> Command:
     """Add how tables are read and threads, which the command gets as ``loading``; it drafts nothing.

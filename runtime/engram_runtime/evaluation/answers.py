@@ -1,6 +1,5 @@
 """How well a model answers questions by the likelihood of what may follow them."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,7 +48,7 @@ class Answer:
         }
         if self.question.answer is None:
             return found
-        return {**found, "answer": self.question.answer, **{score: self.chosen(score) for score in SCORES}}
+        return {**found, "answer": self.question.answer, "chosen": {score: self.chosen(score) for score in SCORES}}
 
 
 def answers(
@@ -88,7 +87,7 @@ def cloze_figures(found: Sequence[Answer]) -> dict[str, Any]:
 def _perplexity(found: Sequence[Answer]) -> Estimate:
     losses = np.array([-answer.likelihoods[0].logprob for answer in found])
     tokens = np.array([float(answer.likelihoods[0].tokens) for answer in found])
-    return ratio_of_sums(losses, tokens).map(math.exp)
+    return ratio_of_sums(losses, tokens).exp()
 
 
 FIGURES = {"choices": choice_figures, "cloze": cloze_figures}

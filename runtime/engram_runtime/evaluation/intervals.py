@@ -1,8 +1,9 @@
 """Figures with intervals that hold the true value in 95 of 100 repetitions."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NORMAL_975 = 1.959963984540054  # quantile of the standard normal distribution
+LARGEST_EXPONENT = 709.0  # of e, in float64
 MOST_STUDENT_975, STUDENT_PRECISION = 12.8, 1e-9  # with one degree of freedom it is 12.706
 
 
@@ -21,10 +23,10 @@ class Estimate:
     low: float | None
     high: float | None
 
-    def map(self, change: Callable[[float], float]) -> Self:
-        """Return the estimate of an increasing function of the figure."""
-        ends = [None if end is None else float(change(end)) for end in (self.low, self.high)]
-        return type(self)(value=float(change(self.value)), low=ends[0], high=ends[1])
+    def exp(self) -> Self:
+        """Return the estimate of e to the power of the figure; where float64 ends, so do powers."""
+        low, high = (None if end is None else _power(end) for end in (self.low, self.high))
+        return type(self)(value=_power(self.value), low=low, high=high)
 
     def excludes(self, value: float) -> bool:
         """Whether a value is outside the interval."""
@@ -35,6 +37,10 @@ class Estimate:
         if self.low is None or self.high is None:
             return f"{self.value:{spec}} (too little for an interval)"
         return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+def _power(exponent: float) -> float:
+    return math.exp(min(exponent, LARGEST_EXPONENT))
 
 
 def share(successes: int, trials: int) -> Estimate:
@@ -93,6 +99,7 @@ def ratio_of_runs(first: Sequence[float], second: Sequence[float]) -> Estimate:
     return Estimate(value=float(np.median(ratios)), low=ends[0], high=ends[1])
 
 
+@functools.cache
 def _rank_sums_below(first: int, second: int) -> int:
     """Return how many of the least values of Mann and Whitney's U have a probability of at most 2.5 % together."""
     arrangements = [1] + [0] * (first * second)  # by U; the Gaussian binomial coefficient, factor by factor

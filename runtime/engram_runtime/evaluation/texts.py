@@ -14,7 +14,8 @@ from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 
 # Losses of neighbouring tokens depend on one another, which those of blocks do less. Of stretches of 2,000 tokens of a
-# long text the interval holds the whole one's mean loss in 88 of 100, taking tokens as independent in 52.
+# long text the interval holds the whole one's mean loss in 88 of 100, taking tokens as independent in 52
+# (benchmarks/interval_coverage.py).
 BLOCK_TOKENS = 128
 Progress = Callable[[int], None]  # told how many tokens were scored
 
@@ -77,12 +78,12 @@ def mean_of_tokens(values: NDArray[np.float64]) -> Estimate:
 
 def perplexity(losses: NDArray[np.float64]) -> Estimate:
     """Return exp of the mean of ``[N]`` losses."""
-    return mean_of_tokens(losses).map(math.exp)
+    return mean_of_tokens(losses).exp()
 
 
 def perplexity_ratio(losses: NDArray[np.float64], others: NDArray[np.float64]) -> Estimate:
     """Return how many times that of ``others [N]`` the perplexity of ``losses [N]``, of the same tokens, is."""
-    return mean_of_tokens(losses - others).map(math.exp)
+    return mean_of_tokens(losses - others).exp()
 
 
 def bits_per_byte(losses: NDArray[np.float64], windows: Windows) -> Estimate:
