@@ -1,6 +1,6 @@
 """A JSON Schema of ``engram.json``: the keys and types of the dataclasses it is parsed into, and what parsing asks.
 
-What one value is held against another for, such as a table's rows against its keyer, it can't say: see `Manifest.check`.
+How values are held against each other, such as a table's rows against its keyer, it does not say: see `Manifest.check`.
 """
 
 import dataclasses
