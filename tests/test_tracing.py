@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from engram_runtime.commands.loading import Loading
 from engram_runtime.drafting.opening import Drafting
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.drafting.schedule import Always
-from engram_runtime.errors import TableError
+from engram_runtime.errors import RequestError
 from engram_runtime.executor import Step, StepInputs
 from engram_runtime.generation import decode_tokens
 from engram_runtime.manifest import DECODER
@@ -200,6 +201,11 @@ def test_run_writes_a_trace_and_says_the_same(bundle: Path, command: Command, tm
     assert sum(written.counts[READY]) == sum(table["early_ready"] for table in found["tables"])
 
 
+def say_and_fail(llm: LLM) -> None:
+    llm.generate(PROMPT, max_tokens=6)
+    llm.generate([])
+
+
 def test_a_run_that_fails_leaves_its_trace(bundle: Path, tmp_path: Path) -> None:
     loading = Loading(
         executor="tvm",
@@ -209,9 +215,8 @@ def test_a_run_that_fails_leaves_its_trace(bundle: Path, tmp_path: Path) -> None
         drafts=NO_DRAFTS,
         trace=(path := tmp_path / "trace.json"),
     )
-    with pytest.raises(TableError, match="gone"), loading.load(bundle) as llm:
-        llm.generate(PROMPT, max_tokens=6)
-        raise TableError("gone")
+    with pytest.raises(RequestError), click.Context(click.Command("run")), loading.load(bundle) as llm:
+        say_and_fail(llm)
     assert len(Traced(path.read_bytes()).lanes[SAMPLE]) == 6
 
 
