@@ -14,7 +14,7 @@ from tests.tiny import CONTEXT, TinyModel, TinySite
 from tests.workshop import Workshop, copy_folder, export
 
 from engram_export.checkpoint import license_name, open_checkpoint
-from engram_export.model_card import HIDDEN, code, published_name
+from engram_export.model_card import HIDDEN, code, front_matter, published_name
 from engram_export.verify import Verification
 from engram_runtime.bundle import MANIFEST_NAME, MODEL_CARD, Bundle
 from engram_runtime.errors import BundleError
@@ -43,14 +43,15 @@ def exported(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Ex
     checkpoint = copy_folder(workshop.checkpoint(TinyModel()), root / HOSTILE)
     (checkpoint / "README.md").write_text("---\ntags: [x]\nlicense: 'apache-2.0'\n---\n# A model\nlicense: mit\n")
     site = copy_folder(workshop.site_folder(TinyModel(), TinySite()), root / f"memory {HOSTILE}")
+    (site / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     verification = export(checkpoint, root / "bundle", engram=site, tables="repack", table_dtype="fp8")
     return Exported(Bundle.open(root / "bundle"), verification)
 
 
 def test_the_card_says_what_the_bundle_was_made_from(exported: Exported) -> None:
     assert f"# {SHOWN} for engram-edge" in exported.card
-    assert f"| source | {SHOWN} and `memory {SHOWN[1:]} |" in exported.card
-    assert "| license of the source | `apache-2.0` |" in exported.card
+    assert f"| source | {SHOWN}, license apache-2.0 |" in exported.card
+    assert f"| added from | `memory {SHOWN[1:]}, license apache-2.0 |" in exported.card
     assert f"| context | {CONTEXT} tokens |" in exported.card
 
 
@@ -63,6 +64,12 @@ def test_the_card_says_to_model_hubs_what_they_ask_for(exported: Exported) -> No
         'tags: ["engram-edge", "onnx", "engram", "llama"]',
         "---",
     ]
+
+
+def test_no_license_is_claimed_for_what_was_added_under_another(exported: Exported, tmp_path: Path) -> None:
+    checkpoint = dataclasses.replace(open_checkpoint(demo.checkpoint()), license="mit")
+    assert 'license: "mit"' in front_matter(exported.bundle, checkpoint, None)
+    assert "license" not in front_matter(exported.bundle, checkpoint, tmp_path)
 
 
 def test_the_card_has_the_figures_of_the_export(exported: Exported) -> None:

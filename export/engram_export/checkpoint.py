@@ -121,12 +121,13 @@ def _open_folder(folder: Path) -> Checkpoint:
         chat_template=_chat_template(folder, tokenizer_config),
         source=folder.resolve().name,
         path=folder,
-        license=_stated_license(folder / CARD_FILE),
+        license=stated_license(folder),
     )
 
 
-def _stated_license(card: Path) -> str | None:
-    """Return the license in the front matter of a model card, if it states one by a plain name."""
+def stated_license(folder: Path) -> str | None:
+    """Return the license that the front matter of a folder's card states, None without a card or a plain name in it."""
+    card = folder / CARD_FILE
     if not card.is_file():
         return None
     with card.open("rb") as stream:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engram_export.calibration_report import CalibrationReport
-from engram_export.checkpoint import Checkpoint
+from engram_export.checkpoint import Checkpoint, stated_license
 from engram_export.repack import RowErrors
 from engram_runtime.bundle import MODEL_CARD, Bundle
 from engram_runtime.manifest import DECODER, StateSpec
@@ -34,7 +34,7 @@ def write_card(
         parity: paragraphs of what was measured, see `decoder_parity` and `site_parity`.
     """
     paragraphs = [
-        front_matter(bundle, checkpoint),
+        front_matter(bundle, checkpoint, added),
         f"# {code(checkpoint.source)} for engram-edge",
         f"A bundle that {bundle.manifest.producer} exported: a graph, its weights and the tables it reads.",
         table(["", ""], facts(bundle, checkpoint, added)),
@@ -51,12 +51,16 @@ def write_card(
     bundle.file(MODEL_CARD).write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
 
 
-def front_matter(bundle: Bundle, checkpoint: Checkpoint) -> str:
-    """Return what model hubs read, as YAML; each value is also JSON, so that it can't be taken for anything else."""
+def front_matter(bundle: Bundle, checkpoint: Checkpoint, added: Path | None) -> str:
+    """Return what model hubs read, as YAML; each value is also JSON, so that it can't be taken for anything else.
+
+    A license is that of the checkpoint and of what was added to it, or is left to whoever publishes the bundle.
+    """
+    same = added is None or stated_license(added) == checkpoint.license
     model, name = bundle.manifest.model, published_name(checkpoint.path)
     runs = DECODER in bundle.manifest.graphs
     values: dict[str, Any] = {
-        "license": checkpoint.license,
+        "license": checkpoint.license if same else None,
         "base_model": name,
         "base_model_relation": "quantized" if name is not None and model.quantisation != "none" else None,
         "library_name": "engram-edge",
@@ -76,10 +80,11 @@ def published_name(path: Path) -> str | None:
 def facts(bundle: Bundle, checkpoint: Checkpoint, added: Path | None) -> list[tuple[str, str]]:
     """Return rows of what the model is."""
     model = bundle.manifest.model
-    sources = [checkpoint.source, *([added.resolve().name] if added is not None else [])]
+    sources = [("source", checkpoint.source, checkpoint.license)]
+    if added is not None:
+        sources.append(("added from", added.resolve().name, stated_license(added)))
     return [
-        ("source", " and ".join(map(code, sources))),
-        ("license of the source", code(checkpoint.license) if checkpoint.license else "not stated"),
+        *((title, f"{code(name)}, license {stated or 'not stated'}") for title, name, stated in sources),
         ("family", model.family),
         ("quantisation", model.quantisation),
         ("layers, hidden size", f"{model.num_layers:,}, {model.hidden_size:,}"),
