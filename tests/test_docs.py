@@ -1,6 +1,7 @@
 """What the README and the pages in ``docs/`` say can be typed, imported and opened, can be."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -14,10 +15,14 @@ import click
 import pytest
 from tests.published import SCHEMA
 
+from engram_export.calibration_report import CalibrationReport, LinearReport, RoleReport
+from engram_export.verify import Parity
 from engram_runtime.cli import cli
+from engram_runtime.golden import Golden, TableGolden
+from engram_runtime.library import LibraryInfo, PackedTensor
 from engram_targets.profile import KERNEL_FAMILIES, KEYS
-from tools.__main__ import written_pages
 from tools.command_reference import COMMANDS
+from tools.pages import written_pages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -28,6 +33,9 @@ DOCUMENTS: Mapping[str, str] = {
     if path.name not in PAGES
 }
 README = DOCUMENTS["README.md"]
+
+
+KEPT = (Golden, TableGolden, Parity, CalibrationReport, RoleReport, LinearReport, LibraryInfo, PackedTensor)
 
 
 def found(pattern: str) -> list[str]:
@@ -123,6 +131,11 @@ def test_the_page_on_the_format_names_every_key() -> None:
     parts = [SCHEMA, *(part for part in SCHEMA["$defs"].values() if "properties" in part)]
     keys = {key for part in parts for key in part["properties"]}
     assert keys - spans_of("bundle-format.md") == set()
+
+
+@pytest.mark.parametrize("kind", KEPT, ids=lambda kind: kind.__name__)
+def test_the_page_on_the_format_names_every_key_of_other_files(kind: type) -> None:
+    assert {field.name for field in dataclasses.fields(kind)} - spans_of("bundle-format.md") == set()
 
 
 def test_the_page_on_the_format_names_every_value_there_is_to_choose_from() -> None:

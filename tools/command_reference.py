@@ -30,7 +30,8 @@ def command_reference() -> str:
 
 def exit_codes() -> str:
     """Return the rows of a table of the errors that have an exit code of their own."""
-    kinds = sorted(errors.EngramError.__subclasses__(), key=lambda kind: kind.exit_code)
+    own = [kind for kind in errors.EngramError.__subclasses__() if kind.__module__ == errors.__name__]
+    kinds = sorted(own, key=lambda kind: kind.exit_code)
     return "".join(f"| {kind.exit_code} | {(kind.__doc__ or '').lower().rstrip('.')} |\n" for kind in kinds)
 
 
