@@ -20,7 +20,7 @@ from engram_runtime.commands.options import (
 )
 from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.llm import LLM
-from engram_runtime.new_file import new_file
+from engram_runtime.new_file import check_place, new_file
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tracing.recorder import Recorder
 
@@ -40,29 +40,31 @@ class Loading:
 
     @contextlib.contextmanager
     def load(self, bundle: Path) -> Iterator[LLM]:
-        """Yield a loaded bundle, its tables announced; a trace is written once it is done with.
+        """Yield a loaded bundle, its tables announced; a trace is written once it is done with, be it by an error.
 
         Raises:
             EngramError: as `LLM` and `engram_runtime.new_file.new_file`.
         """
-        with (
-            contextlib.nullcontext() if self.trace is None else new_file(self.trace, replace=True) as file,
-            LLM(
-                bundle,
-                self.executor,
-                threads=self.threads,
-                tables_on=self.tables_on,
-                tables=self.tables,
-                drafts=self.drafts,
-                announce=announce_table,
-            ) as llm,
-        ):
-            if file is None:
+        if self.trace is not None:
+            check_place(self.trace, replace=True)
+        with LLM(
+            bundle,
+            self.executor,
+            threads=self.threads,
+            tables_on=self.tables_on,
+            tables=self.tables,
+            drafts=self.drafts,
+            announce=announce_table,
+        ) as llm:
+            if self.trace is None:
                 yield llm
                 return
             llm.record(recorder := Recorder())
-            yield llm
-            file.write(recorder.timeline.to_json())
+            try:
+                yield llm
+            finally:
+                with new_file(self.trace, replace=True) as file:
+                    file.write(recorder.timeline.to_json())
 
     def figures(self, llm: LLM) -> dict[str, Any]:
         """Return what ran, as JSON values."""
