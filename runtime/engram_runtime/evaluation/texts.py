@@ -14,7 +14,7 @@ from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 
 # Losses of neighbouring tokens depend on one another, which those of blocks do less. Of stretches of 2,000 tokens of a
-# long text the interval holds the whole one's mean loss in 88 of 100, taking tokens as independent in 52
+# long text the interval holds the whole one's mean loss in 84 of 100, taking tokens as independent in 48
 # (benchmarks/interval_coverage.py).
 BLOCK_TOKENS = 128
 Progress = Callable[[int], None]  # told how many tokens were scored
