@@ -97,8 +97,9 @@ def report(rounds: Sequence[dict[int, dict[str, Any]]], alone: int) -> list[dict
         every = [round_[count] for round_ in rounds]
         ratios = sorted(round_[count]["tok_s"] / round_[alone]["tok_s"] for round_ in rounds)
         medians = {name: statistics.median(each[name] for each in every) for name in ("tok_s", "each_tok_s", "ttft_s")}
+        name = "LLM.stream" if count == alone else str(count)
         click.echo(
-            f"| {'LLM.stream' if count == alone else count} | {medians['tok_s']:.1f} | {statistics.median(ratios):.3f} | "
+            f"| {name} | {medians['tok_s']:.1f} | {statistics.median(ratios):.3f} | "
             f"{ratios[0]:.3f} to {ratios[-1]:.3f} | {medians['each_tok_s']:.1f} | {1e3 * medians['ttft_s']:.1f} |"
         )
         found.append({"texts": count, "ratios": ratios, "rounds": every, **medians})
