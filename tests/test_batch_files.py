@@ -19,6 +19,7 @@ from engram_runtime.batch.results import open_batch
 from engram_runtime.errors import EngramError, RequestError
 
 LINE: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+SEND = "send a JSON object in UTF-8"
 
 
 def spell(**changes: Any) -> str:
@@ -65,9 +66,13 @@ def test_a_line_is_a_request() -> None:
 @pytest.mark.parametrize(
     ("text", "custom_id", "reason"),
     [
-        ("what?", None, "line 7 is not valid JSON: Expecting value: line 1 column 1 (char 0)"),
-        ("[]", None, "line 7 holds a JSON list, expected an object"),
-        ('{"custom_id": "a", "custom_id": "b"}', None, "line 7 is not valid JSON: key 'custom_id' stands twice"),
+        ("what?", None, f"line 7 is not valid JSON: Expecting value: line 1 column 1 (char 0); {SEND}"),
+        ("[]", None, f"line 7 holds a JSON list, expected an object; {SEND}"),
+        ('{"body": {}, "body": 1}', None, f"line 7 is not valid JSON: key 'body' stands twice; {SEND}"),
+        (
+            '{"custom_id": "a", "body": ' + "[" * 64 + "]" * 64 + "}", None,
+            "line 7 is nested more than 64 levels deep; flatten it",
+        ),
         ('{"method": "POST"}', None, "line 7 has no key 'custom_id'"),
         (spell(custom_id=5), None, "line 7.custom_id is 5, expected a string"),
         (spell(custom_id=""), None, "line 7.custom_id has 0 characters, expected 1 to 512"),

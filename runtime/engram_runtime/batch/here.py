@@ -12,7 +12,7 @@ from engram_runtime.batch.results import Put
 OpenResponder = Callable[[], AbstractContextManager[Respond]]
 
 
-def answer_here(pending: LineIndex, open_responder: OpenResponder, put: Put, *, at_once: int) -> None:
+def answer_here(pending: LineIndex, put: Put, *, open_responder: OpenResponder, at_once: int) -> None:
     """Answer lines, ``at_once`` of them at a time, and put the answers as they come."""
     with open_responder() as respond:
         asyncio.run(answer_lines(pending.lines(MAX_LINE_BYTES), respond, put, at_once=at_once))

@@ -61,11 +61,12 @@ class Worker:
         self._open = open_responder
         self._path = path
         self._at_once = at_once
+        self._opened = ExitStack()
 
     @cached_property
     def _respond(self) -> Respond:
         """Loaded with the first block: Ray tells of what fails before in screens of stderr."""
-        return ExitStack().enter_context(self._open())
+        return self._opened.enter_context(self._open())
 
     def __call__(self, block: Columns) -> Columns:
         """Answer the lines at some places."""
@@ -78,9 +79,9 @@ class Worker:
 
 def answer_on_ray(
     pending: LineIndex,
-    open_responder: OpenResponder,
     put: Put,
     *,
+    open_responder: OpenResponder,
     at_once: int,
     cluster: Cluster,
 ) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 from engram_runtime.batch.lines import Line, key
 from engram_runtime.errors import BundleError
-from engram_runtime.strict_json import Fields, parse_json_object
+from engram_runtime.openai_api.errors import ApiError
+from engram_runtime.openai_api.json_body import parse_body
+from engram_runtime.strict_json import Fields
 
 MAX_LINE_BYTES = 1 << 20  # what the server takes as a body
 MAX_ID_CHARS = 512
@@ -38,11 +40,11 @@ def parse_request(line: Line) -> BatchRequest | BadLine:
     try:
         if len(line.text) > MAX_LINE_BYTES:
             raise BundleError(f"{where} has more than {MAX_LINE_BYTES} bytes, the most that is allowed")
-        fields = Fields(parse_json_object(line.text, where), where)
+        fields = Fields(parse_body(line.text, where), where)
         custom_id = _custom_id(fields, where)
         url, body = _url(fields, where), fields.fields("body").remaining()
         fields.finish()
-    except BundleError as error:
+    except (ApiError, BundleError) as error:
         return BadLine(custom_id, str(error))
     return BatchRequest(custom_id, url, body)
 
