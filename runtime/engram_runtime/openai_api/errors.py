@@ -3,7 +3,7 @@
 from typing import Any
 
 from engram_runtime.errors import EngramError, RequestError
-from engram_runtime.serving.engine_protocol import BusyError
+from engram_runtime.serving.engine_protocol import BusyError, EngineError
 
 BAD_REQUEST, UNAUTHORISED, NOT_FOUND, TOO_LARGE, TOO_MANY = 400, 401, 404, 413, 429
 INTERNAL, UNAVAILABLE = 500, 503
@@ -52,5 +52,7 @@ def as_api_error(error: EngramError) -> ApiError:
             return ApiError(str(error), status=TOO_MANY, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
         case RequestError():
             return ApiError(str(error))
+        case EngineError():
+            return ApiError(str(error), status=UNAVAILABLE, code="engine_failed")
         case _:
             return ApiError(str(error), status=INTERNAL, code=type(error).__name__)

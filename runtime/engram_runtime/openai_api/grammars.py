@@ -33,7 +33,8 @@ def answer_grammar(body: ChatBody) -> str | None:
     # Text may come before a call, if text is what may come at all.
     free = not required and answer is None
     first = "opening" if free else json.dumps(CALL_START)
-    more = f" ({json.dumps(chr(10) + CALL_START)} call){{0,{MAX_CALLS - 1}}}" if body.parallel_tool_calls else ""
+    several = body.parallel_tool_calls and isinstance(body.tool_choice, str)
+    more = f" ({json.dumps(chr(10) + CALL_START)} call){{0,{MAX_CALLS - 1}}}" if several else ""
     rules = [f"start: {start}", f"calls: {first} call{more}", *_call_rules(tools)]
     return "\n".join(rules) + (OPENING if free else "")
 

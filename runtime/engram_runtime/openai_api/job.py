@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engram_runtime.errors import EngramError
@@ -17,7 +17,7 @@ from engram_runtime.openai_api.errors import NOT_FOUND, UNAVAILABLE, ApiError, a
 from engram_runtime.openai_api.generation_body import GenerationBody, check_token_ids, token_limit
 from engram_runtime.openai_api.grammars import answer_grammar
 from engram_runtime.serving.engine_protocol import Engine
-from engram_runtime.serving.request import TextRequest
+from engram_runtime.serving.request import DEFAULT_TIME_LIMIT_S, TextRequest
 
 Engines = Mapping[str, Engine]
 
@@ -47,11 +47,12 @@ def find_engine(engines: Engines, model: str) -> Engine:
     return engine
 
 
-def prepare(engines: Engines, path: str, raw: Mapping[str, Any]) -> Job:
+def prepare(engines: Engines, path: str, raw: Mapping[str, Any], time_limit_s: float = DEFAULT_TIME_LIMIT_S) -> Job:
     """Check a body and tokenise it, which may take seconds: not for the thread of an event loop.
 
     Args:
         path: ``/v1/chat/completions`` or ``/v1/completions``.
+        time_limit_s: of each text, its time in the queue included.
 
     Raises:
         ApiError: the body can't be served.
@@ -59,9 +60,10 @@ def prepare(engines: Engines, path: str, raw: Mapping[str, Any]) -> Job:
     if path not in PREPARATIONS:
         raise ApiError(f"there is nothing at {path}, wanted {' or '.join(PREPARATIONS)}", status=NOT_FOUND)
     try:
-        return PREPARATIONS[path](engines, raw)
+        job = PREPARATIONS[path](engines, raw)
     except EngramError as error:
         raise as_api_error(error) from error
+    return replace(job, requests=tuple(replace(text, time_limit_s=time_limit_s) for text in job.requests))
 
 
 def _prepare_chat(engines: Engines, raw: Mapping[str, Any]) -> Job:

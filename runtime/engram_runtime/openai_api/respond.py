@@ -12,6 +12,7 @@ from engram_runtime.openai_api.errors import ApiError, as_api_error
 from engram_runtime.openai_api.job import Engines, Job, prepare
 from engram_runtime.openai_api.mailbox import Mailbox, Told
 from engram_runtime.serving.engine_protocol import Ticket
+from engram_runtime.serving.request import DEFAULT_TIME_LIMIT_S
 
 
 @asynccontextmanager
@@ -41,7 +42,14 @@ async def asked(job: Job, *, client: str) -> AsyncIterator[Mailbox]:
             ticket.cancel()
 
 
-async def respond(engines: Engines, path: str, body: Mapping[str, Any], *, client: str = "") -> dict[str, Any]:
+async def respond(
+    engines: Engines,
+    path: str,
+    body: Mapping[str, Any],
+    *,
+    client: str = "",
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+) -> dict[str, Any]:
     """Answer a request as OpenAI would; cancelling this ends what the engine does for it.
 
     Args:
@@ -49,11 +57,12 @@ async def respond(engines: Engines, path: str, body: Mapping[str, Any], *, clien
         path: ``/v1/chat/completions`` or ``/v1/completions``.
         body: a JSON object.
         client: who asks; turns are taken between clients.
+        time_limit_s: seconds after which its texts end as they are.
 
     Raises:
         ApiError: the body can't be served, the queue is full, or the engine failed at it.
     """
-    job = await to_thread.run_sync(prepare, engines, path, body)
+    job = await to_thread.run_sync(prepare, engines, path, body, time_limit_s)
     if job.stream:
         raise ApiError("stream is true, which only the server does; leave it out", param="stream", code="invalid_value")
     async with asked(job, client=client) as mailbox:

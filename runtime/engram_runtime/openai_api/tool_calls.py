@@ -71,7 +71,8 @@ class CallReader:
             self._unread, self._in_arguments = arguments, True
             yield Grown(index=len(self.calls) - 1, name=name)
         elif not start and not self.calls:
-            certain = len(text) - _beginning_at_end(text, "\n" + CALL_START + NAME_START)
+            start = CALL_START + NAME_START
+            certain = len(text) - max(_beginning_at_end(text, start), _beginning_at_end(text, "\n" + start))
             self._unread = text[certain:]
             yield from self._pass_on(text[:certain])
 

@@ -2,16 +2,59 @@
 
 import signal
 import socket
+import time
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from engram_runtime.errors import RequestError
+from engram_runtime.server.access import Access
+from engram_runtime.server.app import create_app
 from engram_runtime.server.limits import DRAIN_S, KEEP_ALIVE_S, MAX_CONNECTIONS, MAX_HEADER_BYTES
+from engram_runtime.server.loading import Loader
+from engram_runtime.server.metrics import Metrics
+from engram_runtime.server.models import Models
 from engram_runtime.server.protocol import DeadlineProtocol
+from engram_runtime.serving.engine_protocol import Engine
 
 BACKLOG = 1024
+
+OpenModel = Callable[[str, Callable[[float], None]], AbstractContextManager[Engine]]
+"""Opens the engine of a name; it is to tell the seconds of its passes."""
+
+
+def serve_models(
+    listener: socket.socket,
+    names: Collection[str],
+    open_model: OpenModel,
+    access: Access,
+    *,
+    loaded: Callable[[], None],
+) -> None:
+    """Serve until a signal comes, from before the models are loaded on; ``loaded`` is called when they are.
+
+    Raises:
+        EngramError, OSError: a model can't be opened.
+    """
+    models = Models(names, int(time.time()))
+    metrics = Metrics(models)
+    server = make_server(create_app(models, access, metrics))
+    openings = {name: partial(open_model, name, partial(metrics.note_pass, name)) for name in names}
+
+    def done() -> None:
+        if loader.error is None:
+            loaded()
+        else:
+            server.should_exit = True
+
+    with Loader(models, openings, done) as loader:
+        server.run(sockets=[listener])
+    if loader.error is not None:
+        raise loader.error
 
 
 class Server(uvicorn.Server):
