@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 from tests.conftest import Command, Outcome
+from tests.scripted_engine import ScriptedEngine
 from tests.workshop import THREADS, Workshop
 
 from engram_runtime import LLM
 from engram_runtime.batch.answering import answer_lines
 from engram_runtime.batch.lines import Line
 from engram_runtime.batch.result import Result
-from engram_runtime.errors import TargetError
+from engram_runtime.batch.serving import responder
+from engram_runtime.errors import TableError, TargetError
 from engram_runtime.openai_api.errors import ApiError
+from engram_runtime.serving.engine_protocol import EngineError
+from engram_runtime.tokenizer import TextTokenizer
 
 PROMPTS = ["The tide", "A table of rows", "Über den Wolken", "twice a day", "the stream", "The hash"]
 USAGE = {"prompt_tokens": 3, "completion_tokens": 5}
@@ -105,6 +109,37 @@ def test_what_is_no_fault_of_a_request_ends_the_run() -> None:
 
     with pytest.raises(TargetError, match="the engine has died"):
         answers([line(1), line(2)], die)
+
+
+def engine(workshop: Workshop) -> ScriptedEngine:
+    return ScriptedEngine(TextTokenizer.load(workshop.uncompiled().path), lambda request: "a tide")
+
+
+def ask(engine: ScriptedEngine) -> Any:
+    (found,) = answers([line(1, model=engine.name, prompt="x", max_tokens=20)], responder(engine, 7.0))
+    return found
+
+
+def test_a_request_to_an_engine_has_the_time_of_a_batch(workshop: Workshop) -> None:
+    asked = engine(workshop)
+    assert ask(asked)["response"]["body"]["choices"][0]["text"] == "a tide"
+    assert [request.time_limit_s for request in asked.requests] == [7.0]
+
+
+def test_a_table_that_cant_be_read_is_an_answer(workshop: Workshop) -> None:
+    asked = engine(workshop)
+    asked.error = TableError("table layer_1 is gone")
+    assert ask(asked)["error"] == {"code": "TableError", "message": "table layer_1 is gone"}
+
+
+def test_a_full_queue_and_an_engine_that_has_died_end_the_run(workshop: Workshop) -> None:
+    asked = engine(workshop)
+    asked.slots = 0
+    with pytest.raises(EngineError, match="0 texts are running"):
+        ask(asked)
+    asked.slots, asked.failure = 1, EngineError("a defect has ended the engine")
+    with pytest.raises(EngineError, match="a defect has ended the engine"):
+        ask(asked)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from engram_runtime.batch.here import answer_here
 from engram_runtime.batch.lines import LineIndex
 from engram_runtime.batch.result import Result
 from engram_runtime.batch.results import Put, Tally, open_batch
-from engram_runtime.batch.serving import lines_at_once, open_responder
+from engram_runtime.batch.serving import Service
 from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.loading import Loading, loading_options
 from engram_runtime.commands.options import bundle_argument, json_option
@@ -45,6 +45,13 @@ Answer = Callable[[LineIndex, Put], None]
     help="Texts that grow at once.",
 )
 @click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    help="Seconds after which a text ends as it is.",
+)
+@click.option(
     "--ray",
     "address",
     is_flag=False,
@@ -67,6 +74,7 @@ def batch(
     output: Path,
     errors: Path | None,
     parallel: int,
+    time_limit: float,
     address: str | None,
     workers: int | None,
     loading: Loading,
@@ -77,11 +85,13 @@ def batch(
     OUT gets a line for each as soon as it is answered, in any order; what is wrong with a request is its answer. The
     same command goes on where an earlier one was interrupted.
     """
-    answer = _answer_here(bundle, loading, parallel)
+    service = Service(bundle=bundle, loading=loading, parallel=parallel, time_limit_s=time_limit)
     if address is not None:
-        answer = _answer_on_ray(bundle, loading, parallel, address, workers)
+        answer = _answer_on_ray(service, address, workers)
     elif workers is not None:
         raise RequestError("--workers share the lines with --ray; give both or neither")
+    else:
+        answer = partial(answer_here, open_responder=partial(service.open, announce_table), at_once=service.at_once)
     with open_batch(source, output, errors) as (pending, tally, put):
         started = time.perf_counter()
         interrupted = _run(answer, pending, tally, put)
@@ -95,23 +105,15 @@ def batch(
         sys.exit(INTERRUPTED)
 
 
-def _answer_here(bundle: Path, loading: Loading, parallel: int) -> Answer:
-    responder = partial(open_responder, bundle, loading, parallel=parallel, announce=announce_table)
-    return partial(answer_here, open_responder=responder, at_once=lines_at_once(parallel))
-
-
-def _answer_on_ray(bundle: Path, loading: Loading, parallel: int, address: str, workers: int | None) -> Answer:
+def _answer_on_ray(service: Service, address: str, workers: int | None) -> Answer:
     from engram_runtime.batch.ray_pipeline import Cluster, answer_on_ray  # of the extra ray
 
-    threads = loading.threads or 1
-    overlays = tuple(path.absolute() for path in loading.tables.overlays)
-    there = replace(loading, threads=threads, tables=replace(loading.tables, overlays=overlays))
-    return partial(
-        answer_on_ray,
-        open_responder=partial(open_responder, bundle.absolute(), there, parallel=parallel),
-        at_once=lines_at_once(parallel),
-        cluster=Cluster(address=None if address == THIS_MACHINE else address, workers=workers, threads=threads),
-    )
+    threads = service.loading.threads or 1
+    overlays = tuple(path.absolute() for path in service.loading.tables.overlays)
+    loading = replace(service.loading, threads=threads, tables=replace(service.loading.tables, overlays=overlays))
+    there = replace(service, bundle=service.bundle.absolute(), loading=loading)
+    cluster = Cluster(address=None if address == THIS_MACHINE else address, workers=workers, threads=threads)
+    return partial(answer_on_ray, open_responder=there.open, at_once=there.at_once, cluster=cluster)
 
 
 def _run(answer: Answer, pending: LineIndex, tally: Tally, put: Put) -> bool:
