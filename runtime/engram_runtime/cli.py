@@ -15,6 +15,8 @@ COMMANDS = {
     "bench": "engram_runtime.commands.bench:bench",
     "tables": "engram_runtime.commands.tables:tables",
     "eval": "engram_runtime.commands.evaluate:evaluate",
+    "batch": "engram_runtime.commands.batch:batch",
+    "completion": "engram_runtime.commands.completion:completion",
     "compile": "engram_compilers.cli:compile_command",
 }
 
