@@ -296,3 +296,10 @@ def test_the_command_refuses_what_it_can_not_serve(command: Command, bundle: Pat
     missing = command("engram", "serve", tmp_path / "none.engram", "--port", "0")
     assert missing.code == 3
     assert "none.engram" in missing.err
+
+
+def test_the_command_says_what_it_lacks(command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "engram_runtime.server.run")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    outcome = command("engram", "serve", bundle)
+    assert (outcome.code, outcome.err) == (4, "engram: engram serve needs uvicorn: pip install 'engram-edge[serve]'\n")

@@ -2,12 +2,12 @@
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from engram_runtime.errors import EngramError
-from engram_runtime.openai_api.answer import Answer, Heading
+from engram_runtime.openai_api.answer import Answer, Choice, Heading
 from engram_runtime.openai_api.chat_body import ChatBody
 from engram_runtime.openai_api.chat_choice import ChatChoice
 from engram_runtime.openai_api.chat_prompt import encode_messages
@@ -71,71 +71,55 @@ def _prepare_chat(engines: Engines, raw: Mapping[str, Any]) -> Job:
     engine = find_engine(engines, body.model)
     tools = body.callable_tools
     prompt_ids = encode_messages(engine.tokenizer, body.messages, tools)
-    names = {"prompt_param": "messages", "param": "max_tokens" if body.max_tokens else "max_completion_tokens"}
-    max_tokens = token_limit(len(prompt_ids), body.asked_tokens, engine, **names)
+    param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+    max_tokens = token_limit(len(prompt_ids), body.asked_tokens, engine, prompt_param="messages", param=param)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     more = {"max_tokens": max_tokens, "top_logprobs": top_logprobs, "grammar": answer_grammar(body)}
-    heading = _heading(engine, "chatcmpl-")
+    number = secrets.token_hex(12)
     choices = [
         ChatChoice(
             engine.tokenizer,
-            call_id=f"call_{heading.id[-24:]}_{index}",
+            call_id=f"call_{number}_{index}",
             calls=bool(tools),
             logprobs=body.logprobs,
             activity=body.engram.activity,
         )
         for index in range(body.n)
     ]
-    return Job(
-        engine=engine,
-        requests=_requests(body, engine, tuple(prompt_ids), more),
-        answer=Answer(
-            heading,
-            kind="chat.completion",
-            chunk_kind="chat.completion.chunk",
-            choices=choices,
-            per_prompt=body.n,
-            include_usage=body.include_usage,
-            tell_engram=body.engram.usage,
-        ),
-        stream=body.stream,
-    )
+    answer = _answer(body, engine, f"chatcmpl-{number}", choices, "chat.completion", "chat.completion.chunk")
+    requests = _requests(body, engine, tuple(prompt_ids), more)
+    return Job(engine=engine, requests=requests, answer=answer, stream=body.stream)
 
 
 def _prepare_completion(engines: Engines, raw: Mapping[str, Any]) -> Job:
     body = CompletionBody.parse(raw)
     engine = find_engine(engines, body.model)
-    prompts = [_prompt_ids(prompt, engine) for prompt in body.prompt]
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     requests: list[TextRequest] = []
-    choices = []
-    for prompt_ids in prompts:
+    choices: list[CompletionChoice] = []
+    for prompt in body.prompt:
+        prompt_ids = _prompt_ids(prompt, engine)
         max_tokens = token_limit(len(prompt_ids), asked, engine, prompt_param="prompt", param="max_tokens")
-        more = {"max_tokens": max_tokens, "top_logprobs": body.logprobs}
-        requests += _requests(body, engine, prompt_ids, more)
+        requests += _requests(body, engine, prompt_ids, {"max_tokens": max_tokens, "top_logprobs": body.logprobs})
         echoed = engine.tokenizer.decode(prompt_ids, skip_special_tokens=False) if body.echo else ""
-        choices += [
-            CompletionChoice(
-                engine.tokenizer,
-                echoed=echoed,
-                logprobs=body.logprobs is not None,
-                activity=body.engram.activity,
-            )
-            for _ in range(body.n)
-        ]
-    return Job(
-        engine=engine,
-        requests=tuple(requests),
-        answer=Answer(
-            _heading(engine, "cmpl-"),
-            kind="text_completion",
-            chunk_kind="text_completion",
-            choices=choices,
-            per_prompt=body.n,
-            include_usage=body.include_usage,
-            tell_engram=body.engram.usage,
-        ),
-        stream=body.stream,
+        told = {"logprobs": body.logprobs is not None, "activity": body.engram.activity}
+        choices += [CompletionChoice(engine.tokenizer, echoed=echoed, **told) for _ in range(body.n)]
+    name = f"cmpl-{secrets.token_hex(12)}"
+    answer = _answer(body, engine, name, choices, "text_completion", "text_completion")
+    return Job(engine=engine, requests=tuple(requests), answer=answer, stream=body.stream)
+
+
+def _answer(
+    body: GenerationBody, engine: Engine, name: str, choices: Sequence[Choice], kind: str, chunk_kind: str
+) -> Answer:
+    return Answer(
+        Heading(id=name, created=int(time.time()), model=engine.name, fingerprint=engine.fingerprint),
+        kind=kind,
+        chunk_kind=chunk_kind,
+        choices=choices,
+        per_prompt=body.n,
+        include_usage=body.include_usage,
+        tell_engram=body.engram.usage,
     )
 
 
@@ -163,15 +147,6 @@ def _requests(
             **more,
         )
         for choice in range(body.n)
-    )
-
-
-def _heading(engine: Engine, prefix: str) -> Heading:
-    return Heading(
-        id=prefix + secrets.token_hex(12),
-        created=int(time.time()),
-        model=engine.name,
-        fingerprint=engine.fingerprint,
     )
 
 
