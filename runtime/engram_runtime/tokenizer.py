@@ -5,7 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tokenizers import Tokenizer
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
 
 from engram_runtime.chat_limits import MAX_PROMPT_CHARS, MAX_TEMPLATE_BYTES
 from engram_runtime.detokenise import TextStream, native_errors
@@ -65,11 +67,27 @@ class TextTokenizer:
             text: at most ``MAX_PROMPT_CHARS`` characters.
             add_special_tokens: let ``tokenizer.json`` add what it wants around a text, such as a BOS.
         """
+        return self._encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], NDArray[np.int64]]:
+        """Return the ids of a text as `encode` does, and how many bytes of its UTF-8 each of them adds.
+
+        A character of several tokens counts at the first of them; tokens that stand for no text have none.
+        """
+        encoded = self._encode(text, add_special_tokens=True)
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        widths = 1 + sum((code_points >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+        ends = np.concatenate([[0], np.cumsum(widths)])
+        stops = np.array([stop for _, stop in encoded.offsets], dtype=np.int64)
+        reached = np.maximum.accumulate(ends[stops])
+        return encoded.ids, np.diff(reached, prepend=0)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
         if len(text) > MAX_PROMPT_CHARS:
             raise RequestError(f"the prompt has {len(text)} characters, wanted at most {MAX_PROMPT_CHARS}; shorten it")
         _require_unicode(text)
         with native_errors(RequestError, "the tokenizer can't take the prompt"):
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as the vocabulary spells it, or None where there is none."""

@@ -82,7 +82,7 @@ class Chooser:
             return Choice(token_id)
         peak = logits.max()
         log_mass = float(np.log(np.exp(logits - peak).sum(dtype=np.float64))) + float(peak)
-        top = [(each, float(logits[each]) - log_mass) for each in _likeliest(logits, self._top)]
+        top = [(each, float(logits[each]) - log_mass) for each in _likeliest(logits, min(self._top, len(logits)))]
         return Choice(token_id, float(logits[token_id]) - log_mass, top)
 
 

@@ -169,7 +169,7 @@ class BundleEngine:
         error: EngramError = BusyError("the engine was closed while the text was generated; ask again", UNKNOWN_S)
         try:
             while self._admit():
-                self._running.turn(others=len(self._queue) > 0)
+                self._running.turn()
         except BaseException as defect:
             error = EngineError(f"a defect has ended the engine: {defect!r}; start it anew")
             self.failure = error.with_traceback(None)

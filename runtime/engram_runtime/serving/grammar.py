@@ -14,6 +14,7 @@ from engram_runtime.errors import RequestError, TargetError
 
 MAX_GRAMMAR_CHARS = 256 << 10
 MAX_SYMBOLS = 50_000  # in productions; a schema of a thousand properties has fewer
+WHITESPACE = r" |\n {0,16}"  # at most: small models are fond of blanks without end
 FORBIDDEN = np.finfo(np.float32).min  # not minus infinity: samplers refuse logits that aren't finite
 
 
@@ -25,12 +26,13 @@ def _llguidance() -> ModuleType:
 
 
 def json_schema_grammar(schema: Mapping[str, Any]) -> str:
-    """Return the grammar of JSON texts that a schema accepts.
+    """Return the grammar of JSON texts that a schema accepts, with a blank or a line break wherever JSON may have it.
 
     Raises:
         TargetError: llguidance isn't installed.
     """
-    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(dict(schema))
+    spaced = {"whitespace_pattern": WHITESPACE}
+    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(dict(schema), defaults=spaced)
     return grammar
 
 

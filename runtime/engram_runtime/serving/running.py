@@ -1,4 +1,4 @@
-"""The texts that grow together: each turn takes all of them a token further, and one prompt a part."""
+"""The texts that grow together: each turn takes all of them a token further, and one prompt a pass."""
 
 import contextlib
 import time
@@ -21,7 +21,6 @@ from engram_runtime.serving.text import Text
 from engram_runtime.serving.usage import PassMeter, since
 from engram_runtime.session import Session
 
-PART_TOKENS = 128  # of a prompt, which the next tokens of other texts wait for
 REMEMBERED = 32  # texts whose seconds tell how long the next ones may take
 
 
@@ -90,19 +89,15 @@ class RunningTexts:
         text.admit()
         self._running.append(_Running(text, self.slots.take(text.request.prompt_ids)))
 
-    def turn(self, *, others: bool) -> None:
-        """Take every text a token further, and the first one whose prompt isn't computed a part of that.
-
-        Args:
-            others: whether more texts wait for slots.
-        """
+    def turn(self) -> None:
+        """Take every text a token further, and the first one whose prompt isn't computed a pass of that."""
         now = time.perf_counter()
         for each in list(self._running):
             if each.text.job.cancelled:
                 self._release(each)
             elif now >= each.text.deadline:
                 self._finish(each, "time")
-        if not others and len(self._running) == 1 and self._goes_alone(self._running[0]):
+        if len(self._running) == 1 and self._goes_alone(self._running[0]):
             return
         self._prefill()
         for each in list(self._running):
@@ -134,7 +129,7 @@ class RunningTexts:
             alone.close()
 
     def _prefill(self) -> None:
-        """Compute a part of a prompt."""
+        """Compute what a pass takes of a prompt."""
         each = next((each for each in self._running if each.logits is None and each.pending is None), None)
         if each is None:
             return
@@ -143,7 +138,7 @@ class RunningTexts:
             if not each.begun:
                 self.slots.begin(each.slot, prompt_ids)
                 each.begun = True
-            part = prompt_ids[len(session) : len(session) + PART_TOKENS]
+            part = prompt_ids[len(session) :][: session.passes(len(prompt_ids) - len(session))[0]]
             began, counters = time.perf_counter(), session.counters
             logits = session.prefill(part)
             seconds = time.perf_counter() - began

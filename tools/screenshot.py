@@ -1,4 +1,4 @@
-"""Take a picture of the chat page of a server: python -m docs.screenshot http://127.0.0.1:8080/ docs/page.png."""
+"""Take a picture of the chat page of a server: python -m tools.screenshot http://127.0.0.1:8080/ docs/page.png."""
 
 import argparse
 from pathlib import Path
