@@ -165,6 +165,7 @@ def test_inspect_shows_a_bundle(workshop: Workshop, command: Command) -> None:
     manifest = workshop.ready().manifest
     assert facts == {
         "kind": "bundle",
+        "card": "README.md",
         "model": "checkpoint",
         "family": "llama",
         "quantisation": "int8",

@@ -114,8 +114,7 @@ def test_options_in_sentences_exist() -> None:
 
 
 def test_every_command_is_in_the_table_of_the_readme() -> None:
-    told = {re.split(" (?=[A-Z-])", row)[0] for row in ROWS}
-    assert set(names(cli, "engram")) - told == set()
+    assert [name for name in names(cli, "engram") if not any(f"{row} ".startswith(f"{name} ") for row in ROWS)] == []
 
 
 @pytest.mark.parametrize("path", [*PATHS, *LINKS])

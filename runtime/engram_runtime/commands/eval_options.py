@@ -45,7 +45,6 @@ def scoring_options(command: Command) -> Command:
             tables_on=tables == "on",
             tables=read_options(tables, table_io, table_ram, overlays),
             drafts=NO_DRAFTS,
-            trace=None,
         )
         return command(loading=loading, **others)
 

@@ -38,7 +38,7 @@ class Loading:
     drafts: DraftOptions
 
     @contextlib.contextmanager
-    def load(self, bundle: Path, trace: Path | None) -> Iterator[LLM]:
+    def load(self, bundle: Path, trace: Path | None = None) -> Iterator[LLM]:
         """Yield a loaded bundle, its tables announced; a trace is written once it is done with, be it by an error.
 
         Args:
