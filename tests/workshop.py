@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
+from tests.published import check_manifest
 from tests.tiny import VOCAB, TinyModel, TinySite, add_sites, save_checkpoint, save_gguf, save_site_folder
 from tests.tiny_families import TinyFamily, save_family
 
@@ -61,8 +62,10 @@ def export_options(checkpoint: Path, out: Path, **changes: Any) -> ExportOptions
 
 
 def export(checkpoint: Path, out: Path, **changes: Any) -> Verification:
-    """Export a float bundle, or what ``changes`` of the options say."""
-    return export_bundle(export_options(checkpoint, out, **changes), SilentReporter())
+    """Export a float bundle, or what ``changes`` of the options say, whose manifest fits the published schema."""
+    verification = export_bundle(export_options(checkpoint, out, **changes), SilentReporter())
+    check_manifest(out)
+    return verification
 
 
 def tiny_profile(**changes: Any) -> TargetProfile:
