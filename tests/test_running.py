@@ -34,6 +34,8 @@ from engram_runtime.serving.usage import Usage
 from engram_runtime.session import Session
 
 TOKENIZER = toy_tokenizer()
+
+
 @dataclass(frozen=True)
 class Arrival:
     """A request, the turn before which it comes, and the one before which it is cancelled, if it is."""
