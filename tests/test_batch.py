@@ -277,3 +277,11 @@ def test_a_batch_on_ray_has_the_answers_of_one_machine(bundle: Path, command: Co
     assert (outcome.code, outcome.json["answered"]) == (0, 10), outcome.err
     assert output.read_bytes().startswith(kept)
     assert texts(output) == texts(alone)
+
+
+def test_a_cluster_that_isnt_there_is_refused(bundle: Path, command: Command, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    source = write_requests(tmp_path / "in.jsonl", *IDS)
+    outcome = run(command, bundle, source, tmp_path / "out.jsonl", "--ray", "auto")
+    assert outcome.code == 4
+    assert "engram: the batch on Ray can't go on: Could not find any running Ray instance." in outcome.err

@@ -156,12 +156,17 @@ class Told:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.tokens.get(index, [])) >= count, 10)
 
-    def generation(self, index: int = 0) -> Generation:
-        """Wait for the end of a text and return it, after checking that it is what was told token by token."""
+    def finished(self, index: int = 0) -> Finished:
+        """Wait for the end of a text and return it."""
         with self._changed:
             assert self._changed.wait_for(lambda: index in self.ends, 10)
         end = self.ends[index]
         assert isinstance(end, Finished), end
+        return end
+
+    def generation(self, index: int = 0) -> Generation:
+        """Wait for the end of a text and return it, after checking that it is what was told token by token."""
+        end = self.finished(index)
         said = self.tokens.get(index, [])
         assert tuple(token.token_id for token in said) == end.generation.token_ids
         assert "".join(token.piece for token in said) + end.piece == end.generation.text

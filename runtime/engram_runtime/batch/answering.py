@@ -3,19 +3,23 @@
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from engram_runtime.batch.lines import Line
-from engram_runtime.batch.request import BadLine, parse_request
+from engram_runtime.batch.lines import Line, LineIndex
+from engram_runtime.batch.request import MAX_LINE_BYTES, BadLine, parse_request
 from engram_runtime.batch.result import Result, result_text
+from engram_runtime.batch.results import Put
 from engram_runtime.openai_api.errors import ApiError
 
 OK = 200  # of HTTP
 BAD_LINE = "invalid_line"  # error code of what is no request at all
 
-
 Respond = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Answers the body of a request to a URL such as ``/v1/completions``, or raises ApiError; several may be under way."""
+
+OpenResponder = Callable[[], AbstractContextManager[Respond]]
+"""Loads what answers."""
 
 
 async def answer_line(line: Line, respond: Respond) -> Result:
@@ -46,7 +50,7 @@ def _response(status_code: int, body: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"status_code": status_code, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
 
 
-async def answer_lines(lines: Iterable[Line], respond: Respond, put: Callable[[Result], None], *, at_once: int) -> None:
+async def answer_lines(lines: Iterable[Line], respond: Respond, put: Put, *, at_once: int) -> None:
     """Answer lines, ``at_once`` of them at a time, and put each answer when it is there."""
     left = iter(lines)
 
@@ -55,3 +59,9 @@ async def answer_lines(lines: Iterable[Line], respond: Respond, put: Callable[[R
             put(await answer_line(line, respond))
 
     await asyncio.gather(*(take_turns() for _ in range(at_once)))
+
+
+def answer_here(pending: LineIndex, put: Put, *, open_responder: OpenResponder, at_once: int) -> None:
+    """Answer lines on this machine, ``at_once`` of them at a time, and put the answers as they come."""
+    with open_responder() as respond:
+        asyncio.run(answer_lines(pending.lines(MAX_LINE_BYTES), respond, put, at_once=at_once))

@@ -41,7 +41,7 @@ class OutputFile:
         self._synced = time.monotonic()
 
     def append(self, text: bytes) -> None:
-        """Write a line, which is with the system when this returns, and on disk `SYNC_S` later."""
+        """Write a line, which the system has when this returns; the disk gets it with the first one after `SYNC_S`."""
         self._file.write(text)
         self._file.flush()
         if time.monotonic() - self._synced > SYNC_S:

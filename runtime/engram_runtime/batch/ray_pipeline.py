@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_runtime.batch.answering import Respond, answer_lines
-from engram_runtime.batch.here import OpenResponder
+from engram_runtime.batch.answering import OpenResponder, Respond, answer_lines
 from engram_runtime.batch.lines import LineIndex, lines_at
 from engram_runtime.batch.request import MAX_LINE_BYTES
 from engram_runtime.batch.result import Result
@@ -34,8 +33,6 @@ Columns = dict[str, Any]  # of a block, by name
 LOCAL_STORE_BYTES = 80 << 20  # places of lines and answers pass through it, no weights; Ray takes no less
 ROUNDS_OF_A_BLOCK = 4  # its answers are written together, and a worker has less and less to do towards its end
 MOST_BLOCKS = 4096  # each takes some milliseconds before the first line is answered
-
-
 OWN_ERROR = re.compile(rf"^{re.escape(EngramError.__module__)}\.\w+: (.+)$", re.MULTILINE)
 
 
@@ -95,10 +92,11 @@ def answer_on_ray(
     """
     try:
         with _joined(cluster) as workers:
-            answers = ray.data.from_arrow(_blocks(pending, at_once)).map_batches(
+            blocks = _blocks(pending, at_once, workers)
+            answers = ray.data.from_arrow(blocks).map_batches(
                 Worker,
                 fn_constructor_args=(open_responder, pending.path.absolute(), at_once),
-                compute=ray.data.ActorPoolStrategy(size=workers),
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
                 batch_size=None,
                 num_cpus=cluster.threads,
             )
@@ -108,8 +106,9 @@ def answer_on_ray(
         raise TargetError(f"the batch on Ray can't go on: {_reason(error)}") from error
 
 
-def _blocks(pending: LineIndex, at_once: int) -> list[Any]:
-    count = min(MOST_BLOCKS, -(-len(pending) // (ROUNDS_OF_A_BLOCK * at_once)))
+def _blocks(pending: LineIndex, at_once: int, workers: int) -> list[Any]:
+    wanted = min(MOST_BLOCKS, -(-len(pending) // (ROUNDS_OF_A_BLOCK * at_once)))
+    count = min(len(pending), max(workers, wanted))
     places = zip(np.array_split(pending.numbers, count), np.array_split(pending.starts, count), strict=True)
     return [pyarrow.table({"number": numbers, "start": starts}) for numbers, starts in places]
 
@@ -122,7 +121,7 @@ def _joined(cluster: Cluster) -> Iterator[int]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        yield _workers(cluster, int(ray.cluster_resources()["CPU"]))
+        yield _workers(cluster, int(ray.cluster_resources().get("CPU", 0)))
     finally:
         ray.shutdown()
 
@@ -130,6 +129,7 @@ def _joined(cluster: Cluster) -> Iterator[int]:
 def _own_cluster(cluster: Cluster) -> dict[str, Any]:
     """Return how Ray is to make a cluster of this machine."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # else Ray reports to its makers
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"  # it calls an error what Ray Data does with every actor
     cores = {} if cluster.workers is None else {"num_cpus": cluster.workers * cluster.threads}
     return {"object_store_memory": LOCAL_STORE_BYTES, "include_dashboard": False, **cores}
 

@@ -35,7 +35,7 @@ def result_text(
     """Return the answer to line ``number`` as a line."""
     result = {"id": f"batch_req_{number}", "custom_id": custom_id, "response": response, "error": error}
     # JSON spells a lone surrogate, which UTF-8 can't hold, as backslashreplace does.
-    return json.dumps(result, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    return json.dumps(result, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def result_key(line: Line) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from engram_runtime.batch.here import answer_here
+from engram_runtime.batch.answering import answer_here
 from engram_runtime.batch.lines import LineIndex
 from engram_runtime.batch.result import Result
 from engram_runtime.batch.results import Put, Tally, open_batch
@@ -35,7 +35,7 @@ Answer = Callable[[LineIndex, Put], None]
 @click.option(
     "--errors",
     type=click.Path(path_type=Path),
-    help="Write lines that tell of an error to this file instead of OUT; without the file they are tried again.",
+    help="Write lines that tell of an error to this file instead of OUT; once it is deleted they are tried again.",
 )
 @click.option(
     "--parallel",

@@ -24,9 +24,5 @@ def script(shell: str, program: str) -> str:
     """Return the script that makes a shell ask a program of click's for completions."""
     kind = get_completion_class(shell)
     assert kind is not None
-    return kind(click.Command(program), {}, program, variable(program)).source()
-
-
-def variable(program: str) -> str:
-    """Return the name of the environment variable by which click is asked, as click makes it of a program's."""
-    return f"_{program}_COMPLETE".replace("-", "_").upper()
+    variable = f"_{program}_COMPLETE".replace("-", "_").upper()  # the one that click looks at
+    return kind(click.Command(program), {}, program, variable).source()
