@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": "engram_runtime.commands.bench:bench",
     "tables": "engram_runtime.commands.tables:tables",
     "eval": "engram_runtime.commands.evaluate:evaluate",
+    "doctor": "engram_runtime.commands.doctor:doctor",
     "compile": "engram_compilers.cli:compile_command",
 }
 
