@@ -104,7 +104,7 @@ def test_options_in_sentences_exist() -> None:
 
 
 def test_every_command_is_in_the_table_of_the_readme() -> None:
-    told = {re.split(" (?=[A-Z-])", row)[0] for row in ROWS}
+    told = {re.split(r" (?=[A-Z\[-])", row)[0] for row in ROWS}
     assert set(names(cli, "engram")) - told == set()
 
 

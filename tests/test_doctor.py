@@ -204,7 +204,7 @@ EXTRAS = [
     for text, extra in (("onnx>=1.21", "export"), ("onnx>=1.21", "compile"), ("ray[data]>=2.40", "ray"))
 ]
 NOTHING: dict[str, str] = {}
-INSTALLED = {"engram-edge": "0.1.0", "numpy": "2.4.6", "apache-tvm-ffi": "0.1.14.post1", "onnx": "1.23.2+cpu"}
+INSTALLED = {"engram-edge": "0.1.0", "numpy": "1.26", "apache-tvm-ffi": "0.1.14.post1", "onnx": "1.23.2+cpu"}
 
 
 def test_every_requirement_of_this_project_can_be_read() -> None:
@@ -221,7 +221,7 @@ def test_every_requirement_of_this_project_can_be_read() -> None:
             (
                 "packages",
                 "ok",
-                f"Python {platform.python_version()}, engram-edge 0.1.0, numpy 2.4.6, apache-tvm-ffi 0.1.14.post1",
+                f"Python {platform.python_version()}, engram-edge 0.1.0, numpy 1.26, apache-tvm-ffi 0.1.14.post1",
                 None,
             ),
         ),
@@ -396,6 +396,13 @@ def test_a_disk_that_cant_be_measured(bundle: Bundle, monkeypatch: pytest.Monkey
     assert findings_of(bundle, probe=True)["disk"] == ("warn", "vda can't be measured: Invalid argument", None)
 
 
+def test_a_disk_is_measured_by_its_largest_file(bundle: Bundle, tmp_path: Path) -> None:
+    for name, size in (("small", 1), ("large", 3), ("middle", 2)):
+        (tmp_path / name).write_bytes(bytes(size))
+    paths = [tmp_path / name for name in ("small", "large", "middle")]
+    assert checks.largest_files(paths) == {VDA: tmp_path / "large"}
+
+
 def test_a_slow_disk() -> None:
     assert checks.disk_speed(VDA, slow_disk(Path("rows"), VDA)) == Finding(
         "disk",
@@ -492,7 +499,10 @@ def test_this_machine_and_a_bundle_without_a_library(workshop: Workshop, command
         "golden values",
     }
     failed = ", ".join(name for name, finding in by_name.items() if finding["state"] == "fail")
-    assert outcome.err == f"engram: bundles can't run like this: {failed}\n"
+    assert (
+        outcome.err
+        == f"engram: {failed.count(',') + 1} of {len(by_name)} checks failed: {failed}; each says what to do\n"
+    )
 
 
 def test_this_machine_alone(command: Command) -> None:

@@ -40,7 +40,7 @@ def doctor(bundle: Path | None, probe: bool, as_json: bool) -> None:
         # click knows terminals, but not https://no-color.org.
         click.echo(report(findings), color=False if os.environ.get("NO_COLOR") else None)
     if failed:
-        raise TargetError(f"bundles can't run like this: {', '.join(failed)}")
+        raise TargetError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}; each says what to do")
 
 
 def report(findings: Sequence[Finding]) -> str:
