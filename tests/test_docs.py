@@ -20,6 +20,16 @@ from engram_export.verify import Parity
 from engram_runtime.cli import cli
 from engram_runtime.golden import Golden, TableGolden
 from engram_runtime.library import LibraryInfo, PackedTensor
+from engram_runtime.openai_api.chat_body import MAX_MESSAGES, MAX_TOOLS, ChatBody
+from engram_runtime.openai_api.completion_body import MAX_PROMPTS, CompletionBody
+from engram_runtime.openai_api.fields import MAX_STOP, MAX_STOP_CHARS
+from engram_runtime.openai_api.generation_body import MAX_CHOICES, MAX_TOP_LOGPROBS, GenerationBody
+from engram_runtime.openai_api.json_body import MAX_DEPTH
+from engram_runtime.server import limits
+from engram_runtime.server.metrics import Metrics
+from engram_runtime.server.models import Models
+from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS
+from engram_runtime.serving.request import DEFAULT_TIME_LIMIT_S
 from engram_targets.profile import KERNEL_FAMILIES, KEYS
 from tools.command_reference import COMMANDS
 from tools.pages import written_pages
@@ -104,8 +114,7 @@ def test_options_in_sentences_exist() -> None:
 
 
 def test_every_command_is_in_the_table_of_the_readme() -> None:
-    told = {re.split(r" (?=[A-Z\[-])", row)[0] for row in ROWS}
-    assert set(names(cli, "engram")) - told == set()
+    assert [name for name in names(cli, "engram") if not any(f"{row} ".startswith(f"{name} ") for row in ROWS)] == []
 
 
 @pytest.mark.parametrize("path", [*PATHS, *LINKS])
@@ -142,6 +151,37 @@ def test_the_page_on_the_format_names_every_value_there_is_to_choose_from() -> N
     properties = [value for part in SCHEMA["$defs"].values() for value in part.get("properties", {}).values()]
     values = {value for schema in properties for value in schema.get("enum", [schema.get("const", "kind")])}
     assert values - spans_of("bundle-format.md") == set()
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody])
+def test_the_page_on_the_server_names_every_field_of_a_request(body: type[GenerationBody]) -> None:
+    assert {*body.model_fields, *body.IGNORED, *body.REFUSED} - spans_of("server.md") == set()
+
+
+def test_the_page_on_the_server_names_every_metric() -> None:
+    told = Metrics(Models([], 0)).text().decode()
+    assert set(re.findall(r"^# TYPE (\w+)", told, re.MULTILINE)) - spans_of("server.md") == set()
+
+
+def test_the_page_on_the_server_has_its_limits() -> None:
+    rows = [
+        f"| body | {limits.MAX_BODY_BYTES >> 20} MiB, {MAX_DEPTH} levels of JSON |",
+        f"| headers | {limits.MAX_HEADER_BYTES >> 10} KiB, {limits.MAX_HEADERS} of them |",
+        f"| time to send headers, body | {limits.HEADERS_S:.0f} s, {limits.BODY_S:.0f} s |",
+        f"| time a client may leave what was sent unread | {limits.STALLED_READER_S:.0f} s |",
+        f"| connections | {limits.MAX_CONNECTIONS} |",
+        f"| texts at once, of each model | `--parallel`, {DEFAULT_SLOTS} by default; ",
+        f"| waiting requests, of each model | `--queue`, {DEFAULT_QUEUE} by default; ",
+        f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s |",
+        f"| time for a text, in the queue included | {DEFAULT_TIME_LIMIT_S:.0f} s; ",
+        f"| `n` | 1 | 1 to {MAX_CHOICES} |",
+        f"| `stop` | none | {MAX_STOP} texts of {MAX_STOP_CHARS} characters |",
+        f"| `logprobs`, `top_logprobs` | none | {MAX_TOP_LOGPROBS} tokens; ",
+        f"| none | {MAX_TOOLS} functions; ",
+        f"| required | {MAX_MESSAGES:,} at most; ",
+        f"up to {MAX_PROMPTS} of either |",
+    ]
+    assert [row for row in rows if row not in DOCUMENTS["server.md"]] == []
 
 
 def test_the_page_on_targets_names_every_key_and_kernel_family() -> None:

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.served import served
 from tests.workshop import Workshop
 
 from engram_runtime import LLM
+from engram_runtime.serving.opening import open_engine
+from engram_runtime.serving.options import EngineOptions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "demo.py"]
@@ -63,3 +66,11 @@ def test_prompts_are_answered_line_by_line(workshop: Workshop, printed: Printed,
             llm.generate(prompt, max_tokens=32, stop=("\n",)).text for prompt in (PROMPT, f"{PROMPT} twice")
         ]
     assert "context" in third["error"]
+
+
+def test_the_openai_client_streams_an_answer_and_prints_what_tables_did(workshop: Workshop, printed: Printed) -> None:
+    with open_engine(workshop.ready().path, options=EngineOptions(slots=1)) as engine, served(engine) as url:
+        *text, took, rows = printed("openai_client", f"{url}/v1", "What comes in twice a day?")
+    assert text
+    assert took.endswith(" before them")
+    assert rows.startswith("layer_1: ")

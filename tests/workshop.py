@@ -23,7 +23,7 @@ from engram_export.plan import ExportPlan
 from engram_export.verify import Verification
 from engram_runtime.bundle import Bundle
 from engram_runtime.executor import load_executor
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import Session, close_sites, open_sites
 from engram_targets import TargetProfile, load_profile
 
 THREADS = 2
@@ -159,8 +159,10 @@ def open_session(
 ) -> Iterator[Session]:
     """Open a session on a loaded bundle."""
     loaded = load_executor(executor, bundle, threads=threads)
-    with Session(bundle, loaded, open_sites(bundle), tables_on=tables_on) as session:
-        yield session
+    with contextlib.ExitStack() as opened:
+        sites = open_sites(bundle)
+        opened.callback(close_sites, sites)
+        yield opened.enter_context(Session(bundle, loaded, sites, tables_on=tables_on))
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:

@@ -9,11 +9,14 @@ from engram_runtime.lazy_group import LazyGroup
 COMMANDS = {
     "run": "engram_runtime.commands.run:run",
     "chat": "engram_runtime.commands.chat:chat",
+    "serve": "engram_runtime.commands.serve:serve",
     "inspect": "engram_runtime.commands.inspect:inspect",
     "verify": "engram_runtime.commands.verify:verify",
     "bench": "engram_runtime.commands.bench:bench",
     "tables": "engram_runtime.commands.tables:tables",
     "eval": "engram_runtime.commands.evaluate:evaluate",
+    "batch": "engram_runtime.commands.batch:batch",
+    "completion": "engram_runtime.commands.completion:completion",
     "doctor": "engram_runtime.commands.doctor:doctor",
     "compile": "engram_compilers.cli:compile_command",
 }

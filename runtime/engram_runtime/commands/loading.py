@@ -29,24 +29,26 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """What the user said of it; ``trace`` is where the times of what is generated go, None where they aren't taken."""
+    """What the user said of it."""
 
     executor: str
     threads: int | None
     tables_on: bool
     tables: TableOptions
     drafts: DraftOptions
-    trace: Path | None
 
     @contextlib.contextmanager
-    def load(self, bundle: Path) -> Iterator[LLM]:
+    def load(self, bundle: Path, trace: Path | None = None) -> Iterator[LLM]:
         """Yield a loaded bundle, its tables announced; a trace is written once it is done with, be it by an error.
+
+        Args:
+            trace: where the times of what is generated go, None where they aren't taken.
 
         Raises:
             EngramError: as `LLM` and `engram_runtime.new_file.new_file`.
         """
-        if self.trace is not None:
-            check_place(self.trace, replace=True)
+        if trace is not None:
+            check_place(trace, replace=True)
         with LLM(
             bundle,
             self.executor,
@@ -56,14 +58,14 @@ class Loading:
             drafts=self.drafts,
             announce=announce_table,
         ) as llm:
-            if self.trace is None:
+            if trace is None:
                 yield llm
                 return
             llm.record(recorder := Recorder())
             try:
                 yield llm
             finally:
-                with new_file(self.trace, replace=True) as file:
+                with new_file(trace, replace=True) as file:
                     file.write(recorder.timeline.to_json())
 
     def figures(self, llm: LLM) -> dict[str, Any]:
@@ -84,7 +86,6 @@ def loading_options(command: Command) -> Command:
         executor: str,
         threads: int | None,
         drafts: DraftOptions,
-        trace: Path | None,
         **others: Any,
     ) -> Any:
         loading = Loading(
@@ -93,17 +94,16 @@ def loading_options(command: Command) -> Command:
             tables_on=tables == "on",
             tables=read_options(tables, table_io, table_ram, overlays),
             drafts=drafts,
-            trace=trace,
         )
         return command(loading=loading, **others)
 
     added: Any = with_loading
-    for option in (_trace_option, overlay_option, table_options, threads_option, executor_option, draft_options):
+    for option in (overlay_option, table_options, threads_option, executor_option, draft_options):
         added = option(added)
     return cast(Command, added)
 
 
-_trace_option = click.option(
+trace_option = click.option(
     "--trace",
     type=click.Path(path_type=Path),
     help="Write a timeline of look-ups, forward passes and drafts to this file, for ui.perfetto.dev; one that "
