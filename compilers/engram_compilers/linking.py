@@ -1,7 +1,6 @@
 """Link object files with threads and scratch memory: by the system's C compiler, else by the one of ziglang."""
 
 import importlib.util
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from pathlib import Path
 from tvm_ffi import libinfo
 
 from engram_runtime.cpu import machine
+from engram_runtime.doctor.install import system_compiler
 from engram_runtime.errors import CompileError
 
-SYSTEM_COMPILERS = ("cc", "gcc", "clang")
 BACKEND = tuple(str(Path(__file__).with_name(name)) for name in ("thread_pool.c", "scratch_memory.c"))
 
 
@@ -31,10 +30,8 @@ def link(output: str, objects: Sequence[str], options: Sequence[str] | None = No
 
 def linker(mtriple: str) -> list[str]:
     """Return the command that links for a target triple; raises CompileError where there is none."""
-    if mtriple.partition("-")[0] == machine():
-        for name in SYSTEM_COMPILERS:
-            if path := shutil.which(name):
-                return [path]
+    if mtriple.partition("-")[0] == machine() and (path := system_compiler()):
+        return [path]
     if importlib.util.find_spec("ziglang") is None:
         raise CompileError(f"no C compiler to link with for {mtriple}: install gcc or clang, or pip install ziglang")
     return [sys.executable, "-m", "ziglang", "cc", "-target", mtriple]

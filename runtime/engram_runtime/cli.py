@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "engram_runtime.commands.evaluate:evaluate",
     "batch": "engram_runtime.commands.batch:batch",
     "completion": "engram_runtime.commands.completion:completion",
+    "doctor": "engram_runtime.commands.doctor:doctor",
     "compile": "engram_compilers.cli:compile_command",
 }
 

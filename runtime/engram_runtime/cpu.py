@@ -71,8 +71,12 @@ def available_cpus() -> list[int]:
 
 def available_cores() -> int:
     """Return how many physical cores this process may keep busy: those of its CPUs, within its CPU quota."""
-    cores = {_core(cpu) for cpu in available_cpus()}
-    return max(1, math.floor(min(len(cores), cpu_quota())))
+    return max(1, math.floor(min(allowed_cores(), cpu_quota())))
+
+
+def allowed_cores() -> int:
+    """Return on how many physical cores the CPUs lie that this process may use."""
+    return len({_core(cpu) for cpu in available_cpus()})
 
 
 def _core(cpu: int) -> str:

@@ -61,16 +61,20 @@ def disk_facts(path: Path, place: Place) -> DiskFacts:
     Raises:
         OSError: it can't be measured; see `measure_disk`.
     """
-    now = time.time()
-    known = _remembered()
-    if (facts := known.get(place.identity)) is not None and 0 <= now - facts.measured_at < VALID_S:
-        return facts
+    if (known := remembered_facts(place)) is not None:
+        return known
     facts = measure_disk(path)
     try:
-        _remember(known | {place.identity: facts})
+        _remember(_remembered() | {place.identity: facts})
     except OSError as error:
         log.warning("figures of disk %s can't be kept, they are measured at every start: %s", place.device, error)
     return facts
+
+
+def remembered_facts(place: Place) -> DiskFacts | None:
+    """Return what is remembered of a disk and not too old to hold."""
+    facts = _remembered().get(place.identity)
+    return facts if facts is not None and 0 <= time.time() - facts.measured_at < VALID_S else None
 
 
 def measure_disk(path: Path) -> DiskFacts:
