@@ -9,6 +9,7 @@ from engram_runtime.lazy_group import LazyGroup
 COMMANDS = {
     "run": "engram_runtime.commands.run:run",
     "chat": "engram_runtime.commands.chat:chat",
+    "plan": "engram_runtime.commands.plan:plan",
     "inspect": "engram_runtime.commands.inspect:inspect",
     "verify": "engram_runtime.commands.verify:verify",
     "bench": "engram_runtime.commands.bench:bench",
