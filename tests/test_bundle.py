@@ -280,6 +280,13 @@ def test_tables_are_closed_where_a_session_cant_begin(folder: Path) -> None:
     assert open_files() == before
 
 
+def test_a_session_closes_the_tables_it_has_opened(folder: Path) -> None:
+    bundle, before = Bundle.open(folder), open_files()
+    with Session.open(bundle, ScriptedExecutor(scripted_logits([1])), options=READING):
+        assert open_files() > before
+    assert open_files() == before
+
+
 def test_every_identity_of_an_external_file_is_checked(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_bytes(contents()[TABLE])
@@ -835,7 +842,7 @@ def scripted_logits(argmax: Sequence[int]) -> NDArray[np.float32]:
 def checked(folder: Path, logits: NDArray[np.float32]) -> dict[str, Any]:
     """Hold scripted logits ``[T, V]`` against the golden values of a bundle."""
     bundle = Bundle.open(folder)
-    with Session(bundle, ScriptedExecutor(logits), open_sites(bundle)) as session:
+    with Session.open(bundle, ScriptedExecutor(logits)) as session:
         return check_logits(Golden.read(bundle), session)
 
 

@@ -39,7 +39,7 @@ from engram_export.quantise import BLOCK, quantise_int4, zero_range
 from engram_export.smoothing import Fold, layer_folds, weight_scales
 from engram_export.source import ModelSource, open_source
 from engram_export.verify import reference_logits
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import MODEL_CARD, Bundle
 from engram_runtime.errors import CheckpointError, RequestError, VerificationError
 
 PLAIN = TinyModel()
@@ -48,7 +48,7 @@ SITE = TinySite()
 ROLES = ("mixer.qkv", "mixer.output", "feed_forward.gate_up", "feed_forward.down")
 REPORT = "golden/calibration.json"
 # What other summation orders may change: measured values, and the digests of the files that hold them.
-MEASURED = ("golden/golden.json", REPORT, "engram.json")
+MEASURED = ("golden/golden.json", REPORT, MODEL_CARD, "engram.json")
 
 
 def correlated(rng: np.random.Generator, mixing: NDArray[np.float64], tokens: int) -> NDArray[np.float32]:
@@ -323,6 +323,7 @@ def test_what_is_not_calibrated_says_why(workshop: Workshop, tmp_path: Path, com
     outcome = command("engram-export", workshop.checkpoint(PLAIN), *options, "--force", "--calibration", "none")
     assert "int4 by plain rounding: --calibration none\n" in outcome.out
     assert report_of(tmp_path / "bundle")["reason"] == "--calibration none"
+    assert "int4 by plain rounding: `--calibration none`\n" in (tmp_path / "bundle" / MODEL_CARD).read_text()
 
 
 def test_the_command_prints_what_it_found(workshop: Workshop, tmp_path: Path, command: Command) -> None:
@@ -334,6 +335,8 @@ def test_the_command_prints_what_it_found(workshop: Workshop, tmp_path: Path, co
         f"int4 calibrated on 3456 tokens of the built-in text: KL(float32 || bundle) is "
         f"{outcome.json['calibration']['chosen']:.4f} nats on 384 others\n" in printed
     )
+    card = (tmp_path / "bundle" / MODEL_CARD).read_text()
+    assert "int4 calibrated on 3,456 tokens of the text `built-in`: KL(float32 || bundle) is " in card
 
 
 @pytest.mark.parametrize(

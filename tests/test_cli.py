@@ -165,6 +165,7 @@ def test_inspect_shows_a_bundle(workshop: Workshop, command: Command) -> None:
     manifest = workshop.ready().manifest
     assert facts == {
         "kind": "bundle",
+        "card": "README.md",
         "model": "checkpoint",
         "family": "llama",
         "quantisation": "int8",
@@ -269,7 +270,7 @@ def test_eval_ppl_is_that_of_the_logits(workshop: Workshop, command: Command, tm
     with LLM(workshop.ready().path, threads=THREADS) as llm:
         token_ids = llm.tokenizer.encode(text)[:20]
         losses = [loss for half in (token_ids[:10], token_ids[10:]) for loss in next_token_losses(llm, half)]
-    assert report["perplexity"]["tokens"] == 18
+    assert report["scored_tokens"] == 18
     assert report["perplexity"]["value"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-6)
     assert (report["executor"], report["tables_on"], report["window"]) == ("tvm", True, 10)
     assert [table["io"] for table in report["tables"]] == ["resident"]

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from tests.published import check_manifest
 from tests.test_hashing import (
     DEEPSEEK_LAST_OFFSET,
     DEEPSEEK_LAYERS,
@@ -63,7 +64,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyDeepseek, Bu
 
 
 def export(checkpoint: Path, out: Path, **changes: Any) -> list[SiteVerification]:
-    return export_tables(export_options(checkpoint, out, **changes), SilentReporter())
+    verifications = export_tables(export_options(checkpoint, out, **changes), SilentReporter())
+    check_manifest(out)
+    return verifications
 
 
 def read(checkpoint: Path) -> TablesSource:

@@ -382,7 +382,7 @@ def test_run_tells_how_many_experts_a_forward_pass_reads(
 def bytes_by_piece(bundle: Bundle, executor: TvmExecutor, texts: Sequence[Sequence[int]]) -> list[int]:
     """Return the bytes of experts read for each piece of a text."""
     read = []
-    with Session(bundle, executor, open_sites(bundle)) as session:
+    with Session.open(bundle, executor) as session:
         for piece in texts:
             before = executor.expert_bytes_read
             session.decode(piece)

@@ -29,9 +29,12 @@ PACKAGES = list(FOLDERS)
 HEAVY = ["torch", "onnx", "tvm", "transformers", "matplotlib", "gguf", "ml_dtypes", "onnxscript", "onnx_ir"]
 ENGINES = {
     "onnxruntime": "engram_runtime.executors.onnxruntime_session",
+    "ray": "engram_runtime.batch.ray_pipeline",
     "tvm_ffi": "engram_runtime.executors.tvm_library",
 }
-IMPORT_NAMES = {"apache-tvm-ffi": "tvm_ffi"}  # of distributions whose modules are called otherwise
+OWN_EXTRAS = ("ort", "plot", "serve", "ray")  # of the runtime
+# Of distributions whose modules are called otherwise.
+IMPORT_NAMES = {"apache-tvm-ffi": "tvm_ffi", "prometheus-client": "prometheus_client"}
 # Names of modules that are imported when a command asks for them, the only way to point upwards.
 NAMED_UPWARDS = {
     ("engram_runtime.cli", "engram_compilers.cli:compile_command"),
@@ -113,15 +116,17 @@ def declared_modules() -> set[str]:
     """Return the modules of the runtime's dependencies as pyproject.toml declares them."""
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    distributions = [*project["dependencies"], *extras["ort"], *extras["plot"]]
+    distributions = [*project["dependencies"], *(each for name in OWN_EXTRAS for each in extras[name])]
     names = [re.split(r"[<>=!~ \[;]", distribution)[0] for distribution in distributions]
     return {IMPORT_NAMES.get(name, name).lower() for name in names}
 
 
 def test_the_runtime_loads_neither_heavy_packages_nor_those_above_it() -> None:
-    # apache-tvm-ffi itself imports torch where there is one; the next test covers its executor.
+    # apache-tvm-ffi itself imports torch where there is one, and Ray takes a second; the next test covers them.
     loads, errors = import_all(
-        "engram_runtime", left_out=[ENGINES["tvm_ffi"]], watched=[*HEAVY, *above("engram_runtime"), *ENGINES]
+        "engram_runtime",
+        left_out=[ENGINES["tvm_ffi"], ENGINES["ray"]],
+        watched=[*HEAVY, *above("engram_runtime"), *ENGINES],
     )
     found = {module: roots for module, roots in loads.items() if roots}
     assert (found, errors) == ({ENGINES["onnxruntime"]: ["onnxruntime"]}, {})
@@ -136,12 +141,13 @@ def test_every_module_of_the_runtime_can_be_imported_where_nothing_else_is_insta
     assert [roots for roots in loads.values() if roots] == []
 
 
-def test_executors_whose_engine_is_missing_say_how_to_install_it() -> None:
+def test_what_runs_on_a_missing_engine_says_how_to_install_it() -> None:
     _, errors = import_all("engram_runtime", missing=[*HEAVY, *ENGINES])
     assert errors == {
         ENGINES["onnxruntime"]: (
             "TargetError: the onnxruntime executor needs onnxruntime: pip install 'engram-edge[ort]'"
         ),
+        ENGINES["ray"]: "TargetError: batches on Ray need ray: pip install 'engram-edge[ray,serve]'",
         ENGINES["tvm_ffi"]: "TargetError: the tvm executor needs apache-tvm-ffi: pip install engram-edge",
     }
 

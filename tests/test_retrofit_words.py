@@ -23,7 +23,7 @@ from examples.retrofit.answers import in_form_of_an_entry, questions, unchanged
 from examples.retrofit.conditions import shuffled
 from examples.retrofit.corpora import Package, fetch, files_of_deb, text_of_deb
 from examples.retrofit.facts import HELD_OUT_QUESTIONS, TRAINED_QUESTIONS, Fact, checked_facts
-from examples.retrofit.intervals import perplexity_ratio, student_975, wilson_interval
+from examples.retrofit.intervals import perplexity_ratio
 from examples.retrofit.manual_text import facts_of
 from examples.retrofit.recall import Question, Share, answers_exactly, sample
 from examples.retrofit.text_perplexity import PASSAGE_TOKENS, Losses, Passage, losses, passages
@@ -201,38 +201,6 @@ def test_questions_held_out_are_not_trained() -> None:
     assert not set(TRAINED_QUESTIONS) & set(HELD_OUT_QUESTIONS)
     assert all(wording.count("{subject}") == 1 for wording in (*TRAINED_QUESTIONS, *HELD_OUT_QUESTIONS))
     assert (len(questions("ordinary")), len(questions("in_passing"))) == (20, 10)
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [(0, 200, 0.0, 0.018845), (5, 10, 0.236593, 0.763407), (10, 10, 0.722467, 1.0)],
-)
-def test_wilson_intervals_are_the_published_ones(successes: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("degrees", "quantile"),
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (10, 2.228), (29, 2.045), (30, 2.042), (120, 1.980)],
-)
-def test_quantiles_of_students_distribution_are_the_published_ones(degrees: int, quantile: float) -> None:
-    assert student_975(degrees) == pytest.approx(quantile, abs=6e-4)
-
-
-@given(st.integers(1, 500).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
-def test_an_interval_holds_its_share_and_mirrors_that_of_the_failures(counts: tuple[int, int]) -> None:
-    successes, trials = counts
-    low, high = wilson_interval(successes, trials)
-    assert 0 <= low <= successes / trials + 1e-12
-    assert successes / trials - 1e-12 <= high <= 1
-    assert wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low))
-
-
-@given(st.integers(2, 500).flatmap(lambda trials: st.tuples(st.integers(1, trials - 1), st.just(trials))))
-def test_at_the_ends_of_an_interval_the_share_is_just_what_a_score_test_rejects(counts: tuple[int, int]) -> None:
-    successes, trials = counts
-    for end in wilson_interval(successes, trials):
-        assert abs(successes / trials - end) / math.sqrt(end * (1 - end) / trials) == pytest.approx(1.959963984540054)
 
 
 def test_a_ratio_that_all_passages_share_has_no_width() -> None:

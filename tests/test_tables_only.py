@@ -21,7 +21,7 @@ from engram_export.formats import FLOAT
 from engram_export.pipeline import export_bundle
 from engram_export.safetensors_file import SafetensorsFile
 from engram_export.site_verify import SITE_TOLERANCE, compare_site
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import MODEL_CARD, Bundle
 from engram_runtime.errors import EngramError
 from engram_runtime.session import open_sites
 
@@ -51,6 +51,14 @@ def test_tables_read_in_place_give_the_same_rows(tiny: TinyDeepseek, tmp_path: P
     for layer, site in zip(LAYERS, open_sites(Bundle.open(tmp_path / "bundle")), strict=True):
         np.testing.assert_array_equal(site.rows([], TOKENS), expected_rows(tiny, layer, TOKENS), strict=True)
         site.table.close()
+
+
+def test_the_card_has_sites_and_tables(exported: tuple[TinyDeepseek, Bundle]) -> None:
+    _, bundle = exported
+    card = bundle.file(MODEL_CARD).read_text()
+    assert re.search(r"^\| `layer_1` \| \d+ \| \d\.\d\de-\d\d \| \d\.\d\de-\d\d \|$", card, re.MULTILINE)
+    assert re.search(r"^\| `layer_1` \| [\d,]+ \| .* \| the bundle \|$", card, re.MULTILINE)
+    assert ("pipeline_tag" in card, "engram run" in card) == (False, False)
 
 
 def test_int8_sites_and_repacked_rows_stay_close(tiny: TinyDeepseek, tmp_path: Path) -> None:

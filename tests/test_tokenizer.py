@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.tiny import save_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from engram_runtime.chat_limits import MAX_PROMPT_CHARS
@@ -14,6 +17,13 @@ from engram_runtime.tokenizer import TextTokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "hello", "world", "<|user|>"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    folder = tmp_path_factory.mktemp("byte_level")
+    save_tokenizer(folder)
+    return TextTokenizer.load(folder)
 
 
 def word_tokenizer() -> Tokenizer:
@@ -47,6 +57,20 @@ def test_encode_and_decode_equal_the_library(tmp_path: Path) -> None:
     assert tokenizer.decode([1, 3, 4, 99]) == "helloworld"
     assert tokenizer.decode([1, 3], skip_special_tokens=False) == "<s>hello"
     assert tokenizer.vocab_size == 6
+
+
+def test_tokens_are_told_the_bytes_they_add(tmp_path: Path) -> None:
+    tokenizer = TextTokenizer.load(write_bundle(tmp_path))
+    token_ids, num_bytes = tokenizer.encode_with_bytes("hello wörld  world")
+    assert (token_ids, num_bytes.tolist()) == ([1, 3, 0, 4], [0, 5, 7, 7])
+    assert tokenizer.encode_with_bytes("")[1].tolist() == [0]
+
+
+@given(st.text(max_size=40))
+def test_the_bytes_of_all_tokens_are_those_of_the_text(byte_level: TextTokenizer, text: str) -> None:
+    token_ids, num_bytes = byte_level.encode_with_bytes(text)
+    assert token_ids == byte_level.encode(text)
+    assert num_bytes.sum() == len(text.encode())
 
 
 def test_a_stream_decodes_and_stops(tmp_path: Path) -> None:

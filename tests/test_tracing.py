@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -14,13 +15,16 @@ from tests.toy_model import Scripted, ToyModel, ToySession
 from tests.workshop import THREADS, Workshop, copy_folder
 
 from engram_runtime import LLM, Generation, SamplingOptions
+from engram_runtime.commands.loading import Loading
 from engram_runtime.drafting.opening import Drafting
-from engram_runtime.drafting.options import DraftOptions
+from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.drafting.schedule import Always
+from engram_runtime.errors import RequestError
 from engram_runtime.executor import Step, StepInputs
 from engram_runtime.generation import decode_tokens
 from engram_runtime.manifest import DECODER
 from engram_runtime.sampling import make_sampler
+from engram_runtime.tables.opening import AUTO_OPTIONS
 from engram_runtime.tracing.recorder import ACCEPTED, EXPERTS, READY, TOKENS, Recorder
 from engram_runtime.tracing.timeline import DRAFT, GRAPH, HASH, LANES, READ, SAMPLE, VERIFY, WAIT, Timeline
 
@@ -195,6 +199,19 @@ def test_run_writes_a_trace_and_says_the_same(bundle: Path, command: Command, tm
     assert sum(written.counts[ACCEPTED]) == found["drafts"]["accepted"]
     assert sum(span["args"]["drafted"] for span in written.lanes[VERIFY]) == found["drafts"]["drafted"] > 0
     assert sum(written.counts[READY]) == sum(table["early_ready"] for table in found["tables"])
+
+
+def say_and_fail(llm: LLM) -> None:
+    llm.generate(PROMPT, max_tokens=6)
+    llm.generate([])
+
+
+def test_a_run_that_fails_leaves_its_trace(bundle: Path, tmp_path: Path) -> None:
+    loading = Loading(executor="tvm", threads=THREADS, tables_on=True, tables=AUTO_OPTIONS, drafts=NO_DRAFTS)
+    path = tmp_path / "trace.json"
+    with pytest.raises(RequestError), click.Context(click.Command("run")), loading.load(bundle, path) as llm:
+        say_and_fail(llm)
+    assert len(Traced(path.read_bytes()).lanes[SAMPLE]) == 6
 
 
 def test_chat_writes_a_trace_of_all_answers(bundle: Path, command: Command, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
+from tests.published import check_manifest
 from tests.tiny import VOCAB, TinyModel, TinySite, add_sites, save_checkpoint, save_gguf, save_site_folder
 from tests.tiny_families import TinyFamily, save_family
 
@@ -22,7 +23,7 @@ from engram_export.plan import ExportPlan
 from engram_export.verify import Verification
 from engram_runtime.bundle import Bundle
 from engram_runtime.executor import load_executor
-from engram_runtime.session import Session, open_sites
+from engram_runtime.session import Session, close_sites, open_sites
 from engram_targets import TargetProfile, load_profile
 
 THREADS = 2
@@ -61,8 +62,10 @@ def export_options(checkpoint: Path, out: Path, **changes: Any) -> ExportOptions
 
 
 def export(checkpoint: Path, out: Path, **changes: Any) -> Verification:
-    """Export a float bundle, or what ``changes`` of the options say."""
-    return export_bundle(export_options(checkpoint, out, **changes), SilentReporter())
+    """Export a float bundle, or what ``changes`` of the options say, whose manifest fits the published schema."""
+    verification = export_bundle(export_options(checkpoint, out, **changes), SilentReporter())
+    check_manifest(out)
+    return verification
 
 
 def tiny_profile(**changes: Any) -> TargetProfile:
@@ -156,8 +159,10 @@ def open_session(
 ) -> Iterator[Session]:
     """Open a session on a loaded bundle."""
     loaded = load_executor(executor, bundle, threads=threads)
-    with Session(bundle, loaded, open_sites(bundle), tables_on=tables_on) as session:
-        yield session
+    with contextlib.ExitStack() as opened:
+        sites = open_sites(bundle)
+        opened.callback(close_sites, sites)
+        yield opened.enter_context(Session(bundle, loaded, sites, tables_on=tables_on))
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.evaluation.intervals import NORMAL_975, student_975
 from examples.allocation.model import Decoder
 from examples.allocation.sizes import Division
 from examples.allocation.training import Outcome, Run
-from examples.retrofit.intervals import NORMAL_975, student_975
 
 RESAMPLES, RESAMPLING_SEED = 2_000, 0
 CURVE_POINTS = 10

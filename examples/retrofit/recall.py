@@ -4,10 +4,10 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engram_runtime.evaluation.intervals import share
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 from examples.retrofit.facts import CHAT, END_OF_TURN, Fact, checked_facts
-from examples.retrofit.intervals import wilson_interval
 
 SAMPLE_SEED = 1
 
@@ -28,11 +28,10 @@ class Share:
     known: int
     asked: int
 
-    def figures(self) -> dict[str, int | float]:
+    def figures(self) -> dict[str, int | float | None]:
         """Return what the report holds."""
-        low, high = wilson_interval(self.known, self.asked)
-        share = self.known / self.asked
-        return {"known": self.known, "asked": self.asked, "share": share, "low": low, "high": high}
+        found = share(self.known, self.asked)
+        return {"known": self.known, "asked": self.asked, "share": found.value, "low": found.low, "high": found.high}
 
 
 def sample(facts: Sequence[Fact], number: int) -> list[Fact]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.perplexity import negative_log_likelihood
+from engram_runtime.evaluation.losses import negative_log_likelihood
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 from examples.retrofit.corpora import DEBIAN_REFERENCE, DEVILS_DICTIONARY, Package, fetch, text_of_deb

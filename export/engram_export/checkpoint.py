@@ -20,6 +20,10 @@ WEIGHTS_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")  # a bare name: no folder, no parent
 MAX_JSON_BYTES = 64 << 20  # tokenizer.json of a 260 000 token vocabulary is 35 MB
+CARD_FILE, MAX_FRONT_MATTER_BYTES = "README.md", 64 << 10
+FRONT_MATTER = re.compile(r"---\r?\n(.*?\n)---\r?$", re.DOTALL | re.MULTILINE)
+LICENSE_LINE = re.compile(r"^license:[ \t]*[\"']?([^\"'\s]+)[\"']?[ \t]*\r?$", re.MULTILINE)
+LICENSE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")  # such as apache-2.0
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest published chat templates are 20 kB
 
 T = TypeVar("T", str, int, float, bool, list[Any], dict[str, Any])
@@ -53,6 +57,7 @@ class Checkpoint:
     chat_template: str | None
     source: str  # name of the file or folder
     path: Path
+    license: str | None = None  # as its makers name it
 
     def require(self, key: str, kind: type[T]) -> T:
         """Return a value of the config that the model cannot do without; an int passes for a float."""
@@ -131,7 +136,25 @@ def _open_folder(folder: Path, open_weights: Callable[[Path], TensorSource] | No
         chat_template=_chat_template(folder, tokenizer_config),
         source=folder.resolve().name,
         path=folder,
+        license=stated_license(folder),
     )
+
+
+def stated_license(folder: Path) -> str | None:
+    """Return the license that the front matter of a folder's card states, None without a card or a plain name in it."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return None
+    with card.open("rb") as stream:
+        text = stream.read(MAX_FRONT_MATTER_BYTES).decode("utf-8", errors="replace")
+    front = FRONT_MATTER.match(text)
+    stated = LICENSE_LINE.search(front[1]) if front else None
+    return license_name(stated[1]) if stated else None
+
+
+def license_name(value: object) -> str | None:
+    """Return a value of a checkpoint if it is the name of a license, None for anything else."""
+    return value if isinstance(value, str) and LICENSE_NAME.fullmatch(value) else None
 
 
 def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:

@@ -189,13 +189,10 @@ def _print_sites(sites: Sequence["SiteVerification"]) -> None:
 
 
 def _print_verification(verification: "Verification") -> None:
-    graph, model = verification.graph, verification.model
-    click.echo(f"logits over {model.tokens} tokens          max |difference|  mean |difference|  argmax agreement")
-    click.echo(_row("graph, torch, same weights", graph.max_abs, graph.mean_abs, graph.argmax_agreement))
-    click.echo(_row("bundle, float32 checkpoint", model.max_abs, model.mean_abs, model.argmax_agreement))
-    if verification.draft is not None:
-        draft = verification.draft
-        click.echo(_row("draft head, torch, same weights", draft.max_abs, draft.mean_abs, draft.argmax_agreement))
+    tokens = verification.model.tokens
+    click.echo(f"logits over {tokens} tokens          max |difference|  mean |difference|  argmax agreement")
+    for title, parity in verification.parities.items():
+        click.echo(_row(title, parity.max_abs, parity.mean_abs, parity.argmax_agreement))
     if verification.calibration is not None:
         _print_calibration(verification.calibration)
     for site, errors in verification.rows.items():

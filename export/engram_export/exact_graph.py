@@ -4,6 +4,7 @@ Weights stay in the file, which onnxruntime maps: nothing is packed anew, nothin
 decoded to float32 a slice at a time. Slow, but the graph's own arithmetic without the rounding of an executor.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.draft_head import Drafted, DraftHead
 from engram_runtime.errors import BundleError
 from engram_runtime.executors.onnxruntime_session import REFUSALS, OnnxRuntimeExecutor
-from engram_runtime.session import UNLOADED, Session, open_sites
+from engram_runtime.session import UNLOADED, Session, close_sites, open_sites
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,10 @@ def exact_logits(bundle: Bundle, token_ids: NDArray[np.int64], *, rows: int, thr
     """Run a bundle's decoder over ``[T]`` token ids, ``rows`` of them at a time, which are the logits in memory."""
     executor = open_exact_executor(bundle, threads)
     logits, argmax, hidden = np.empty((0, 0), dtype=np.float32), [], []
-    with Session(bundle, executor, open_sites(bundle, UNLOADED)) as sequence:
+    with contextlib.ExitStack() as opened:
+        sites = open_sites(bundle, UNLOADED)
+        opened.callback(close_sites, sites)
+        sequence = opened.enter_context(Session(bundle, executor, sites))
         first = len(token_ids) % rows  # the last rows are then those of one step
         for part in np.split(token_ids, range(first, len(token_ids), rows)):
             if len(part):

@@ -1,7 +1,8 @@
 """The quantisations of ``--quant``: which weight format each part of a model gets."""
 
 import dataclasses
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,6 +34,12 @@ class WeightFormat:
 
 
 FLOAT = WeightFormat(FloatLinear, FloatEmbedding, FloatExpertLinear)
+
+
+def count_formats(graphs: Iterable[nn.Module]) -> dict[str, int]:
+    """Return how many weight matrices of each format graphs have; those of the same name are one."""
+    modules = {name: module for graph in graphs for name, module in graph.named_modules()}
+    return dict(Counter(str(module.label) for module in modules.values() if hasattr(module, "label")))
 
 
 @dataclass(frozen=True, slots=True)

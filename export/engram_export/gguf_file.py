@@ -10,7 +10,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from engram_export.checkpoint import Checkpoint
+from engram_export.checkpoint import Checkpoint, license_name
 from engram_export.gguf_config import architecture, generation_config, hf_config
 from engram_export.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from engram_export.gguf_rope import FACTORS_TENSOR
@@ -60,6 +60,7 @@ def open_gguf(path: Path) -> Checkpoint:
         chat_template=header.get("tokenizer.chat_template", str),
         source=path.name,
         path=path,
+        license=license_name(header.metadata.get("general.license")),
     )
 
 

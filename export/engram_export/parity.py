@@ -1,5 +1,6 @@
 """Compare a bundle with its checkpoint as transformers runs it: a reference that shares no code with ours."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from engram_export.checkpoint import open_checkpoint
@@ -14,7 +16,8 @@ from engram_export.verify import VERIFY_TEXT, check_parity, compare
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.evaluate import read_text
 from engram_runtime.errors import RequestError
-from engram_runtime.perplexity import negative_log_likelihood
+from engram_runtime.evaluation.losses import negative_log_likelihood
+from engram_runtime.evaluation.parity import Logits
 from engram_runtime.session import Session
 from engram_runtime.tokenizer import TextTokenizer
 
@@ -26,6 +29,19 @@ def check_checkpoint(path: Path) -> None:
     open_checkpoint(path)
 
 
+def checkpoint_logits(checkpoint: Path) -> Logits:
+    """Load a checkpoint, a folder or a GGUF file, in float32; returns what runs tokens through it."""
+    folder, file = (checkpoint.parent, checkpoint.name) if checkpoint.is_file() else (checkpoint, None)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
+
+    def run(token_ids: Sequence[int]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            logits: NDArray[np.float32] = model(torch.tensor([token_ids])).logits[0].numpy()
+        return logits
+
+    return run
+
+
 def compare_with_transformers(
     session: Session, bundle: Bundle, checkpoint: Path, text: Path | None, tokens: int
 ) -> dict[str, Any]:
@@ -35,16 +51,14 @@ def compare_with_transformers(
     else:
         content = read_text(text)
     token_ids = np.array(TextTokenizer.load(bundle.path).encode(content)[:tokens], dtype=np.int64)
-    folder, file = (checkpoint.parent, checkpoint.name) if checkpoint.is_file() else (checkpoint, None)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
     expected, found, losses = [], [], []
     if len(token_ids) < 2:
         raise RequestError(f"a text of {len(token_ids)} tokens has nothing to compare")
+    reference = checkpoint_logits(checkpoint)
     window = min(WINDOW, bundle.manifest.model.context_length)
     for start in range(0, len(token_ids), window):
         ids = token_ids[start : start + window]
-        with torch.no_grad():
-            expected.append(model(torch.from_numpy(ids)[None]).logits[0].numpy())
+        expected.append(reference(ids.tolist()))
         session.trim(len(session))
         found.append(np.concatenate(list(session.logits(ids.tolist()))))
         losses.append([negative_log_likelihood(part[-1][:-1], ids[1:]) for part in (expected, found)])

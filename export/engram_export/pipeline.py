@@ -19,11 +19,12 @@ from engram_export.checkpoint import Checkpoint
 from engram_export.exact_graph import GraphLogits, exact_drafts, exact_logits
 from engram_export.export_memory import compared_rows
 from engram_export.families.reading import text_part
-from engram_export.formats import FLOAT, KEPT_BITS, weight_format
+from engram_export.formats import FLOAT, KEPT_BITS, count_formats, weight_format
 from engram_export.golden import write_golden
 from engram_export.graph_writer import trace_graphs, write_graphs, write_vocabulary
 from engram_export.host_table import TableSource
 from engram_export.journal import Journal, fingerprint
+from engram_export.model_card import decoder_parity, write_card
 from engram_export.plan import ExportPlan, plan_export
 from engram_export.source import ModelSource, has_experts, open_source
 from engram_export.staging import staged_folder
@@ -128,10 +129,13 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
         verification = verify_bundle(source, bundle, calibrated, token_ids, reporter, repacked=repacked)
         if calibrated.report is not None:
             calibrated.report.write(bundle.path)
+        errors = {table.spec.site: table.errors for table in written if table.errors is not None}
+        verification = dataclasses.replace(verification, rows=errors, calibration=calibrated.report)
+        formats = count_formats(graph.skeleton for graph in traced.values())
+        write_card(bundle, source.checkpoint, options.engram, formats, decoder_parity(verification))
         finish_manifest(bundle, journal, reporter)
         (journal.folder / CALIBRATION_FILE).unlink(missing_ok=True)
-    errors = {table.spec.site: table.errors for table in written if table.errors is not None}
-    return dataclasses.replace(verification, rows=errors, calibration=calibrated.report)
+    return verification
 
 
 def export_fingerprint(options: ExportOptions) -> str:

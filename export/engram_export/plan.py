@@ -1,12 +1,15 @@
 """What an export will write and need, told before it starts."""
 
-from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
 from engram_export.decoder import Decoder
+<<<<<<< HEAD
 from engram_export.export_memory import ExportSizes, calibration_memory, peak_memory
 from engram_export.formats import WeightFormat
+=======
+from engram_export.formats import WeightFormat, count_formats
+>>>>>>> main
 from engram_export.linear import Int4Linear
 from engram_export.source import ModelSource
 from engram_export.table_writer import written_format
@@ -57,9 +60,8 @@ def plan_export(
 ) -> ExportPlan:
     """Work out sizes from shapes alone; calibration may then give a role of int4 layers int8."""
     skeleton = source.skeleton(chosen)
-    modules = {
-        name: module for graph in (skeleton, *source.draft_skeletons(chosen)) for name, module in graph.named_modules()
-    }
+    graphs = (skeleton, *source.draft_skeletons(chosen))
+    modules = {name: module for graph in graphs for name, module in graph.named_modules()}
     states = skeleton.state_specs()
     sites = tuple(
         SitePlan(
@@ -76,7 +78,7 @@ def plan_export(
         context_length=source.context_length,
         parameters=source.weights.count(),
         weights_bytes=sum(part.nbytes for module in modules.values() for part in module.parameters(recurse=False)),
-        formats=dict(Counter(str(module.label) for module in modules.values() if hasattr(module, "label"))),
+        formats=count_formats(graphs),
         tables_bytes=sum(site.rows * site.record_bytes for site in sites),
         tables_mode=tables_mode,
         cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),

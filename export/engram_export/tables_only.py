@@ -1,6 +1,5 @@
 """The recipe of ``--tables-only``: tables, and each site as a graph by itself, without a decoder."""
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engram_export.calibration_text import check_calibration
 from engram_export.checkpoint import open_checkpoint
 from engram_export.families import read_tables_source
-from engram_export.formats import WeightFormat, weight_format
+from engram_export.formats import WeightFormat, count_formats, weight_format
 from engram_export.graph_writer import GRAPH_FOLDER
 from engram_export.journal import Journal
+from engram_export.model_card import site_parity, write_card
 from engram_export.onnx_graph import TracedGraph, trace_site
 from engram_export.pipeline import (
     ExportOptions,
@@ -52,7 +52,8 @@ def export_tables(options: ExportOptions, reporter: Reporter) -> list[SiteVerifi
     chosen = site_format(options.quant)
     check_scales([site.table for site in source.sites], reporter)
     with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
-        reporter.plan(plan_tables(source, chosen, options))
+        plan = plan_tables(source, chosen, options)
+        reporter.plan(plan)
         report_resumption(journal, reporter)
         graphs = write_graphs(source, chosen, journal, reporter)
         tables = [site.table for site in source.sites]
@@ -60,6 +61,7 @@ def export_tables(options: ExportOptions, reporter: Reporter) -> list[SiteVerifi
         write_tokenizer(source.checkpoint, journal.folder)
         bundle = Bundle(journal.folder, draft_manifest(source, options, graphs, written))
         verifications = verify_sites(source, bundle, chosen, written, reporter)
+        write_card(bundle, source.checkpoint, None, plan.formats, site_parity(verifications))
         finish_manifest(bundle, journal, reporter)
     return verifications
 
@@ -104,7 +106,7 @@ def plan_tables(source: TablesSource, chosen: WeightFormat, options: ExportOptio
         context_length=source.text.max_positions,
         parameters=sum(site.weights.count() for site in source.sites),
         weights_bytes=sum(parameter.nbytes for parameter in modules.parameters()),
-        formats=dict(Counter(str(module.label) for module in modules.modules() if hasattr(module, "label"))),
+        formats=count_formats([modules]),
         tables_bytes=sum(plan.rows * plan.record_bytes for plan in plans),
         tables_mode=options.tables,
         cache_bytes_per_token=0,

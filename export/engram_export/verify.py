@@ -61,6 +61,12 @@ class Verification:
     calibration: CalibrationReport | None = None
     draft: Parity | None = None
 
+    @property
+    def parities(self) -> Mapping[str, Parity]:
+        """What was compared with what, in the order it is told."""
+        compared = {"graph, torch, same weights": self.graph, "bundle, float32 checkpoint": self.model}
+        return compared if self.draft is None else {**compared, "draft head, torch, same weights": self.draft}
+
 
 def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) -> NDArray[np.int64]:
     """Return the ids of the fixed text, or fixed random ids for a checkpoint without a tokenizer.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.manifest import ACTIVITY
+
 Values = NDArray[np.float32]
 
 
@@ -43,3 +45,10 @@ class SiteActivity:
 
 
 Activity = Mapping[str, SiteActivity]  # by site
+
+
+def activity_of(told: Mapping[str, Values]) -> Activity:
+    """Return what a pass said of its sites, of all that it said beside the logits."""
+    return {
+        name.removeprefix(ACTIVITY): SiteActivity(values) for name, values in told.items() if name.startswith(ACTIVITY)
+    }

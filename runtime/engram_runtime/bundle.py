@@ -20,6 +20,7 @@ from engram_runtime.strict_json import read_json_object
 from engram_runtime.table_spec import RowRange
 
 MANIFEST_NAME = "engram.json"
+MODEL_CARD = "README.md"  # for people: nothing here reads it
 DIGEST_BLOCK_BYTES = 1 << 20
 OPTIONAL_FILES = (
     "tokenizer.json",

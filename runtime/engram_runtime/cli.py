@@ -9,12 +9,15 @@ from engram_runtime.lazy_group import LazyGroup
 COMMANDS = {
     "run": "engram_runtime.commands.run:run",
     "chat": "engram_runtime.commands.chat:chat",
+    "serve": "engram_runtime.commands.serve:serve",
     "plan": "engram_runtime.commands.plan:plan",
     "inspect": "engram_runtime.commands.inspect:inspect",
     "verify": "engram_runtime.commands.verify:verify",
     "bench": "engram_runtime.commands.bench:bench",
     "tables": "engram_runtime.commands.tables:tables",
     "eval": "engram_runtime.commands.evaluate:evaluate",
+    "batch": "engram_runtime.commands.batch:batch",
+    "completion": "engram_runtime.commands.completion:completion",
     "compile": "engram_compilers.cli:compile_command",
 }
 

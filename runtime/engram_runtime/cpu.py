@@ -11,6 +11,7 @@ CPUINFO = Path("/proc/cpuinfo")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 FLAG_KEYS = ("flags", "Features")  # as x86 and Arm kernels spell it
+NAME_KEY = "model name"
 TILE_FLAGS = frozenset({"amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex"})
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux's Documentation/arch/x86/xstate.rst
@@ -25,6 +26,13 @@ def cpu_flags() -> frozenset[str]:
         if key.strip() in FLAG_KEYS:
             return frozenset(value.split())
     return frozenset()
+
+
+def cpu_name() -> str:
+    """Return what the kernel calls the processor, or the architecture where it has no name for it, as on Arm."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    facts = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in facts if key.strip() == NAME_KEY), machine())
 
 
 def usable_cpu_flags() -> frozenset[str]:

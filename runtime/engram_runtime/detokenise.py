@@ -138,7 +138,7 @@ def _has_byte_fallback(tokenizer: Tokenizer) -> bool:
     """Return whether tokens like ``<0x0A>`` are bytes, after checking that decoding can be done in pieces."""
     if tokenizer.decoder is None:
         return False
-    steps = list(_decoder_steps(json.loads(tokenizer.decoder.__getstate__())))
+    steps = list(decoder_steps(json.loads(tokenizer.decoder.__getstate__())))
     joined = False  # whether a step sees the text of all tokens as one
     for step in steps:
         if step["type"] not in STREAMABLE_DECODERS or step.get("stop") or (joined and step["type"] == "Replace"):
@@ -150,7 +150,8 @@ def _has_byte_fallback(tokenizer: Tokenizer) -> bool:
     return any(step["type"] == "ByteFallback" for step in steps)
 
 
-def _decoder_steps(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def decoder_steps(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a decoder of tokenizer.json and those within it."""
     yield decoder
     for step in decoder.get("decoders", ()):
-        yield from _decoder_steps(step)
+        yield from decoder_steps(step)

@@ -144,6 +144,11 @@ class BatchInputs:
 class BatchStep(Protocol):
     """The decoder bound to the states of several sequences, which it updates in place."""
 
+    @property
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `Step.told`, of R rows."""
+        ...
+
     def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
         """Return ``[R, V]`` logits, each with the bits of a pass of its own."""
         ...

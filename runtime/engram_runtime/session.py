@@ -9,15 +9,16 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.activity import Activity, SiteActivity
+from engram_runtime.activity import Activity, activity_of
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
 from engram_runtime.executor import Executor, PendingRows, State, StepInputs, allocate_states, empty_rows, state_bytes
 from engram_runtime.input_embeddings import InputEmbeddings
 from engram_runtime.keyers import NO_TOKEN
-from engram_runtime.manifest import ACTIVITY, HIDDEN
+from engram_runtime.manifest import HIDDEN
 from engram_runtime.one_way_states import OneWayStates
 from engram_runtime.rows_ahead import RowsAhead
+from engram_runtime.sequences import common_length, require_room, require_vocabulary
 from engram_runtime.site import Site
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, choose_stores, open_table, silently
@@ -77,13 +78,14 @@ def close_sites(sites: Sequence[Site]) -> None:
 
 
 class Session:
-    """The state of one sequence; close it to release its tables."""
+    """The state of one sequence; to be closed."""
 
     def __init__(self, bundle: Bundle, executor: Executor, sites: Sequence[Site], *, tables_on: bool = True) -> None:
         """Start an empty sequence.
 
         Args:
-            sites: closed with it. While tokens are added their tables are read by a thread too, so by nobody else.
+            sites: the caller's, who closes them after it. While tokens are added their tables are read by a thread
+                too, so by nobody else.
             tables_on: False feeds zero rows. Engram sites then add nothing; Gemma's per-layer inputs are left with the
                 projection of the token's embedding, at the scale it has beside rows.
         """
@@ -106,6 +108,7 @@ class Session:
         self._held = 0  # how many of them the states hold; those after are computed with the next ones
         self._stale = False  # whether the states may hold other tokens
         self._hidden: list[NDArray[np.float32]] = []  # by the passes of the last call
+        self._opened = contextlib.ExitStack()
 
     @classmethod
     def open(
@@ -117,7 +120,7 @@ class Session:
         tables_on: bool = True,
         announce: Announce = silently,
     ) -> Self:
-        """Open a bundle's tables and start an empty sequence; the tables are closed where it can't start.
+        """Open a bundle's tables and start an empty sequence; they are closed with it, or where it can't start.
 
         Args:
             options: how tables are read; with ``tables_on`` False they are opened, neither loaded nor announced.
@@ -129,7 +132,7 @@ class Session:
             )
             opened.callback(close_sites, sites)
             session = cls(bundle, executor, sites, tables_on=tables_on)
-            opened.pop_all()
+            session._opened = opened.pop_all()
         return session
 
     @property
@@ -163,11 +166,7 @@ class Session:
         Those that were put off and computed with them come first. By site; empty before the first pass, and of a bundle
         whose graph doesn't say it.
         """
-        return {
-            name.removeprefix(ACTIVITY): SiteActivity(told)
-            for name, told in self._step.told.items()
-            if name.startswith(ACTIVITY)
-        }
+        return activity_of(self._step.told)
 
     @property
     def hidden(self) -> NDArray[np.float32]:
@@ -244,7 +243,7 @@ class Session:
             raise RequestError(
                 f"input embeddings are {list(given.shape)}, wanted [T, {self.model.hidden_size}] finite numbers"
             )
-        self._check_count(len(given))
+        require_room(len(given), len(self), self.model.context_length)
         self._embeddings.put(len(self), given)
         self._hidden = []
         *_, last = self._add(np.full(len(given), NO_TOKEN), every_position=False)
@@ -304,6 +303,42 @@ class Session:
         self._step_back()
         return held - self._held
 
+    def copy(self, other: "Session", count: int) -> None:
+        """Hold the first ``count`` tokens of another session of the same bundle and executor, not to be run meanwhile.
+
+        What both begin with is left as it is; what the other one computed of the rest is copied.
+
+        Raises:
+            RequestError: it hasn't computed so many or, where a state doesn't roll back, it has computed more.
+        """
+        computed = len(other) - other.put_off
+        if count > computed or (count < computed and not self._rolls_back):
+            raise RequestError(f"can't copy {count} tokens of a sequence that has computed {computed}")
+        self.trim(len(self) - common_length(self._token_ids, other.token_ids[:count]))
+        self._stale = True  # until it is done: it may be interrupted
+        for spec in self.state_specs:
+            held = np.s_[..., self._held : count, :] if spec.rolls_back else ...
+            self._states[spec.name][held] = other._states[spec.name][held]
+        self._token_ids, self._held, self._stale = other._token_ids[:count], count, False
+        self._hidden = []
+
+    def lend(self) -> None:
+        """Let a pass over `states` that isn't this session's own add tokens, which `take_back` is then told of.
+
+        Without it that pass has been in vain.
+        """
+        if self.put_off:
+            self.catch_up()
+        self._stale = True
+
+    def take_back(self, token_ids: Sequence[int]) -> None:
+        """Take note of the tokens that the states hold beside the others since `lend`."""
+        self._token_ids += token_ids
+        self._held += len(token_ids)
+        self._changes += 1
+        self._stale = False
+        self._hidden = []
+
     def request(self, token_ids: Sequence[int]) -> None:
         """Say that these tokens may come next, so that their rows are on their way when they do.
 
@@ -314,7 +349,7 @@ class Session:
         Raises:
             RequestError: an id outside the vocabulary.
         """
-        self._check_vocabulary(token_ids)
+        require_vocabulary(token_ids, self.model.vocab_size)
         if self.tables_on:
             self._rows_ahead.request(self._history(), [*self._token_ids[self._held :], *token_ids])
 
@@ -384,25 +419,14 @@ class Session:
         return self._token_ids[max(0, self._held - self._rows_ahead.context) : self._held]
 
     def _checked(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
-        self._check_vocabulary(token_ids)
-        self._check_count(len(token_ids))
+        require_vocabulary(token_ids, self.model.vocab_size)
+        require_room(len(token_ids), len(self), self.model.context_length)
         return np.asarray(token_ids, dtype=np.int64)
 
-    def _check_count(self, count: int) -> None:
-        if count == 0:
-            raise RequestError("no tokens were given; the model needs at least one")
-        if (total := len(self) + count) > self.model.context_length:
-            raise RequestError(f"{total} tokens exceed the context of {self.model.context_length}; shorten the prompt")
-
-    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self.model.vocab_size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {self.model.vocab_size}")
-
     def close(self) -> None:
-        """Close the tables."""
+        """End its thread, and close the tables that `open` opened."""
         self._rows_ahead.close()
-        close_sites(self.sites)
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

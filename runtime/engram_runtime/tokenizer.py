@@ -5,17 +5,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tokenizers import Tokenizer
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
 
 from engram_runtime.chat_limits import MAX_PROMPT_CHARS, MAX_TEMPLATE_BYTES
 from engram_runtime.detokenise import TextStream, native_errors
 from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.strict_json import read_json_object
+from engram_runtime.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from engram_runtime.chat import ChatTemplate
 
 MAX_TOKENIZER_BYTES = 64 << 20  # tokenizer.json of a 260 000 token vocabulary is 35 MB
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -23,7 +27,8 @@ class TextTokenizer:
     """The tokenizer of a bundle.
 
     ``vocab_size`` is the number of tokens that have a text; the logits of a model can be wider. ``eos_token_ids``, the
-    tokens that end a text, is empty if the bundle names none.
+    tokens that end a text, is empty if the bundle names none. ``sampling_defaults`` are those options of
+    `SamplingOptions` that the model's makers recommend.
     """
 
     def __init__(
@@ -40,6 +45,8 @@ class TextTokenizer:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = self._token_ids("eos_token", generation_config)
         self.bos_token_id = min(self._token_ids("bos_token", generation_config), default=None)
+        self.sampling_defaults = _sampling_defaults(generation_config)
+        self._token_bytes = TokenBytes(tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -60,19 +67,45 @@ class TextTokenizer:
             text: at most ``MAX_PROMPT_CHARS`` characters.
             add_special_tokens: let ``tokenizer.json`` add what it wants around a text, such as a BOS.
         """
+        return self._encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], NDArray[np.int64]]:
+        """Return the ids of a text as `encode` does, and how many bytes of its UTF-8 each of them adds.
+
+        A character of several tokens counts at the first of them; tokens that stand for no text have none.
+        """
+        encoded = self._encode(text, add_special_tokens=True)
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        widths = 1 + sum((code_points >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+        ends = np.concatenate([[0], np.cumsum(widths)])
+        stops = np.array([stop for _, stop in encoded.offsets], dtype=np.int64)
+        reached = np.maximum.accumulate(ends[stops])
+        return encoded.ids, np.diff(reached, prepend=0)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
         if len(text) > MAX_PROMPT_CHARS:
             raise RequestError(f"the prompt has {len(text)} characters, wanted at most {MAX_PROMPT_CHARS}; shorten it")
         _require_unicode(text)
         with native_errors(RequestError, "the tokenizer can't take the prompt"):
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as the vocabulary spells it, or None where there is none."""
         return self._tokenizer.token_to_id(token)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the ids of a chat up to where the model's answer begins; the template writes the special tokens."""
-        return self.encode(self.chat_template.render(messages), add_special_tokens=False)
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to a text; UTF-8 but for parts of a character. Empty where an id has no token."""
+        return self._token_bytes(token_id)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Return the ids of a chat up to where the model's answer begins; the template writes the special tokens.
+
+        Args:
+            messages, tools: see `engram_runtime.chat.ChatTemplate.render`.
+        """
+        return self.encode(self.chat_template.render(messages, tools=tools), add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of a sequence; ids without a text are left out."""
@@ -167,6 +200,14 @@ def _checked_ids(value: object, name: str) -> frozenset[int]:
     if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
         raise BundleError(f"{name} of generation_config.json is {value!r}, wanted a token id or a list of them")
     return frozenset(ids)
+
+
+def _sampling_defaults(generation_config: Mapping[str, Any]) -> Mapping[str, float]:
+    given = {name: generation_config[name] for name in SAMPLING_NAMES if generation_config.get(name) is not None}
+    for name, value in given.items():
+        if type(value) not in (int, float):
+            raise BundleError(f"{name} of generation_config.json is {value!r}, wanted a number; correct the file")
+    return given
 
 
 def _require_unicode(text: str) -> None:

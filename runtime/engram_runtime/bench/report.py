@@ -7,9 +7,12 @@ from typing import Any
 from engram_runtime.bench.bandwidth import Bandwidth
 from engram_runtime.bench.draft_figures import draft_counts, draft_rounds
 from engram_runtime.bench.rounds import DRAFTS, VERIFIED_TOKENS, Result, Settings
+from engram_runtime.bundle import Bundle
+from engram_runtime.cpu import available_cores, cpu_name
 
 Tree = dict[str, Any]  # figures by name, some of them trees again
 EXPERT_BYTES = "expert_bytes"
+BY_ROUND = "by_round"
 
 
 def per_round(result: Result, settings: Settings) -> Tree:
@@ -41,8 +44,9 @@ def per_round(result: Result, settings: Settings) -> Tree:
 
 
 def figures(result: Result, settings: Settings, bandwidth: Bandwidth) -> Tree:
-    """Return a contestant's figures as JSON values: medians of the rounds, memory, and what ran."""
-    found = medians(per_round(result, settings))
+    """Return a contestant's figures as JSON values: medians of the rounds and each round's, memory, and what ran."""
+    rounds = per_round(result, settings)
+    found = medians(rounds)
     experts = expert_bytes_of_a_token(result, settings)
     read = bytes_of_a_token(result, settings)
     drafts = {**found[DRAFTS], **draft_counts(result.samples[DRAFTS])} if DRAFTS in found else None
@@ -58,6 +62,7 @@ def figures(result: Result, settings: Settings, bandwidth: Bandwidth) -> Tree:
         "expert_bytes_per_token": experts,
         "verify_experts": verify_experts(result),
         **({DRAFTS: drafts} if settings.prompts else {}),
+        BY_ROUND: _each(rounds, lambda values: [_rounded(value) for value in values]),
     }
 
 
@@ -122,6 +127,16 @@ def report(results: Sequence[Result], settings: Settings, bandwidth: Bandwidth, 
         }
         found["against"]["ratios"] = {**medians(ratios(first, peer, settings)), **once}
     return found
+
+
+def where(bundle: Bundle) -> Tree:
+    """Return what was measured and on which machine, as JSON values."""
+    manifest = bundle.manifest
+    (weights,) = (entry.sha256 for entry in manifest.files if entry.path == manifest.decoder.weights)
+    return {
+        "bundle": {"path": str(bundle.path), "quantisation": manifest.model.quantisation, "weights_sha256": weights},
+        "machine": {"cpu": cpu_name(), "cores": available_cores()},
+    }
 
 
 def _ratio(value: float | None, by: float | None) -> float | None:

@@ -14,9 +14,11 @@ from typing import Any
 import click
 
 from engram_runtime.bench.bandwidth import read_bandwidth, working_set
+from engram_runtime.bench.bundle_runner import TVM
 from engram_runtime.bench.markdown import markdown
+from engram_runtime.bench.plot import plot_speeds
 from engram_runtime.bench.prompts import PROMPTS
-from engram_runtime.bench.report import bytes_of_a_token, ratios, report
+from engram_runtime.bench.report import bytes_of_a_token, ratios, report, where
 from engram_runtime.bench.rounds import Contestant, Settings, measure
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.evaluate import read_text
@@ -31,6 +33,9 @@ from engram_runtime.commands.options import (
 )
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import CheckpointError, RequestError, TargetError
+from engram_runtime.lens.figures import check_png
+from engram_runtime.new_file import check_place, new_file
+from engram_runtime.planning.comparison import compare, compared_text
 from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tokenizer import TextTokenizer
 
@@ -38,23 +43,30 @@ from engram_runtime.tokenizer import TextTokenizer
 GGUF_WRITER, GGUF_SIZES = "engram_export.gguf_writer", "engram_export.gguf_sizes"
 LLAMA_CPP_PACKAGE = "llama_cpp"
 LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"
-TABLES, TABLES_COMMAND = "tables", "engram_runtime.commands.bench_tables"
+SUBCOMMANDS = {  # name -> module:attribute
+    "tables": "engram_runtime.commands.bench_tables:tables",
+    "compare": "engram_runtime.commands.bench_compare:compare",
+}
 
 
-class BundleOrTables(click.Command):
-    """``engram bench BUNDLE``, and ``engram bench tables BUNDLE``, which is another command."""
+class BundleOrSubcommand(click.Command):
+    """``engram bench BUNDLE``, and those of `SUBCOMMANDS`, such as ``engram bench tables BUNDLE``."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """Parse; a bundle in a folder called tables is ``./tables``."""
-        if args[:1] != [TABLES]:
+        if not args or args[0] not in SUBCOMMANDS:
             return super().make_context(info_name, args, parent, **extra)
-        command: click.Command = importlib.import_module(TABLES_COMMAND).tables
-        return command.make_context(f"{info_name} {TABLES}", args[1:], parent, **extra)
+        module, _, attribute = SUBCOMMANDS[args[0]].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
 
 
-@click.command(cls=BundleOrTables, epilog="Its tables by themselves: engram bench tables BUNDLE")
+@click.command(
+    cls=BundleOrSubcommand,
+    epilog="Its tables by themselves: engram bench tables BUNDLE. Two reports: engram bench compare A.json B.json",
+)
 @bundle_argument
 @executor_option
 @click.option("--against", type=click.Choice([LLAMA_CPP, ONNXRUNTIME]), help="Measure this peer as well, in turn.")
@@ -87,6 +99,11 @@ class BundleOrTables(click.Command):
     f"[default: {', '.join(PROMPTS)}, which are built in]",
 )
 @table_options
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw speed against depth to this .png, which is replaced; needs engram-edge[plot].",
+)
 @json_option
 def bench(
     bundle: Path,
@@ -96,6 +113,7 @@ def bench(
     threads: int | None,
     prompt_files: tuple[Path, ...],
     tables: str,
+    plot: Path | None,
     as_json: bool,
     **sizes: Any,
 ) -> None:
@@ -104,6 +122,9 @@ def bench(
     They are of random tokens. With --draft, texts are continued as well, plainly and with drafts in turn.
     """
     _ = read_options(tables, sizes["table_io"], sizes["table_ram"])  # refuses what contradicts itself
+    if plot is not None:
+        check_png(plot)
+        check_place(plot, replace=True)
     settings = Settings(**sizes, tables_on=tables == "on", prompts=_prompts(sizes["drafts"], prompt_files))
     opened = Bundle.open(bundle)
     _check(opened, settings)
@@ -114,13 +135,20 @@ def bench(
     ):
         results = measure(contestants, settings, threads=threads, progress=lambda: bar.update(1))
     bandwidth = read_bandwidth(results[0].facts["threads"], working_set(bytes_of_a_token(results[0], settings)))
-    found = report(results, settings, bandwidth, (before, os.getloadavg()[0]))
+    found = {**where(opened), **report(results, settings, bandwidth, (before, os.getloadavg()[0]))}
+    if executor == TVM:
+        found["expected"] = compare(opened, found, settings)
     for choice in found["tables"]:
         click.echo(str(TableChoice(**choice)), err=True)
+    if plot is not None:
+        with new_file(plot, replace=True) as file:
+            plot_speeds(file, found)
     if as_json:
         click.echo(json.dumps(found))
     else:
         click.echo(markdown(found, settings, ratios(results[0], results[1], settings) if against else None))
+        if executor == TVM:
+            click.echo(f"\n{compared_text(found['expected'])}")
 
 
 def _prompts(drafts: DraftOptions, files: Sequence[Path]) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from engram_runtime.commands.loading import Loading, loading_options
+from engram_runtime.commands.loading import Loading, loading_options, trace_option
 from engram_runtime.commands.options import bundle_argument, sampling_options
 from engram_runtime.commands.run import acceptance, summary
 from engram_runtime.errors import RequestError, TableError
@@ -24,11 +24,14 @@ HELP = """/help   show this
 @click.option("--system", help="System message at the beginning of the conversation.")
 @sampling_options
 @loading_options
-def chat(bundle: Path, system: str | None, max_tokens: int, loading: Loading, **sampling: Any) -> None:
+@trace_option
+def chat(
+    bundle: Path, system: str | None, max_tokens: int, loading: Loading, trace: Path | None, **sampling: Any
+) -> None:
     """Talk with the model in BUNDLE; /help lists the commands."""
     options = SamplingOptions(**sampling)
     beginning = [{"role": "system", "content": system}] if system else []
-    with loading.load(bundle) as llm:
+    with loading.load(bundle, trace) as llm:
         messages = list(beginning)
         while (line := _read_line()) is not None:
             match line.strip():

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from engram_runtime.bundle import MANIFEST_NAME, Bundle
+from engram_runtime.bundle import MANIFEST_NAME, MODEL_CARD, Bundle
 from engram_runtime.commands.options import json_option
 from engram_runtime.errors import TargetError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
@@ -44,6 +44,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "vocabulary": manifest.model.vocab_size,
         "context": manifest.model.context_length,
         "producer": manifest.producer,
+        **({"card": MODEL_CARD} if any(entry.path == MODEL_CARD for entry in manifest.files) else {}),
         "bytes": sum(entry.bytes for entry in manifest.files),
         "graphs": ", ".join(manifest.graphs),
         **_draft_head(manifest),

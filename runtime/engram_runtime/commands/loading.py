@@ -20,7 +20,7 @@ from engram_runtime.commands.options import (
 )
 from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.llm import LLM
-from engram_runtime.new_file import new_file
+from engram_runtime.new_file import check_place, new_file
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tracing.recorder import Recorder
 
@@ -29,40 +29,44 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """What the user said of it; ``trace`` is where the times of what is generated go, None where they aren't taken."""
+    """What the user said of it."""
 
     executor: str
     threads: int | None
     tables_on: bool
     tables: TableOptions
     drafts: DraftOptions
-    trace: Path | None
 
     @contextlib.contextmanager
-    def load(self, bundle: Path) -> Iterator[LLM]:
-        """Yield a loaded bundle, its tables announced; a trace is written once it is done with.
+    def load(self, bundle: Path, trace: Path | None = None) -> Iterator[LLM]:
+        """Yield a loaded bundle, its tables announced; a trace is written once it is done with, be it by an error.
+
+        Args:
+            trace: where the times of what is generated go, None where they aren't taken.
 
         Raises:
             EngramError: as `LLM` and `engram_runtime.new_file.new_file`.
         """
-        with (
-            contextlib.nullcontext() if self.trace is None else new_file(self.trace, replace=True) as file,
-            LLM(
-                bundle,
-                self.executor,
-                threads=self.threads,
-                tables_on=self.tables_on,
-                tables=self.tables,
-                drafts=self.drafts,
-                announce=announce_table,
-            ) as llm,
-        ):
-            if file is None:
+        if trace is not None:
+            check_place(trace, replace=True)
+        with LLM(
+            bundle,
+            self.executor,
+            threads=self.threads,
+            tables_on=self.tables_on,
+            tables=self.tables,
+            drafts=self.drafts,
+            announce=announce_table,
+        ) as llm:
+            if trace is None:
                 yield llm
                 return
             llm.record(recorder := Recorder())
-            yield llm
-            file.write(recorder.timeline.to_json())
+            try:
+                yield llm
+            finally:
+                with new_file(trace, replace=True) as file:
+                    file.write(recorder.timeline.to_json())
 
     def figures(self, llm: LLM) -> dict[str, Any]:
         """Return what ran, as JSON values."""
@@ -82,7 +86,6 @@ def loading_options(command: Command) -> Command:
         executor: str,
         threads: int | None,
         drafts: DraftOptions,
-        trace: Path | None,
         **others: Any,
     ) -> Any:
         loading = Loading(
@@ -91,17 +94,16 @@ def loading_options(command: Command) -> Command:
             tables_on=tables == "on",
             tables=read_options(tables, table_io, table_ram, overlays),
             drafts=drafts,
-            trace=trace,
         )
         return command(loading=loading, **others)
 
     added: Any = with_loading
-    for option in (_trace_option, overlay_option, table_options, threads_option, executor_option, draft_options):
+    for option in (overlay_option, table_options, threads_option, executor_option, draft_options):
         added = option(added)
     return cast(Command, added)
 
 
-_trace_option = click.option(
+trace_option = click.option(
     "--trace",
     type=click.Path(path_type=Path),
     help="Write a timeline of look-ups, forward passes and drafts to this file, for ui.perfetto.dev; one that "

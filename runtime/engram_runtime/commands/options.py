@@ -35,16 +35,16 @@ overlay_option = click.option(
     help="Rows to use in place of a table's, from engram tables diff, or a cartridge in place of all of them; "
     "of several the last one comes first.",
 )
+on_or_off_option = click.option(
+    "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read them, or not."
+)
 force_option = click.option("--force", is_flag=True, help="Replace a file that exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 def table_options(command: Command) -> Command:
     """Add ``--tables`` and `reading_options`; `read_options` makes `TableOptions` of them."""
-    on_or_off = click.option(
-        "--tables", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Read them, or not."
-    )
-    return on_or_off(reading_options(command))
+    return on_or_off_option(reading_options(command))
 
 
 def reading_options(command: Command) -> Command:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from engram_runtime.commands.loading import Loading, loading_options
+from engram_runtime.commands.loading import Loading, loading_options, trace_option
 from engram_runtime.commands.options import bundle_argument, json_option, sampling_options
 from engram_runtime.commands.run_samples import check_samples, print_samples, samples_options
 from engram_runtime.errors import RequestError
@@ -26,6 +26,7 @@ from engram_runtime.tables.policy import TableChoice
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @samples_options
 @loading_options
+@trace_option
 @json_option
 def run(
     bundle: Path,
@@ -35,15 +36,16 @@ def run(
     count: int,
     best_of: str | None,
     loading: Loading,
+    trace: Path | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE."""
     request: dict[str, Any] = {"max_tokens": max_tokens, "sampling": SamplingOptions(**sampling), "stop": stop}
     check_samples(count, best_of, loading.drafts)
-    if count > 1 and loading.trace is not None:
+    if count > 1 and trace is not None:
         raise RequestError("samples drawn together are not traced; leave out --trace or --n")
-    with loading.load(bundle) as llm:
+    with loading.load(bundle, trace) as llm:
         figures = loading.figures(llm)
         if count > 1:
             print_samples(llm, prompt, count, best_of, figures=figures if as_json else None, **request)

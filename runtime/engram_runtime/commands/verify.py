@@ -69,7 +69,7 @@ def verify(
     if against is None and tables == "off":
         raise RequestError("golden values are those with tables on, --tables off acts on --against CHECKPOINT only")
     if against is not None:
-        _parity().check_checkpoint(against)
+        checkpoint_parity().check_checkpoint(against)
     _check_digests(opened)
     if tables_only:
         _check_rows(opened, Golden.read(opened), reading)
@@ -90,7 +90,7 @@ def verify(
     if against is not None:
         with Session.open(opened, loaded, options=reading, tables_on=tables == "on") as session:
             report["against tables"] = tables
-            report["against"] = _parity().compare_with_transformers(session, opened, against, text, tokens)
+            report["against"] = checkpoint_parity().compare_with_transformers(session, opened, against, text, tokens)
     click.echo(json.dumps(report) if as_json else _table(report))
 
 
@@ -117,7 +117,8 @@ def _check_rows(bundle: Bundle, golden: Golden, reading: TableOptions) -> None:
         close_sites(sites)
 
 
-def _parity() -> Any:
+def checkpoint_parity() -> Any:
+    """Return the module of the export package that runs checkpoints; raises TargetError where it isn't installed."""
     try:
         return importlib.import_module(CHECKPOINT_PARITY)
     except ModuleNotFoundError as error:

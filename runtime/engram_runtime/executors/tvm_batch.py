@@ -1,7 +1,7 @@
 """Batches of any number of rows on functions compiled for a few."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,10 +42,16 @@ class TvmBatchStep:
         self._sizes = sizes
         self._states = states
         self._unread = unread
+        self._count = 0  # rows of the last pass
+
+    @property
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """See `BatchStep.told`."""
+        return {name: values[: self._count] for name, values in self._step.told.items()}
 
     def __call__(self, inputs: BatchInputs) -> NDArray[np.float32]:
         """See `BatchStep` and `TvmStep.run`."""
-        count = len(inputs.token_ids)
+        self._count = count = len(inputs.token_ids)
         size = min(size for size in self._sizes if size >= count)
         others = (0, size - count)
         before = {

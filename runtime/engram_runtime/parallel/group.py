@@ -1,8 +1,7 @@
 """Sequences that go on from one session's tokens and are run together."""
 
 import contextlib
-import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -11,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Batching, BatchInputs, PendingRows, State, empty_rows, state_bytes
+from engram_runtime.executor import Batching, State, state_bytes
 from engram_runtime.manifest import StateSpec
 from engram_runtime.memory import free_memory
-from engram_runtime.parallel.rows import JointRows
+from engram_runtime.parallel.passes import JointPasses
 from engram_runtime.parallel.shared_states import SharedStates
 from engram_runtime.parallel.steps import JointStep
+from engram_runtime.sequences import require_vocabulary
 from engram_runtime.session import Session
 
 MOST_SEQUENCES = 1024  # that are asked for at once; far more than pay
@@ -73,9 +73,6 @@ class Group:
         """
         self._model = session.model
         self._executor = session.executor
-        self._sites = session.sites
-        self._tables_on = session.tables_on
-        self._takes_embeddings = session.takes_embeddings
         self._unused: list[Mapping[str, State]] = []  # states of sequences that were dropped
         self._step: JointStep | None = None  # bound when it is first needed
         self._start = len(session)
@@ -84,7 +81,7 @@ class Group:
             self._shared = SharedStates(session.state_specs, session.states, len(session))
             opened.callback(self._shared.close)
             self._sequences = [_Sequence(self._shared.fork(), list(session.token_ids)) for _ in range(count)]
-            self._rows = JointRows(session.sites if session.tables_on else ())
+            self._passes = JointPasses(session)
             opened.pop_all()
 
     def __len__(self) -> int:
@@ -174,37 +171,11 @@ class Group:
     def _run(self, blocks: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the logits ``[R, V]`` after each of all tokens, in as few passes as there can be."""
         step = self._step = self._step or JointStep(self._executor, [each.states for each in self._sequences])
-        places = [
-            (i, len(each.token_ids) + k)
-            for i, (each, block) in enumerate(self._with(blocks))
-            for k in range(len(block))
-        ]
-        sequences, positions = (list(each) for each in zip(*places, strict=True))
-        token_ids = list(itertools.chain.from_iterable(blocks))
-        rows_of = self._rows_of(blocks)
-        passes = [
-            BatchInputs(
-                sequences=sequences[part],
-                token_ids=np.array(token_ids[part], dtype=np.int64),
-                positions=np.array(positions[part], dtype=np.int64),
-                rows=rows_of(part),
-                embeddings=self._unread_embeddings(len(token_ids[part])),
-            )
-            for part in step.parts(len(token_ids))
-        ]
-        return np.concatenate([step(inputs) for inputs in passes])
-
-    def _unread_embeddings(self, count: int) -> NDArray[np.float32] | None:
-        return np.zeros((count, self._model.hidden_size), dtype=np.float32) if self._takes_embeddings else None
+        histories = [each.token_ids for each in self._sequences]
+        return self._passes.run(step, range(len(self)), histories, blocks).logits
 
     def _with(self, blocks: Sequence[Sequence[int]]) -> Iterator[tuple[_Sequence, Sequence[int]]]:
         return zip(self._sequences, blocks, strict=True)
-
-    def _rows_of(self, blocks: Sequence[Sequence[int]]) -> Callable[[slice], Mapping[str, PendingRows]]:
-        """Ask for the rows of all blocks; what is returned tells those of a pass."""
-        if self._tables_on and self._sites:
-            return self._rows.request([each.token_ids for each in self._sequences], blocks).part
-        return lambda part: {site.name: empty_rows(site.spec, part.stop - part.start) for site in self._sites}
 
     def _check(self, blocks: Sequence[Sequence[int]]) -> None:
         if len(blocks) != len(self):
@@ -216,15 +187,13 @@ class Group:
         if not token_ids or (len(token_ids) > 1 and not self._rolls_back):
             wanted = "at least one" if self._rolls_back else "one, as not all of its states roll back"
             raise RequestError(f"{len(token_ids)} tokens were given to a sequence, expected {wanted}")
-        for token_id in token_ids:
-            if not 0 <= token_id < self._model.vocab_size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {self._model.vocab_size}")
+        require_vocabulary(token_ids, self._model.vocab_size)
         if len(token_ids) > room:
             raise RequestError(f"a sequence fills the context of {self._model.context_length}; keep the others")
 
     def close(self) -> None:
         """End the sequences, once however often it is called; the session stays open."""
-        self._rows.close()
+        self._passes.close()
         self._shared.close()
         self._sequences, self._unused, self._step = [], [], None
 

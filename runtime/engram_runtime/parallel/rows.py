@@ -11,23 +11,29 @@ from numpy.typing import NDArray
 from engram_runtime.executor import PendingRows
 from engram_runtime.site import Site
 
-Rows = Mapping[str, NDArray[np.float32]]  # by site, [R, C, d]
+RowIds = Mapping[str, NDArray[np.int64]]  # by site, [R, C]
+Fetched = tuple[RowIds, Mapping[str, NDArray[np.float32]]]  # and the rows by site, [R, C, d]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JointRequest:
-    """Rows that are on their way, by site ``[R, C, d]``."""
+    """Rows that are on their way."""
 
     sites: Sequence[Site]
-    fetched: Future[Rows]
+    fetched: Future[Fetched]
 
     def part(self, part: slice) -> Mapping[str, PendingRows]:
         """Return some of them, for a pass."""
         count = part.stop - part.start
         return {site.name: PendingRows(site.shape(count), partial(self._copy, site.name, part)) for site in self.sites}
 
+    @property
+    def row_ids(self) -> RowIds:
+        """Ids of all of them, waited for."""
+        return self.fetched.result()[0]
+
     def _copy(self, name: str, part: slice, out: NDArray[np.float32]) -> None:
-        out[...] = self.fetched.result()[name][part]
+        out[...] = self.fetched.result()[1][name][part]
 
 
 class JointRows:
@@ -43,7 +49,7 @@ class JointRows:
         recent = [history[max(0, len(history) - self._context) :] for history in histories]
         return JointRequest(self._sites, self._thread.submit(self._fetch, recent, blocks))
 
-    def _fetch(self, recent: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> Rows:
+    def _fetch(self, recent: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> Fetched:
         row_ids = [(site, _row_ids(site, recent, blocks)) for site in self._sites]
         # One site's rows are waited for while those of the others are on their way.
         for site, ids in row_ids[1:]:
@@ -51,7 +57,7 @@ class JointRows:
         rows = {site.name: site.empty(len(ids)) for site, ids in row_ids}
         for site, ids in row_ids:
             site.gather(ids, rows[site.name])
-        return rows
+        return {site.name: ids for site, ids in row_ids}, rows
 
     def close(self) -> None:
         """End the thread."""

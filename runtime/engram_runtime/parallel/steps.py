@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.executor import Batching, BatchInputs, Executor, State, Step, StepInputs
+from engram_runtime.executor import Batching, BatchInputs, BatchStep, Executor, State, Step, StepInputs
 
 
 class JointStep:
@@ -17,6 +17,12 @@ class JointStep:
         self._states = states
         self._batch = executor.bind_batch(states) if isinstance(executor, Batching) else None
         self._alone: dict[int, Step] = {}
+        self._last: Step | BatchStep | None = None
+
+    @property
+    def told(self) -> Mapping[str, NDArray[np.float32]]:
+        """What the last pass said of its R rows beside the logits; see `Step.told`."""
+        return self._last.told if self._last else {}
 
     def parts(self, count: int) -> Iterator[slice]:
         """Split ``count`` rows into those of each pass."""
@@ -29,6 +35,7 @@ class JointStep:
         """Run the rows of one of `parts`; see `BatchStep`."""
         if len(inputs.token_ids) > 1:
             assert self._batch is not None
+            self._last = self._batch
             return self._batch(inputs)
         (sequence,), (position,) = inputs.sequences, inputs.positions.tolist()
         if sequence not in self._alone:
@@ -40,4 +47,5 @@ class JointStep:
             rows=inputs.rows,
             embeddings=inputs.embeddings,
         )
-        return self._alone[sequence](alone)
+        self._last = step = self._alone[sequence]
+        return step(alone)

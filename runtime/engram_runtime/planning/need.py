@@ -82,8 +82,8 @@ def judge_memory(need: Need, memory_bytes: int, rate: float | None) -> Verdict:
     if need.total <= memory_bytes:
         return Verdict(kind=FITS, reason=f"it takes {format_size(need.total)} of {room}")
     share = experts_on_disk(need, memory_bytes)
-    speed = "an unknown rate, as the disk is not known" if rate is None else f"{rate:.2g} tok/s"
+    speed = "at a rate unknown, as the disk is" if rate is None else f"at best {rate:.2g} tok/s"
     return Verdict(
         kind=FROM_DISK,
-        reason=f"{share:.0%} of the experts don't fit in {room} and are read from the disk for every token: at best {speed}",
+        reason=f"{share:.0%} of the experts don't fit in {room} and are read from the disk for every token: {speed}",
     )

@@ -21,6 +21,10 @@ class BusyError(EngramError):
         self.retry_after_s = retry_after_s
 
 
+class EngineError(EngramError):
+    """A defect has ended the engine, which generates nothing any more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What an engine has to do at this moment.
@@ -65,6 +69,16 @@ class Engine(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def fingerprint(self) -> str:
+        """Says what generates: the bundle and the executor; 12 hexadecimal digits."""
+        ...
+
+    @property
+    def failure(self) -> EngramError | None:
+        """Why it generates nothing any more; None as long as it does."""
+        ...
+
+    @property
     def load(self) -> Load: ...
 
     def submit(self, requests: Sequence[TextRequest], tell: Tell, *, client: str = "") -> Ticket:
@@ -76,5 +90,6 @@ class Engine(Protocol):
         Raises:
             BusyError: the queue is full, or the engine is being closed.
             RequestError: a request can't be served, such as a prompt beyond the context or a grammar with an error.
+            EngineError: see `failure`.
         """
         ...

@@ -1,11 +1,14 @@
 """What is asked of a serving engine."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engram_runtime.errors import RequestError
 from engram_runtime.sampling import SamplingOptions
 
 DEFAULT_TIME_LIMIT_S = 300.0
+MOST_TOP_LOGPROBS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,3 +38,16 @@ class TextRequest:
     grammar: str | None = None
     activity: bool = False
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("frequency_penalty", self.frequency_penalty),
+            ("presence_penalty", self.presence_penalty),
+            *((f"logit_bias of {token_id}", value) for token_id, value in self.logit_bias.items()),
+        ):
+            if not math.isfinite(value):
+                raise RequestError(f"{name} is {value}, wanted a finite number")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise RequestError(f"top_logprobs is {self.top_logprobs}, wanted 0 to {MOST_TOP_LOGPROBS}")
+        if not self.time_limit_s > 0:
+            raise RequestError(f"time_limit_s is {self.time_limit_s}, wanted more than 0")

@@ -1,0 +1,139 @@
+"""``engram serve``: answer OpenAI's requests over HTTP."""
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import click
+
+from engram_runtime.commands.announcing import announce_table
+from engram_runtime.commands.loading import Loading, loading_options
+from engram_runtime.errors import RequestError, TargetError
+from engram_runtime.serving.engine_protocol import Engine
+from engram_runtime.serving.opening import open_engine
+from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS, MOST_SLOTS, EngineOptions
+from engram_runtime.tables.policy import TableChoice
+
+DEFAULT_PORT = 8080
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; one that others can reach needs a key.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0 takes a free one."
+)
+@click.option(
+    "--parallel",
+    "slots",
+    type=click.IntRange(1, MOST_SLOTS),
+    default=DEFAULT_SLOTS,
+    show_default=True,
+    help="Texts that grow at once, of each bundle.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(min=1),
+    default=DEFAULT_QUEUE,
+    show_default=True,
+    help="Requests that may wait, of each bundle; further ones are told to come back.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help="Keys, one a line, one of which every request but /health and the page's files must bring; beside them "
+    "$ENGRAM_API_KEY.",
+)
+@click.option("--verbose", is_flag=True, help="Log each request as a line of JSON, without its text, to stderr.")
+@loading_options
+def serve(
+    bundles: tuple[Path, ...],
+    host: str,
+    port: int,
+    slots: int,
+    queue: int,
+    api_key_file: Path | None,
+    verbose: bool,
+    loading: Loading,
+) -> None:
+    """Serve the models in BUNDLE... over HTTP as OpenAI does, each under its folder's name without .engram.
+
+    Answers /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and /metrics; at / is a
+    page to chat.
+    """
+    try:
+        from engram_runtime.server.access import KEY_VARIABLE, access_for, read_keys
+        from engram_runtime.server.guard import access_log
+        from engram_runtime.server.run import listen, serve_models
+    except ModuleNotFoundError as error:
+        raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
+    paths = _paths(bundles)
+    access = access_for(host, read_keys(api_key_file, os.environ))
+    context = click.get_current_context()
+
+    def announce(choice: TableChoice) -> Callable[[int], None]:
+        with context.scope(cleanup=False):  # models are loaded in another thread, and contexts are each thread's own
+            return announce_table(choice)
+
+    def opened(name: str, note_pass: Callable[[float], None]) -> AbstractContextManager[Engine]:
+        return open_engine(
+            paths[name],
+            loading.executor,
+            options=EngineOptions(
+                slots=slots,
+                queue=queue,
+                tables_on=loading.tables_on,
+                watch=lambda figures: note_pass(figures.seconds),
+            ),
+            threads=loading.threads,
+            tables=loading.tables,
+            drafts=loading.drafts,
+            announce=announce,
+        )
+
+    with listen(host, port) as listener:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        _introduce(url, next(iter(paths)), KEY_VARIABLE if access.keys else None)
+        with _request_log(access_log) if verbose else contextlib.nullcontext():
+            serve_models(listener, paths, opened, access, loaded=lambda: click.echo(f"ready: {', '.join(paths)}"))
+
+
+def _paths(bundles: Sequence[Path]) -> dict[str, Path]:
+    """Return bundles by the names of their models."""
+    paths: dict[str, Path] = {}
+    for bundle in map(Path.resolve, bundles):
+        name = bundle.name.removesuffix(".engram")
+        if name in paths:
+            raise RequestError(f"{paths[name]} and {bundle} would both be model {name!r}; rename a folder")
+        paths[name] = bundle
+    return paths
+
+
+def _introduce(url: str, model: str, key_variable: str | None) -> None:
+    """Say where the server listens, and how to ask it."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    key = "" if key_variable is None else f' -H "authorization: Bearer ${key_variable}"'
+    click.echo(f"listening at {url}; once it is ready:")
+    click.echo(f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}")
+
+
+@contextlib.contextmanager
+def _request_log(access_log: logging.Logger) -> Iterator[None]:
+    """Write what is logged of requests to stderr."""
+    handler = logging.StreamHandler()
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        access_log.removeHandler(handler)

@@ -1,0 +1,51 @@
+"""HTTP/1.1 with deadlines: uvicorn has none for receiving a request, nor for a client that stops reading."""
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from engram_runtime.server.limits import BODY_S, HEADERS_S, STALLED_READER_S
+
+RECEIPT_S = {h11.IDLE: HEADERS_S, h11.SEND_BODY: BODY_S}  # by what the client is about to send
+
+
+class DeadlineProtocol(H11Protocol):
+    """A connection that is closed when a request takes too long to arrive or its answer too long to be read."""
+
+    _receiving: object = None
+    _receipt: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_receipt()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_receipt()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._receipt, self._stall):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(STALLED_READER_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+
+    def _watch_receipt(self) -> None:
+        """Give each part of a request one deadline, however many pieces it comes in."""
+        if self.conn.their_state is self._receiving:
+            return
+        self._receiving = self.conn.their_state
+        if self._receipt is not None:
+            self._receipt.cancel()
+        limit_s = RECEIPT_S.get(self._receiving)
+        self._receipt = None if limit_s is None else self.loop.call_later(limit_s, self.transport.abort)

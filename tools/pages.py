@@ -1,0 +1,14 @@
+"""The parts of the documentation that are made of code."""
+
+import json
+
+from tools.command_reference import command_reference
+from tools.manifest_schema import manifest_schema
+
+
+def written_pages() -> dict[str, str]:
+    """Return the content of each file by its name in ``docs/``."""
+    return {
+        "commands.md": command_reference(),
+        "engram.schema.json": json.dumps(manifest_schema(), indent=1) + "\n",
+    }
