@@ -4,12 +4,8 @@ from dataclasses import dataclass
 from math import prod
 
 from engram_export.decoder import Decoder
-<<<<<<< HEAD
 from engram_export.export_memory import ExportSizes, calibration_memory, peak_memory
-from engram_export.formats import WeightFormat
-=======
 from engram_export.formats import WeightFormat, count_formats
->>>>>>> main
 from engram_export.linear import Int4Linear
 from engram_export.source import ModelSource
 from engram_export.table_writer import written_format

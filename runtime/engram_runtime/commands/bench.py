@@ -137,7 +137,7 @@ def bench(
     bandwidth = read_bandwidth(results[0].facts["threads"], working_set(bytes_of_a_token(results[0], settings)))
     found = {**where(opened), **report(results, settings, bandwidth, (before, os.getloadavg()[0]))}
     if executor == TVM:
-        found["expected"] = compare(opened, found, settings)
+        found["predicted"] = compare(opened, found, settings)
     for choice in found["tables"]:
         click.echo(str(TableChoice(**choice)), err=True)
     if plot is not None:
@@ -148,7 +148,7 @@ def bench(
     else:
         click.echo(markdown(found, settings, ratios(results[0], results[1], settings) if against else None))
         if executor == TVM:
-            click.echo(f"\n{compared_text(found['expected'])}")
+            click.echo(f"\n{compared_text(found['predicted'])}")
 
 
 def _prompts(drafts: DraftOptions, files: Sequence[Path]) -> Mapping[str, str]:

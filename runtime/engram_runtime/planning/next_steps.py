@@ -30,10 +30,9 @@ def _of_bundle(outline: Outline, bundle: Path, machine: Machine) -> Sequence[str
 
 def _export_options(export: ExportNeeds) -> Sequence[object]:
     repacking = [] if export.table_dtype is None else ["--tables", "repack", "--table-dtype", export.table_dtype]
-    if export.tables_only:
-        return ["--tables-only", *repacking]
+    only = ["--tables-only"] if export.tables_only else []
     context = [] if export.context is None else ["--context", export.context]
-    return ["--quant", export.quant, *context, *repacking]
+    return [*only, "--quant", export.quant, *context, *repacking]
 
 
 def _line(*words: object) -> str:
