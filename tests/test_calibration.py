@@ -29,7 +29,8 @@ from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.signatures import PLANES_KEY
 from engram_export import calibration, weight_map
 from engram_export.calibration import CALIBRATION_FILE, choose_formats
-from engram_export.calibration_text import BUILT_IN, HELD_OUT, MAX_WINDOWS, calibration_windows
+from engram_export.calibration_text import BUILT_IN, HELD_OUT, calibration_windows
+from engram_export.export_memory import MAX_WINDOWS
 from engram_export.formats import FLOAT, weight_format
 from engram_export.gptq import DAMPING, error_feedback, quantise_gptq
 from engram_export.layerwise import one_plane

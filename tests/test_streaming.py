@@ -21,7 +21,7 @@ from tests.tiny import CONTEXT, HASH_HEADS, HIDDEN, ORDERS, ROW_DIM, VOCAB, Tiny
 from tests.workshop import SilentReporter, Workshop, copy_folder, export, export_options, files_of, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engram_export import table_writer, verify, weight_map
+from engram_export import export_memory, table_writer, weight_map
 from engram_export.pipeline import Progress, export_bundle
 from engram_export.repack import RowErrors
 from engram_export.safetensors_file import SafetensorsFile
@@ -126,7 +126,7 @@ def test_a_large_vocabulary_is_compared_at_the_last_positions(
 ) -> None:
     checkpoint = workshop.checkpoint(PLAIN, SITE)
     whole = Golden.read(workshop.bundle(checkpoint))
-    monkeypatch.setattr(verify, "LOGITS_BYTES", 4 * VOCAB * 50)
+    monkeypatch.setattr(export_memory, "LOGITS_BYTES", 4 * VOCAB * 50)
     assert export(checkpoint, tmp_path / "bundle").model.tokens == 50
     part = Golden.read(Bundle.open(tmp_path / "bundle"))
     assert part.argmax == whole.argmax

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram_export.calibration_text import Windows
+from engram_export.export_memory import compared_rows
 from engram_export.gptq import quantise_gptq
 from engram_export.layerwise import LayerwiseModel, ObservedLinear, open_layers
 from engram_export.linear import int4_arrays
@@ -22,7 +23,6 @@ from engram_export.operators import TWO_PLANES
 from engram_export.quantise import quantise_int8
 from engram_export.smoothing import layer_folds, weight_scales
 from engram_export.source import ModelSource
-from engram_export.verify import compared_rows
 from engram_export.weights_file import SafetensorsWriter
 from engram_runtime.errors import VerificationError
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engram_export.calibrate import FACTORS, Progress, divergence, write_calibration
 from engram_export.calibration_report import CalibrationReport, LinearReport, RoleReport
 from engram_export.calibration_text import Windows, calibration_windows, rounding_reason
+from engram_export.export_memory import compared_rows
 from engram_export.formats import FLOAT, LinearFormat, WeightFormat, calibrated_format, weight_format
 from engram_export.journal import Journal
 from engram_export.layerwise import one_plane
@@ -25,7 +26,7 @@ from engram_export.smoothing import Fold, layer_folds, weight_scales
 from engram_export.source import ModelSource
 from engram_export.streamed import ReportedRows
 from engram_export.text_decoder import Layer
-from engram_export.verify import compared_rows, reference_logits
+from engram_export.verify import reference_logits
 from engram_export.weights_file import SafetensorsWriter
 from engram_runtime.safetensors_layout import TensorPlan
 

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from engram_export.export_memory import MAX_WINDOWS, WINDOW
 from engram_export.formats import FLOAT
 from engram_export.smoothing import is_dense
 from engram_export.source import ModelSource
@@ -19,8 +20,6 @@ from engram_runtime.errors import CheckpointError, RequestError
 
 BUILT_IN, NONE = "built-in", "none"  # what --calibration may be, or a file
 BUILT_IN_TEXT = "calibration_text.txt"
-WINDOW = 256  # tokens of a window, or the context of the model if that is shorter
-MAX_WINDOWS = 20
 HELD_OUT = 10  # one window in so many measures instead, from the first on
 
 

@@ -1,6 +1,7 @@
 """Open a model as others publish it: a folder of safetensors in the Hugging Face layout, or a GGUF file."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_export.listed_tensors import ListedTensors
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 from engram_export.source_files import parse_json_object, read_small_file
 from engram_runtime.errors import CheckpointError
@@ -109,12 +111,25 @@ def _only_gguf(folder: Path) -> Path:
     raise CheckpointError(f"{folder} holds neither {CONFIG_FILE} nor a .gguf file; give a model's folder")
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def open_listed(path: Path) -> Checkpoint:
+    """Open a model as `open_checkpoint` does, or a folder that lacks shards by its config and index alone."""
+    if not (path / INDEX_FILE).is_file() or not (path / CONFIG_FILE).is_file():
+        return open_checkpoint(path)
+    index = _read_json(path / INDEX_FILE)
+    shards = _weight_map(path / INDEX_FILE, index)
+    if all((path / shard).exists() for shard in set(shards.values())):
+        return open_checkpoint(path)
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return _open_folder(path, lambda _: ListedTensors(list(shards), total if type(total) is int else None))
+
+
+def _open_folder(folder: Path, open_weights: Callable[[Path], TensorSource] | None = None) -> Checkpoint:
     tokenizer_config = _read_json(folder / "tokenizer_config.json", optional=True)
     tokenizer_json = folder / "tokenizer.json"
     return Checkpoint(
         config=_read_json(folder / CONFIG_FILE),
-        tensors=_open_weights(folder),
+        tensors=(open_weights or _open_weights)(folder),
         tokenizer_json=read_small_file(tokenizer_json, MAX_JSON_BYTES) if tokenizer_json.exists() else None,
         tokenizer_config=tokenizer_config,
         generation_config=_read_json(folder / "generation_config.json", optional=True),
@@ -165,15 +180,7 @@ def _open_weights(folder: Path) -> TensorSource:
 
 def _open_shards(folder: Path) -> SafetensorsShards:
     index = folder / INDEX_FILE
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no 'weight_map' object; download the index again")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
-            raise CheckpointError(
-                f"{index} places tensor {name!r} in {shard!r}, wanted a .safetensors file of the same folder; "
-                f"download the index again"
-            )
+    weight_map = _weight_map(index, _read_json(index))
     files = {shard: SafetensorsFile(folder / shard) for shard in sorted(set(weight_map.values()))}
     held = {shard: frozenset(file.names()) for shard, file in files.items()}
     for name, shard in weight_map.items():
@@ -182,6 +189,20 @@ def _open_shards(folder: Path) -> SafetensorsShards:
                 f"{index} places tensor {name!r} in {shard}, which does not hold it; download both again"
             )
     return SafetensorsShards({name: files[shard] for name, shard in weight_map.items()})
+
+
+def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    """Return the shard of each tensor by its name."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no 'weight_map' object; download the index again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
+            raise CheckpointError(
+                f"{path} places tensor {name!r} in {shard!r}, wanted a .safetensors file of the same folder; "
+                f"download the index again"
+            )
+    return weight_map
 
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:

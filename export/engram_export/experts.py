@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engram_export.linear import Arrays, empty_parameter, num_blocks, pack_nibbles
+from engram_export.linear import Arrays, empty_parameter, pack_nibbles
 from engram_export.moe_operators import ExpertWeights, FloatExperts, QuantisedExperts, mix_experts
-from engram_export.quantise import BLOCK, quantise_int4, quantise_int8
+from engram_export.quantise import BLOCK, num_blocks, quantise_int4, quantise_int8
 
 GATE_AND_UP, ALONE = 2, 1  # parts of a layer's outputs
 ENCODED_ROWS = 1024  # rows of each part that are quantised at once

@@ -17,12 +17,11 @@ from engram_export.linear import (
     Int8Linear,
     LinearFactory,
 )
+from engram_export.quantise import ALWAYS_INT8
 
 EmbeddingFactory = Callable[[str, int, int], FloatEmbedding | Int8Embedding]  # (name, vocab_size, hidden_size)
 
 KEPT_BITS = {"Q4_0": 4, "Q8_0": 8}  # GGUF types whose integers and scales can be taken over exactly
-# Parts of names of layers that are few bytes and the most sensitive: never below int8.
-ALWAYS_INT8 = frozenset({"lm_head", "mtp", "sites", "site", "index", "mixer_connection", "feed_forward_connection"})
 
 
 @dataclass(frozen=True, slots=True)

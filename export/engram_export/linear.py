@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engram_export.operators import TWO_PLANES, gather_int8, matmul_nbits
-from engram_export.quantise import BLOCK, Int4Weight, quantise_int4, quantise_int8
-from engram_runtime.errors import CheckpointError
+from engram_export.quantise import BLOCK, Int4Weight, num_blocks, quantise_int4, quantise_int8
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -180,15 +179,6 @@ def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), dtype=np.uint8)], axis=-1)
     return codes[..., ::2] | codes[..., 1::2] << np.uint8(4)
-
-
-def num_blocks(name: str, in_features: int) -> int:
-    """Return the blocks of a row of weight ``name``; raises CheckpointError if they aren't whole."""
-    if in_features % BLOCK:
-        raise CheckpointError(
-            f"{name} has {in_features} inputs, quantised weights need a multiple of {BLOCK}; export with --quant none"
-        )
-    return in_features // BLOCK
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -7,8 +7,6 @@ Per position, with e the rows of the table, h_g the streams, k_g = W_K^g e and v
 Reference: transformers ``modeling_qwen4_exp.py``, ``Qwen4ExpTextPLELayer``.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -16,32 +14,12 @@ from engram_export.decoder import GatedSite, Step, TableInput
 from engram_export.formats import WeightFormat
 from engram_export.hyper_connection import StreamsConfig
 from engram_export.linear import empty_parameter
+from engram_export.ngram_config import NgramSiteConfig
 from engram_export.recurrent_operators import causal_conv
 from engram_export.stream_operators import engram_gate
 from engram_runtime.manifest import StateSpec
 
 _LEAST_NORM = 1e-18  # of a value that a gate is read from: squares of smaller ones are no float32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NgramSiteConfig:
-    """A site before layer ``layer`` that reads ``columns`` rows of ``row_dim`` a token."""
-
-    layer: int
-    columns: int
-    row_dim: int
-    conv_kernel: int
-    conv_dilation: int
-
-    @property
-    def site(self) -> str:
-        """The site's name in the bundle."""
-        return f"layer_{self.layer}"
-
-    @property
-    def window(self) -> int:
-        """Earlier steps the convolution looks at."""
-        return (self.conv_kernel - 1) * self.conv_dilation
 
 
 class NgramSite(GatedSite):

@@ -17,6 +17,7 @@ from engram_export.calibration import CALIBRATION_FILE, Calibrated, calibrate, r
 from engram_export.calibration_text import BUILT_IN, NONE, Windows, check_calibration
 from engram_export.checkpoint import Checkpoint
 from engram_export.exact_graph import GraphLogits, exact_drafts, exact_logits
+from engram_export.export_memory import compared_rows
 from engram_export.families.reading import text_part
 from engram_export.formats import FLOAT, KEPT_BITS, count_formats, weight_format
 from engram_export.golden import write_golden
@@ -43,7 +44,6 @@ from engram_export.verify import (
     bundle_rows,
     check_parity,
     compare,
-    compared_rows,
     reference_drafts,
     reference_logits,
     verify_tokens,

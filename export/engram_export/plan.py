@@ -3,21 +3,13 @@
 from dataclasses import dataclass
 from math import prod
 
-from engram_export import verify, weight_map
-from engram_export.calibration_text import MAX_WINDOWS, WINDOW
 from engram_export.decoder import Decoder
+from engram_export.export_memory import ExportSizes, calibration_memory, peak_memory
 from engram_export.formats import WeightFormat, count_formats
 from engram_export.linear import Int4Linear
 from engram_export.source import ModelSource
 from engram_export.table_writer import written_format
 from engram_runtime.manifest import StateSpec
-
-# Of the peak, as measured by benchmarks/export_memory.py.
-TRACING_BYTES, LAYER_BYTES = 120 << 20, 5 << 19  # what tracing takes, and the graph of a layer
-SLICE_COPIES, EXPERT_COPIES = 4, 2.5  # of a float32 slice while it is quantised, less of a larger expert
-LOGITS_COPIES = 6  # while they are compared
-FLOAT_COPIES, PRODUCT_COPIES = 5, 4  # of a layer, and of the products of one linear layer's inputs, by calibration
-TOKENIZER_COPIES = 10  # of tokenizer.json, once it is parsed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,39 +79,34 @@ def plan_export(
         tables_mode=tables_mode,
         cache_bytes_per_token=sum(_bytes(state) // source.context_length for state in states if state.rolls_back),
         state_bytes=sum(_bytes(state) for state in states if not state.rolls_back),
-        peak_memory_bytes=max(peak_memory(source, skeleton), calibration_memory(source, skeleton) if calibrated else 0),
+        peak_memory_bytes=_peak_memory(source, skeleton, calibrated=calibrated),
         tokenizer=source.checkpoint.tokenizer_json is not None,
         sites=sites,
     )
 
 
-def peak_memory(source: ModelSource, skeleton: Decoder) -> int:
-    """Predict the bytes of anonymous memory an export takes at most, above the interpreter and its imports."""
+def export_sizes(source: ModelSource, skeleton: Decoder) -> ExportSizes:
+    """Return what the memory of an export goes by."""
     names = [name for name, module in skeleton.named_modules() if hasattr(module, "label")]
-    shapes = [source.weights.shape(f"{name}.weight") for name in names]
-    slices = [min(prod(shape), max(weight_map.SLICE_BYTES // 4, prod(shape[1:]))) * 4 for shape in shapes]
-    vocab_size, tokens = source.architecture.text.vocab_size, min(verify.VERIFY_TOKENS, source.context_length)
-    logits = verify.compared_rows(vocab_size, tokens) * vocab_size * 4
-    used = [tokens / state.shape[-2] if state.rolls_back else 1 for state in skeleton.state_specs()]
-    states = sum(_bytes(state) * share for state, share in zip(skeleton.state_specs(), used, strict=True))
-    scales = max(prod(shape) for shape in shapes) // 32 * 4  # onnxruntime decodes them a layer at a time
-    verifying = LOGITS_COPIES * logits + 2 * states + 3 * scales + 2 * max(slices)
-    encoding = max(SLICE_COPIES * min(max(slices), weight_map.SLICE_BYTES), EXPERT_COPIES * max(slices))
-    tokenizer = TOKENIZER_COPIES * len(source.checkpoint.tokenizer_json or b"")
-    always = TRACING_BYTES + LAYER_BYTES * source.architecture.text.num_layers + tokenizer
-    return always + int(max(encoding, verifying))
+    text = source.architecture.text
+    return ExportSizes(
+        shapes=[source.weights.shape(f"{name}.weight") for name in names],
+        states=skeleton.state_specs(),
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_layers,
+        context_length=source.context_length,
+        tokenizer_bytes=len(source.checkpoint.tokenizer_json or b""),
+    )
 
 
-def calibration_memory(source: ModelSource, skeleton: Decoder) -> int:
-    """Predict the same of calibrating int4: one layer's weights, the products of its inputs and the streams."""
+def _peak_memory(source: ModelSource, skeleton: Decoder, *, calibrated: bool) -> int:
+    sizes = export_sizes(source, skeleton)
+    if not calibrated:
+        return peak_memory(sizes)
     names = [name for name, module in skeleton.named_modules() if isinstance(module, Int4Linear)]
     layer = [source.weights.shape(f"{name}.weight") for name in names if name.startswith("layers.0.")]
-    products = [inputs * inputs * 8 for _, inputs in layer]
-    tokens = WINDOW * MAX_WINDOWS * (1 + len(layer))  # every format of every role has a stream of the held-out windows
-    vocab_size = source.architecture.text.vocab_size
-    logits = verify.compared_rows(vocab_size, WINDOW) * vocab_size * 4
-    matrices = FLOAT_COPIES * sum(map(prod, layer)) * 4 + 2 * sum(products) + PRODUCT_COPIES * max(products)
-    return TRACING_BYTES + matrices + tokens * source.architecture.text.hidden_size * 4 + LOGITS_COPIES * logits
+    return max(peak_memory(sizes), calibration_memory(sizes, layer))
 
 
 def _bytes(state: StateSpec) -> int:

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.errors import CheckpointError
+
 BLOCK = 32  # weights that share a multiplier and a zero, and ONNX MatMulNBits' block
 INT8_ZERO = 128
 MAX_CODE = 15
 MAX_MULTIPLIER = 16
+# Parts of names of layers that are few bytes and the most sensitive: never below int8.
+ALWAYS_INT8 = frozenset({"lm_head", "mtp", "sites", "site", "index", "mixer_connection", "feed_forward_connection"})
 SEARCH_ROWS = 256  # rows searched at once: bounds the memory of the int4 search
 
 Floats = NDArray[np.float32]
@@ -45,6 +49,15 @@ class Int4Weight:
         """Return ``[N, K]``."""
         zero, multiplier = (np.repeat(part.astype(np.float32), BLOCK, axis=1) for part in (self.zero, self.multiplier))
         return (self.codes.astype(np.float32) - zero) * multiplier * self.scale
+
+
+def num_blocks(name: str, in_features: int) -> int:
+    """Return the blocks of a row of weight ``name``; raises CheckpointError if they aren't whole."""
+    if in_features % BLOCK:
+        raise CheckpointError(
+            f"{name} has {in_features} inputs, quantised weights need a multiple of {BLOCK}; export with --quant none"
+        )
+    return in_features // BLOCK
 
 
 def quantise_int8(weight: NDArray[np.float32]) -> Int8Weight:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from engram_export.calibration_report import CalibrationReport
 from engram_export.checkpoint import Checkpoint
+from engram_export.export_memory import VERIFY_TOKENS
 from engram_export.formats import FLOAT, WeightFormat
 from engram_export.host_table import TableSource
 from engram_export.repack import RowErrors
@@ -23,8 +24,6 @@ from engram_runtime.errors import CheckpointError, VerificationError
 from engram_runtime.session import UNLOADED, open_sites
 
 VERIFY_TEXT = "verify_text.txt"
-VERIFY_TOKENS = 256
-LOGITS_BYTES = 64 << 20  # of float32 logits in an array; comparing takes about six of them
 ROUTED_TOLERANCE, ROUTED_AGREEMENT = 2e-2, 0.9  # of most positions of a model with experts
 FLOAT_TOLERANCE = 2e-3  # largest logit difference of a float graph: other summation orders over some 30 layers
 
@@ -89,11 +88,6 @@ def verify_tokens(checkpoint: Checkpoint, vocab_size: int, context_length: int) 
     if (largest := max(token_ids)) >= vocab_size:
         raise CheckpointError(f"the tokenizer gives id {largest}, the model has {vocab_size} tokens")
     return np.array(token_ids, dtype=np.int64)
-
-
-def compared_rows(vocab_size: int, tokens: int) -> int:
-    """Return how many of a text's last positions have their logits compared: all unless the vocabulary is large."""
-    return min(tokens, max(1, LOGITS_BYTES // (4 * vocab_size)))
 
 
 def reference_logits(

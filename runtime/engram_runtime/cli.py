@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "engram_runtime.commands.run:run",
     "chat": "engram_runtime.commands.chat:chat",
     "serve": "engram_runtime.commands.serve:serve",
+    "plan": "engram_runtime.commands.plan:plan",
     "inspect": "engram_runtime.commands.inspect:inspect",
     "verify": "engram_runtime.commands.verify:verify",
     "bench": "engram_runtime.commands.bench:bench",

@@ -5,7 +5,6 @@ primes: all of them are derived here and held against the sizes that the config 
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 
 from engram_export.checkpoint import Checkpoint, TensorSource
 from engram_export.decoder import TableInput
+from engram_export.families.deepseek_sizes import EngramSizes, engram_sizes
 from engram_export.families.llama import text_config
-from engram_export.families.reading import count, text_part
+from engram_export.families.reading import text_part
 from engram_export.host_table import RawTensors, TableSource, table_source
 from engram_export.multi_stream_site import MultiStreamConfig
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
@@ -29,8 +29,6 @@ from engram_runtime.keyer_spec import NgramKeyerSpec
 
 PREFIXES = ("model.language_model.", "model.", "")
 BLOCK = (32, 32)  # values of a weight that share a scale, where the config does not say
-# Tokens that stand for parts of images; they read no rows, and no token looks back beyond them.
-DEAD_KEYS = ("image_token_id", "image_token_index", "video_token_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +50,6 @@ class Product:
     def read(self, source: TensorSource, start: int, stop: int) -> Floats:
         """See `engram_export.weight_map.Recipe`."""
         return source.read_rows(self.first, start, stop) * source.read_rows(self.second, start, stop)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngramSizes:
-    """What the config says of the memory; ``layers`` holds each layer's id and rows, ``pad_id`` is a raw id."""
-
-    layers: Mapping[int, int]
-    max_order: int
-    rows_per_head: int
-    num_heads: int
-    row_dim: int
-    pad_id: int
-    compressed_vocab_size: int
-    num_streams: int
-    dead_ids: tuple[int, ...]
 
 
 def read(checkpoint: Checkpoint) -> TablesSource:
@@ -94,29 +77,6 @@ def read(checkpoint: Checkpoint) -> TablesSource:
         table = _table(tensors, prefix, config.table, keyer, token_map)
         sites.append(SiteSource(table=table, config=config, weights=_weights(scaled, prefix, config)))
     return TablesSource(checkpoint=checkpoint, text=text, sites=tuple(sites))
-
-
-def engram_sizes(checkpoint: Checkpoint, part: Checkpoint) -> EngramSizes:
-    """Read and bound the sizes; ``part`` is the checkpoint with its text model's config."""
-    pad = "engram_pad_token_id" if "engram_pad_token_id" in part.config else "engram_pad_id"
-    vocab_size = count(part, "vocab_size")
-    named = [(source, key) for source in (checkpoint, part) for key in DEAD_KEYS if source.config.get(key) is not None]
-    dead = [count(source, key, least=0) for source, key in named]
-    sizes = EngramSizes(
-        layers=_layers(part),
-        max_order=count(part, "engram_max_ngram_size", least=2),
-        rows_per_head=count(part, "engram_vocab_size"),
-        num_heads=count(part, "engram_n_heads"),
-        row_dim=count(part, "engram_head_dim"),
-        pad_id=count(part, pad, least=0),
-        compressed_vocab_size=count(part, "engram_compressed_vocab_size"),
-        num_streams=count(part, "hc_mult"),
-        dead_ids=tuple(sorted(set(dead))),
-    )
-    for token_id in (sizes.pad_id, *sizes.dead_ids):
-        if token_id >= vocab_size:
-            raise CheckpointError(f"{part.config_name} names token id {token_id}, the vocabulary has {vocab_size}")
-    return sizes
 
 
 def read_token_map(checkpoint: Checkpoint, vocab_size: int, compressed_vocab_size: int) -> NDArray[np.int32]:
@@ -178,24 +138,6 @@ def _keyer(
         barrier_ids=sizes.dead_ids,
         silent_ids=sizes.dead_ids,
     )
-
-
-def _layers(part: Checkpoint) -> dict[int, int]:
-    """Return the rows of each layer with a site."""
-    layer_ids, num_rows = part.require("engram_layer_ids", list), part.require("engram_num_embeddings", list)
-    num_layers = count(part, "num_hidden_layers")
-    if len(layer_ids) != len(num_rows) or not layer_ids:
-        raise CheckpointError(
-            f"{part.config_name} has {len(layer_ids)} 'engram_layer_ids' and {len(num_rows)} 'engram_num_embeddings', "
-            f"wanted as many of both"
-        )
-    known = [layer for layer in range(num_layers) if layer in layer_ids]
-    if any(type(number) is not int for number in (*layer_ids, *num_rows)) or sorted(layer_ids) != known:
-        raise CheckpointError(
-            f"'engram_layer_ids' in {part.config_name} are {layer_ids!r:.80}, wanted distinct layers of 0 to "
-            f"{num_layers - 1}"
-        )
-    return dict(zip(layer_ids, num_rows, strict=True))
 
 
 def _table(

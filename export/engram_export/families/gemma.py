@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from engram_export.checkpoint import Checkpoint
+from engram_export.families import PER_LAYER_TABLE
+from engram_export.families.gemma_layers import layer_kinds
 from engram_export.families.llama import mlp_names, text_names
-from engram_export.families.reading import count, flag, names, rope
+from engram_export.families.reading import count, flag, rope
 from engram_export.formats import WeightFormat
 from engram_export.gemma_attention import GemmaAttention, GemmaAttentionConfig, GemmaSharedAttention
 from engram_export.gemma_decoder import GemmaConfig
@@ -18,9 +20,7 @@ from engram_export.weight_map import Joined, Recipe
 from engram_runtime.errors import CheckpointError
 from engram_runtime.keyer_spec import TokenKeyerSpec
 
-SLIDING, FULL = "sliding_attention", "full_attention"
 SUPPORTED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
-TABLE = "embed_tokens_per_layer.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class GemmaArchitecture:
             token_map=None,
             columns=config.num_layers * config.width,
             tensors=tensors,
-            payload=[f"{self.prefix}{TABLE}"],
+            payload=[f"{self.prefix}{PER_LAYER_TABLE}"],
         )
         return (table,)
 
@@ -168,25 +168,3 @@ def _per_layer(checkpoint: Checkpoint, text: TextConfig) -> PerLayerConfig | Non
         vocab_size=count(checkpoint, "vocab_size_per_layer_input"),
         norm_eps=text.rms_norm_eps,
     )
-
-
-def layer_kinds(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return each layer's kind of attention."""
-    layers = count(checkpoint, "num_hidden_layers")
-    return names(checkpoint, "layer_types", length=layers, known=(SLIDING, FULL))
-
-
-def caches_of(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the layer whose caches each layer reads.
-
-    The last ``num_kv_shared_layers`` read those of the last layer of their kind before them.
-    """
-    kinds = layer_kinds(checkpoint)
-    first_shared = len(kinds) - count(checkpoint, "num_kv_shared_layers", default=0, least=0)
-    own = {kind: layer for layer, kind in enumerate(kinds[: max(first_shared, 0)])}
-    if missing := sorted(set(kinds) - own.keys()):
-        raise CheckpointError(
-            f"'num_kv_shared_layers' in {checkpoint.config_name} leaves no layer with {missing[0]} of its own; "
-            f"correct the config"
-        )
-    return tuple(layer if layer < first_shared else own[kind] for layer, kind in enumerate(kinds))

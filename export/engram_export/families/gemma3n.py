@@ -11,13 +11,12 @@ from typing import Any
 from engram_export.altup import AltUp, AltUpConfig
 from engram_export.checkpoint import Checkpoint
 from engram_export.engram_site import EngramSite
-from engram_export.families.gemma import (
+from engram_export.families.gemma import SUPPORTED, GemmaArchitecture, gemma_config
+from engram_export.families.gemma_layers import (
     FULL,
     SLIDING,
-    SUPPORTED,
-    GemmaArchitecture,
     caches_of,
-    gemma_config,
+    gemma3n_inner_sizes,
     layer_kinds,
 )
 from engram_export.families.reading import check_heads, count, objects, require_values, text_part, text_prefix
@@ -98,7 +97,7 @@ def read(checkpoint: Checkpoint) -> Gemma3nArchitecture:
         attention=_attention(checkpoint, head_dim),
         prefix=prefix,
         altup=_altup(checkpoint),
-        intermediate_sizes=_intermediate_sizes(checkpoint),
+        intermediate_sizes=gemma3n_inner_sizes(checkpoint),
         cutoffs=_cutoffs(checkpoint),
         laurel_rank=count(checkpoint, "laurel_rank"),
     )
@@ -137,17 +136,6 @@ def _altup(checkpoint: Checkpoint) -> AltUpConfig:
         scale_correction=checkpoint.require("altup_correct_scale", bool),
         norm_eps=checkpoint.require("rms_norm_eps", float),
     )
-
-
-def _intermediate_sizes(checkpoint: Checkpoint) -> tuple[int, ...]:
-    layers, sizes = count(checkpoint, "num_hidden_layers"), checkpoint.config.get("intermediate_size")
-    if not isinstance(sizes, list):
-        return (count(checkpoint, "intermediate_size"),) * layers
-    if len(sizes) != layers or not all(type(size) is int and size > 0 for size in sizes):
-        raise CheckpointError(
-            f"'intermediate_size' in {checkpoint.config_name} is {sizes!r:.80}, wanted {layers} positive whole numbers"
-        )
-    return tuple(sizes)
 
 
 def _cutoffs(checkpoint: Checkpoint) -> tuple[float | None, ...]:

@@ -10,14 +10,15 @@ from typing import Any
 
 from engram_export.checkpoint import Checkpoint
 from engram_export.engram_site import EngramSite
-from engram_export.families.gemma import (
+from engram_export.families.gemma import SUPPORTED, GemmaArchitecture, gemma_config
+from engram_export.families.gemma_layers import (
     FULL,
     SLIDING,
-    SUPPORTED,
-    GemmaArchitecture,
     caches_of,
-    gemma_config,
+    gemma4_inner_sizes,
     layer_kinds,
+    layer_sizes,
+    with_last_full,
 )
 from engram_export.families.reading import (
     check_heads,
@@ -39,7 +40,6 @@ ROPE_PARAMETERS: Mapping[str, Mapping[str, Any]] = {  # where the config says no
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
-GLOBAL_HEAD_DIM = 512
 LAYER_SIZES = ("head_dim", "num_key_value_heads")
 
 
@@ -71,7 +71,7 @@ class Gemma4Architecture(GemmaArchitecture):
 
 def read(checkpoint: Checkpoint) -> Gemma4Architecture:
     """Read the architecture of a checkpoint; raises CheckpointError for one with experts."""
-    prefix, checkpoint = text_prefix(checkpoint), _with_last_full(text_part(checkpoint))
+    prefix, checkpoint = text_prefix(checkpoint), with_last_full(text_part(checkpoint))
     _check_supported(checkpoint)
     attention = _attention(checkpoint)
     _check_kinds(checkpoint, attention)
@@ -88,14 +88,8 @@ def read(checkpoint: Checkpoint) -> Gemma4Architecture:
         config=config,
         attention=attention,
         prefix=prefix,
-        intermediate_sizes=_intermediate_sizes(checkpoint),
+        intermediate_sizes=gemma4_inner_sizes(checkpoint),
     )
-
-
-def _with_last_full(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with full attention in its last layer, which transformers' config forces."""
-    kinds = [*layer_kinds(checkpoint)[:-1], FULL]
-    return dataclasses.replace(checkpoint, config={**checkpoint.config, "layer_types": kinds})
 
 
 def _check_supported(checkpoint: Checkpoint) -> None:
@@ -131,7 +125,7 @@ def _attention(checkpoint: Checkpoint) -> list[GemmaAttentionConfig]:
 
 def _with_layer_sizes(checkpoint: Checkpoint, layer: int, kind: str) -> Checkpoint:
     """Return the checkpoint with the config of one layer, whose heads may have other sizes."""
-    overrides = _layer_sizes(checkpoint, layer, kind)
+    overrides = layer_sizes(checkpoint, layer, kind)
     if unknown := sorted(overrides.keys() - set(LAYER_SIZES)):
         raise CheckpointError(
             f"{checkpoint.config_name} overrides {unknown[0]!r} for layer {layer}, only {list(LAYER_SIZES)} are "
@@ -147,17 +141,6 @@ def _with_layer_sizes(checkpoint: Checkpoint, layer: int, kind: str) -> Checkpoi
     return sizes
 
 
-def _layer_sizes(checkpoint: Checkpoint, layer: int, kind: str) -> Mapping[str, Any]:
-    config = checkpoint.config
-    if config.get("per_layer_config") is not None:  # how transformers saves what published configs say in two keys
-        return objects(checkpoint, "per_layer_config").get(str(layer), {})
-    if kind == SLIDING:
-        return {}
-    head_dim = {"head_dim": config.get("global_head_dim", GLOBAL_HEAD_DIM)}
-    kv_heads = config.get("num_global_key_value_heads") if flag(checkpoint, "attention_k_eq_v", default=False) else None
-    return head_dim if kv_heads is None else {**head_dim, "num_key_value_heads": kv_heads}
-
-
 def _check_kinds(checkpoint: Checkpoint, attention: Sequence[GemmaAttentionConfig]) -> None:
     """Refuse layers that could not share caches and rotations with others of their kind."""
     for kind in (SLIDING, FULL):
@@ -167,9 +150,3 @@ def _check_kinds(checkpoint: Checkpoint, attention: Sequence[GemmaAttentionConfi
                 f"layers with {kind} in {checkpoint.config_name} have key and value heads of {sorted(sizes)}, "
                 f"wanted one number and size"
             )
-
-
-def _intermediate_sizes(checkpoint: Checkpoint) -> tuple[int, ...]:
-    size = count(checkpoint, "intermediate_size")
-    wide = 2 * size if flag(checkpoint, "use_double_wide_mlp", default=False) else size
-    return tuple(size if layer == source else wide for layer, source in enumerate(caches_of(checkpoint)))

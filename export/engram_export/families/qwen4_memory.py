@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engram_export.checkpoint import Checkpoint
 from engram_export.families.reading import count, entries
 from engram_export.host_table import RawTensors, TableSource, numbered_tensors, table_source
-from engram_export.ngram_site import NgramSiteConfig
+from engram_export.ngram_config import NgramSiteConfig
 from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 from engram_export.weight_map import Joined, Recipe, one_plus
 from engram_runtime.errors import CheckpointError

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from engram_runtime.bench.bandwidth import read_bandwidth, working_set
+from engram_runtime.bench.bundle_runner import TVM
 from engram_runtime.bench.markdown import markdown
 from engram_runtime.bench.plot import plot_speeds
 from engram_runtime.bench.prompts import PROMPTS
@@ -34,6 +35,7 @@ from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.errors import CheckpointError, RequestError, TargetError
 from engram_runtime.lens.figures import check_png
 from engram_runtime.new_file import check_place, new_file
+from engram_runtime.planning.comparison import compare, compared_text
 from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tokenizer import TextTokenizer
 
@@ -134,6 +136,8 @@ def bench(
         results = measure(contestants, settings, threads=threads, progress=lambda: bar.update(1))
     bandwidth = read_bandwidth(results[0].facts["threads"], working_set(bytes_of_a_token(results[0], settings)))
     found = {**where(opened), **report(results, settings, bandwidth, (before, os.getloadavg()[0]))}
+    if executor == TVM:
+        found["predicted"] = compare(opened, found, settings)
     for choice in found["tables"]:
         click.echo(str(TableChoice(**choice)), err=True)
     if plot is not None:
@@ -143,6 +147,8 @@ def bench(
         click.echo(json.dumps(found))
     else:
         click.echo(markdown(found, settings, ratios(results[0], results[1], settings) if against else None))
+        if executor == TVM:
+            click.echo(f"\n{compared_text(found['predicted'])}")
 
 
 def _prompts(drafts: DraftOptions, files: Sequence[Path]) -> Mapping[str, str]:
