@@ -41,8 +41,10 @@ NAMED_UPWARDS = {
     ("engram_runtime.commands.bench", "engram_export.gguf_sizes"),
     ("engram_runtime.commands.bench", "engram_export.gguf_writer"),
     ("engram_runtime.commands.inspect", "engram_export.inspection"),
+    ("engram_runtime.commands.plan", "engram_export.outlines.checkpoint"),
     ("engram_runtime.commands.verify", "engram_export.parity"),
     ("engram_runtime.lens.repack_errors", "engram_export.repack"),
+    ("engram_runtime.planning.targets", "engram_targets"),
 }
 
 # Imports every module of a package but those left out, where some packages are not installed; prints as JSON which of
