@@ -175,6 +175,17 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         told.generation(2)
 
 
+def test_a_full_queue_reads_no_grammar() -> None:
+    model = held()
+    with engine_of(model, slots=1, queue=1) as engine:
+        engine.submit([asked(1)], Told())
+        wait_until_running(engine)
+        engine.submit([asked(2)], Told())
+        with pytest.raises(BusyError):  # the toy has no tokenizer.json, so reading one raises what is no EngramError
+            engine.submit([asked(3, grammar="start: /a/")], Told())
+        let_go(model)
+
+
 def test_cancelling_gives_room_in_the_queue() -> None:
     model = held()
     with engine_of(model, slots=1, queue=1) as engine:

@@ -138,7 +138,11 @@ def _preferring(*token_ids: int) -> Any:
         ("", "the grammar has an error: Empty grammar"),
         (json_schema_grammar({"type": "tide"}), "the grammar has an error: Invalid type: tide"),
         ('{"grammars"', "the grammar has an error: EOF while parsing an object at line 1 column 11"),
-        ("#" * (1 + (256 << 10)), "the grammar has 262145 characters, wanted at most 262144; simplify it"),
+        ("#" * (1 + (64 << 10)), "the grammar has 65537 characters, wanted at most 65536; simplify it"),
+        (
+            f"start: {'x' * 1000}",
+            f"the grammar has an error: {('at 1(8): unknown name: ' + chr(34) + 'x' * 1000)[:300]}...",
+        ),
     ],
 )
 def test_grammars_with_errors_are_refused(tokens: Grammars, grammar: str, message: str) -> None:

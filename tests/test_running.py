@@ -1,7 +1,7 @@
 """Texts that grow together are the texts they are alone, whatever comes and goes beside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +22,7 @@ from tests.toy_serving import (
 
 from engram_runtime.drafting.opening import Decoding, Drafting
 from engram_runtime.drafting.schedule import Always
+from engram_runtime.errors import BundleError
 from engram_runtime.generation import GrowingText
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.serving.choosing import Chooser
@@ -51,16 +52,20 @@ class Server:
     def __init__(self, model: TakingTurns, kind: str, slots: int, decoding: Decoding | None = None) -> None:
         self.bundle = toy_bundle(kind)
         self.sessions = [Session(self.bundle, model, []) for _ in range(slots)]
-        self.figures: list[StepFigures] = []
-        self.running = RunningTexts(self.sessions, {END}, decoding, self.figures.append)
+        self.running = RunningTexts(self.sessions, {END}, decoding, self._watch)
         self.queue = FairQueue()
         self.jobs: list[Job] = []
         self.told: list[Told] = []
+        self.cancels: Job | None = None  # at the next pass of a prompt
 
-    def submit(self, request: TextRequest) -> Told:
+    def _watch(self, figures: StepFigures) -> None:
+        if self.cancels is not None and figures.prompt_tokens:
+            self.cancels.cancelled = True
+
+    def submit(self, request: TextRequest, growing_text: type[GrowingText] = GrowingText) -> Told:
         self.told.append(Told())
         self.jobs.append(Job("", self.told[-1], 0.0))
-        growing = GrowingText(TOKENIZER, request.stop, request.max_tokens)
+        growing = growing_text(TOKENIZER, request.stop, request.max_tokens)
         self.queue.add(Text(self.jobs[-1], 0, request, growing, Chooser(request, VOCAB, None), Usage([])))
         return self.told[-1]
 
@@ -129,3 +134,35 @@ def test_texts_are_those_of_sessions_that_are_alone(
             ids = tuple(token.token_id for token in of.tokens.get(0, []))
             assert ids == expected.token_ids[: len(ids)]
     assert len(server.running.slots.free) == slots
+
+
+class Unfinished(GrowingText):
+    """A text whose last bytes can't be decoded."""
+
+    def finish(self) -> str:
+        raise BundleError("tokenizer.json can't decode the tokens [1]")
+
+
+@pytest.mark.parametrize("time_limit_s", [1e9, 0.1])
+def test_a_text_whose_end_cant_be_decoded_fails_alone(time_limit_s: float) -> None:
+    server = Server(Together(), POSITIONAL, 2)
+    broken = server.submit(replace(asked([1, 2], 3), time_limit_s=time_limit_s), Unfinished)
+    fine = server.submit(asked([1, 3], 3))
+    while server.queue or len(server.running):
+        server.turn()
+    assert str(broken.error()) == "tokenizer.json can't decode the tokens [1]"
+    lonely = Session(server.bundle, TakingTurns(), [])
+    assert said(fine.generation()) == said_alone(lonely, TOKENIZER, asked([1, 3], 3))
+
+
+def test_a_text_that_is_cancelled_during_a_prompt_s_pass_is_in_no_other() -> None:
+    model = Together()
+    server = Server(model, POSITIONAL, 2)
+    server.submit(asked([1], 6))
+    server.turn()
+    (server.cancels,) = server.jobs
+    server.submit(asked([2] * 8, 6))
+    passes = len(model.passes)
+    server.turn()
+    assert model.passes[passes:] == [4]  # of the prompt, and none after it
+    assert len(server.running.slots.free) == 1

@@ -134,3 +134,34 @@ def test_parameters_are_those_of_an_object() -> None:
         answer_grammar(body(tools=tools))
     assert str(caught.value) == ('the parameters of f have type "string", wanted a JSON Schema of type "object"')
     assert json.loads(json.dumps(caught.value.body()))["error"]["param"] == "tools[0].function.parameters"
+
+
+def answer_of(schema: dict[str, Any]) -> str | None:
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    return answer_grammar(body(response_format=form))
+
+
+def test_a_schema_has_few_patterns_that_one_string_may_have_to_match() -> None:
+    many = {f"p{i}": {"type": "string", "pattern": f".*{i}.*"} for i in range(6)}
+    assert answer_of({"type": "object", "properties": {**many, "x": {"pattern": "x"}}})
+    assert answer_of({"type": "object", "properties": many, "anyOf": [{"allOf": [{}]}]})
+    with pytest.raises(ApiError) as caught:
+        answer_of({"type": "object", "properties": many, "anyOf": [{"allOf": [{"format": "date"}]}]})
+    assert str(caught.value) == (
+        "a schema has 7 different patterns and formats, and allOf, anyOf, by which one string may have to match all "
+        "of them; wanted at most 6 of them then"
+    )
+
+
+@pytest.mark.parametrize("multiples", [[65521], [101, 0.00103], [5000, 5000, 1], [10**4000, 10**4000 + 1]])
+def test_multiples_in_a_schema_are_small(multiples: list[float]) -> None:
+    def numbers(of: list[float]) -> dict[str, Any]:
+        return {"type": "array", "prefixItems": [{"type": "number", "multipleOf": each} for each in of]}
+
+    assert answer_of(numbers([10, 0.01, 25, 1000.0]))
+    with pytest.raises(ApiError) as caught:
+        answer_of(numbers(multiples))
+    assert str(caught.value) == (
+        "the values of multipleOf in a schema, without decimal points, have a sum or a common multiple above 10000; "
+        "choose smaller ones"
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from engram_runtime.openai_api.chat_body import ChatBody, ResponseFormat, Tool
 from engram_runtime.openai_api.errors import ApiError
+from engram_runtime.openai_api.schema_limits import check_schema
 
 MAX_CALLS = 16
 CALL_START, CALL_END = "<tool_call>", "\n</tool_call>"
@@ -22,7 +23,7 @@ def answer_grammar(body: ChatBody) -> str | None:
     """Return the grammar of an answer, a Lark text; None where it may be any text.
 
     Raises:
-        ApiError: parameters of a tool that aren't those of an object.
+        ApiError: parameters of a tool that aren't those of an object, or as for `check_schema`.
     """
     tools = body.callable_tools
     answer = _answer(body.response_format)
@@ -46,6 +47,7 @@ def _answer(form: ResponseFormat) -> str | None:
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
+    check_schema(schema)
     return f"%json {json.dumps({**schema, 'x-guidance': SPELLING})}"
 
 

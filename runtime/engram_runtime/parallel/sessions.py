@@ -44,10 +44,9 @@ class JointSessions:
         self._step: JointStep | None = None  # bound when it is first needed
 
     def decode(self, places: Sequence[int], token_ids: Sequence[int]) -> Decoded:
-        """Add a token to each of the sessions at ``places [R]``.
+        """Add a token of the vocabulary to each of the sessions at ``places [R]``, whose contexts have room.
 
         Raises:
-            RequestError: as for `Session.decode`.
             TableError: a table's file no longer holds its rows; none of the sessions has its token then, or only those
                 before the one that failed where they take turns.
         """

@@ -107,6 +107,8 @@ class BundleEngine:
     def submit(self, requests: Sequence[TextRequest], tell: Tell, *, client: str = "") -> Ticket:
         """See `Engine.submit`; a grammar is read here, which takes a while where it is the first one or large."""
         job = Job(client, tell, time.perf_counter())
+        with self._changed:
+            self._check_open()  # before the work that grammars are
         texts = [self._text(job, index, request) for index, request in enumerate(requests)]
         with self._changed:
             self._check_open()

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError, TargetError
 
-MAX_GRAMMAR_CHARS = 256 << 10
+MAX_GRAMMAR_CHARS = 64 << 10  # a constant as long as that takes 0.1 s a token, in which all texts wait
+MAX_ERROR_CHARS = 300  # of what llguidance says, which may quote the grammar
 MAX_SYMBOLS = 50_000  # in productions; a schema of a thousand properties has fewer
 WHITESPACE = r" |\n {0,16}"  # at most: small models are fond of blanks without end
 FORBIDDEN = np.finfo(np.float32).min  # not minus infinity: samplers refuse logits that aren't finite
@@ -125,4 +126,5 @@ class Grammars:
 
 
 def _first_line(message: str) -> str:
-    return message.strip().partition("\n")[0]
+    line = message.strip().partition("\n")[0]
+    return line if len(line) <= MAX_ERROR_CHARS else f"{line[:MAX_ERROR_CHARS]}..."

@@ -85,21 +85,17 @@ class RunningTexts:
 
     def admit(self, text: Text) -> None:
         """Give a text a slot; one must be free."""
-        self._end_alone()
         text.admit()
         self._running.append(_Running(text, self.slots.take(text.request.prompt_ids)))
+        self._end_alone()
 
     def turn(self) -> None:
         """Take every text a token further, and the first one whose prompt isn't computed a pass of that."""
-        now = time.perf_counter()
-        for each in list(self._running):
-            if each.text.job.cancelled:
-                self._release(each)
-            elif now >= each.text.deadline:
-                self._finish(each, "time")
+        self._end_due()
         if len(self._running) == 1 and self._goes_alone(self._running[0]):
             return
-        self._prefill()
+        if self._prefill():
+            self._end_due()  # a slot is to be free within one pass, not two
         for each in list(self._running):
             if each.logits is not None:
                 self._choose(each, each.logits)
@@ -109,6 +105,15 @@ class RunningTexts:
         """End what works for texts; those that run are left as they are."""
         self._end_alone()
         self._joint.close()
+
+    def _end_due(self) -> None:
+        """End texts that were cancelled and those whose time is over."""
+        now = time.perf_counter()
+        for each in list(self._running):
+            if each.text.job.cancelled:
+                self._release(each)
+            elif now >= each.text.deadline:
+                self._finish(each, "time")
 
     def _goes_alone(self, each: _Running) -> bool:
         """Have the only text go on by itself where it may; returns whether it did."""
@@ -128,11 +133,11 @@ class RunningTexts:
             alone, self._alone = self._alone, None
             alone.close()
 
-    def _prefill(self) -> None:
-        """Compute what a pass takes of a prompt."""
+    def _prefill(self) -> bool:
+        """Compute what a pass takes of a prompt; returns whether there was one."""
         each = next((each for each in self._running if each.logits is None and each.pending is None), None)
         if each is None:
-            return
+            return False
         with self._failing([each]):
             session, prompt_ids, usage = each.slot.session, each.text.request.prompt_ids, each.text.usage
             if not each.begun:
@@ -146,6 +151,7 @@ class RunningTexts:
             self._watch(StepFigures(seconds, texts=0, prompt_tokens=len(part)))
             if len(session) == len(prompt_ids):
                 self._end_prompt(each, logits)
+        return True
 
     def _end_prompt(self, each: _Running, logits: NDArray[np.float32]) -> None:
         """Have a text go on from the logits after its prompt, and with it all that have the same one to begin with."""

@@ -75,7 +75,10 @@ class Text:
 
     def finish(self, reason: str) -> None:
         """Tell of its end; ``reason`` is why, unless the text itself says."""
-        piece = self._growing.finish()
+        try:
+            piece = self._growing.finish()
+        except EngramError as error:  # its last bytes can't be decoded
+            return self.fail(error)
         generation = Generation(
             text=self._growing.text,
             token_ids=tuple(self._growing.token_ids),
