@@ -20,10 +20,10 @@ from engram_export.verify import Parity
 from engram_runtime.cli import cli
 from engram_runtime.golden import Golden, TableGolden
 from engram_runtime.library import LibraryInfo, PackedTensor
-from engram_runtime.openai_api.chat_body import MAX_MESSAGES, MAX_TOOLS, ChatBody
-from engram_runtime.openai_api.completion_body import MAX_PROMPTS, CompletionBody
+from engram_runtime.openai_api.chat_body import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, ChatBody
+from engram_runtime.openai_api.completion_body import MAX_LOGPROBS, MAX_PROMPTS, CompletionBody
 from engram_runtime.openai_api.fields import MAX_STOP, MAX_STOP_CHARS
-from engram_runtime.openai_api.generation_body import MAX_CHOICES, MAX_TOP_LOGPROBS, GenerationBody
+from engram_runtime.openai_api.generation_body import MAX_CHOICES, GenerationBody
 from engram_runtime.openai_api.json_body import MAX_DEPTH
 from engram_runtime.server import limits
 from engram_runtime.server.metrics import Metrics
@@ -176,7 +176,8 @@ def test_the_page_on_the_server_has_its_limits() -> None:
         f"| time for a text, in the queue included | {DEFAULT_TIME_LIMIT_S:.0f} s; ",
         f"| `n` | 1 | 1 to {MAX_CHOICES} |",
         f"| `stop` | none | {MAX_STOP} texts of {MAX_STOP_CHARS} characters |",
-        f"| `logprobs`, `top_logprobs` | none | {MAX_TOP_LOGPROBS} tokens; ",
+        f"| `logprobs`, `top_logprobs` | none | {MAX_TOP_LOGPROBS} tokens; "
+        f"for completions `logprobs` is a number to {MAX_LOGPROBS} |",
         f"| none | {MAX_TOOLS} functions; ",
         f"| required | {MAX_MESSAGES:,} at most; ",
         f"up to {MAX_PROMPTS} of either |",

@@ -17,7 +17,7 @@ from engram_runtime.errors import RequestError, TargetError
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.serving import grammar as grammars
 from engram_runtime.serving.choosing import Chooser
-from engram_runtime.serving.grammar import Grammars, json_object_grammar, json_schema_grammar, lark_grammar
+from engram_runtime.serving.grammar import Grammars
 from engram_runtime.serving.request import TextRequest
 from engram_runtime.tokenizer import TextTokenizer
 
@@ -45,6 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokens(folder: Path) -> Grammars:
     return Grammars(folder / "tokenizer.json", {END_ID})
+
+
+def of_schema(schema: Mapping[str, Any]) -> str:
+    return f"start: %json {json.dumps(schema)}"
 
 
 def chooser(tokens: Grammars, grammar: str, **sampling: Any) -> Chooser:
@@ -86,7 +90,7 @@ def assert_person(value: Mapping[str, Any]) -> None:
     ),
 )
 def test_every_text_follows_its_schema(folder: Path, tokens: Grammars, seed: int, options: dict[str, Any]) -> None:
-    choose = chooser(tokens, json_schema_grammar(PERSON), **options)
+    choose = chooser(tokens, of_schema(PERSON), **options)
     assert_person(json.loads(generate(folder, choose, seed)))
 
 
@@ -95,13 +99,13 @@ def test_every_text_follows_its_schema(folder: Path, tokens: Grammars, seed: int
     [("start: /[a-c]{3}/", "[a-c]{3}"), ('start: "yes" | "no"', "yes|no"), ('start: ("ab" | "c") ~ 2', "(ab|c){2}")],
 )
 def test_every_text_follows_its_lark_grammar(folder: Path, tokens: Grammars, source: str, pattern: str) -> None:
-    texts = {generate(folder, chooser(tokens, lark_grammar(source), temperature=1.0, seed=i), i) for i in range(8)}
+    texts = {generate(folder, chooser(tokens, source, temperature=1.0, seed=i), i) for i in range(8)}
     assert all(re.fullmatch(pattern, text) for text in texts)
     assert len(texts) > 1
 
 
 def test_any_json_object_may_come(tokens: Grammars, folder: Path) -> None:
-    choose = chooser(tokens, json_object_grammar())
+    choose = chooser(tokens, of_schema({"type": "object"}))
     wanted = TextTokenizer.load(folder).encode('{"tide": [1, {"a": null}], "ß": "out"}')
     for token_id in wanted:
         assert choose(_preferring(token_id), []) == token_id
@@ -109,7 +113,7 @@ def test_any_json_object_may_come(tokens: Grammars, folder: Path) -> None:
 
 
 def test_a_text_may_end_where_the_grammar_accepts_it_and_only_there(tokens: Grammars, folder: Path) -> None:
-    choose = chooser(tokens, lark_grammar("start: /xz+/"))
+    choose = chooser(tokens, "start: /xz+/")
     x, z = TextTokenizer.load(folder).encode("xz")
     assert choose(_preferring(END_ID, x), []) == x
     assert choose(_preferring(END_ID, z), []) == z
@@ -118,7 +122,7 @@ def test_a_text_may_end_where_the_grammar_accepts_it_and_only_there(tokens: Gram
 
 
 def test_the_model_s_own_log_probabilities_are_told_whatever_the_grammar_forbids(tokens: Grammars) -> None:
-    choose = chooser(tokens, lark_grammar('start: "a"'))
+    choose = chooser(tokens, 'start: "a"')
     logits = np.zeros(WIDTH, dtype=np.float32)
     choose(logits, [])
     assert choose.choices[0].logprob == pytest.approx(-np.log(WIDTH))
@@ -136,7 +140,10 @@ def _preferring(*token_ids: int) -> Any:
     [
         ("start: tide", 'the grammar has an error: at 1(8): unknown name: "tide"'),
         ("", "the grammar has an error: Empty grammar"),
-        (json_schema_grammar({"type": "tide"}), "the grammar has an error: Invalid type: tide"),
+        (
+            of_schema({"type": "tide"}),
+            "the grammar has an error: at 1(8): failed to compile JSON schema: Invalid type: tide",
+        ),
         ('{"grammars"', "the grammar has an error: EOF while parsing an object at line 1 column 11"),
         ("#" * (1 + (64 << 10)), "the grammar has 65537 characters, wanted at most 65536; simplify it"),
         (
@@ -154,22 +161,22 @@ def test_grammars_with_errors_are_refused(tokens: Grammars, grammar: str, messag
 def test_a_grammar_of_too_many_symbols_is_refused(tokens: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "MAX_SYMBOLS", 10)
     with pytest.raises(RequestError, match=r"^the grammar has an error: "):
-        tokens.guide(json_schema_grammar(PERSON))
+        tokens.guide(of_schema(PERSON))
 
 
 def test_a_text_that_left_its_grammar_is_an_error(tokens: Grammars) -> None:
     with pytest.raises(RequestError, match=r"^the grammar can't be followed: "):
-        tokens.guide(lark_grammar('start: "x"')).push(END_ID)
+        tokens.guide('start: "x"').push(END_ID)
 
 
 def test_a_tokenizer_that_grammars_cant_be_used_with_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(RequestError, match=r"^grammars can't be used with this bundle's tokenizer: "):
-        Grammars(tmp_path / "tokenizer.json", {0}).guide(lark_grammar('start: "a"'))
+        Grammars(tmp_path / "tokenizer.json", {0}).guide('start: "a"')
 
 
-def test_without_llguidance_a_grammar_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llguidance_a_grammar_says_what_to_install(tokens: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(TargetError) as caught:
-        json_object_grammar()
+        tokens.guide("start: /x/")
     assert str(caught.value) == "a grammar needs llguidance: pip install 'engram-edge[serve]'"

@@ -169,6 +169,10 @@ def test_health_says_loading_ok_and_failed(engine: ScriptedEngine) -> None:
         answer = httpx2.get(f"{url}/health")
         assert (answer.status_code, answer.json()) == (503, {"status": "loading"})
         assert [model["id"] for model in httpx2.get(f"{url}/v1/models").json()["data"]] == ["scripted"]
+        for path in (CHAT, "/tokenize"):
+            answer = httpx2.post(f"{url}{path}", json={**BODY, "model": "other"})
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "model_loading")
+            assert answer.headers["retry-after"] == "5"
     with served(engine) as url:
         assert httpx2.get(f"{url}/health").json() == {"status": "ok"}
         engine.failure = RequestError("a defect")
@@ -220,10 +224,24 @@ def test_headers_are_bounded(url: str) -> None:
     ],
     ids=["headers", "body"],
 )
-def test_a_request_that_never_ends_is_ended(url: str, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"], ids=["first", "second"])
+def test_a_request_that_never_ends_is_ended(
+    url: str, before: bytes, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(protocol, "RECEIPT_S", {h11.IDLE: 0.3, h11.SEND_BODY: 0.3})
     with contextlib.suppress(ConnectionResetError):
-        assert raw_answer(url, sent) == b""
+        assert raw_answer(url, before + sent).count(b"HTTP/1.1") == bool(before)
+
+
+def test_what_is_no_http_after_an_answer_closes_the_connection(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(b"POST /none HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        connection.sendall(b"no chunk\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(65536) == b""
+    assert caplog.records == []
 
 
 def test_a_deadline_counts_from_the_beginning_of_a_part(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """Bundle tokenizers: special tokens, limits, and the native library's failures turned into ours."""
 
 import json
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +239,16 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, conte
     with pytest.raises(BundleError) as caught:
         TextTokenizer.load(tmp_path)
     assert str(caught.value) == message.format(path=path)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = TextTokenizer.load(tmp_path)
+    encoding = threading.Thread(target=tokenizer.encode, args=("The tide is high. " * 40_000,))
+    turns = [time.perf_counter()]
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns.append(time.perf_counter())
+    longest = max(later - sooner for sooner, later in pairwise(turns))
+    assert longest < (turns[-1] - turns[0]) / 2

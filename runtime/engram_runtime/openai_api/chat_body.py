@@ -6,10 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from engram_runtime.openai_api.fields import Fields, Name
-from engram_runtime.openai_api.generation_body import MAX_TOP_LOGPROBS, GenerationBody, TokenCount
+from engram_runtime.openai_api.generation_body import GenerationBody, TokenCount
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
+MAX_TOP_LOGPROBS = 20  # OpenAI's
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 

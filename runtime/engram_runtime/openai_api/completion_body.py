@@ -6,11 +6,12 @@ from typing import Annotated, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from engram_runtime.openai_api.fields import TokenId
-from engram_runtime.openai_api.generation_body import MAX_TOP_LOGPROBS, GenerationBody
+from engram_runtime.openai_api.generation_body import GenerationBody
 
 MAX_PROMPTS = 16
 MAX_TEXTS = 16
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_LOGPROBS = 5  # OpenAI's
 
 Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
 
@@ -30,7 +31,7 @@ class CompletionBody(GenerationBody):
     }
 
     prompt: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
 
     @model_validator(mode="after")

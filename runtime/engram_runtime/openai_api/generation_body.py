@@ -11,8 +11,8 @@ from engram_runtime.sampling import MAX_PENALTY, MIN_PENALTY, SamplingOptions
 from engram_runtime.serving.engine_protocol import Engine
 
 MAX_CHOICES = 4
-MAX_TOP_LOGPROBS = 5
 MAX_BIASES = 256
+MAX_ID_DIGITS = len(str(MAX_TOKEN_ID))
 MAX_TOP_K = 1 << 20
 OPENAI_TEMPERATURE = 1.0
 
@@ -71,7 +71,8 @@ class GenerationBody(Body):
     @classmethod
     def _biases_are_of_tokens(cls, biases: dict[str, float]) -> dict[str, float]:
         for key in biases:
-            if not (key.isascii() and key.isdecimal() and int(key[:10]) <= MAX_TOKEN_ID):
+            # The length first: Python refuses to read thousands of digits.
+            if len(key) > MAX_ID_DIGITS or not (key.isascii() and key.isdecimal() and int(key) <= MAX_TOKEN_ID):
                 raise ValueError(f"wanted token ids as keys, not {key[:20]!r}")
         return biases
 

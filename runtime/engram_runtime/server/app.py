@@ -113,7 +113,8 @@ def _model_routes(models: Models) -> list[Route]:
         return JSONResponse({"object": "list", "data": [described(engine) for engine in dict(models.engines).values()]})
 
     async def retrieve_model(request: Request) -> Response:
-        return JSONResponse(described(find_engine(models.engines, request.path_params["model"])))
+        name = request.path_params["model"]
+        return JSONResponse(described(find_engine(models.engines_for(name), name)))
 
     return [Route("/v1/models", list_models), Route("/v1/models/{model}", retrieve_model)]
 
@@ -121,8 +122,9 @@ def _model_routes(models: Models) -> list[Route]:
 def _token_routes(models: Models) -> list[Route]:
     def route(path: str, answer: Callable[[Engines, Mapping[str, Any]], dict[str, Any]]) -> Route:
         def from_bytes(body: bytes) -> dict[str, Any]:
+            raw = parse_body(body)
             try:
-                return answer(dict(models.engines), parse_body(body))
+                return answer(models.engines_for(raw.get("model")), raw)
             except EngramError as error:
                 raise as_api_error(error) from error
 

@@ -47,7 +47,8 @@ class Generating:
             raise refused
 
     def _prepare(self, path: str, body: bytes) -> Job:
-        return prepare(dict(self._models.engines), path, parse_body(body))
+        raw = parse_body(body)
+        return prepare(self._models.engines_for(raw.get("model")), path, raw)
 
     async def _whole(self, job: Job, mailbox: Mailbox, scope: Scope, receive: Receive, send: Send) -> None:
         async for batch in mailbox.batches():

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 
+from engram_runtime.openai_api.errors import UNAVAILABLE, ApiError
 from engram_runtime.serving.engine_protocol import Engine
+
+LOADING_RETRY_S = 5.0
 
 
 class Models:
@@ -17,6 +20,18 @@ class Models:
         self.engines: dict[str, Engine] = {}
         self.created = created
         self._names = frozenset(names)
+
+    def engines_for(self, model: object) -> dict[str, Engine]:
+        """Return the engines that are loaded; raises ApiError where ``model`` is one that isn't yet."""
+        engines = dict(self.engines)
+        if isinstance(model, str) and model in self._names - engines.keys():
+            raise ApiError(
+                f"model {model!r} is being loaded; ask again once /health says ok",
+                status=UNAVAILABLE,
+                code="model_loading",
+                retry_after_s=LOADING_RETRY_S,
+            )
+        return engines
 
     @property
     def status(self) -> str:

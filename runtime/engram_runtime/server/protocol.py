@@ -25,6 +25,16 @@ class DeadlineProtocol(H11Protocol):
         super().data_received(data)
         self._watch_receipt()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_receipt()  # of a request that came while the one before was answered
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # an answer has begun already
+            self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         for timer in (self._receipt, self._stall):

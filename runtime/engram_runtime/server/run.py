@@ -89,6 +89,7 @@ def make_server(app: ASGIApp) -> Server:
             ws="none",
             lifespan="on",
             log_config=None,
+            log_level="error",  # its warnings are of what clients do wrong
             access_log=False,
             proxy_headers=False,
             server_header=False,

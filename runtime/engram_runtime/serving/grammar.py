@@ -2,7 +2,7 @@
 
 import importlib
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,6 @@ from engram_runtime.errors import RequestError, TargetError
 MAX_GRAMMAR_CHARS = 64 << 10  # a constant as long as that takes 0.1 s a token, in which all texts wait
 MAX_ERROR_CHARS = 300  # of what llguidance says, which may quote the grammar
 MAX_SYMBOLS = 50_000  # in productions; a schema of a thousand properties has fewer
-WHITESPACE = r" |\n {0,16}"  # at most: small models are fond of blanks without end
 FORBIDDEN = np.finfo(np.float32).min  # not minus infinity: samplers refuse logits that aren't finite
 
 
@@ -24,28 +23,6 @@ def _llguidance() -> ModuleType:
         return importlib.import_module("llguidance")
     except ModuleNotFoundError as error:
         raise TargetError("a grammar needs llguidance: pip install 'engram-edge[serve]'") from error
-
-
-def json_schema_grammar(schema: Mapping[str, Any]) -> str:
-    """Return the grammar of JSON texts that a schema accepts, with a blank or a line break wherever JSON may have it.
-
-    Raises:
-        TargetError: llguidance isn't installed.
-    """
-    spaced = {"whitespace_pattern": WHITESPACE}
-    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(dict(schema), defaults=spaced)
-    return grammar
-
-
-def json_object_grammar() -> str:
-    """Return the grammar of any JSON object; errors as for `json_schema_grammar`."""
-    return json_schema_grammar({"type": "object"})
-
-
-def lark_grammar(source: str) -> str:
-    """Return the grammar that llguidance's kind of Lark describes; errors as for `json_schema_grammar`."""
-    grammar: str = _llguidance().LLMatcher.grammar_from_lark(source)
-    return grammar
 
 
 class Guide:
