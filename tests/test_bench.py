@@ -153,6 +153,7 @@ def test_figures_are_those_of_the_answers(start_worker: StartWorker) -> None:
         "prompt_tokens": 8,
         "decode_tokens": 4,
         "rounds": 3,
+        "draft_options": {"drafter": "none", "drafts": None, "mask_id": None, "confidence": None},
         "tables": [{"site": "fast"}],
         "load_average": 0.5,
         "load_average_after": 0.75,
@@ -330,8 +331,8 @@ def test_the_table_has_a_line_for_every_figure(start_worker: StartWorker) -> Non
         "load average 0.50 before, 0.75 after; medians of 3 rounds",
         "fast, 1 threads: fast 1.0",
         "slow, 1 threads: slow 1.0",
-        "memory bandwidth 2.0 GB/s (numpy.max over 64 MB of float32, each thread's part touched by it first; best of "
-        "7 passes)",
+        "memory bandwidth 2.0 GB/s (numpy.max over 64 MB of float32, each thread's part touched by it first; median of "
+        "40 passes)",
         "",
         "|  | fast | slow | ratio (least to largest) |",
         "|---|---:|---:|---:|",

@@ -26,6 +26,7 @@ def report(factor: float = 1.0, **changes: Any) -> dict[str, Any]:
         "bandwidth_gb_s": 10.0,
         "prompt_tokens": 8,
         "decode_tokens": 4,
+        "draft_options": {"drafter": "none", "drafts": None, "mask_id": None, "confidence": None},
         "by_round": by_round,
         **changes,
     }
@@ -75,6 +76,19 @@ def test_the_table_tells_what_differs_before_the_ratios(compared: Any) -> None:
     ]
 
 
+def test_what_was_drafted_from_which_texts_and_after_how_many_tokens_is_told(compared: Any) -> None:
+    drafting = {"drafter": "lookup", "drafts": 2, "mask_id": None, "confidence": None}
+    rounds = [1.0, 2.0, 3.0, 4.0]
+    depths = {depth: {"decode_tok_s": rounds} for depth in ("512", "0")}
+    first = report(prompts={"prose": "The harbour"}, draft_options={**drafting, "drafter": "mtp", "drafts": None})
+    second = report(prompts={"prose": "A harbour"}, draft_options=drafting, by_round={"depths": depths})
+    assert compared(first, second, "--json").json["differences"] == {
+        "drafts": ["mtp", "lookup, drafts 2"],
+        "texts": ["prose 67f2e9c2", "prose 1369bd84"],
+        "tokens before": ["0", "512, 0"],
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -89,6 +103,10 @@ def test_the_table_tells_what_differs_before_the_ratios(compared: Any) -> None:
             report(by_round={"depths": {"0": {"decode_tok_s": [1.0, 0.0]}}}),
             "a.json is no report of this engram bench: by_round.depths.0.decode_tok_s is [1.0, 0.0], expected positive "
             f"numbers{ADVICE}",
+        ),
+        (
+            report(by_round={"load_ms": [1.0] * 201}),
+            f"a.json is no report of this engram bench: by_round.load_ms has 201 rounds, expected at most 200{ADVICE}",
         ),
         (
             report(by_round={"load_ms": "fast"}),

@@ -530,7 +530,8 @@ def test_a_text_too_short_to_score_is_refused(workshop: Workshop, command: Comma
     (tmp_path / "text.txt").write_text("\x00")
     assert error_of(command, "eval", "ppl", workshop.ready().path, "--text", tmp_path / "text.txt") == (
         2,
-        f"engram: a text of 1 tokens in windows of {CONTEXT} has nothing to score",
+        f"engram: a text of 1 tokens in windows of {CONTEXT} has nothing to score, as the first one of "
+        "each only stands before; give a longer one",
     )
 
 

@@ -14,6 +14,7 @@ from tests.conftest import Command
 from tests.rows import gathered
 from tests.tiny import TinyModel, TinySite
 from tests.workshop import Workshop
+from transformers import AutoModelForCausalLM
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.evaluation.parity import distances
@@ -179,6 +180,22 @@ def test_a_float_bundle_is_nowhere_from_its_checkpoint(workshop: Workshop, comma
     lines = command(*line).out.splitlines()
     assert lines[0] == f"onnxruntime against checkpoint, {found['tokens']} tokens"
     assert lines[2].startswith("  same likeliest token 100.00% (")
+
+
+@pytest.mark.parametrize("line", [("eval", "parity", "--executors", "onnxruntime"), ("verify", *ORT)])
+def test_a_checkpoint_of_another_vocabulary_is_refused(
+    workshop: Workshop, command: Command, text: Path, tmp_path: Path, line: tuple[str, ...]
+) -> None:
+    bundle, other = workshop.uncompiled(), tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(workshop.checkpoint(TinyModel()))
+    model.resize_token_embeddings(8)
+    model.save_pretrained(other)
+    outcome = command("engram", *line, bundle.path, "--text", text, "--against", other)
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (
+        3,
+        f"engram: checkpoint {other} has a vocabulary of 8 tokens, the bundle one of "
+        f"{bundle.manifest.model.vocab_size}; give the one that it was made from",
+    )
 
 
 def test_distances_are_those_of_the_definition() -> None:

@@ -15,7 +15,7 @@ from engram_export.checkpoint import open_checkpoint
 from engram_export.verify import VERIFY_TEXT, check_parity, compare
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.evaluate import read_text
-from engram_runtime.errors import RequestError
+from engram_runtime.errors import CheckpointError, RequestError
 from engram_runtime.evaluation.losses import negative_log_likelihood
 from engram_runtime.evaluation.parity import Logits
 from engram_runtime.session import Session
@@ -29,10 +29,19 @@ def check_checkpoint(path: Path) -> None:
     open_checkpoint(path)
 
 
-def checkpoint_logits(checkpoint: Path) -> Logits:
-    """Load a checkpoint, a folder or a GGUF file, in float32; returns what runs tokens through it."""
+def checkpoint_logits(checkpoint: Path, vocab_size: int) -> Logits:
+    """Load a checkpoint, a folder or a GGUF file, in float32; returns what runs tokens through it.
+
+    Raises:
+        CheckpointError: its vocabulary is not of ``vocab_size`` tokens.
+    """
     folder, file = (checkpoint.parent, checkpoint.name) if checkpoint.is_file() else (checkpoint, None)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
+    if (found := len(model.get_output_embeddings().weight)) != vocab_size:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} has a vocabulary of {found} tokens, the bundle one of {vocab_size}; give the one "
+            "that it was made from"
+        )
 
     def run(token_ids: Sequence[int]) -> NDArray[np.float32]:
         with torch.no_grad():
@@ -54,7 +63,7 @@ def compare_with_transformers(
     expected, found, losses = [], [], []
     if len(token_ids) < 2:
         raise RequestError(f"a text of {len(token_ids)} tokens has nothing to compare")
-    reference = checkpoint_logits(checkpoint)
+    reference = checkpoint_logits(checkpoint, bundle.manifest.model.vocab_size)
     window = min(WINDOW, bundle.manifest.model.context_length)
     for start in range(0, len(token_ids), window):
         ids = token_ids[start : start + window]

@@ -1,5 +1,8 @@
 """Two reports of ``engram bench --json`` beside one another."""
 
+import hashlib
+import json
+import reprlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from engram_runtime.bench.report import BY_ROUND, Tree
+from engram_runtime.bench.rounds import MOST_ROUNDS
 from engram_runtime.errors import BundleError
 from engram_runtime.evaluation.intervals import Estimate, ratio_of_runs
 from engram_runtime.strict_json import Fields, read_json_object
 
 PEER = "against"
 TWICE = ("prefill_tok_s", "decode_tok_s")  # those of the first depth, which stand under depths as well
+DEPTHS = "depths."
 NO_PEER = "none"
 Fact = str | int | float
 Rounds = Mapping[str, Sequence[float]]  # by figure, its keys joined by dots
@@ -55,13 +60,29 @@ def _parse(values: Mapping[str, Any]) -> BenchReport:
         "load average after": round(fields.number("load_average_after"), 2),
         "memory bandwidth, GB/s": fields.number("bandwidth_gb_s"),
         **{f"{name} tokens": fields.count(f"{name}_tokens") for name in ("prompt", "decode")},
+        "drafts": _drafts(fields.fields("draft_options")),
+        "texts": _texts(fields.fields("prompts")) if fields.given("prompts") else "none",
     }
     rounds = dict(_leaves(fields.fields(BY_ROUND), BY_ROUND))
+    depths = dict.fromkeys(key.split(".")[1] for key in rounds if key.startswith(DEPTHS))
+    facts["tokens before"] = ", ".join(depths)  # the first is what ttft_ms is of
     if PEER not in values:
         return BenchReport(facts={**facts, "peer": NO_PEER}, rounds=rounds, peer_rounds={})
     peer = fields.fields(PEER)
     facts["peer"] = f"{peer.take('runner', str)}, {peer.take('build', str)}"
     return BenchReport(facts=facts, rounds=rounds, peer_rounds=dict(_leaves(peer.fields(BY_ROUND), BY_ROUND)))
+
+
+def _drafts(options: Fields) -> str:
+    drafter = options.take("drafter", str)
+    numbers = {name: options.number(name) for name in ("drafts", "mask_id", "confidence") if options.given(name)}
+    return ", ".join([drafter, *(f"{name} {number:g}" for name, number in numbers.items())])
+
+
+def _texts(prompts: Fields) -> str:
+    """Return the texts that were gone on from, each by its name and what tells it from others of that name."""
+    digests = {name: hashlib.sha256(json.dumps(text).encode()) for name, text in prompts.remaining().items()}
+    return ", ".join(f"{name} {digest.hexdigest()[:8]}" for name, digest in digests.items())
 
 
 def _leaves(fields: Fields, where: str, *above: str) -> Iterator[tuple[str, Sequence[float]]]:
@@ -71,7 +92,9 @@ def _leaves(fields: Fields, where: str, *above: str) -> Iterator[tuple[str, Sequ
             continue
         rounds = Fields({key: value}, where).numbers(key)
         if not rounds or min(rounds) <= 0:
-            raise BundleError(f"{where}.{key} is {list(rounds)}, expected positive numbers")
+            raise BundleError(f"{where}.{key} is {reprlib.repr(list(rounds))}, expected positive numbers")
+        if len(rounds) > MOST_ROUNDS:
+            raise BundleError(f"{where}.{key} has {len(rounds)} rounds, expected at most {MOST_ROUNDS}")
         yield ".".join([*above, key]), rounds
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from engram_runtime.bench.bandwidth import Bandwidth
@@ -113,6 +114,7 @@ def report(results: Sequence[Result], settings: Settings, bandwidth: Bandwidth, 
         "prompt_tokens": settings.prompt_tokens,
         "decode_tokens": settings.decode_tokens,
         "rounds": settings.rounds,
+        "draft_options": asdict(settings.drafts),
         **({"prompts": dict(settings.prompts)} if settings.prompts else {}),
         "tables": first.facts["tables"],
         "load_average": load_average[0],

@@ -15,6 +15,7 @@ from engram_runtime.tables.options import AUTO
 
 DRAFTS = "drafts"
 VERIFIED_TOKENS = (1, 2, 4, 8, 16)
+MOST_ROUNDS = 200  # to compare reports all pairs of their rounds are ranked
 WARM_UP_TOKENS = 1  # decoded before those that count
 SETTLE_S = 0.02  # idle threads of the one before still spin for some milliseconds
 

@@ -19,7 +19,7 @@ from engram_runtime.bench.markdown import markdown
 from engram_runtime.bench.plot import plot_speeds
 from engram_runtime.bench.prompts import PROMPTS
 from engram_runtime.bench.report import bytes_of_a_token, ratios, report, where
-from engram_runtime.bench.rounds import Contestant, Settings, measure
+from engram_runtime.bench.rounds import MOST_ROUNDS, Contestant, Settings, measure
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.evaluate import read_text
 from engram_runtime.commands.options import (
@@ -87,7 +87,7 @@ class BundleOrSubcommand(click.Command):
     show_default=True,
     help="Tokens before those measured; may be given several times, the first one is the figure.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, MOST_ROUNDS), default=7, show_default=True)
 @click.option("--profile", is_flag=True, help="Say where the time goes, by kind of kernel.")
 @draft_options
 @click.option(

@@ -53,10 +53,11 @@ def parity(
     with contextlib.ExitStack() as opened:
         loadings = [dataclasses.replace(loading, executor=name) for name in names]
         llms = [opened.enter_context(each.load(bundle)) for each in loadings]
-        windows = text.windows(llms[0].tokenizer, llms[0].session.model.context_length)
+        model = llms[0].session.model
+        windows = text.windows(llms[0].tokenizer, model.context_length)
         models = [(llm.executor.name, logits_of(llm.session)) for llm in llms]
         if against is not None:
-            models.insert(0, (CHECKPOINT, checkpoint_parity().checkpoint_logits(against)))
+            models.insert(0, (CHECKPOINT, checkpoint_parity().checkpoint_logits(against, model.vocab_size)))
         (reference, expected), *others = models
         with click.progressbar(length=windows.tokens, label="comparing", file=sys.stderr) as bar:
             compared = distances(expected, dict(others), windows, bar.update)

@@ -47,7 +47,10 @@ class Windows:
         starts = range(0, len(token_ids) - 1, window)  # a last token alone would have nothing to score
         scored = [num_bytes[start + 1 : start + window] for start in starts]
         if sum(int(counts.sum()) for counts in scored) == 0:
-            raise RequestError(f"a text of {len(token_ids)} tokens in windows of {window} has nothing to score")
+            raise RequestError(
+                f"a text of {len(token_ids)} tokens in windows of {window} has nothing to score, as the first one of "
+                "each only stands before; give a longer one"
+            )
         return cls(
             size=window,
             token_ids=[token_ids[start : start + window] for start in starts],
