@@ -140,6 +140,15 @@ def test_the_slot_that_has_been_free_for_longest_forgets() -> None:
     assert computed == [3, 3, 3, 1, 3]
 
 
+def test_a_prompt_that_only_begins_like_a_text_leaves_that_one_its_slot() -> None:
+    with engine_of(Together(), slots=2) as engine:
+        computed = []
+        for prompt in [(1, 2, 3, 4, 5, 6), (1, 2, 9, 9, 9), (1, 2, 3, 4, 5, 6, 7)]:
+            engine.submit([asked(*prompt)], told := Told())
+            computed.append(told.generation().prefilled_tokens)
+    assert computed == [6, 3, 1]
+
+
 def test_clients_take_turns() -> None:
     model, names, ended = held(), ("a1", "a2", "a3", "b1", "c1", "b2"), Told()
     with engine_of(model, slots=1) as engine:

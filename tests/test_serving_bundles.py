@@ -21,6 +21,8 @@ from engram_runtime.serving.opening import open_engine
 from engram_runtime.serving.options import EngineOptions
 from engram_runtime.serving.request import TextRequest
 from engram_runtime.session import Session
+from engram_runtime.tables.options import TableOptions
+from engram_runtime.tables.overlay_file import OverlaySpec, write_overlay
 
 BUNDLES: dict[str, Callable[[Workshop], Bundle]] = {"window": Workshop.ready, "positional": Workshop.positional}
 PROMPTS = ("The tide comes in", "A table of rows is read by the hash", "Über den Wolken", "twice", "日本語")
@@ -173,3 +175,16 @@ def test_an_engine_says_what_it_is(workshop: Workshop) -> None:
         assert (engine.name, engine.vocab_size, engine.context_length, engine.failure) == ("compiled", 300, 192, None)
         assert len(engine.fingerprint) == 12
         assert engine.fingerprint != other.fingerprint
+
+
+def test_an_engine_with_an_overlay_says_that_it_is_another(workshop: Workshop, tmp_path: Path) -> None:
+    bundle = workshop.ready()
+    (table,) = bundle.manifest.tables
+    rows = np.zeros((1, table.record.record_bytes), dtype=np.uint8)
+    write_overlay(path := tmp_path / "o", OverlaySpec.of(bundle, table), np.array([1]), rows)
+    names = []
+    for overlays in [(), (path,)]:
+        reading = TableOptions(overlays=overlays)
+        with open_engine(bundle.path, options=EngineOptions(slots=1), threads=THREADS, tables=reading) as engine:
+            names.append(engine.fingerprint)
+    assert names[0] != names[1]

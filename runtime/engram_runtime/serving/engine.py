@@ -62,11 +62,13 @@ class BundleEngine:
         options: EngineOptions,
         *,
         decoding: Decoding | None = None,
+        overlays: Sequence[str] = (),
     ) -> None:
         """Start an engine.
 
         Args:
             sites: the caller's, who closes them after it.
+            overlays: SHA-256 of what lies over their tables.
             decoding: for a text that is the only one, in place of one token a pass; it mustn't change the text.
 
         Raises:
@@ -76,7 +78,7 @@ class BundleEngine:
         self.tokenizer = tokenizer
         self.context_length = bundle.manifest.model.context_length
         self.vocab_size = bundle.manifest.model.vocab_size
-        generates = manifest_bytes(bundle.manifest) + f"{executor.name} {options.tables_on}".encode()
+        generates = manifest_bytes(bundle.manifest) + f"{executor.name} {options.tables_on} {[*overlays]}".encode()
         self.fingerprint = hashlib.sha256(generates).hexdigest()[:12]
         self._sites = sites
         self._options = options

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.drafting.opening import open_decoding
 from engram_runtime.drafting.options import APPROXIMATE_MASK, MASK, NO_DRAFTS, NONE, DraftOptions
 from engram_runtime.errors import RequestError
@@ -50,4 +50,6 @@ def open_engine(
         reading = tables if options.tables_on else UNLOADED
         sites = open_sites(bundle, reading, loaded, announce=announce if options.tables_on else silently)
         opened.callback(close_sites, sites)
-        yield opened.enter_context(BundleEngine(bundle, loaded, sites, tokenizer, options, decoding=decoding))
+        overlays = [file_sha256(overlay) for overlay in reading.overlays]
+        engine = BundleEngine(bundle, loaded, sites, tokenizer, options, decoding=decoding, overlays=overlays)
+        yield opened.enter_context(engine)

@@ -45,8 +45,12 @@ class Slots:
         return sum(len(slot.session) for slot in self._slots)
 
     def take(self, prompt_ids: Sequence[int]) -> Slot:
-        """Return the free slot with most of a prompt, of equal ones that which has been free for longest."""
-        slot = max(self.free, key=lambda slot: (_shared(slot, prompt_ids), -slot.released))
+        """Return the free slot whose text a prompt goes on with, of several that with most of it.
+
+        Where it goes on with none, and of equal ones, it is the one that has been free for longest: what prompts of a
+        kind begin with is copied from another, whose own text isn't lost for it.
+        """
+        slot = max(self.free, key=lambda slot: (_continued(slot, prompt_ids), -slot.released))
         slot.busy = True
         return slot
 
@@ -71,3 +75,9 @@ class Slots:
 def _shared(slot: Slot, prompt_ids: Sequence[int]) -> int:
     """Return how much of a prompt a slot holds, but for its last token, after which logits are wanted."""
     return min(common_length(slot.session.token_ids, prompt_ids), len(prompt_ids) - 1)
+
+
+def _continued(slot: Slot, prompt_ids: Sequence[int]) -> int:
+    """Return how much of a prompt a slot holds, 0 where that is the lesser part of its own tokens."""
+    shared = _shared(slot, prompt_ids)
+    return shared if 2 * shared >= len(slot.session) else 0
