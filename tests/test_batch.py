@@ -285,3 +285,11 @@ def test_a_cluster_that_isnt_there_is_refused(bundle: Path, command: Command, tm
     outcome = run(command, bundle, source, tmp_path / "out.jsonl", "--ray", "auto")
     assert outcome.code == 4
     assert "engram: the batch on Ray can't go on: Could not find any running Ray instance." in outcome.err
+
+
+def test_an_address_that_is_none_is_refused(bundle: Path, command: Command, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    source = write_requests(tmp_path / "in.jsonl", *IDS)
+    outcome = run(command, bundle, source, tmp_path / "out.jsonl", "--ray", "nowhere")
+    assert outcome.code == 4
+    assert "engram: the batch on Ray can't begin: Invalid address format: nowhere\n" in outcome.err

@@ -117,7 +117,10 @@ def _blocks(pending: LineIndex, at_once: int, workers: int) -> list[Any]:
 def _joined(cluster: Cluster) -> Iterator[int]:
     """Be part of a cluster; yields how many workers there are to be."""
     where = _own_cluster(cluster) if cluster.address is None else {"address": cluster.address}
-    ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+    try:
+        ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+    except (ValueError, RuntimeError) as error:  # of an address that is none, or where nobody answers
+        raise TargetError(f"the batch on Ray can't begin: {_reason(error)}") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:

@@ -1,4 +1,4 @@
-"""Figures with intervals that hold the true value in 95 of 100 repetitions."""
+"""Figures with intervals that hold the true value in 95 of 100 repetitions where their units are independent."""
 
 import functools
 import itertools
