@@ -39,7 +39,7 @@ PLAIN = TinyModel()
 SITE = TinySite()
 TINY_SLICE = 5000  # bytes: no whole number of rows of anything
 # What slices of other sizes may round otherwise: the logits of the verification, and so its digest.
-VERIFIED = ("golden/golden.json", "engram.json")
+VERIFIED = ("golden/golden.json", "engram.json", "README.md")
 
 
 @pytest.fixture(scope="module")
