@@ -2,14 +2,21 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from playwright.sync_api import Browser, Page, expect
 from starlette.responses import Response
 from tests.browser import CHROMIUM, headless_chromium
 from tests.scripted_server import Conversation, Paused, cut, events, model_list, refusal, scripted_server
+from tests.served import served
+from tests.workshop import THREADS, Workshop
+
+from engram_runtime.serving.opening import open_engine
+from engram_runtime.serving.options import EngineOptions
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to show the page in")
 
@@ -85,8 +92,8 @@ def server() -> Iterator[Conversation]:
         yield conversation
 
 
-@pytest.fixture
-def page(browser: Browser, server: Conversation) -> Iterator[Page]:
+@contextmanager
+def opened_page(browser: Browser, url: str) -> Iterator[Page]:
     """The page as it is when it has asked for the models; it has asked nobody else, and nothing went wrong in it."""
     with browser.new_context(viewport={"width": 900, "height": 640}) as context:
         opened = context.new_page()
@@ -96,11 +103,17 @@ def page(browser: Browser, server: Conversation) -> Iterator[Page]:
         opened.on("pageerror", lambda error: errors.append(str(error)))
         opened.on("console", lambda message: errors.append(message.text))
         opened.on("request", lambda request: requested.append(request.url))
-        opened.goto(server.url)
+        opened.goto(url)
         expect(opened.locator("#model option")).to_have_count(1)
         yield opened
         assert [error for error in errors if "the server responded with a status of" not in error] == []
-        assert [url for url in requested if not url.startswith(server.url)] == []
+        assert [asked for asked in requested if not asked.startswith(url)] == []
+
+
+@pytest.fixture
+def page(browser: Browser, server: Conversation) -> Iterator[Page]:
+    with opened_page(browser, server.url) as opened:
+        yield opened
 
 
 def ask(page: Page, text: str) -> None:
@@ -123,6 +136,28 @@ def test_an_answer_streams_in_wherever_its_bytes_are_cut(page: Page, server: Con
         assert reply.locator(".text").text_content() == TEXT
         assert reply.locator(".column").count() == len(SAID)
         assert reply.get_attribute("aria-busy") == "false"
+
+
+def test_a_model_answers(browser: Browser, workshop: Workshop) -> None:
+    """What is read at the server itself is what a client without a stream is told."""
+    with (
+        open_engine(workshop.ready().path, options=EngineOptions(slots=1), threads=THREADS) as engine,
+        served(engine) as url,
+        opened_page(browser, f"{url}/") as page,
+    ):
+        page.get_by_text("Settings").click()
+        for label, value in (("Temperature", "1"), ("Max tokens", "12"), ("Seed", "7")):
+            page.get_by_label(label).fill(value)
+        ask(page, "The tide")
+        expect(page.locator(".figures")).to_contain_text("length")
+        fields = {"temperature": 1, "max_tokens": 12, "seed": 7, "engram": {"activity": True}}
+        body = {"model": engine.name, "messages": [{"role": "user", "content": "The tide"}], **fields}
+        (choice,) = httpx2.post(f"{url}/v1/chat/completions", json=body).json()["choices"]
+        gates = [max(site["gate"] for site in token["sites"].values()) for token in choice["engram"]["tokens"]]
+        assert page.locator(".reply .text").text_content() == choice["message"]["content"]
+        shown = page.locator(".token").evaluate_all("spans => spans.map(s => +s.style.getPropertyValue('--gate'))")
+        assert shown == pytest.approx(gates)
+        assert page.locator(".column").count() == len(gates) == 12
 
 
 def test_tokens_are_seen_before_the_answer_ends(page: Page, server: Conversation) -> None:

@@ -13,14 +13,19 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
+from tests.openai_conformance import BEHAVIOURS, Asker, Behaviour
+from tests.served import served
 from tests.workshop import THREADS
 from transformers import AutoModelForCausalLM
 
 from engram_compilers.build import compile_bundle
 from engram_runtime import LLM, Bundle
 from engram_runtime.draft_head import DraftHead
+from engram_runtime.serving.opening import open_engine
+from engram_runtime.serving.options import EngineOptions
 from engram_runtime.session import Session
 from engram_runtime.tables.options import TableOptions
 from engram_targets import load_profile
@@ -191,3 +196,18 @@ def test_its_head_drafts_what_it_says_next(bundle: Path, executor: str) -> None:
             drafted = head.extend(token_ids[1:], session.hidden[:-1], every_row=True)
     drafts = head.vocabulary[drafted.logits.argmax(axis=1)][len(prompt_ids) - 1 : -1]
     assert np.mean(drafts == token_ids[len(prompt_ids) + 1 :]) > 0.3
+
+
+@pytest.fixture(scope="module")
+def asker(bundle: Path) -> Iterator[Asker]:
+    with (
+        open_engine(bundle, options=EngineOptions(slots=4), threads=THREADS) as engine,
+        served(engine) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        yield Asker(client)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_openai_s_client_is_told_what_it_expects(asker: Asker, behaviour: Behaviour) -> None:
+    behaviour(asker)

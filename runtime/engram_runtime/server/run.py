@@ -113,6 +113,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+    except UnicodeError as error:
+        raise RequestError(f"can't listen at {host!r}, which is no name of a host; choose another one") from error
     except OSError as error:
         raise RequestError(f"can't listen at {host} port {port}: {error.strerror}; choose another one") from error
     listener.listen(BACKLOG)
