@@ -32,7 +32,7 @@ BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     "repetition_penalty": (0.01, 100, False),
     "frequency_penalty": (-2, 2, False),
     "presence_penalty": (-2, 2, False),
-    "seed": (0, 2**63 - 1, True),
+    "seed": (-(2**63), 2**63 - 1, True),
     "n": (1, 4, True),
     "max_tokens": (1, CONTEXT, True),
 }
@@ -162,6 +162,7 @@ def test_the_makers_defaults_come_before_openai_s(tmp_path: Path) -> None:
 
 def test_choices_have_seeds_of_their_own(engine: ScriptedEngine) -> None:
     assert [made.sampling.seed for made in prepared(engine, n=3, seed=4).requests] == [4, 5, 6]
+    assert [made.sampling.seed for made in prepared(engine, n=2, seed=-1).requests] == [2**64 - 1, 2**64]
     assert [made.sampling.seed for made in prepared(engine, n=2).requests] == [None, None]
 
 

@@ -57,7 +57,7 @@ class GenerationBody(Body):
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_PENALTY, le=MAX_PENALTY)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES, default_factory=dict)]
@@ -98,7 +98,7 @@ class GenerationBody(Body):
         }
         asked = {name: value for name, value in given.items() if value is not None}
         defaults = {"temperature": OPENAI_TEMPERATURE, **engine.tokenizer.sampling_defaults}
-        seed = None if self.seed is None else self.seed + choice
+        seed = None if self.seed is None else self.seed % 2**64 + choice  # those of `SamplingOptions` are from 0
         return SamplingOptions(**{**defaults, **asked}, seed=seed)  # type: ignore[arg-type]
 
 
