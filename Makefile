@@ -10,6 +10,7 @@ setup: $(INSTALLED)
 
 # torch first and pinned: a range, or another package asking for it, may pull gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing Python packages, 3 GB in $(VENV): this takes some minutes and says nothing"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade "pip>=25.1"
 	$(BIN)/pip install -q torch==2.13.0 -c constraints.txt

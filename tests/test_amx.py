@@ -271,6 +271,9 @@ def test_experts_no_token_chose_can_hold_anything(kind: str) -> None:
 # Models
 
 
+LESS_USUAL = ["int4", "mixtral"]
+
+
 def quantised_bundle(workshop: Workshop, name: str) -> Bundle:
     match name:
         case "int8":
@@ -282,7 +285,7 @@ def quantised_bundle(workshop: Workshop, name: str) -> Bundle:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4", "mixtral"])
+@pytest.mark.parametrize("name", ["int8", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LESS_USUAL)])
 def test_a_model_on_tiles_gives_the_logits_of_avx512_vnni_bit_for_bit(workshop: Workshop, name: str) -> None:
     """20 tokens at once, then two, then one."""
     bundle = quantised_bundle(workshop, name)

@@ -81,7 +81,7 @@ ALL = [
     pytest.param("int4-vnni", marks=needs_vnni),
     "float",
     "kept-q4_0",
-    pytest.param("kept-q4_0-vnni", marks=[needs_vnni, pytest.mark.slow]),
+    pytest.param("kept-q4_0-vnni", marks=[needs_vnni, pytest.mark.slow, pytest.mark.exhaustive]),
     pytest.param("kept-q8_0", marks=pytest.mark.slow),
 ]
 
@@ -159,7 +159,7 @@ def test_both_kernel_families_give_the_same_bits(workshop: Workshop, name: str) 
 @pytest.mark.parametrize(
     ("family", "mcpu"),
     [
-        ("portable", "x86-64-v2"),
+        pytest.param("portable", "x86-64-v2", marks=pytest.mark.exhaustive),
         pytest.param("avx2", "haswell", marks=needs_avx2),
         pytest.param("avx512_vnni", "cascadelake", marks=needs_vnni),
     ],

@@ -247,6 +247,12 @@ def test_options_that_have_no_sense_are_refused(
     assert (outcome.code, outcome.err.splitlines()[-1]) == (2, f"engram: {message.format(path=qwen)}")
 
 
+def test_a_path_that_leads_nowhere_is_called_so(tmp_path: Path, command: Command) -> None:
+    outcome = command("engram", "plan", path := tmp_path / "nosuch")
+    sentence = f"{path} does not exist; give a bundle, a folder with config.json or a .gguf file"
+    assert (outcome.code, outcome.err) == (2, f"engram: {sentence}\n")
+
+
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
     folder = big_models.qwen(tmp_path / "other")
     (folder / "config.json").write_text(json.dumps({"model_type": "mamba2"}))

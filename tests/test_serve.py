@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,8 +295,12 @@ def test_the_command_refuses_what_it_can_not_serve(command: Command, bundle: Pat
         "engram: temperature is -1.0, wanted between 0 and 100\n"
     )
     missing = command("engram", "serve", tmp_path / "none.engram", "--port", "0")
-    assert missing.code == 3
+    assert (missing.code, missing.out) == (3, "")
     assert "none.engram" in missing.err
+    shutil.copytree(bundle, tmp_path / "raw.engram", ignore=shutil.ignore_patterns("lib"))
+    raw = command("engram", "serve", tmp_path / "raw.engram", "--port", "0")
+    assert (raw.code, raw.out) == (4, "")  # before it says where it listens
+    assert "has no compiled library; run: engram compile" in raw.err
 
 
 def test_the_command_says_what_it_lacks(command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

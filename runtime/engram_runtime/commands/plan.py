@@ -113,6 +113,8 @@ def _outline(path: Path, **options: Any) -> Outline:
                 f"{path} is a bundle, its weights and tables are as they are; leave out --quant and --table-dtype"
             )
         return outline_bundle(Bundle.open(path))
+    if not path.exists():
+        raise RequestError(f"{path} does not exist; give a bundle, a folder with config.json or a .gguf file")
     try:
         checkpoint = importlib.import_module(CHECKPOINT_OUTLINE)
     except ModuleNotFoundError as error:

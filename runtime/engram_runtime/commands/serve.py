@@ -5,15 +5,18 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from engram_runtime.bench.bundle_runner import TVM
+from engram_runtime.bundle import Bundle
 from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.loading import Loading, loading_options
 from engram_runtime.errors import RequestError, TargetError
+from engram_runtime.library import find_library
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.serving.engine_protocol import Engine
 from engram_runtime.serving.opening import open_engine
@@ -94,6 +97,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
     paths = _paths(bundles)
+    _check(paths.values(), loading.executor)
     access = access_for(host, read_keys(api_key_file, os.environ))
     context = click.get_current_context()
     defaults = {name: value for name, value in sampling.items() if value is not None}
@@ -138,6 +142,14 @@ def _paths(bundles: Sequence[Path]) -> dict[str, Path]:
             raise RequestError(f"{paths[name]} and {bundle} would both be model {name!r}; rename a folder")
         paths[name] = bundle
     return paths
+
+
+def _check(paths: Iterable[Path], executor: str) -> None:
+    """Refuse what can't be loaded before anybody is told where to ask."""
+    for path in paths:
+        bundle = Bundle.open(path)
+        if executor == TVM:
+            find_library(bundle)
 
 
 def _introduce(url: str, model: str, key_variable: str | None) -> None:
