@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from engram_compilers.build import compile_bundle
 from engram_runtime import LLM, Bundle
+from engram_runtime.bench.bundle_runner import load
 from engram_runtime.draft_head import DraftHead
+from engram_runtime.planning.bundle_outline import outline_bundle
 from engram_runtime.serving.opening import open_engine
 from engram_runtime.serving.options import EngineOptions
 from engram_runtime.session import Session
@@ -103,6 +105,11 @@ def bundle(exported: Exported) -> Path:
 def llm(request: pytest.FixtureRequest, bundle: Path) -> Iterator[LLM]:
     with LLM(bundle, request.param, threads=THREADS) as opened:
         yield opened
+
+
+def test_a_token_reads_the_weights_of_its_decoder_alone_as_a_plan_says(bundle: Path) -> None:
+    runner = load("tvm", str(bundle), threads=THREADS, tables_on=False, table_io="auto", table_ram=None, positions=1)
+    assert runner.weight_bytes == outline_bundle(Bundle.open(bundle)).whole_bytes
 
 
 def sampled_facts(file: str, count: int) -> list[Fact]:

@@ -18,6 +18,7 @@ from engram_runtime.drafting.options import NONE, DraftOptions
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.executor import Executor, added, load_executor
 from engram_runtime.library import find_library
+from engram_runtime.manifest import DECODER
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
 from engram_runtime.tables.options import TableOptions
@@ -55,7 +56,8 @@ class BundleRunner:
         if self.name != TVM:
             return None
         _, library = find_library(self._bundle)
-        return weight_bytes_of_a_token({each.name: each.end - each.offset for each in library.tensors})
+        used = [library.tensors[place] for place in library.graph_tensors[DECODER]]
+        return weight_bytes_of_a_token({each.name: each.end - each.offset for each in used})
 
     @property
     def tables(self) -> Sequence[Mapping[str, Any]]:
