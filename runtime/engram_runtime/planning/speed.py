@@ -2,7 +2,8 @@
 
 Measured with SmolLM2 int8 and random models of `benchmarks/random_models.py` (12 layers in int4, 64 experts in int8),
 for each kernel family on one thread of a Zen 4 core whose memory gave 32 GB/s: the best of 60 steps and of 8 prompts
-of 256 tokens, as others used the machine. `engram plan --check` and `engram bench` tell what they come to elsewhere.
+of 256 tokens, as others used the machine; the portable kernels' rate of attention is scaled from one noisy run.
+No command repeats that calibration: `engram plan --check` and `engram bench` tell what they come to elsewhere.
 """
 
 import math
