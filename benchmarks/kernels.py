@@ -26,8 +26,8 @@ from engram_compilers.kernels import activation, attention, experts, normalise, 
 from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.intrinsics import lanes, splat
 from engram_compilers.kernels.isa import Isa
-from engram_runtime.cpu import request_tiles
-from engram_targets import load_profile, profile_names
+from engram_runtime.cpu import machine, request_tiles
+from engram_targets import cpu_profile_names, load_cpu_profile
 
 SHAPES = ["960x576", "576x576", "3072x576", "576x1536", "49152x576", "2048x2048"]  # outputs x inputs
 ROWS = [1, 4, 8, 64]
@@ -283,7 +283,8 @@ def main() -> None:
     if options.family == "amx" and not request_tiles():
         parser.error("this machine has no AMX tiles, or doesn't let a process use them")
     family = import_module(f"engram_compilers.kernels.{options.family}")
-    cpu = next(profile.mcpu for profile in map(load_profile, profile_names()) if profile.kernels == options.family)
+    profiles = [load_cpu_profile(name) for name in cpu_profile_names()]
+    cpu = next(one.llvm.mcpu for one in profiles if (one.kernels, one.machine) == (options.family, machine()))
     print(f"{'kernel, M rows':34} {'us median':>10} {'us best':>10} {'GB/s':>8} {'of read':>8} {'of peak':>8}")
     for kind in options.only:
         match kind:

@@ -31,18 +31,18 @@ from engram_runtime.site import Site
 from engram_runtime.table_spec import RowRange, TableSpec
 from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.mapped import MappedTable
-from engram_targets import load_profile
+from engram_targets import load_cpu_profile
 
 TAKE, NUMPY, COMPILED = "numpy's take of the records", "look-up, decoded by numpy", "look-up, decoded by the library"
 
 
 def compiled_decoder(table: TableSpec, threads: int, folder: Path) -> RowDecoder:
     """Compile a table's row function for this machine; raises LookupError where it has none."""
-    profile = load_profile("native")
-    target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
+    profile = load_cpu_profile("native")
+    target = tvm.target.Target(profile.llvm.target)
     path = folder / "rows.so"
     tvm.compile(table_functions([table]), target).export_library(
-        str(path), fcompile=partial(link, mtriple=profile.mtriple)
+        str(path), fcompile=partial(link, mtriple=profile.llvm.mtriple)
     )
     module = tvm_ffi.load_module(str(path))
     use_threads = module.get_function("use_threads", query_imports=True)

@@ -38,7 +38,7 @@ from engram_compilers.kernels import (
     portable_experts,
 )
 from engram_compilers.kernels.experts import Routing
-from engram_targets import load_profile
+from engram_targets import load_cpu_profile
 
 Array = NDArray[Any]
 
@@ -68,7 +68,7 @@ def prim_funcs(family: ModuleType) -> dict[str, Any]:
 @cache
 def kernels(family: ModuleType) -> Arm64Kernels:
     with TemporaryDirectory() as folder:
-        return Arm64Kernels(prim_funcs(family), load_profile(TARGETS[family]).mcpu, Path(folder))
+        return Arm64Kernels(prim_funcs(family), load_cpu_profile(TARGETS[family]).llvm.mcpu, Path(folder))
 
 
 @cache

@@ -18,7 +18,7 @@ from engram_compilers.kernels import attention
 from engram_runtime.bundle import Bundle
 from engram_runtime.executor import allocate_states, load_executor
 from engram_runtime.library import LibraryInfo, find_library
-from engram_targets import TargetProfile
+from engram_targets import parse_profile
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, CAPACITY, POSITION = 5, 4, 2, 32, 100, 70
 SIZES = (TOKENS, HEADS, KV_HEADS, HEAD_DIM, CAPACITY)
@@ -115,7 +115,7 @@ def test_the_library_says_which_states_are_float16() -> None:
 
 
 def test_a_profile_names_the_dtype_of_caches() -> None:
-    assert TargetProfile.from_dict("mine", raw_profile(cache_dtype="float16")).cache_dtype == "float16"
+    assert parse_profile("mine", raw_profile(cache_dtype="float16")).cache_dtype == "float16"
     assert profile_message(cache_dtype="int8") == (
         "profile mine has cache_dtype 'int8', there are ['float32', 'float16']"
     )

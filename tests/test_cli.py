@@ -515,7 +515,7 @@ def test_an_unknown_command_is_named(command: Command) -> None:
 def test_an_unknown_target_is_named(workshop: Workshop, command: Command) -> None:
     assert error_of(command, "compile", workshop.uncompiled().path, "--target", "warp") == (
         4,
-        f"engram: target 'warp' is unknown; there are {['native', *profile_names()]}",
+        f"engram: target 'warp' is unknown; there are {['native', *profile_names()]}, and files by path, *.toml",
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import tvm
 
-from engram_targets import load_profile, profile_names
+from engram_targets import cpu_profile_names, load_cpu_profile
 
 # LLVM's names of the x86 features it uses unasked, as /proc/cpuinfo spells them. What else it reports is in all x86-64
 # processors, tunes, or is used by intrinsics alone that no kernel calls.
@@ -42,10 +42,10 @@ USED = {
 TILES = {"amx-tile": "amx_tile", "amx-int8": "amx_int8"}  # asked for by the kernels of amx
 
 
-@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("x86")])
+@pytest.mark.parametrize("name", [name for name in cpu_profile_names() if name.startswith("x86")])
 def test_a_profile_asks_for_all_that_llvm_uses_unasked(name: str) -> None:
-    profile = load_profile(name)
-    target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
+    profile = load_cpu_profile(name)
+    target = tvm.target.Target(profile.llvm.target)
     features = tvm.target.codegen.llvm_get_cpu_features(target)
     asked = {**USED, **(TILES if profile.kernels == "amx" else {})}
     assert set(profile.cpu_flags) == {flag for feature, flag in asked.items() if feature in features}

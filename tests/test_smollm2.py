@@ -30,7 +30,7 @@ from engram_runtime.serving.opening import open_engine
 from engram_runtime.serving.options import EngineOptions
 from engram_runtime.session import Session
 from engram_runtime.tables.options import TableOptions
-from engram_targets import load_profile
+from engram_targets import load_cpu_profile
 from examples.retrofit.facts import CHAT, HELD_OUT_QUESTIONS, Fact, read_facts
 
 pytestmark = pytest.mark.slow
@@ -96,7 +96,7 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
 @pytest.fixture(scope="module")
 def bundle(exported: Exported) -> Path:
     """Compile with fewer forward passes than a profile has, which is quicker and changes no bit."""
-    profile = dataclasses.replace(load_profile("native"), decode_tokens=(1, 4), prefill_tokens=(16, 64))
+    profile = dataclasses.replace(load_cpu_profile("native"), decode_tokens=(1, 4), prefill_tokens=(16, 64))
     compile_bundle(Bundle.open(exported.bundle), profile)
     return exported.bundle
 

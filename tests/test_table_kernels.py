@@ -28,7 +28,7 @@ from engram_runtime.library import find_library
 from engram_runtime.records import RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.decoding import SHARED_FROM_ROWS, RowDecoder
-from engram_targets import load_profile
+from engram_targets import load_cpu_profile
 
 Rows = NDArray[np.float32]
 
@@ -150,7 +150,7 @@ def test_every_float16_has_the_value_of_numpy() -> None:
 
 def test_arm_code_gives_the_values_of_numpy(tmp_path: Path) -> None:
     functions = {f"rows_{i}": decode_rows(*layout) for i, layout in enumerate(LAYOUTS)}
-    emulated = Arm64Kernels(functions, load_profile("aarch64-dotprod").mcpu, tmp_path)
+    emulated = Arm64Kernels(functions, load_cpu_profile("aarch64-dotprod").llvm.mcpu, tmp_path)
     for name, layout in zip(functions, LAYOUTS, strict=True):
         records = scattered(layout, 5)
         out = np.full((5, layout[0].columns), np.nan, dtype=np.float32)

@@ -8,9 +8,9 @@ from tests.test_profiles import MACHINE, bundle_at, raw_library, this_machine
 
 from engram_runtime import cpu
 from engram_runtime.library import LibraryInfo, find_library
-from engram_targets import detect_native, load_profile
+from engram_targets import detect_native, load_cpu_profile
 
-TILES, VNNI = load_profile("x86-64-amx"), load_profile("x86-64-avx512-vnni")
+TILES, VNNI = load_cpu_profile("x86-64-amx"), load_cpu_profile("x86-64-avx512-vnni")
 
 
 class FakeKernel:
@@ -94,4 +94,4 @@ def test_a_bundle_compiled_for_both_runs_without_tiles_where_they_are_denied(
         raw = raw_library(target=profile.name, cpu_flags=list(profile.cpu_flags))
         (folder / "compile.json").write_text(json.dumps(raw))
     _, info = find_library(bundle_at(tmp_path))
-    assert load_profile(info.target) == expected
+    assert load_cpu_profile(info.target) == expected

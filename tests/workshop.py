@@ -24,7 +24,7 @@ from engram_export.verify import Verification
 from engram_runtime.bundle import Bundle
 from engram_runtime.executor import load_executor
 from engram_runtime.session import Session, close_sites, open_sites
-from engram_targets import TargetProfile, load_profile
+from engram_targets import CpuProfile, load_cpu_profile
 
 THREADS = 2
 
@@ -68,9 +68,9 @@ def export(checkpoint: Path, out: Path, **changes: Any) -> Verification:
     return verification
 
 
-def tiny_profile(**changes: Any) -> TargetProfile:
+def tiny_profile(**changes: Any) -> CpuProfile:
     """Return this machine's profile with few forward passes, which is quick to compile."""
-    profile = dataclasses.replace(load_profile("native"), decode_tokens=(1, 2, 4), prefill_tokens=(8,))
+    profile = dataclasses.replace(load_cpu_profile("native"), decode_tokens=(1, 2, 4), prefill_tokens=(8,))
     return dataclasses.replace(profile, **changes)
 
 

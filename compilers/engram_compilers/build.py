@@ -15,7 +15,7 @@ from engram_runtime.cpu import machine
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
-from engram_targets import TargetProfile
+from engram_targets import CpuProfile, Profile, cpu_profile_names
 
 try:
     import tvm
@@ -44,7 +44,7 @@ class CompileResult:
     weights_bytes: int
 
 
-def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lambda text: None) -> CompileResult:
+def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda text: None) -> CompileResult:
     """Compile the decoder, and a draft head, for a target, replacing an earlier library for it.
 
     Args:
@@ -52,8 +52,13 @@ def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lamb
 
     Raises:
         CompileError: the graph has an operator or a use of one that has no lowering, or the target is a machine of
-            another architecture.
+            another architecture or no processor.
     """
+    if not isinstance(profile, CpuProfile):
+        raise CompileError(
+            f"target {profile.name} is of device {profile.device!r}, which this version doesn't compile for; "
+            f"choose one of {cpu_profile_names()}"
+        )
     if profile.machine != machine():
         raise CompileError(
             f"target {profile.name} is for {profile.machine}, compile it there: what is linked to its kernels and "
@@ -80,7 +85,7 @@ def compile_bundle(bundle: Bundle, profile: TargetProfile, report: Report = lamb
     )
 
 
-def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report) -> LibraryInfo:
+def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) -> LibraryInfo:
     specs = {DECODER: bundle.manifest.decoder}
     if DRAFT_HEAD in bundle.manifest.graphs:
         specs[DRAFT_HEAD] = bundle.manifest.graphs[DRAFT_HEAD]
@@ -100,11 +105,11 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
         )
         weights_bytes = packed.bytes
     lowered.module.update(table_functions(bundle.manifest.tables))
-    report(f"generating code for {profile.mcpu}")
-    target = tvm.target.Target({"kind": "llvm", "mtriple": profile.mtriple, "mcpu": profile.mcpu})
+    report(f"generating code for {profile.llvm.mcpu}")
+    target = tvm.target.Target(profile.llvm.target)
     # Bytecode, not exec_mode="compiled": LLVM needs minutes for a function of 500 calls and saves 0.1 us a call.
     executable = relax.build(lowered.module, target, relax_pipeline=relax.get_default_pipeline(target))
-    executable.export_library(str(folder / LIBRARY_FILE), fcompile=partial(link, mtriple=profile.mtriple))
+    executable.export_library(str(folder / LIBRARY_FILE), fcompile=partial(link, mtriple=profile.llvm.mtriple))
     shutil.copyfile(Path(tvm.__file__).parent / "lib" / RUNTIME_FILE, folder / RUNTIME_FILE)
     return LibraryInfo(
         target=profile.name,

@@ -8,12 +8,14 @@ import click
 
 from engram_runtime.bundle import Bundle
 from engram_targets import load_profile
-from engram_targets.profile import CACHE_DTYPES
+from engram_targets.common import CACHE_DTYPES
 
 
 @click.command("compile")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", default="native", show_default=True, help="Target profile; native is this machine.")
+@click.option(
+    "--target", default="native", show_default=True, help="Target, or a profile's .toml file; native is this machine."
+)
 @click.option("--cache", type=click.Choice(CACHE_DTYPES), help="Dtype of keys and values; the target's by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def compile_command(bundle: Path, target: str, cache: str | None, as_json: bool) -> None:

@@ -89,6 +89,10 @@ class Fields:
             self._check_text(name, value)
         return value
 
+    def value(self, name: str) -> object:
+        """Return key ``name``, whatever its type."""
+        return self._pop(name)
+
     def count(self, name: str, *, least: int = 0) -> int:
         """Return key ``name``, an integer from ``least`` to 2**53 - 1."""
         value = self.take(name, int)

@@ -1,5 +1,31 @@
 """Target profiles: what a kind of machine is, as data."""
 
-from engram_targets.profile import TargetProfile, detect_native, load_profile, profile_names
+from engram_targets.common import Profile
+from engram_targets.cpu import CpuProfile, Llvm
+from engram_targets.gpu import GpuProfile
+from engram_targets.npu import NpuProfile, SystolicArray
+from engram_targets.portable_c import CProfile
+from engram_targets.profile import (
+    cpu_profile_names,
+    detect_native,
+    load_cpu_profile,
+    load_profile,
+    parse_profile,
+    profile_names,
+)
 
-__all__ = ["TargetProfile", "detect_native", "load_profile", "profile_names"]
+__all__ = [
+    "CProfile",
+    "CpuProfile",
+    "GpuProfile",
+    "Llvm",
+    "NpuProfile",
+    "Profile",
+    "SystolicArray",
+    "cpu_profile_names",
+    "detect_native",
+    "load_cpu_profile",
+    "load_profile",
+    "parse_profile",
+    "profile_names",
+]

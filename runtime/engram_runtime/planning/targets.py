@@ -4,7 +4,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-TARGETS = "engram_targets"
+from engram_runtime.errors import TargetError
+
+TARGETS, CPU = "engram_targets", "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +34,11 @@ def read_target(name: str) -> Target:
     """Return a profile by name, ``native`` for the one that fits this machine.
 
     Raises:
-        TargetError: no such profile, or none fits.
+        TargetError: no such profile, none fits, or it isn't one of a processor, whose speed alone is predicted.
     """
-    return _target(importlib.import_module(TARGETS).load_profile(name))
-
-
-def all_targets() -> list[Target]:
-    """Return the profiles there are."""
-    targets: Any = importlib.import_module(TARGETS)
-    return [_target(targets.load_profile(name)) for name in targets.profile_names()]
-
-
-def _target(profile: Any) -> Target:
+    profile: Any = importlib.import_module(TARGETS).load_profile(name)
+    if profile.device != CPU:
+        raise TargetError(f"target {name} is of device {profile.device!r}, plans are made for processors only")
     return Target(
         name=profile.name,
         machine=profile.machine,
