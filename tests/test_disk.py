@@ -14,7 +14,7 @@ from tests.disks import VDA, flash_disk
 from engram_runtime import cpu, memory
 from engram_runtime.memory import FreeMemory, free_memory
 from engram_runtime.tables import disk, place
-from engram_runtime.tables.disk import CACHE_NAME, VALID_S, DiskFacts, disk_facts, measure_disk
+from engram_runtime.tables.disk import VALID_S, DiskFacts, cache_file, disk_facts, measure_disk
 from engram_runtime.tables.place import DISK, FUSE, MEMORY, NETWORK, REMOVABLE, Place, place_of
 
 MIB = 1 << 20
@@ -170,12 +170,12 @@ def test_a_disk_is_measured_once_and_another_by_itself(probe: Probe, tmp_path: P
     disk_facts(ROWS, SDB)
     disk_facts(ROWS, VDA)
     assert probe.times == 2
-    assert [path.name for path in (tmp_path / CACHE_NAME).parent.iterdir()] == ["disks.json"]
+    assert [path.name for path in cache_file().parent.iterdir()] == ["disks.json"]
 
 
 def remembered(tmp_path: Path, value: object) -> None:
-    (tmp_path / CACHE_NAME).parent.mkdir()
-    (tmp_path / CACHE_NAME).write_text(value if isinstance(value, str) else json.dumps(value))
+    cache_file().parent.mkdir()
+    cache_file().write_text(value if isinstance(value, str) else json.dumps(value))
 
 
 SOUND = dataclasses.asdict(flash_disk())

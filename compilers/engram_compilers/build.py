@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from engram_runtime.bundle import Bundle, file_sha256
-from engram_runtime.cpu import machine
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
@@ -23,13 +22,14 @@ try:
 except ModuleNotFoundError as error:
     raise CompileError("compiling needs TVM: pip install 'engram-edge[compile]'") from error
 
-from engram_compilers.linking import link
+from engram_compilers.linking import is_own, link, links_by_ziglang, system_of, zig_target
 from engram_compilers.lowering import lower
 from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
+from engram_compilers.runtime_library import installed_library, library_of
 from engram_compilers.table_functions import table_functions
 
-LIBRARY_FILE, WEIGHTS_FILE, RUNTIME_FILE = "model.so", "weights.bin", "libtvm_runtime.so"
+WEIGHTS_FILE = "weights.bin"
 Report = Callable[[str], None]
 
 
@@ -51,18 +51,13 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
         report: told each step before it begins.
 
     Raises:
-        CompileError: the graph has an operator or a use of one that has no lowering, or the target is a machine of
-            another architecture or no processor.
+        CompileError: the graph has an operator or a use of one that has no lowering, the target is no processor, there
+            is no linker for it, or TVM's runtime library for it can't be downloaded.
     """
     if not isinstance(profile, CpuProfile):
         raise CompileError(
             f"target {profile.name} is of device {profile.device!r}, which this version doesn't compile for; "
             f"choose one of {cpu_profile_names()}"
-        )
-    if profile.machine != machine():
-        raise CompileError(
-            f"target {profile.name} is for {profile.machine}, compile it there: what is linked to its kernels and "
-            f"TVM's runtime library are those of this {machine()} machine"
         )
     started = time.monotonic()
     folder = bundle.file(LIBRARY_FOLDER) / profile.name
@@ -80,7 +75,7 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
         folder=folder,
         target=profile.name,
         seconds=time.monotonic() - started,
-        library_bytes=(folder / LIBRARY_FILE).stat().st_size,
+        library_bytes=(folder / info.library).stat().st_size,
         weights_bytes=info.weights_bytes,
     )
 
@@ -109,23 +104,20 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
     target = tvm.target.Target(profile.llvm.target)
     # Bytecode, not exec_mode="compiled": LLVM needs minutes for a function of 500 calls and saves 0.1 us a call.
     executable = relax.build(lowered.module, target, relax_pipeline=relax.get_default_pipeline(target))
-    executable.export_library(str(folder / LIBRARY_FILE), fcompile=partial(link, mtriple=profile.llvm.mtriple))
-    shutil.copyfile(Path(tvm.__file__).parent / "lib" / RUNTIME_FILE, folder / RUNTIME_FILE)
+    library = _link(executable, profile, folder, report)
+    runtime = _copy_runtime(profile, folder, report)
+    files = {"library": library, "runtime": runtime, "weights": WEIGHTS_FILE}
     return LibraryInfo(
         target=profile.name,
         machine=profile.machine,
         cpu_flags=profile.cpu_flags,
         graph_sha256=graph_digest(bundle),
         compiler=f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}",
-        library=LIBRARY_FILE,
-        runtime=RUNTIME_FILE,
+        library=library,
+        runtime=runtime,
         weights=WEIGHTS_FILE,
         weights_bytes=weights_bytes,
-        sha256={
-            "library": file_sha256(folder / LIBRARY_FILE),
-            "runtime": file_sha256(folder / RUNTIME_FILE),
-            "weights": file_sha256(folder / WEIGHTS_FILE),
-        },
+        sha256={part: file_sha256(folder / name) for part, name in files.items() if name is not None},
         passes=profile.passes,
         batches=profile.batches,
         tensors=tuple(packed.tensors.values()),
@@ -134,3 +126,23 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
         threads=profile.threads,
         float16_states=lowered.float16_states,
     )
+
+
+def _link(executable: tvm.runtime.Module, profile: CpuProfile, folder: Path, report: Report) -> str:
+    """Link what was generated; returns the library's name."""
+    name = system_of(profile.llvm.mtriple).library
+    if links_by_ziglang(profile.llvm.mtriple):
+        report(f"linking for {zig_target(profile.llvm.mtriple)} by ziglang, which builds that system's C library first")
+    executable.export_library(str(folder / name), fcompile=partial(link, mtriple=profile.llvm.mtriple))
+    return name
+
+
+def _copy_runtime(profile: CpuProfile, folder: Path, report: Report) -> str | None:
+    """Put TVM's runtime library beside the compiled one; returns its name, or None where there is none to be had."""
+    system = system_of(profile.llvm.mtriple).name
+    source = installed_library() if is_own(profile.llvm.mtriple) else library_of(profile.machine, system, report)
+    if source is None:
+        report(f"leaving out TVM's runtime library, of which apache-tvm has no wheel for {profile.machine} {system}")
+        return None
+    shutil.copyfile(source, folder / source.name)
+    return source.name

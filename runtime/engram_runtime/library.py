@@ -70,7 +70,8 @@ class LibraryInfo:
     A `row_function` for each kind of records takes the arguments of `engram_runtime.tables.decoding.RowDecoder`.
     ``threads`` is how many run it unless told otherwise, 0 for one on each core this process may use.
     States in ``float16_states`` are float16, the others float32.
-    ``sha256`` holds the digests of the files named by ``library``, ``runtime`` and ``weights``.
+    ``runtime`` is TVM's runtime library, None for a kind of machine for which no wheel of apache-tvm has one.
+    ``sha256`` holds the digests of `files`.
     """
 
     target: str
@@ -79,7 +80,7 @@ class LibraryInfo:
     graph_sha256: str
     compiler: str
     library: str
-    runtime: str
+    runtime: str | None
     weights: str
     weights_bytes: int
     sha256: dict[str, str]
@@ -106,7 +107,7 @@ class LibraryInfo:
             graph_sha256=fields.take("graph_sha256", str),
             compiler=fields.take("compiler", str),
             library=contained_path(fields.take("library", str)),
-            runtime=contained_path(fields.take("runtime", str)),
+            runtime=None if (runtime := fields.optional_text("runtime")) is None else contained_path(runtime),
             weights=contained_path(fields.take("weights", str)),
             weights_bytes=fields.count("weights_bytes", least=1),
             sha256=_digests(fields.fields("sha256")),
@@ -149,6 +150,12 @@ class LibraryInfo:
             raise BundleError(f"library asks for {self.threads} threads, the most are {MOST_THREADS}; compile again")
         if min(self.expert_bytes, default=1) < 1:
             raise BundleError(f"experts have {list(self.expert_bytes)} bytes, which can't be; compile again")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Names of its files by `LIBRARY_PARTS`, of those it has."""
+        names = {part: getattr(self, part) for part in LIBRARY_PARTS}
+        return {part: name for part, name in names.items() if name is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that `from_dict` reads."""
@@ -199,15 +206,15 @@ def _graph_tensors(fields: Fields) -> dict[str, tuple[int, ...]]:
 
 
 def _digests(fields: Fields) -> dict[str, str]:
-    digests = {part: fields.take(part, str) for part in LIBRARY_PARTS}
+    digests = {part: fields.take(part, str) for part in LIBRARY_PARTS if fields.given(part)}
     fields.finish()
     return digests
 
 
 def verify_library(folder: Path, info: LibraryInfo) -> None:
     """Hash a library's files; raises TargetError naming the first one whose contents are not those compiled."""
-    for part in LIBRARY_PARTS:
-        path = folder / str(getattr(info, part))
+    for part, name in info.files.items():
+        path = folder / name
         if file_sha256(path) != info.sha256[part]:
             raise TargetError(f"{path} is not what was compiled; compile the bundle again")
 

@@ -304,7 +304,7 @@ def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
         TargetError: no library fits, or it can't be loaded.
     """
     folder, info = find_library(bundle)
-    load_tvm_runtime(installed_twin(folder / info.runtime, info.sha256["runtime"]))
+    load_tvm_runtime(runtime_library(folder, info))
     threads = threads or info.threads or min(available_cores(), MOST_THREADS)
     told = {name: graph.told_outputs for name, graph in bundle.manifest.graphs.items()}
     return TvmExecutor(folder, info, bundle.manifest.tables, threads=threads, told=told)
@@ -318,16 +318,33 @@ def load_module(path: Path) -> Any:
         raise TargetError(f"library {path} can't be loaded: {error}; compile it again") from error
 
 
-def installed_twin(path: Path, sha256: str) -> Path:
-    """Return the same runtime library inside an installed tvm package, or ``path`` where there is none.
+def runtime_library(folder: Path, info: LibraryInfo) -> Path:
+    """Return TVM's runtime library for a compiled one: the one beside it, or the same one inside an installed tvm.
 
     A process that imports tvm later loads that file: the same one twice is once, a copy beside it aborts the process.
+    Where there is none beside it, as no wheel has one for this kind of machine, whatever tvm is installed has to do.
+
+    Raises:
+        TargetError: there is none.
     """
+    installed = _installed_runtime()
+    if info.runtime is not None:
+        is_twin = installed is not None and file_sha256(installed) == info.sha256["runtime"]
+        return installed if installed is not None and is_twin else folder / info.runtime
+    if installed is None:
+        raise TargetError(
+            f"library {folder} has no TVM runtime library beside it, as apache-tvm has no wheel for {info.machine}: "
+            f"build {info.compiler} from source here and install it"
+        )
+    return installed
+
+
+def _installed_runtime() -> Path | None:
     spec = importlib.util.find_spec("tvm")
     if spec is None or spec.origin is None:
-        return path
-    twin = Path(spec.origin).parent / "lib" / path.name
-    return twin if twin.is_file() and file_sha256(twin) == sha256 else path
+        return None
+    folder = Path(spec.origin).parent / "lib"
+    return next(folder.glob("libtvm_runtime.*"), None)
 
 
 def load_tvm_runtime(path: Path) -> None:

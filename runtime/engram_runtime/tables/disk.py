@@ -18,13 +18,14 @@ from engram_runtime.errors import BundleError
 from engram_runtime.strict_json import read_json_object
 from engram_runtime.tables.aio import DirectReader
 from engram_runtime.tables.place import Place
+from engram_runtime.user_cache import cache_folder
 
 AT_ONCE = 16  # reads: the rows of a token of common models, and what `reads_per_s` keeps in flight
 ONE_S, BATCH_S, FLOW_S, LOADING_S = 0.12, 0.16, 0.12, 0.10  # half a second in all
 FLOW_CALL_S = 0.02  # of the third, so that a slow disk doesn't take longer than its share
 PIECE_BYTES, STREAM_BYTES = 4 << 20, 32 << 20  # read one piece after another, at most so many in all
 VALID_S = 30 * 24 * 3600  # disks age and get full
-CACHE_NAME = "engram-edge/disks.json"
+CACHE_NAME = "disks.json"
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +140,7 @@ def _loading_rate(path: Path, start: int) -> float:
 
 def cache_file() -> Path:
     """Return the file that remembers disks; raises OSError where this user has no folder for it."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if given.is_absolute():  # others are to be ignored, says the specification
-        return given / CACHE_NAME
-    try:
-        return Path.home() / ".cache" / CACHE_NAME
-    except RuntimeError as error:
-        raise OSError(errno.ENOENT, "no home folder; set XDG_CACHE_HOME") from error
+    return cache_folder() / CACHE_NAME
 
 
 def _remembered() -> dict[str, DiskFacts]:
