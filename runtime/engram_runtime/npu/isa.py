@@ -31,15 +31,28 @@ MAGIC = b"ENGRAMSA"
 VERSION = 1
 HEADER = np.dtype(
     {
-        "names": "magic version array_rows array_columns geometry rows inputs outputs row_block commands "
-        "weight_bits routed zero".split(),
-        "formats": "S8 <u4 <u2 <u2 <u8 <u4 <u4 <u4 <u4 <u4 u1 u1 <u2".split(),
+        "names": [
+            "magic",
+            "version",
+            "array_rows",
+            "array_columns",
+            "geometry",
+            "rows",
+            "inputs",
+            "outputs",
+            "row_block",
+            "commands",
+            "weight_bits",
+            "routed",
+            "zero",
+        ],
+        "formats": ["S8", "<u4", "<u2", "<u2", "<u8", "<u4", "<u4", "<u4", "<u4", "<u4", "u1", "u1", "<u2"],
     }
 )
 COMMAND = np.dtype(
     {
-        "names": "opcode flags weight input sums row_block input_tile output_tile".split(),
-        "formats": "u1 u1 <u2 <u2 <u2 <u2 <u2 <u4".split(),
+        "names": ["opcode", "flags", "weight", "input", "sums", "row_block", "input_tile", "output_tile"],
+        "formats": ["u1", "u1", "<u2", "<u2", "<u2", "<u2", "<u2", "<u4"],
     }
 )
 
