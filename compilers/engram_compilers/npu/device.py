@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_compilers.npu.dot_engine import DotEngineCompiler
 from engram_compilers.npu.systolic import SystolicCompiler
 from engram_runtime.npu.device import Geometry, Product
 
@@ -41,6 +42,7 @@ class DeviceCompiler(Protocol):
 
 COMPILERS: dict[str, Callable[[Any], DeviceCompiler]] = {
     "systolic": SystolicCompiler,
+    "dot-engine": DotEngineCompiler,
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from engram_runtime.errors import TargetError
 from engram_runtime.npu.device import Device, Geometry
+from engram_runtime.npu.dot_engine import DotEngine, DotEngineSimulator
 from engram_runtime.npu.geometry import SystolicArray
 from engram_runtime.npu.simulator import Simulator
 
@@ -25,6 +26,7 @@ class Accelerator:
 
 ACCELERATORS = {
     "systolic": Accelerator(SystolicArray, Simulator),
+    "dot-engine": Accelerator(DotEngine, DotEngineSimulator),
 }
 
 

@@ -30,30 +30,33 @@ from engram_runtime.npu.tiles import Tiles
 MAGIC = b"ENGRAMSA"
 VERSION = 1
 HEADER = np.dtype(
-    {
-        "names": [
-            "magic",
-            "version",
-            "array_rows",
-            "array_columns",
-            "geometry",
-            "rows",
-            "inputs",
-            "outputs",
-            "row_block",
-            "commands",
-            "weight_bits",
-            "routed",
-            "zero",
-        ],
-        "formats": ["S8", "<u4", "<u2", "<u2", "<u8", "<u4", "<u4", "<u4", "<u4", "<u4", "u1", "u1", "<u2"],
-    }
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("array_rows", "<u2"),
+        ("array_columns", "<u2"),
+        ("geometry", "<u8"),
+        ("rows", "<u4"),
+        ("inputs", "<u4"),
+        ("outputs", "<u4"),
+        ("row_block", "<u4"),
+        ("commands", "<u4"),
+        ("weight_bits", "u1"),
+        ("routed", "u1"),
+        ("zero", "<u2"),
+    ]
 )
 COMMAND = np.dtype(
-    {
-        "names": ["opcode", "flags", "weight", "input", "sums", "row_block", "input_tile", "output_tile"],
-        "formats": ["u1", "u1", "<u2", "<u2", "<u2", "<u2", "<u2", "<u4"],
-    }
+    [
+        ("opcode", "u1"),
+        ("flags", "u1"),
+        ("weight", "<u2"),
+        ("input", "<u2"),
+        ("sums", "<u2"),
+        ("row_block", "<u2"),
+        ("input_tile", "<u2"),
+        ("output_tile", "<u4"),
+    ]
 )
 
 LOAD_WEIGHT, LOAD_INPUT, MULTIPLY, STORE = 1, 2, 3, 4
