@@ -1,0 +1,1 @@
+"""Code for accelerators: weights as they read them and command streams."""
