@@ -13,7 +13,7 @@ from pathlib import Path
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import machine
 from engram_runtime.errors import CompileError
-from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
+from engram_runtime.library import CPU, LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
 from engram_targets import TargetProfile
 
@@ -108,13 +108,16 @@ def _build(bundle: Bundle, profile: TargetProfile, folder: Path, report: Report)
     shutil.copyfile(Path(tvm.__file__).parent / "lib" / RUNTIME_FILE, folder / RUNTIME_FILE)
     return LibraryInfo(
         target=profile.name,
+        device=CPU,
         machine=profile.machine,
         cpu_flags=profile.cpu_flags,
         graph_sha256=graph_digest(bundle),
         compiler=f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}",
+        ffi=version("apache-tvm-ffi"),
         library=LIBRARY_FILE,
         runtime=RUNTIME_FILE,
         weights=WEIGHTS_FILE,
+        commands=None,
         weights_bytes=weights_bytes,
         sha256={
             "library": file_sha256(folder / LIBRARY_FILE),
