@@ -22,6 +22,7 @@ from engram_runtime.command_line import run_command
 from engram_runtime.commands.chat import HELP
 from engram_runtime.commands.run import summary
 from engram_runtime.errors import TableError
+from engram_runtime.library import find_library
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.options import TABLE_IO
 from engram_targets import profile_names
@@ -47,6 +48,26 @@ def test_run_prints_the_generation_as_json(workshop: Workshop, command: Command,
     assert outcome.json["token_ids"] == list(made.token_ids)
     assert outcome.json["text"] == made.text
     assert (outcome.json["executor"], outcome.json["tables_on"]) == (executor, True)
+
+
+def test_run_takes_the_library_of_a_target(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready()
+    target = find_library(bundle)[1].target
+    ran = [command("engram", "run", bundle.path, PROMPT, "--max-tokens", 2, *of) for of in ((), ("--target", target))]
+    assert ran[0].out == ran[1].out
+    other = command("engram", "run", bundle.path, PROMPT, "--target", "other")
+    assert (other.code, other.err) == (
+        1,
+        f"engram: bundle {bundle.path} has no library for target 'other', it has ['{target}']; "
+        f"run: engram compile {bundle.path} --target other\n",
+    )
+
+
+def test_a_target_is_not_for_onnxruntime(workshop: Workshop, command: Command) -> None:
+    options = ("--executor", "onnxruntime", "--target", "native")
+    outcome = command("engram", "run", workshop.ready().path, PROMPT, *options)
+    expected = "engram: target 'native' picks a compiled library, which onnxruntime doesn't run; leave it out\n"
+    assert (outcome.code, outcome.err) == (1, expected)
 
 
 def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop, command: Command) -> None:

@@ -284,13 +284,16 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
     executable.export_library(str(folder / "model.so"), fcompile=partial(link, mtriple=f"{machine()}-linux-gnu"))
     info = LibraryInfo(
         target="here",
+        device="cpu",
         machine="",
         cpu_flags=(),
         graph_sha256="",
         compiler="",
+        ffi="",
         library="model.so",
         runtime="",
         weights="packed.bin",
+        commands=None,
         weights_bytes=packed.bytes,
         sha256={},
         passes=passes,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engram_runtime import cpu, library
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.library import LibraryInfo, PackedTensor, find_library, graph_digest
+from engram_runtime.library import LibraryInfo, PackedTensor, find_library, graph_digest, library_device
 from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo, StateSpec
 from engram_targets import (
     CpuProfile,
@@ -62,15 +62,18 @@ def raw_profile(**changes: Any) -> dict[str, Any]:
 def raw_library(**changes: Any) -> dict[str, Any]:
     """Return the JSON of a sound ``compile.json``."""
     return {
-        "version": 7,
+        "version": 8,
         "target": "x86-64-v3",
+        "device": "cpu",
         "machine": MACHINE,
         "cpu_flags": ["avx2"],
         "graph_sha256": "1+2",
         "compiler": "apache-tvm 0.27",
+        "ffi": "0.1.14.post1",
         "library": "model.so",
         "runtime": "libtvm_runtime.so",
         "weights": "weights.bin",
+        "commands": None,
         "weights_bytes": 200,
         "sha256": {"library": "a" * 64, "runtime": "b" * 64, "weights": "c" * 64},
         "passes": [[1, 1], [2, 2], [2, 1]],
@@ -389,7 +392,7 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 6}, "library has version 6, this runtime reads 7; compile again"),
+        ({"version": 7}, "library has version 7, this runtime reads 8; compile again"),
         ({"version": "1"}, "compile.json.version is '1', expected an integer"),
         ({"machine": None}, "compile.json.machine is None, expected a string"),
         ({"cpu_flags": "avx2"}, "compile.json.cpu_flags is 'avx2', expected a list"),
@@ -430,6 +433,14 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
         (
             {"batches": [4, 2]},
             "library runs [4, 2] sequences at once, expected ascending numbers from 2; compile again",
+        ),
+        ({"device": "abacus"}, "library is for device 'abacus', there are ['cpu', 'npu']; compile again"),
+        ({"commands": "../c"}, "path '../c' leaves the bundle; only plain relative paths are allowed"),
+        ({"commands": "commands.bin"}, "compile.json.sha256 has no key 'commands'"),
+        (
+            {"device": "npu"},
+            "library is for device 'npu' and has commands None, which only another device than the CPU takes; "
+            "compile again",
         ),
         ({"tensors": [7]}, "compile.json.tensors[0] is 7, expected an object"),
         (
@@ -537,6 +548,50 @@ def test_libraries_that_do_not_fit_are_named_with_their_reasons(
         f"no library of bundle {tmp_path} runs here: arm is for aarch64, this machine is x86_64; "
         f"wide needs CPU features ['avx512f'] this machine lacks; run: engram compile {tmp_path} --target native"
     )
+
+
+def test_a_target_picks_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["a", "b"])
+    add_library(tmp_path, "one", cpu_flags=["a"])
+    add_library(tmp_path, "two", cpu_flags=["a", "b"])
+    assert find_library(bundle_at(tmp_path), "one")[0] == tmp_path / "lib" / "one"
+
+
+def test_a_target_without_library_names_those_there_are(tmp_path: Path) -> None:
+    add_library(tmp_path, "one")
+    with pytest.raises(TargetError) as caught:
+        find_library(bundle_at(tmp_path), "../one")
+    assert str(caught.value) == (
+        f"bundle {tmp_path} has no library for target '../one', it has ['one']; "
+        f"run: engram compile {tmp_path} --target ../one"
+    )
+
+
+def test_a_target_that_does_not_fit_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    add_library(tmp_path, "arm", machine="aarch64")
+    with pytest.raises(TargetError) as caught:
+        find_library(bundle_at(tmp_path), "arm")
+    assert str(caught.value) == (
+        f"library {tmp_path / 'lib' / 'arm'} can't run here: arm is for aarch64, this machine is x86_64"
+    )
+
+
+def test_a_library_for_another_device_is_only_found_by_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    digests = {**raw_library()["sha256"], "commands": "d" * 64}
+    add_library(tmp_path, "array", device="npu", commands="commands.bin", sha256=digests)
+    assert find_message(bundle_at(tmp_path)) == (
+        f"bundle {tmp_path} has no compiled library but for ['array'], which --target picks; "
+        f"run: engram compile {tmp_path} --target native"
+    )
+    found = find_library(bundle_at(tmp_path), "array")[1]
+    assert (found.device, library_device(bundle_at(tmp_path), "array")) == ("npu", "npu")
+    assert found.files["commands"] == "commands.bin"
+    add_library(tmp_path, "one")
+    assert find_library(bundle_at(tmp_path))[1].target == "one"
 
 
 def test_a_library_an_older_version_compiled_does_not_hide_a_current_one(

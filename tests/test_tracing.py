@@ -207,7 +207,9 @@ def say_and_fail(llm: LLM) -> None:
 
 
 def test_a_run_that_fails_leaves_its_trace(bundle: Path, tmp_path: Path) -> None:
-    loading = Loading(executor="tvm", threads=THREADS, tables_on=True, tables=AUTO_OPTIONS, drafts=NO_DRAFTS)
+    loading = Loading(
+        executor="tvm", threads=THREADS, target=None, tables_on=True, tables=AUTO_OPTIONS, drafts=NO_DRAFTS
+    )
     path = tmp_path / "trace.json"
     with pytest.raises(RequestError), click.Context(click.Command("run")), loading.load(bundle, path) as llm:
         say_and_fail(llm)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.errors import CompileError
-from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
+from engram_runtime.library import CPU, LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
 from engram_targets import CpuProfile, Profile, cpu_profile_names
 
@@ -109,13 +109,16 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
     files = {"library": library, "runtime": runtime, "weights": WEIGHTS_FILE}
     return LibraryInfo(
         target=profile.name,
+        device=CPU,
         machine=profile.machine,
         cpu_flags=profile.cpu_flags,
         graph_sha256=graph_digest(bundle),
         compiler=f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}",
+        ffi=version("apache-tvm-ffi"),
         library=library,
         runtime=runtime,
         weights=WEIGHTS_FILE,
+        commands=None,
         weights_bytes=weights_bytes,
         sha256={part: file_sha256(folder / name) for part, name in files.items() if name is not None},
         passes=profile.passes,

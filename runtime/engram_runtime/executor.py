@@ -175,26 +175,28 @@ class Batching(Protocol):
 
 
 EXECUTORS = {
-    "tvm": "engram_runtime.executors.tvm_library",
+    "tvm": "engram_runtime.executors.compiled",
     "onnxruntime": "engram_runtime.executors.onnxruntime_session",
 }
 
 
-def load_executor(name: str, bundle: Bundle, *, threads: int | None) -> Executor:
+def load_executor(name: str, bundle: Bundle, *, threads: int | None, target: str | None = None) -> Executor:
     """Load a bundle into the executor of that name.
 
     Args:
         threads: worker threads, or None for the executor's own choice.
+        target: whose compiled library is to run, or None for the CPU's that fits this machine best.
 
     Raises:
-        RequestError: no executor of that name, or not a positive number of threads.
+        RequestError: no executor of that name, not a positive number of threads, or a target for one that runs no
+            library.
         TargetError: the executor can't run this bundle on this machine.
     """
     if name not in EXECUTORS:
         raise RequestError(f"executor {name!r} is unknown; there are {sorted(EXECUTORS)}")
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise RequestError(f"threads is {threads}, expected 1 to {MOST_THREADS}")
-    executor: Executor = importlib.import_module(EXECUTORS[name]).load(bundle, threads=threads)
+    executor: Executor = importlib.import_module(EXECUTORS[name]).load(bundle, threads=threads, target=target)
     return executor
 
 

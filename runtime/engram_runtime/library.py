@@ -1,9 +1,10 @@
 """A compiled library of a bundle, ``lib/<target>/``: what it was made from, what it needs, how it is called."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -17,9 +18,11 @@ from engram_runtime.table_spec import TableSpec
 
 LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
-LIBRARY_INFO_VERSION = 7
+LIBRARY_INFO_VERSION = 8
 AWAIT_ROWS = "engram.await_rows"  # a global function of the process that a library calls, see `LibraryInfo`
-LIBRARY_PARTS = ("library", "runtime", "weights")
+CPU, NPU = "cpu", "npu"  # devices that run libraries
+DEVICES = (CPU, NPU)
+LIBRARY_PARTS = ("library", "runtime", "weights", "commands")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
 
@@ -71,17 +74,23 @@ class LibraryInfo:
     ``threads`` is how many run it unless told otherwise, 0 for one on each core this process may use.
     States in ``float16_states`` are float16, the others float32.
     ``runtime`` is TVM's runtime library, None for a kind of machine for which no wheel of apache-tvm has one.
+    ``device`` is what runs the linear layers, beside a CPU as ``machine`` and ``cpu_flags`` say that runs the rest.
+    Another device than that CPU finds its streams of commands in the file ``commands``, which is None for a CPU.
+    ``ffi`` is the version of apache-tvm-ffi that it was compiled for.
     ``sha256`` holds the digests of `files`.
     """
 
     target: str
+    device: str
     machine: str
     cpu_flags: tuple[str, ...]
     graph_sha256: str
     compiler: str
+    ffi: str
     library: str
     runtime: str | None
     weights: str
+    commands: str | None
     weights_bytes: int
     sha256: dict[str, str]
     passes: tuple[tuple[int, int], ...]
@@ -96,21 +105,21 @@ class LibraryInfo:
     def from_dict(cls, raw: dict[str, Any]) -> Self:
         """Parse; raises BundleError naming the key."""
         fields = Fields(raw, LIBRARY_INFO_NAME)
-        if (version := fields.count("version")) != LIBRARY_INFO_VERSION:
-            raise BundleError(
-                f"library has version {version}, this runtime reads {LIBRARY_INFO_VERSION}; compile again"
-            )
+        _check_version(fields)
         info = cls(
             target=fields.take("target", str),
+            device=fields.take("device", str),
             machine=fields.take("machine", str),
             cpu_flags=fields.texts("cpu_flags"),
             graph_sha256=fields.take("graph_sha256", str),
             compiler=fields.take("compiler", str),
+            ffi=fields.take("ffi", str),
             library=contained_path(fields.take("library", str)),
             runtime=None if (runtime := fields.optional_text("runtime")) is None else contained_path(runtime),
             weights=contained_path(fields.take("weights", str)),
+            commands=None if (commands := fields.optional_text("commands")) is None else contained_path(commands),
             weights_bytes=fields.count("weights_bytes", least=1),
-            sha256=_digests(fields.fields("sha256")),
+            sha256=_digests(fields.fields("sha256"), [part for part in LIBRARY_PARTS if raw.get(part) is not None]),
             passes=tuple(_forward_pass(item) for item in fields.integer_lists("passes")),
             batches=fields.integers("batches"),
             tensors=tuple(
@@ -128,6 +137,7 @@ class LibraryInfo:
 
     def check(self) -> None:
         """Refuse a library that can't run every number of tokens, or whose tensors lie outside its weights."""
+        self._check_device()
         counts = {1, *(tokens for tokens, _ in self.passes)}
         needed = {(tokens, rows) for tokens in counts for rows in (1, tokens)}
         if lacking := sorted(needed - set(self.passes)):
@@ -151,6 +161,15 @@ class LibraryInfo:
         if min(self.expert_bytes, default=1) < 1:
             raise BundleError(f"experts have {list(self.expert_bytes)} bytes, which can't be; compile again")
 
+    def _check_device(self) -> None:
+        if self.device not in DEVICES:
+            raise BundleError(f"library is for device {self.device!r}, there are {list(DEVICES)}; compile again")
+        if (self.commands is None) != (self.device == CPU):
+            raise BundleError(
+                f"library is for device {self.device!r} and has commands {self.commands!r}, "
+                f"which only another device than the CPU takes; compile again"
+            )
+
     @property
     def files(self) -> dict[str, str]:
         """Names of its files by `LIBRARY_PARTS`, of those it has."""
@@ -172,6 +191,14 @@ class LibraryInfo:
         return None
 
 
+@runtime_checkable
+class Compiled(Protocol):
+    """An executor that runs a compiled library, which lies in ``folder``."""
+
+    folder: Path
+    info: LibraryInfo
+
+
 def pass_function(graph: str, tokens: int, rows: int) -> str:
     """Return the name of the function that runs a graph over so many tokens, with so many rows of logits."""
     return f"{'forward' if graph == DECODER else graph}_{tokens}_{rows}"
@@ -190,6 +217,11 @@ def row_function(table: TableSpec) -> str:
     return f"rows_{record.payload}_{record.columns}_{record.scale}_{record.scale_columns}_{factor}_{parts}"
 
 
+def _check_version(fields: Fields) -> None:
+    if (version := fields.count("version")) != LIBRARY_INFO_VERSION:
+        raise BundleError(f"library has version {version}, this runtime reads {LIBRARY_INFO_VERSION}; compile again")
+
+
 def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:
     if len(counts) != 2 or min(counts) < 1:
         raise BundleError(f"{LIBRARY_INFO_NAME} has forward pass {list(counts)}, expected tokens and rows of logits")
@@ -205,8 +237,8 @@ def _graph_tensors(fields: Fields) -> dict[str, tuple[int, ...]]:
     return used
 
 
-def _digests(fields: Fields) -> dict[str, str]:
-    digests = {part: fields.take(part, str) for part in LIBRARY_PARTS if fields.given(part)}
+def _digests(fields: Fields, parts: Sequence[str]) -> dict[str, str]:
+    digests = {part: fields.take(part, str) for part in parts}
     fields.finish()
     return digests
 
@@ -227,31 +259,79 @@ def graph_digest(bundle: Bundle) -> str:
     return "+".join(digests[path] for path in (decoder.file, decoder.weights, *heads))
 
 
-def find_library(bundle: Bundle) -> tuple[Path, LibraryInfo]:
-    """Return folder and description of the library that fits this machine; the most specific one wins.
+def find_library(bundle: Bundle, target: str | None = None) -> tuple[Path, LibraryInfo]:
+    """Return folder and description of the library for ``target``, or of the one for a CPU that fits this machine best.
+
+    Without a target, the most specific one wins, and libraries for other devices than CPUs are passed over.
 
     Raises:
         BundleError: the bundle has no decoder to compile.
         TargetError: none was compiled, or none fits, with each one's reason.
     """
     digest = graph_digest(bundle)
-    folder = bundle.file(LIBRARY_FOLDER)
-    found = sorted(folder.glob(f"[!.]*/{LIBRARY_INFO_NAME}"))
-    mend = f"run: engram compile {bundle.path} --target native"
-    if not found:
-        raise TargetError(f"bundle {bundle.path} has no compiled library; {mend}")
-    contents = [(path.parent, read_json_object(path)) for path in found]
-    # What an older engram-edge compiled for another target may stand beside what replaces it.
-    current = [(path, raw) for path, raw in contents if raw.get("version") == LIBRARY_INFO_VERSION]
-    infos = [(path, LibraryInfo.from_dict(raw)) for path, raw in current or contents]
-    fitting = [(path, info) for path, info in infos if info.misfit() is None]
-    if not fitting:
-        reasons = "; ".join(str(info.misfit()) for _, info in infos)
-        raise TargetError(f"no library of bundle {bundle.path} runs here: {reasons}; {mend}")
-    path, info = max(fitting, key=lambda pair: len(pair[1].cpu_flags))
+    if target is None:
+        mend = f"run: engram compile {bundle.path} --target native"
+        path, info = _most_specific(bundle, mend)
+    else:
+        mend = f"run: engram compile {bundle.path} --target {target}"
+        path, info = _of_target(bundle, target)
     if info.graph_sha256 != digest:
         raise TargetError(f"library {path} was compiled from another graph than this bundle holds; {mend}")
     states = {state.name for graph in bundle.manifest.graphs.values() for state in graph.states}
     if unknown := sorted(set(info.float16_states) - states):
         raise TargetError(f"library {path} has states {unknown} this bundle lacks; {mend}")
     return path, info
+
+
+def library_device(bundle: Bundle, target: str | None) -> str:
+    """Return the device that the library for ``target`` is for, a CPU without one.
+
+    Raises:
+        BundleError: the library's description is damaged or of another version.
+        TargetError: none was compiled for the target.
+    """
+    if target is None:
+        return CPU
+    fields = Fields(read_json_object(_info_path(bundle, target)), LIBRARY_INFO_NAME)
+    _check_version(fields)
+    return fields.take("device", str)
+
+
+def _info_paths(bundle: Bundle) -> dict[str, Path]:
+    """Return the descriptions of a bundle's libraries by target."""
+    found = sorted(bundle.file(LIBRARY_FOLDER).glob(f"[!.]*/{LIBRARY_INFO_NAME}"))
+    return {path.parent.name: path for path in found}
+
+
+def _info_path(bundle: Bundle, target: str) -> Path:
+    found = _info_paths(bundle)
+    if target not in found:
+        raise TargetError(
+            f"bundle {bundle.path} has no library for target {target!r}, it has {list(found)}; "
+            f"run: engram compile {bundle.path} --target {target}"
+        )
+    return found[target]
+
+
+def _of_target(bundle: Bundle, target: str) -> tuple[Path, LibraryInfo]:
+    path = _info_path(bundle, target)
+    info = LibraryInfo.from_dict(read_json_object(path))
+    if misfit := info.misfit():
+        raise TargetError(f"library {path.parent} can't run here: {misfit}")
+    return path.parent, info
+
+
+def _most_specific(bundle: Bundle, mend: str) -> tuple[Path, LibraryInfo]:
+    contents = [(path.parent, read_json_object(path)) for path in _info_paths(bundle).values()]
+    # What an older engram-edge compiled for another target may stand beside what replaces it.
+    current = [(path, raw) for path, raw in contents if raw.get("version") == LIBRARY_INFO_VERSION]
+    for_cpus = [(path, raw) for path, raw in current or contents if raw.get("device", CPU) == CPU]
+    if not for_cpus:
+        others = f" but for {[path.name for path, _ in contents]}, which --target picks" if contents else ""
+        raise TargetError(f"bundle {bundle.path} has no compiled library{others}; {mend}")
+    infos = [(path, LibraryInfo.from_dict(raw)) for path, raw in for_cpus]
+    fitting = [(path, info) for path, info in infos if info.misfit() is None]
+    if not fitting:
+        reasons = "; ".join(str(info.misfit()) for _, info in infos)
+        raise TargetError(f"no library of bundle {bundle.path} runs here: {reasons}; {mend}")
+    return max(fitting, key=lambda pair: len(pair[1].cpu_flags))

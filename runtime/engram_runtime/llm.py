@@ -44,6 +44,7 @@ class LLM:
         executor: str = "tvm",
         *,
         threads: int | None = None,
+        target: str | None = None,
         tables_on: bool = True,
         tables: TableOptions = AUTO_OPTIONS,
         drafts: DraftOptions = NO_DRAFTS,
@@ -54,6 +55,7 @@ class LLM:
         Args:
             executor: ``tvm`` or ``onnxruntime``.
             threads: worker threads, or None for what the target profile says, else one per core.
+            target: whose compiled library runs, or None for the CPU's that fits this machine best.
             tables_on: False feeds zero rows, with which Engram sites add nothing; see `Session`.
             tables: how they are read, if they are.
             drafts: who drafts tokens that a forward pass verifies, several at once; the text stays the same, unless
@@ -67,7 +69,7 @@ class LLM:
                 or mask to draft with.
         """
         self.bundle = Bundle.open(Path(bundle))
-        self.executor = load_executor(executor, self.bundle, threads=threads)
+        self.executor = load_executor(executor, self.bundle, threads=threads, target=target)
         self._decoding = open_decoding(self.bundle, self.executor, drafts)
         self.session = Session.open(self.bundle, self.executor, options=tables, tables_on=tables_on, announce=announce)
         self._tokenizer: TextTokenizer | None = None

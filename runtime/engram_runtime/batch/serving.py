@@ -49,6 +49,7 @@ class Service:
             self.loading.executor,
             options=options,
             threads=self.loading.threads,
+            target=self.loading.target,
             tables=self.loading.tables,
             drafts=self.loading.drafts,
             announce=announce,

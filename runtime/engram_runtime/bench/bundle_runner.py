@@ -17,7 +17,7 @@ from engram_runtime.drafting.opening import Decoding, open_decoding
 from engram_runtime.drafting.options import NONE, DraftOptions
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.executor import Executor, added, load_executor
-from engram_runtime.library import find_library
+from engram_runtime.library import Compiled
 from engram_runtime.manifest import DECODER
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.session import Session
@@ -45,17 +45,17 @@ class BundleRunner:
     def build(self) -> str:
         """See `Runner`."""
         own = f"engram-edge {version('engram-edge')}"
-        if self.name != TVM:
+        if not isinstance(self._executor, Compiled):
             return f"{own}, {self.name} {version(self.name)}"
-        _, library = find_library(self._bundle)
+        library = self._executor.info
         return f"{own}, library {library.target} by {library.compiler}"
 
     @property
     def weight_bytes(self) -> int | None:
         """See `Runner`."""
-        if self.name != TVM:
+        if not isinstance(self._executor, Compiled):
             return None
-        _, library = find_library(self._bundle)
+        library = self._executor.info
         used = [library.tensors[place] for place in library.graph_tensors[DECODER]]
         return weight_bytes_of_a_token({each.name: each.end - each.offset for each in used})
 
@@ -125,6 +125,7 @@ def load(
     model: str,
     *,
     threads: int | None,
+    target: str | None = None,
     tables_on: bool,
     table_io: str,
     table_ram: int | None,
@@ -136,7 +137,7 @@ def load(
         EngramError: as `engram_runtime.executor.load_executor` and `Session.open`.
     """
     bundle = Bundle.open(Path(model))
-    executor = load_executor(name, bundle, threads=threads)
+    executor = load_executor(name, bundle, threads=threads, target=target)
     options = TableOptions(io=table_io, ram_bytes=table_ram)
     return BundleRunner(bundle, executor, Session.open(bundle, executor, options=options, tables_on=tables_on))
 

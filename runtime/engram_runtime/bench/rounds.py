@@ -85,12 +85,14 @@ class Settings:
 class Contestant:
     """What is measured: a runner's name, what it is told to load, and what only the caller knows of that.
 
-    ``weight_bytes`` are those each token reads, or None to believe the runner; ``types`` are those of its tensors, for
-    the report, where they don't follow from what is measured; ``drafts`` tells whether it can draft.
+    ``target`` is that of the library to run, or None for the runner's own choice; ``weight_bytes`` are those each token
+    reads, or None to believe the runner; ``types`` are those of its tensors, for the report, where they don't follow
+    from what is measured; ``drafts`` tells whether it can draft.
     """
 
     runner: str
     model: str
+    target: str | None = None
     weight_bytes: int | None = None
     types: str | None = None
     drafts: bool = True
@@ -163,6 +165,7 @@ def _load(worker: Worker, contestant: Contestant, settings: Settings, threads: i
         "load",
         runner=contestant.runner,
         model=contestant.model,
+        **({} if contestant.target is None else {"target": contestant.target}),
         threads=threads,
         tables_on=settings.tables_on,
         table_io=settings.table_io,

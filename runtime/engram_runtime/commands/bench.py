@@ -29,6 +29,7 @@ from engram_runtime.commands.options import (
     json_option,
     read_options,
     table_options,
+    target_option,
     threads_option,
 )
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
@@ -76,6 +77,7 @@ class BundleOrSubcommand(click.Command):
     help="What llama.cpp runs.  [default: the bundle's weights, written anew]",
 )
 @threads_option
+@target_option
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
@@ -111,6 +113,7 @@ def bench(
     against: str | None,
     gguf: Path | None,
     threads: int | None,
+    target: str | None,
     prompt_files: tuple[Path, ...],
     tables: str,
     plot: Path | None,
@@ -130,13 +133,13 @@ def bench(
     _check(opened, settings)
     before = os.getloadavg()[0]
     with (
-        _contestants(opened, executor, against, gguf) as contestants,
+        _contestants(opened, executor, target, against, gguf) as contestants,
         click.progressbar(length=settings.steps, label="rounds", file=sys.stderr) as bar,
     ):
         results = measure(contestants, settings, threads=threads, progress=lambda: bar.update(1))
     bandwidth = read_bandwidth(results[0].facts["threads"], working_set(bytes_of_a_token(results[0], settings)))
     found = {**where(opened), **report(results, settings, bandwidth, (before, os.getloadavg()[0]))}
-    if executor == TVM:
+    if predicted := executor == TVM and target is None:
         found["predicted"] = compare(opened, found, settings)
     for choice in found["tables"]:
         click.echo(str(TableChoice(**choice)), err=True)
@@ -147,7 +150,7 @@ def bench(
         click.echo(json.dumps(found))
     else:
         click.echo(markdown(found, settings, ratios(results[0], results[1], settings) if against else None))
-        if executor == TVM:
+        if predicted:
             click.echo(f"\n{compared_text(found['predicted'])}")
 
 
@@ -169,11 +172,13 @@ def _check(bundle: Bundle, settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _contestants(bundle: Bundle, executor: str, against: str | None, gguf: Path | None) -> Iterator[list[Contestant]]:
+def _contestants(
+    bundle: Bundle, executor: str, target: str | None, against: str | None, gguf: Path | None
+) -> Iterator[list[Contestant]]:
     """Yield the bundle and its peer; a GGUF file written for it is gone afterwards."""
     if gguf is not None and against != LLAMA_CPP:
         raise RequestError("--gguf is what llama.cpp runs with --against llama.cpp; give both or neither")
-    own = Contestant(runner=executor, model=str(bundle.path))
+    own = Contestant(runner=executor, model=str(bundle.path), target=target)
     if against is None:
         yield [own]
     elif against == ONNXRUNTIME:

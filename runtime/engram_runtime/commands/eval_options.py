@@ -11,7 +11,13 @@ import click
 
 from engram_runtime.commands.evaluate import read_text
 from engram_runtime.commands.loading import Loading
-from engram_runtime.commands.options import overlay_option, read_options, reading_options, threads_option
+from engram_runtime.commands.options import (
+    overlay_option,
+    read_options,
+    reading_options,
+    target_option,
+    threads_option,
+)
 from engram_runtime.drafting.options import NO_DRAFTS
 from engram_runtime.evaluation.texts import Windows
 from engram_runtime.llm import LLM
@@ -23,7 +29,7 @@ limit_option = click.option("--limit", type=click.IntRange(min=1), help="Ask the
 
 
 def scoring_options(command: Command) -> Command:
-    """Add how tables are read and threads, which the command gets as ``loading``; it drafts nothing.
+    """Add how tables are read, threads and target, which the command gets as ``loading``; it drafts nothing.
 
     ``--executor`` and ``--tables`` are for those to add that have a choice there.
     """
@@ -33,6 +39,7 @@ def scoring_options(command: Command) -> Command:
         *,
         executor: str = "tvm",
         threads: int | None,
+        target: str | None,
         table_io: str,
         table_ram: int | None,
         overlays: tuple[Path, ...],
@@ -42,6 +49,7 @@ def scoring_options(command: Command) -> Command:
         loading = Loading(
             executor=executor,
             threads=threads,
+            target=target,
             tables_on=tables == "on",
             tables=read_options(tables, table_io, table_ram, overlays),
             drafts=NO_DRAFTS,
@@ -49,7 +57,7 @@ def scoring_options(command: Command) -> Command:
         return command(loading=loading, **others)
 
     added: Any = with_loading
-    for option in (overlay_option, reading_options, threads_option):
+    for option in (overlay_option, reading_options, threads_option, target_option):
         added = option(added)
     return cast(Command, added)
 

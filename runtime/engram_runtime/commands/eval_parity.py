@@ -51,7 +51,7 @@ def parity(
     if against is not None:
         checkpoint_parity().check_checkpoint(against)
     with contextlib.ExitStack() as opened:
-        loadings = [dataclasses.replace(loading, executor=name) for name in names]
+        loadings = [_with_executor(loading, name) for name in names]
         llms = [opened.enter_context(each.load(bundle)) for each in loadings]
         model = llms[0].session.model
         windows = text.windows(llms[0].tokenizer, model.context_length)
@@ -67,6 +67,11 @@ def parity(
         click.echo(to_json({"reference": reference, "compared": found, "window": windows.size, "ran": ran}))
     else:
         click.echo("\n".join(line for name, figures in found.items() for line in _lines(name, reference, figures)))
+
+
+def _with_executor(loading: Loading, name: str) -> Loading:
+    """Return it for an executor; a target is for the one that runs compiled libraries."""
+    return dataclasses.replace(loading, executor=name, target=loading.target if name == TVM else None)
 
 
 def _names(executors: str | None, against: Path | None) -> list[str]:

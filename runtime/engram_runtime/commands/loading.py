@@ -16,6 +16,7 @@ from engram_runtime.commands.options import (
     overlay_option,
     read_options,
     table_options,
+    target_option,
     threads_option,
 )
 from engram_runtime.drafting.options import DraftOptions
@@ -33,6 +34,7 @@ class Loading:
 
     executor: str
     threads: int | None
+    target: str | None
     tables_on: bool
     tables: TableOptions
     drafts: DraftOptions
@@ -53,6 +55,7 @@ class Loading:
             bundle,
             self.executor,
             threads=self.threads,
+            target=self.target,
             tables_on=self.tables_on,
             tables=self.tables,
             drafts=self.drafts,
@@ -85,12 +88,14 @@ def loading_options(command: Command) -> Command:
         overlays: tuple[Path, ...],
         executor: str,
         threads: int | None,
+        target: str | None,
         drafts: DraftOptions,
         **others: Any,
     ) -> Any:
         loading = Loading(
             executor=executor,
             threads=threads,
+            target=target,
             tables_on=tables == "on",
             tables=read_options(tables, table_io, table_ram, overlays),
             drafts=drafts,
@@ -98,7 +103,7 @@ def loading_options(command: Command) -> Command:
         return command(loading=loading, **others)
 
     added: Any = with_loading
-    for option in (overlay_option, table_options, threads_option, executor_option, draft_options):
+    for option in (overlay_option, table_options, threads_option, target_option, executor_option, draft_options):
         added = option(added)
     return cast(Command, added)
 

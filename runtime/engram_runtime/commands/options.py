@@ -27,6 +27,9 @@ threads_option = click.option(
     type=click.IntRange(min=1, max=MOST_THREADS),
     help="Worker threads.  [default: the profile's, else one per core]",
 )
+target_option = click.option(
+    "--target", metavar="NAME", help="Run the library compiled for this target.  [default: this machine's]"
+)
 overlay_option = click.option(
     "--overlay",
     "overlays",

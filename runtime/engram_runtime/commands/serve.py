@@ -97,7 +97,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
     paths = _paths(bundles)
-    _check(paths.values(), loading.executor)
+    _check(paths.values(), loading)
     access = access_for(host, read_keys(api_key_file, os.environ))
     context = click.get_current_context()
     defaults = {name: value for name, value in sampling.items() if value is not None}
@@ -119,6 +119,7 @@ def serve(
                 watch=lambda figures: note_pass(figures.seconds),
             ),
             threads=loading.threads,
+            target=loading.target,
             tables=loading.tables,
             drafts=loading.drafts,
             announce=announce,
@@ -144,12 +145,12 @@ def _paths(bundles: Sequence[Path]) -> dict[str, Path]:
     return paths
 
 
-def _check(paths: Iterable[Path], executor: str) -> None:
+def _check(paths: Iterable[Path], loading: Loading) -> None:
     """Refuse what can't be loaded before anybody is told where to ask."""
     for path in paths:
         bundle = Bundle.open(path)
-        if executor == TVM:
-            find_library(bundle)
+        if loading.executor == TVM:
+            find_library(bundle, loading.target)
 
 
 def _introduce(url: str, model: str, key_variable: str | None) -> None:

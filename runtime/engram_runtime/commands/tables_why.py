@@ -14,6 +14,7 @@ from engram_runtime.commands.options import (
     json_option,
     overlay_option,
     reading_options,
+    target_option,
     threads_option,
 )
 from engram_runtime.executor import load_executor
@@ -31,6 +32,7 @@ from engram_runtime.tokenizer import TextTokenizer
 @click.option("--sort", type=click.Choice(list(SORTS)), default="position", show_default=True, help="Order of tokens.")
 @executor_option
 @threads_option
+@target_option
 @reading_options
 @overlay_option
 @json_option
@@ -42,6 +44,7 @@ def why(
     sort: str,
     executor: str,
     threads: int | None,
+    target: str | None,
     table_io: str,
     table_ram: int | None,
     overlays: tuple[Path, ...],
@@ -52,7 +55,7 @@ def why(
     opened = Bundle.open(bundle)
     explained_sites(opened, site)
     tokenizer = TextTokenizer.load(bundle)
-    loaded = load_executor(executor, opened, threads=threads)
+    loaded = load_executor(executor, opened, threads=threads, target=target)
     token_ids = tokenizer.encode(text)
     sites = explain(opened, loaded, token_ids, only=site, options=reading, announce=announce_table)
     decode = partial(tokenizer.decode, skip_special_tokens=False)

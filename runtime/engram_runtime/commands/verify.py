@@ -17,6 +17,7 @@ from engram_runtime.commands.options import (
     json_option,
     read_options,
     table_options,
+    target_option,
     threads_option,
 )
 from engram_runtime.draft_head import DraftHead
@@ -29,13 +30,14 @@ from engram_runtime.session import Session, close_sites, open_sites
 from engram_runtime.tables.options import TableOptions
 
 CHECKPOINT_PARITY = "engram_export.parity"  # needs the export extra; only asked for with --against
-DECODER_OPTIONS = ("executor", "threads", "tables")
+DECODER_OPTIONS = ("executor", "threads", "target", "tables")
 
 
 @click.command()
 @bundle_argument
 @executor_option
 @threads_option
+@target_option
 @click.option(
     "--against", type=click.Path(path_type=Path), help="Checkpoint to compare logits with, run by transformers."
 )
@@ -47,6 +49,7 @@ def verify(
     bundle: Path,
     executor: str,
     threads: int | None,
+    target: str | None,
     against: Path | None,
     text: Path | None,
     tokens: int,
@@ -78,8 +81,8 @@ def verify(
         click.echo(json.dumps(report) if as_json else _table(report))
         return
     if executor == "tvm":
-        verify_library(*find_library(opened))  # before any of its machine code is loaded
-    loaded = load_executor(executor, opened, threads=threads)
+        verify_library(*find_library(opened, target))  # before any of its machine code is loaded
+    loaded = load_executor(executor, opened, threads=threads, target=target)
     golden = Golden.read(opened)
     _check_rows(opened, golden, reading)
     with Session.open(opened, loaded, options=reading) as session:

@@ -11,7 +11,7 @@ from engram_runtime.doctor.machine import HERE, Roots, more_memory, process_limi
 from engram_runtime.errors import BundleError, TableError, TargetError
 from engram_runtime.executor import state_bytes
 from engram_runtime.golden import GOLDEN_FILE, Golden
-from engram_runtime.library import LIBRARY_PARTS, LibraryInfo, find_library
+from engram_runtime.library import LibraryInfo, find_library
 from engram_runtime.manifest import DECODER, GraphSpec
 from engram_runtime.memory import FreeMemory, free_memory
 from engram_runtime.sizes import format_seconds, format_size
@@ -157,7 +157,7 @@ def table_files(bundle: Bundle, most_open: float) -> Finding:
 
 def library(bundle: Bundle, folder: Path, info: LibraryInfo) -> Finding:
     """Check that a library that fits this machine is whole."""
-    missing = [name for part in LIBRARY_PARTS if not (folder / (name := str(getattr(info, part)))).is_file()]
+    missing = [name for name in info.files.values() if not (folder / name).is_file()]
     if missing:
         return Finding("library", "fail", f"{folder} lacks {', '.join(missing)}", f"engram compile {bundle.path}")
     return Finding("library", "ok", f"{info.target}, fits this machine")

@@ -18,13 +18,12 @@ from engram_runtime.cpu import available_cpus, cpu_flags, physical_memory
 from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import Executor
-from engram_runtime.library import find_library
+from engram_runtime.library import Compiled
 from engram_runtime.manifest import DRAFT_HEAD
 from engram_runtime.new_file import new_file
 from engram_runtime.session import Session
 from engram_runtime.strict_json import Fields, read_json_object
 
-COMPILED = "tvm"
 VERSION = 2
 MEASURED_ROWS = (1, 2, 4, 8, 16)  # forward passes between them are taken to lie on lines between them
 MOST_ROWS = 24
@@ -81,10 +80,9 @@ def forward_costs(bundle: Bundle, executor: Executor) -> ForwardCosts:
 
     Where the bundle can't be written, and for an executor without a library, they are measured each time.
     """
-    if executor.name != COMPILED:
+    if not isinstance(executor, Compiled):
         return measure(bundle, executor, library="")
-    folder, info = find_library(bundle)
-    path, digest = folder / f"costs.{executor.threads}.json", info.sha256["library"]
+    path, digest = executor.folder / f"costs.{executor.threads}.json", executor.info.sha256["library"]
     stored = read_costs(path)
     current = (digest, executor.threads, _machine())
     if stored is not None and (stored.library, stored.threads, stored.machine) == current:

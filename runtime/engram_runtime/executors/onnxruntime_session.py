@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
-from engram_runtime.errors import BundleError, TargetError
+from engram_runtime.errors import BundleError, RequestError, TargetError
 from engram_runtime.executor import State, StepInputs
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, ROWS
 
@@ -101,12 +101,15 @@ class OnnxRuntimeStep:
         return values
 
 
-def load(bundle: Bundle, *, threads: int | None) -> OnnxRuntimeExecutor:
+def load(bundle: Bundle, *, threads: int | None, target: str | None) -> OnnxRuntimeExecutor:
     """Open a bundle's decoder, and its other graphs when they are bound, with a thread per CPU unless told otherwise.
 
     Raises:
         BundleError: onnxruntime refuses the graph.
+        RequestError: a target, whose library is not for onnxruntime.
     """
+    if target is not None:
+        raise RequestError(f"target {target!r} picks a compiled library, which onnxruntime doesn't run; leave it out")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3

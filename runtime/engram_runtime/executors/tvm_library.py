@@ -95,6 +95,8 @@ class TvmExecutor:
         Args:
             told: by graph its `told_outputs`, which follow the logits.
         """
+        self.folder = folder
+        self.info = info
         self.threads = threads
         self._told = told
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
@@ -297,13 +299,13 @@ class TvmStep:
         return self._buffers[key]
 
 
-def load(bundle: Bundle, *, threads: int | None) -> TvmExecutor:
-    """Load the library that fits this machine, with as many threads as its profile says unless told otherwise.
+def load(bundle: Bundle, *, threads: int | None, target: str | None) -> TvmExecutor:
+    """Load the library for a target, or for this machine, with its profile's number of threads unless told otherwise.
 
     Raises:
         TargetError: no library fits, or it can't be loaded.
     """
-    folder, info = find_library(bundle)
+    folder, info = find_library(bundle, target)
     load_tvm_runtime(runtime_library(folder, info))
     threads = threads or info.threads or min(available_cores(), MOST_THREADS)
     told = {name: graph.told_outputs for name, graph in bundle.manifest.graphs.items()}

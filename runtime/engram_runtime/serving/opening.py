@@ -24,6 +24,7 @@ def open_engine(
     *,
     options: EngineOptions,
     threads: int | None = None,
+    target: str | None = None,
     tables: TableOptions = AUTO_OPTIONS,
     drafts: DraftOptions = NO_DRAFTS,
     announce: Announce = silently,
@@ -43,7 +44,7 @@ def open_engine(
             f"beside it; choose {MASK!r}"
         )
     bundle = Bundle.open(Path(path))
-    loaded = load_executor(executor, bundle, threads=threads)
+    loaded = load_executor(executor, bundle, threads=threads, target=target)
     decoding = None if drafts.drafter == NONE else open_decoding(bundle, loaded, drafts)
     tokenizer = TextTokenizer.load(bundle.path)
     with contextlib.ExitStack() as opened:

@@ -1,0 +1,26 @@
+"""Executor on a compiled library: which module runs it is said by the device it was compiled for."""
+
+import importlib
+
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import TargetError
+from engram_runtime.executor import Executor
+from engram_runtime.library import CPU, library_device
+
+DEVICES = {
+    CPU: "engram_runtime.executors.tvm_library",
+}
+
+
+def load(bundle: Bundle, *, threads: int | None, target: str | None) -> Executor:
+    """Load the library for ``target``, or the one for a CPU that fits this machine.
+
+    Raises:
+        BundleError: its description is damaged.
+        TargetError: there is none, it doesn't fit, or it can't be loaded.
+    """
+    device = library_device(bundle, target)
+    if device not in DEVICES:
+        raise TargetError(f"library {target} is for device {device!r}, this runtime runs {sorted(DEVICES)}")
+    executor: Executor = importlib.import_module(DEVICES[device]).load(bundle, threads=threads, target=target)
+    return executor
