@@ -165,7 +165,7 @@ def _linear_int4(
 def int4_sums(
     place: Place, planes: Expr, rows: int, load: Callable[[Expr, Expr], Expr], header_of: Callable[[Expr], Expr]
 ) -> Sequence[Expr]:
-    """Return the thread's sums of products, of each row and plane; ``load(group, first byte)`` is four bytes of codes."""
+    """Return the thread's sums of products, of each row and plane; ``load(group, first byte)`` is four of codes."""
     count = int(planes.shape[0]) // rows
     sums = zeros(place.count * count * LANES, "int32")
 
