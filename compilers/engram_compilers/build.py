@@ -14,7 +14,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.errors import CompileError
 from engram_runtime.library import CPU, LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
-from engram_targets import CpuProfile, Profile, cpu_profile_names
+from engram_targets import CpuProfile, GpuProfile, Profile, cpu_profile_names
 
 try:
     import tvm
@@ -22,6 +22,7 @@ try:
 except ModuleNotFoundError as error:
     raise CompileError("compiling needs TVM: pip install 'engram-edge[compile]'") from error
 
+from engram_compilers.gpu.build import build as build_for_gpu
 from engram_compilers.linking import is_own, link, links_by_ziglang, system_of, zig_target
 from engram_compilers.lowering import lower
 from engram_compilers.onnx_model import read_onnx_model
@@ -54,7 +55,7 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
         CompileError: the graph has an operator or a use of one that has no lowering, the target is no processor, there
             is no linker for it, or TVM's runtime library for it can't be downloaded.
     """
-    if not isinstance(profile, CpuProfile):
+    if not isinstance(profile, CpuProfile | GpuProfile):
         raise CompileError(
             f"target {profile.name} is of device {profile.device!r}, which this version doesn't compile for; "
             f"choose one of {cpu_profile_names()}"
@@ -80,7 +81,7 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
     )
 
 
-def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) -> LibraryInfo:
+def _build(bundle: Bundle, profile: CpuProfile | GpuProfile, folder: Path, report: Report) -> LibraryInfo:
     specs = {DECODER: bundle.manifest.decoder}
     if DRAFT_HEAD in bundle.manifest.graphs:
         specs[DRAFT_HEAD] = bundle.manifest.graphs[DRAFT_HEAD]
@@ -88,6 +89,8 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
     graphs = {
         name: (read_onnx_model(bundle.file(spec.file), bundle.file(spec.weights)), spec) for name, spec in specs.items()
     }
+    if isinstance(profile, GpuProfile):
+        return build_for_gpu(bundle, graphs, profile, folder, report)
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
         lowered = lower(
