@@ -34,13 +34,15 @@ def changed(**fields: int) -> bytes:
     header = np.frombuffer(STREAMS["systolic"], isa.HEADER, count=1).copy()
     for name, value in fields.items():
         header[name] = value
-    return header.tobytes() + STREAMS["systolic"][LOAD:]
+    damaged: bytes = header.tobytes()
+    return damaged + STREAMS["systolic"][LOAD:]
 
 
 def recommanded(edit: Callable[[Any], Any]) -> bytes:
     """Return the systolic stream with its commands edited, and as many in its header."""
     commands = edit(np.frombuffer(STREAMS["systolic"], isa.COMMAND, offset=LOAD).copy())
-    return changed(commands=len(commands))[:LOAD] + commands.tobytes()
+    edited: bytes = commands.tobytes()
+    return changed(commands=len(commands))[:LOAD] + edited
 
 
 def field(index: int, name: str, value: int) -> bytes:
@@ -151,7 +153,7 @@ def test_a_dot_engine_refuses_streams_of_another_and_products_too_large() -> Non
         "a command stream is for another dot engine than DotEngine(lanes=3, width=5, registers=3, input_bytes=100, "
         f"dma_bytes_per_cycle=4, clock_hz=1000000){AGAIN}"
     )
-    with pytest.raises(TargetError, match="^a product has 101 inputs, the dot engine holds 100$"):
+    with pytest.raises(TargetError, match=r"^a product has 101 inputs, the dot engine holds 100$"):
         compiler_for(DOTS).commands(replace(PRODUCT, inputs=101))
 
 
