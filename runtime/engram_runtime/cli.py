@@ -20,6 +20,7 @@ COMMANDS = {
     "completion": "engram_runtime.commands.completion:completion",
     "doctor": "engram_runtime.commands.doctor:doctor",
     "compile": "engram_compilers.cli:compile_command",
+    "pack": "engram_compilers.pack.cli:pack_command",
 }
 
 
