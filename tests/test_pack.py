@@ -26,6 +26,7 @@ from engram_runtime import LLM, Bundle
 from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.new_folder import new_folder
+from engram_targets import cpu_profile_names
 
 pytestmark = pytest.mark.slow
 
@@ -259,6 +260,18 @@ def test_machines_without_packages_are_refused(packing: Packing, tmp_path: Path)
     assert str(caught.value) == (
         "target mine is for linux on riscv64, which apache-tvm-ffi has no package for; pack for c-portable or for one "
         "of ['linux on x86_64', 'linux on aarch64', 'macos on arm64']"
+    )
+
+
+@pytest.mark.parametrize(("target", "device"), [("opencl", "gpu"), ("npu-systolic", "npu")])
+def test_targets_that_nothing_is_packed_for_are_refused(
+    packing: Packing, tmp_path: Path, command: Command, target: str, device: str
+) -> None:
+    done = command("engram", "pack", packing.bundle.path, "--target", target, "-o", tmp_path / "packed")
+    assert (done.code, done.out) == (4, "")
+    assert done.err == (
+        f"engram: target {target} is of device {device!r}, which nothing is packed for yet; name one of "
+        f"{cpu_profile_names()}\n"
     )
 
 

@@ -8,15 +8,18 @@ import click
 from engram_compilers.pack.folder import PACK_NAME, PackOptions, folder_bytes, pack_cpu
 from engram_compilers.pack.packages import PYTHONS
 from engram_runtime.bundle import Bundle
+from engram_runtime.errors import TargetError
 from engram_runtime.new_folder import new_folder
-from engram_targets import load_profile
+from engram_targets import CpuProfile, cpu_profile_names, load_profile
 
 PACKED = "a packed folder"
 
 
 @click.command("pack")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", default="native", show_default=True, help="Target profile; native is this machine.")
+@click.option(
+    "--target", default="native", show_default=True, help="Target, or a profile's .toml file; native is this machine."
+)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--with-graph", is_flag=True, help="Take the ONNX graphs and their weights along.")
 @click.option("--wheels", is_flag=True, help="Take the packages along, for boxes without a network.")
@@ -46,6 +49,11 @@ def pack_command(
     profile = load_profile(target)
     options = PackOptions(with_graph=with_graph, with_wheels=wheels, pythons=pythons or PYTHONS)
     opened = Bundle.open(bundle)
+    if not isinstance(profile, CpuProfile):
+        raise TargetError(
+            f"target {profile.name} is of device {profile.device!r}, which nothing is packed for yet; name one of "
+            f"{cpu_profile_names()}"
+        )
     with new_folder(out, PACK_NAME, PACKED, replace=force) as folder:
         pack_cpu(opened, profile, options, folder, lambda step: click.echo(f"{step} ...", err=True))
     sizes = {path.name: folder_bytes(path) for path in sorted(out.iterdir()) if path.is_dir()}

@@ -23,7 +23,7 @@ from engram_compilers.pack.readme import readme
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_sha256
 from engram_runtime.errors import TargetError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
-from engram_targets import TargetProfile
+from engram_targets import CpuProfile
 
 PACK_NAME = "pack.json"
 LAUNCHER, REQUIREMENTS, README, WHEELS = "engram", "requirements.txt", "README.txt", "wheels"
@@ -47,7 +47,7 @@ class PackOptions:
 
 
 def pack_cpu(
-    bundle: Bundle, profile: TargetProfile, options: PackOptions, folder: Path, report: Report = lambda text: None
+    bundle: Bundle, profile: CpuProfile, options: PackOptions, folder: Path, report: Report = lambda text: None
 ) -> None:
     """Fill an empty folder with what a box of a CPU profile needs, compiling the bundle first where it must be.
 
@@ -56,11 +56,10 @@ def pack_cpu(
         CompileError: the bundle can't be compiled, or the packages can't be looked up.
         TableError: rows outside the bundle are gone or are others by now.
     """
-    system = "linux"
-    if (platforms := PLATFORMS.get((system, profile.machine))) is None:
+    if (platforms := PLATFORMS.get((profile.system, profile.machine))) is None:
         raise TargetError(
-            f"target {profile.name} is for {system} on {profile.machine}, which apache-tvm-ffi has no package for; "
-            f"pack for c-portable or for one of {[' on '.join(pair) for pair in PLATFORMS]}"
+            f"target {profile.name} is for {profile.system} on {profile.machine}, which apache-tvm-ffi has no package "
+            f"for; pack for c-portable or for one of {[' on '.join(pair) for pair in PLATFORMS]}"
         )
     library, info = ready_library(bundle, profile, report)
     report(f"looking up packages for Python {', '.join(options.pythons)}")
@@ -78,7 +77,7 @@ def pack_cpu(
     glibc = newest_glibc(library / info.library, library / info.runtime)
     text = readme(bundle.manifest, info, pythons=list(found), glibc=glibc, install=install, folder=folder)
     (folder / README).write_text(text, encoding="utf-8")
-    _write_pack(folder, info, SYSTEMS[system], list(found), install)
+    _write_pack(folder, info, SYSTEMS[profile.system], list(found), install)
 
 
 def folder_bytes(folder: Path) -> int:

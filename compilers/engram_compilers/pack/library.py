@@ -13,10 +13,10 @@ from engram_runtime.library import (
     verify_library,
 )
 from engram_runtime.strict_json import read_json_object
-from engram_targets import TargetProfile
+from engram_targets import CpuProfile
 
 
-def ready_library(bundle: Bundle, profile: TargetProfile, report: Callable[[str], None]) -> tuple[Path, LibraryInfo]:
+def ready_library(bundle: Bundle, profile: CpuProfile, report: Callable[[str], None]) -> tuple[Path, LibraryInfo]:
     """Return folder and description of a bundle's library for a profile, compiled now where there is no such one.
 
     Raises:
@@ -34,7 +34,7 @@ def ready_library(bundle: Bundle, profile: TargetProfile, report: Callable[[str]
     return folder, info
 
 
-def current_library(bundle: Bundle, profile: TargetProfile) -> LibraryInfo | None:
+def current_library(bundle: Bundle, profile: CpuProfile) -> LibraryInfo | None:
     """Return what describes a bundle's library for a profile, or None where there is none or an outdated one."""
     path = bundle.file(LIBRARY_FOLDER) / profile.name / LIBRARY_INFO_NAME
     if not path.is_file():
