@@ -320,8 +320,7 @@ def _info_path(bundle: Bundle, target: str) -> Path:
     found = _info_paths(bundle)
     if target not in found:
         raise TargetError(
-            f"bundle {bundle.path} has no library for target {target!r}, it has {list(found)}; "
-            f"{_mend(bundle, target)}"
+            f"bundle {bundle.path} has no library for target {target!r}, it has {list(found)}; {_mend(bundle, target)}"
         )
     return found[target]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
-from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LIBRARY_PARTS, LibraryInfo
+from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
 from engram_runtime.manifest import FileEntry, Manifest
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 
@@ -42,14 +42,14 @@ def copy_bundle(bundle: Bundle, library: Path, info: LibraryInfo, out: Path, *, 
     )
     packed.check()
     (out / MANIFEST_NAME).write_bytes(manifest_bytes(packed))
-    for name in (LIBRARY_INFO_NAME, *library_files(info)):
+    for name in (LIBRARY_INFO_NAME, *info.files.values()):
         link_or_copy(library / name, out / LIBRARY_FOLDER / info.target / name)
     return packed
 
 
-def library_files(info: LibraryInfo) -> list[str]:
-    """Return the names of the files of a library beside its description."""
-    return [str(getattr(info, part)) for part in LIBRARY_PARTS]
+def machine_code(info: LibraryInfo) -> list[str]:
+    """Return the names of the files of a library that are code."""
+    return [name for part, name in info.files.items() if part in ("library", "runtime")]
 
 
 def link_or_copy(source: Path, target: Path) -> None:

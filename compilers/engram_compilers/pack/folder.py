@@ -9,7 +9,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import engram_runtime
-from engram_compilers.pack.bundle_copy import copy_bundle, external_bytes
+from engram_compilers.pack.bundle_copy import copy_bundle, external_bytes, machine_code
 from engram_compilers.pack.library import ready_library
 from engram_compilers.pack.packages import (
     MODULES,
@@ -63,7 +63,7 @@ def pack_cpu(
         )
     library, info = ready_library(bundle, profile, report)
     report(f"looking up packages for Python {', '.join(options.pythons)}")
-    packages = pins(info.compiler.rpartition(" ")[2])
+    packages = pins(info.ffi)
     found = find_pythons(platforms, options.pythons, packages)
     (folder / REQUIREMENTS).write_text(requirements(found), encoding="utf-8")
     if options.with_wheels:
@@ -74,7 +74,7 @@ def pack_cpu(
     _copy_runtime(folder / PYTHON_FOLDER, packages)
     _copy_launcher(folder / LAUNCHER)
     install = INSTALL_OFFLINE if options.with_wheels else INSTALL
-    glibc = newest_glibc(library / info.library, library / info.runtime)
+    glibc = newest_glibc(*(library / name for name in machine_code(info)))
     text = readme(bundle.manifest, info, pythons=list(found), glibc=glibc, install=install, folder=folder)
     (folder / README).write_text(text, encoding="utf-8")
     _write_pack(folder, info, SYSTEMS[profile.system], list(found), install)
@@ -122,13 +122,15 @@ def _copy_launcher(path: Path) -> None:
 def _write_pack(folder: Path, info: LibraryInfo, system: str, pythons: Sequence[str], install: str) -> None:
     """Write what the launcher holds the folder and the box against."""
     library = folder / BUNDLE_FOLDER / LIBRARY_FOLDER / info.target
-    machine_code = {library / info.library, library / info.runtime}
-    stated = {library / LIBRARY_INFO_NAME, folder / BUNDLE_FOLDER / MANIFEST_NAME}
+    stated = {
+        *(library / name for name in (LIBRARY_INFO_NAME, *machine_code(info))),
+        folder / BUNDLE_FOLDER / MANIFEST_NAME,
+    }
     sources = folder / PYTHON_FOLDER
     files = {
         str(path.relative_to(folder)): (
             path.stat().st_size,
-            file_sha256(path) if path in machine_code | stated or path.is_relative_to(sources) else None,
+            file_sha256(path) if path in stated or path.is_relative_to(sources) else None,
         )
         for path in files_in(folder)
         if path.is_relative_to(sources) or path.is_relative_to(folder / BUNDLE_FOLDER)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from engram_compilers.pack.bundle_copy import machine_code
 from engram_runtime.library import LibraryInfo
 from engram_runtime.manifest import Manifest
 
@@ -39,7 +40,7 @@ def readme(
         pythons=" or ".join(pythons),
         glibc=f" and glibc {glibc} or newer" if glibc else "",
         install=install,
-        library=sum((library / name).stat().st_size for name in (info.library, info.runtime)) / 1e6,
+        library=sum((library / name).stat().st_size for name in machine_code(info)) / 1e6,
         weights=info.weights_bytes / 1e6,
         tables=sum(entry.bytes for entry in manifest.files if entry.path in tables) / 1e6,
     )
