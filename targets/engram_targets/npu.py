@@ -12,7 +12,7 @@ from engram_targets.cpu import CpuProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NpuProfile(Profile):
-    """An accelerator beside a host processor; ``kernels`` is its name.
+    """An accelerator beside a host processor.
 
     Attributes:
         host: the processor that does all but the products, a profile's name or ``native`` in files.

@@ -35,7 +35,16 @@ AGAIN = "compile the bundle again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DotEngine:
-    """Sizes: ``registers`` is how many rows a lane keeps sums of, ``input_bytes`` what the buffer of rows holds."""
+    """Lanes that each multiply a few inputs a cycle and add them up; weights stream past them from memory.
+
+    Attributes:
+        lanes: outputs computed at a time.
+        width: inputs a lane multiplies in a cycle.
+        registers: rows a lane keeps sums of.
+        input_bytes: buffer of rows of inputs, a byte each.
+        dma_bytes_per_cycle: between memory and the engine.
+        clock_hz: cycles a second.
+    """
 
     accelerator: ClassVar[str] = "dot-engine"
 
