@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ def zig(triple: str) -> list[str]:
 def build(out: Path, sources: Sequence[Path], *flags: str, compiler: Sequence[str] = ("gcc",)) -> Path:
     """Compile sources to a program or a library, with every warning an error."""
     include = [f"-I{folder}" for folder in {path.parent for path in sources}]
-    command = [*compiler, *STRICT, *flags, *include, "-o", out, *sources, "-lm"]
+    command: list[str | Path] = [*compiler, *STRICT, *flags, *include, "-o", out, *sources, "-lm"]
     subprocess.run(command, check=True, timeout=BUILD_S)
     return out
 
@@ -54,6 +54,20 @@ class _Model(ctypes.Structure):
     )
 
 
+ADDRESS = ctypes.c_void_p
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "about": (ctypes.POINTER(_Model), ()),
+    "open": (ADDRESS, (ctypes.c_char_p, ADDRESS)),
+    "step": (ctypes.POINTER(ctypes.c_float), (ADDRESS, ADDRESS, ctypes.c_size_t, ADDRESS)),
+    "greedy": (ctypes.c_int32, (ADDRESS, ADDRESS)),
+    "ends": (ctypes.c_int, (ctypes.c_int32,)),
+    "length": (ctypes.c_size_t, (ADDRESS,)),
+    "reset": (ctypes.c_int, (ADDRESS, ADDRESS)),
+    "close": (None, (ADDRESS,)),
+    "verify": (ctypes.c_int, (ctypes.c_char_p, ADDRESS)),
+}
+
+
 class CError(Exception):
     """What the C runtime says of a call that failed."""
 
@@ -63,22 +77,12 @@ class CLibrary:
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
-        for name, result, *arguments in (
-            ("about", ctypes.POINTER(_Model)),
-            ("open", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
-            ("step", ctypes.POINTER(ctypes.c_float), *[ctypes.c_void_p] * 2, ctypes.c_size_t, ctypes.c_void_p),
-            ("greedy", ctypes.c_int32, *[ctypes.c_void_p] * 2),
-            ("ends", ctypes.c_int, ctypes.c_int32),
-            ("length", ctypes.c_size_t, ctypes.c_void_p),
-            ("reset", ctypes.c_int, *[ctypes.c_void_p] * 2),
-            ("close", None, ctypes.c_void_p),
-            ("verify", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p),
-        ):
+        for name, (result, arguments) in SIGNATURES.items():
             function = self.function(name)
             function.restype, function.argtypes = result, arguments
 
-    def function(self, name: str) -> "ctypes._CFuncPtr":
-        return getattr(self.c, f"engram_{name}")  # type: ignore[no-any-return]
+    def function(self, name: str) -> Any:
+        return getattr(self.c, f"engram_{name}")
 
     @property
     def about(self) -> _Model:

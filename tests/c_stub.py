@@ -79,10 +79,8 @@ def write_stub(folder: Path, tables: list[TableSpec], name: str = "stub", end_id
     """
     vocab_size = sum(row_values(table) for table in tables) + TOLD
     (folder / "weights.bin").write_bytes(WEIGHTS)
-    keys = {
-        **{file_key(rows): rows.file for table in tables for rows in table.ranges},
-        **{(file, None): file for table in tables for file in table.keyer.files},
-    }
+    keys = {file_key(rows): rows.file for table in tables for rows in table.ranges}
+    keys |= {(file, None): file for table in tables for file in table.keyer.files}
     info = ModelInfo(
         name=name,
         family="stub",
