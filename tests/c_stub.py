@@ -7,7 +7,7 @@ from engram_runtime.bundle import file_identity, file_sha256
 from engram_runtime.manifest import ModelInfo
 from engram_runtime.table_spec import TableSpec
 
-CONTEXT, PASSES, STATE_BYTES, END_IDS = 64, (1, 4), 64, (3, 250)
+CONTEXT, PASSES, END_IDS = 64, (1, 4), (3, 250)
 TOLD = 3  # last logits: the pass's first position, how many tokens the states have seen, how many the pass has
 WEIGHTS = bytes(range(64))
 
@@ -72,7 +72,14 @@ def row_values(table: TableSpec) -> int:
     return table.keyer.columns * table.record.columns
 
 
-def write_stub(folder: Path, tables: list[TableSpec], name: str = "stub", end_ids: tuple[int, ...] = END_IDS) -> int:
+def write_stub(
+    folder: Path,
+    tables: list[TableSpec],
+    *,
+    name: str = "stub",
+    end_ids: tuple[int, ...] = END_IDS,
+    state_bytes: int = 64,
+) -> int:
     """Write the generated part of a program whose tables' files lie in ``folder``; returns the vocabulary's size.
 
     Its logits are the rows of the last token, of one table after another, and the `TOLD` values.
@@ -99,7 +106,7 @@ def write_stub(folder: Path, tables: list[TableSpec], name: str = "stub", end_id
         places={key: 1 + place for place, key in enumerate(keys)},
     )
     (folder / "manifest.c").write_text(manifest_source(model), encoding="ascii")
-    _write_model(folder, tables)
+    _write_model(folder, tables, state_bytes)
     return vocab_size
 
 
@@ -108,8 +115,8 @@ def _facts(folder: Path, path: str) -> PackedFile:
     return PackedFile(path=path, bytes=file.stat().st_size, identity=file_identity(file), sha256=file_sha256(file))
 
 
-def _write_model(folder: Path, tables: list[TableSpec]) -> None:
-    facts = {"weights": len(WEIGHTS), "states": STATE_BYTES, "sites": len(tables), "forwards": len(PASSES)}
+def _write_model(folder: Path, tables: list[TableSpec], state_bytes: int) -> None:
+    facts = {"weights": len(WEIGHTS), "states": state_bytes, "sites": len(tables), "forwards": len(PASSES)}
     (folder / "model.h").write_text(MODEL_H.format(**facts))
     functions = "\n".join(
         f"static int forward_{count}(const engram_pass *pass) {{ return forward(pass, {count}); }}" for count in PASSES

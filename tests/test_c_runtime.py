@@ -317,7 +317,7 @@ def test_a_machine_that_would_compute_something_else_is_refused_by_the_compiler(
 
 def test_any_name_of_a_model_is_a_c_string(tmp_path: Path) -> None:
     name = 'a "quoted"\\ name\nof two lines??/ with Umläuten 日本語1'
-    write_stub(tmp_path, [], name)
+    write_stub(tmp_path, [], name=name)
     sources = [*RUNTIME, tmp_path / "model.c", tmp_path / "manifest.c"]
     library = CLibrary(build(tmp_path / "named.so", sources, "-O0", "-shared", "-fPIC"))
     assert library.about.name.decode() == name
@@ -385,6 +385,16 @@ def test_the_command_says_how_long_it_took_and_how_much_memory(speaker: Speaker)
         rf"VmHWM:\s+\d+ kB\nRssAnon:\s+\d+ kB\nRssFile:\s+\d+ kB\n",
         said,
     )
+
+
+def test_states_take_memory_as_they_are_used(tmp_path: Path) -> None:
+    write_stub(tmp_path, [], state_bytes=1 << 30, end_ids=())
+    sources = [*RUNTIME, SOURCES / "main.c", tmp_path / "model.c", tmp_path / "manifest.c"]
+    code, _, said = run([build(tmp_path / "engram", sources, "-O1"), "-d", tmp_path, "--time", "1"])
+    assert code == 0
+    peak, anonymous = (int(re.search(rf"{name}:\s+(\d+) kB", said)[1]) for name in ("VmHWM", "RssAnon"))  # type: ignore[index]
+    assert anonymous < 1 << 10
+    assert peak < 4 << 10
 
 
 @pytest.mark.parametrize(

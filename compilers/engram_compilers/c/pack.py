@@ -55,10 +55,10 @@ def pack_c(bundle: Bundle, profile: CProfile, folder: Path, report: Report = lam
     width = embedding_width(bundle)
     for table in bundle.manifest.tables:
         _check_table(bundle, table)
-    report("packing weights and generating C")
-    emitted = emit_model(bundle, pass_sizes(profile), folder, cache_dtype=profile.cache_dtype)
     report("copying tables")
     places, tables = _copy_tables(bundle, folder)
+    report("packing weights and generating C")
+    emitted = emit_model(bundle, pass_sizes(profile), folder, cache_dtype=profile.cache_dtype)
     model = PackedModel(
         info=bundle.manifest.model,
         end_ids=end_ids(bundle),
@@ -71,7 +71,7 @@ def pack_c(bundle: Bundle, profile: CProfile, folder: Path, report: Report = lam
     _copy_sources(folder)
     _write_readme(folder, model, emitted)
     return PackedC(
-        source_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.name in _source_names(folder)),
+        source_bytes=sum(path.stat().st_size for path in folder.iterdir() if _is_source(path)),
         weights_bytes=emitted.weights_bytes,
         table_bytes=sum(file.bytes for file in tables),
         state_bytes=emitted.state_bytes,
@@ -151,8 +151,8 @@ def _copy_sources(folder: Path) -> None:
             (folder / source.name).write_bytes(source.read_bytes())
 
 
-def _source_names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix in (".c", ".h") or path.name == "Makefile"}
+def _is_source(path: Path) -> bool:
+    return path.suffix in (".c", ".h") or path.name == "Makefile"
 
 
 def _write_readme(folder: Path, model: PackedModel, emitted: EmittedModel) -> None:

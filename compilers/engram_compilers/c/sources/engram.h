@@ -9,6 +9,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef struct engram engram;
 
 typedef struct engram_error {
@@ -55,5 +59,9 @@ void engram_close(engram *self);
 
 /* Read every file of a folder and compare its SHA-256 with what was packed. Returns 0, or -1. */
 int engram_verify(const char *folder, engram_error *error);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -179,8 +179,11 @@ static void unload(engram_file *file)
 
 static unsigned char *map_zeros(unsigned char *place, size_t bytes)
 {
-    int fixed = place == NULL ? 0 : MAP_FIXED;
-    void *memory = mmap(place, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | fixed, -1, 0);
+    int flags = place == NULL ? 0 : MAP_FIXED;
+#ifdef MAP_NORESERVE
+    flags |= MAP_NORESERVE; /* a context that is never filled needs no memory, nor the promise of it */
+#endif
+    void *memory = mmap(place, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
 #ifdef MADV_NOHUGEPAGE
