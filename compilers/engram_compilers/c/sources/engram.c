@@ -30,7 +30,9 @@ struct engram {
     float *rows[SITES];
     float *embeddings;
     int64_t *row_ids[SITES]; /* of the pass that runs */
-    int64_t *token_ids;
+    int64_t *token_ids; /* of the pass, as the next two */
+    int64_t *position;
+    int64_t *logit_row;
     int32_t *recent; /* [MOST_CONTEXT + tokens]: what n-grams look back to, then the tokens of the pass */
     unsigned char *record;
     size_t length;
@@ -62,6 +64,8 @@ static size_t lay_out(engram *self, unsigned char *memory)
     self->logits = take(memory, &used, (size_t)engram_packed.model.vocab_size * sizeof(float));
     self->embeddings = take(memory, &used, tokens * engram_packed.embedding_width * sizeof(float));
     self->token_ids = take(memory, &used, tokens * sizeof(int64_t));
+    self->position = take(memory, &used, sizeof(int64_t));
+    self->logit_row = take(memory, &used, sizeof(int64_t));
     self->recent = take(memory, &used, (MOST_CONTEXT + tokens) * sizeof(int32_t));
     for (size_t site = 0; site < engram_packed.num_tables; site++) {
         const engram_table *table = engram_packed.tables + site;
@@ -176,18 +180,19 @@ static void announce_rows(engram *self)
 /* Run one compiled pass over the next tokens, leaving the logits after the last of them. */
 static int run_pass(engram *self, const engram_forward *forward, const int32_t *token_ids)
 {
-    const int64_t position = (int64_t)self->length, last = forward->tokens - 1;
     engram_pass pass = {.weights = self->files[WEIGHTS].data,
                         .states = self->states,
                         .scratch = self->scratch,
                         .token_ids = self->token_ids,
-                        .position = &position,
-                        .logit_rows = &last,
+                        .position = self->position,
+                        .logit_rows = self->logit_row,
                         .embeddings = engram_packed.embedding_width ? self->embeddings : NULL,
                         .logits = self->logits,
                         .await_rows = await_rows,
                         .context = self};
     self->tokens = (size_t)forward->tokens;
+    *self->position = (int64_t)self->length;
+    *self->logit_row = forward->tokens - 1;
     for (size_t i = 0; i < self->tokens; i++)
         self->token_ids[i] = self->recent[MOST_CONTEXT + i] = token_ids[i];
     for (size_t site = 0; site < engram_packed.num_tables; site++)
