@@ -27,6 +27,7 @@ from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.decoding import NumpyRowDecoder
 from engram_runtime.tables.pread import PreadTable
 
+EMBEDDED = (Path(__file__).parents[1] / "docs" / "embedded.md").read_text(encoding="utf-8")
 TOKENS = 256
 RARE_IDS = (196, 205)  # of the speaker, as its end ids
 FACTOR = "0x1.99999a0000000p-4"
@@ -223,7 +224,7 @@ def test_tokens_that_can_t_be_added_leave_the_text_as_it_was(pread: CLibrary, st
         "no token is given, expected at least one",
         f"token id -1 is outside the vocabulary, expected 0 to {stub.vocab_size - 1}",
         f"token id {stub.vocab_size} is outside the vocabulary, expected 0 to {stub.vocab_size - 1}",
-        "5 tokens don't fit, the context of 64 has room for 4; begin another text",
+        "the context of 64 has room for 4 more tokens, not for 5; begin another text",
     ]
 
 
@@ -313,6 +314,19 @@ def test_a_machine_that_would_compute_something_else_is_refused_by_the_compiler(
     code, _, said = run(["gcc", "-fsyntax-only", "-Wno-builtin-macro-redefined", *flags, SOURCES / "hash.c"])
     assert code == 1
     assert f'error: #error "{message}"' in said
+
+
+def test_the_program_in_the_documents_can_be_built(stub: Stub, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```c\n(.*?)```", EMBEDDED, re.DOTALL)
+    (tmp_path / "own.c").write_text(code)
+    program = build(tmp_path / "own", [*stub.sources, tmp_path / "own.c"], "-O0")
+    message = "weights.bin can't be opened in /opt/demo: No such file or directory\n"
+    assert run([program]) == (0, "", message)
+
+
+def test_every_function_is_in_the_documents() -> None:
+    declared = re.findall(r"^(?:\w+ )+\*?(engram_\w+)\(", (SOURCES / "engram.h").read_text(), re.MULTILINE)
+    assert sorted(declared) == sorted(re.findall(r"^\| `(engram_\w+)` \|", EMBEDDED, re.MULTILINE))
 
 
 def test_any_name_of_a_model_is_a_c_string(tmp_path: Path) -> None:
@@ -408,7 +422,7 @@ def test_states_take_memory_as_they_are_used(tmp_path: Path) -> None:
         ),
         (["-d", "/nowhere", "1"], 1, "engram: weights.bin can't be opened in /nowhere: No such file or directory\n"),
         (["259"], 1, "engram: token id 259 is outside the vocabulary, expected 0 to 258\n"),
-        (["7"] * 65, 1, "engram: 65 tokens don't fit, the context of 64 has room for 64; begin another text\n"),
+        (["7"] * 65, 1, "engram: the context of 64 has room for 64 more tokens, not for 65; begin another text\n"),
         ([], 1, "engram: no token is given, expected at least one\n"),
         (["x"], 2, "engram: 'x' is not a token id, expected a number from 0\n{usage}"),
         (["99999999999"], 2, "engram: '99999999999' is not a token id, expected a number from 0\n{usage}"),

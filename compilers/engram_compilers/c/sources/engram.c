@@ -215,8 +215,8 @@ static int check_tokens(const engram *self, const int32_t *token_ids, size_t cou
     if (count == 0)
         return engram_fail(error, "no token is given, expected at least one");
     if (count > room)
-        return engram_fail(error, "%zu tokens don't fit, the context of %zu has room for %zu; begin another text",
-                           count, engram_packed.model.context_length, room);
+        return engram_fail(error, "the context of %zu has room for %zu more tokens, not for %zu; begin another text",
+                           engram_packed.model.context_length, room, count);
     for (size_t i = 0; i < count; i++)
         if (token_ids[i] < 0 || token_ids[i] >= engram_packed.model.vocab_size)
             return engram_fail(error, "token id %ld is outside the vocabulary, expected 0 to %ld", (long)token_ids[i],
