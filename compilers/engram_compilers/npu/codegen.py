@@ -106,7 +106,9 @@ def _pack(packed: PackedWeights, weight: DeviceWeight, compiler: DeviceCompiler,
 
     def pack_slice(expert: int) -> Arrays:
         parts = [arrays[name][expert * outputs : (expert + 1) * outputs] for name in weight.parts]
-        made = compiler.pack_int8(*parts) if weight.product.weights == "int8" else compiler.pack_int4(*_unpacked(*parts))
+        made = (
+            compiler.pack_int8(*parts) if weight.product.weights == "int8" else compiler.pack_int4(*_unpacked(*parts))
+        )
         assert made.size == weight.bytes
         return {"packed": made}
 

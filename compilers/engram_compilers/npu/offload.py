@@ -60,7 +60,13 @@ class Asked:
 class Offload(PyExprMutator):  # type: ignore[misc]
     """Rewrites one function at a time; `finish` returns the module without partitions."""
 
-    def __init__(self, module: tvm.IRModule, partitions: Mapping[str, Partition], asked: Asked, bytes_of: Callable[[Product], int]) -> None:
+    def __init__(
+        self,
+        module: tvm.IRModule,
+        partitions: Mapping[str, Partition],
+        asked: Asked,
+        bytes_of: Callable[[Product], int],
+    ) -> None:
         """Rewrite functions of ``module``; ``bytes_of(product)`` says how large a weight is once it is packed."""
         super().__init__(module)
         self.module = module

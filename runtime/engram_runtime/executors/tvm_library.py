@@ -17,7 +17,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
-from engram_runtime.executors.padding import LARGEST, padded_inputs
+from engram_runtime.executors.padding import chunk_sizes, padded_inputs
 from engram_runtime.executors.tvm_batch import TvmBatchStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
@@ -122,12 +122,7 @@ class TvmExecutor:
 
     def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         """See `Executor.chunks`: compiled sizes, the largest first, and the next larger one for a small rest."""
-        chunks: list[int] = []
-        while count > 0:
-            padded = [size for size in self._sizes if count <= size <= min(count + spare, LARGEST)]
-            chunks.append(min(padded) if padded else max(size for size in self._sizes if size <= count))
-            count -= chunks[-1]
-        return chunks
+        return chunk_sizes(self._sizes, count, spare)
 
     def batches(self, count: int) -> Sequence[int]:
         """See `Batching.batches`: as few passes as there can be."""
