@@ -40,9 +40,9 @@ def raw_gpu(**changes: Any) -> dict[str, Any]:
 
 def raw_npu(**changes: Any) -> dict[str, Any]:
     table = {
-        "rows": 16,
+        "rows": 32,
         "columns": 8,
-        "weight_bytes": 256,
+        "weight_bytes": 512,
         "input_bytes": 64,
         "accumulator_bytes": 64,
         "dma_bytes_per_cycle": 4,
@@ -82,7 +82,7 @@ def test_an_npu_profile_is_an_array_beside_another_profile() -> None:
     profile = parse_profile("mine", raw_npu())
     assert isinstance(profile, NpuProfile)
     assert profile.host == load_cpu_profile("x86-64-v3")
-    assert dataclasses.asdict(profile.array) == raw_npu()["npu"]
+    assert dataclasses.asdict(profile.geometry) == raw_npu()["npu"]
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,11 @@ def test_an_npu_profile_is_an_array_beside_another_profile() -> None:
             f"cpu target 'npu-systolic' is unknown; there are {['native', *cpu_profile_names()]}",
         ),
         (raw_npu(rows=0), "profile mine has rows 0, expected 1 to 1024"),
-        (raw_npu(columns=6), "profile mine has an array of 16 x 6 cells, expected multiples of 4"),
-        (raw_npu(weight_bytes=252), "profile mine has weight_bytes 252, two tiles of 16 x 8 weights need 256"),
-        (raw_npu(weight_bytes=258), "profile mine has weight_bytes 258, expected a multiple of dma_bytes_per_cycle 4"),
-        (raw_npu(input_bytes=31), "profile mine has input_bytes 31, two rows of 16 inputs need 32"),
+        (raw_npu(columns=6), "profile mine has an array of 32 x 6 cells, expected multiples of 32 and 4"),
+        (raw_npu(rows=48), "profile mine has an array of 48 x 8 cells, expected multiples of 32 and 4"),
+        (raw_npu(weight_bytes=508), "profile mine has weight_bytes 508, two tiles of 32 x 8 weights need 512"),
+        (raw_npu(weight_bytes=514), "profile mine has weight_bytes 514, expected a multiple of dma_bytes_per_cycle 4"),
+        (raw_npu(input_bytes=63), "profile mine has input_bytes 63, two rows of 32 inputs need 64"),
         (raw_npu(accumulator_bytes=60), "profile mine has accumulator_bytes 60, two rows of 8 sums need 64"),
         (raw_npu(clock_hz=0), "profile mine has clock_hz 0, expected 1 to 100000000000"),
     ],

@@ -84,10 +84,9 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
     specs = {DECODER: bundle.manifest.decoder}
     if DRAFT_HEAD in bundle.manifest.graphs:
         specs[DRAFT_HEAD] = bundle.manifest.graphs[DRAFT_HEAD]
+    paths = {name: (bundle.graph_file(spec.file), bundle.graph_file(spec.weights)) for name, spec in specs.items()}
     bundle.verify_digests(only={path for spec in specs.values() for path in (spec.file, spec.weights)})
-    graphs = {
-        name: (read_onnx_model(bundle.file(spec.file), bundle.file(spec.weights)), spec) for name, spec in specs.items()
-    }
+    graphs = {name: (read_onnx_model(*paths[name]), spec) for name, spec in specs.items()}
     report("packing weights and lowering the graph")
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
         lowered = lower(
