@@ -19,6 +19,7 @@ from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profil
 
 from engram_compilers.pack import packages
 from engram_compilers.pack.bundle_copy import copy_bundle, link_or_copy
+from engram_compilers.pack.cli import packed_targets
 from engram_compilers.pack.folder import PackOptions, newest_glibc, pack_cpu
 from engram_compilers.pack.library import current_library, ready_library
 from engram_compilers.pack.packages import MODULES, Wheel, find_wheels, requirements
@@ -26,7 +27,6 @@ from engram_runtime import LLM, Bundle
 from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.new_folder import new_folder
-from engram_targets import cpu_profile_names
 
 pytestmark = pytest.mark.slow
 
@@ -270,8 +270,8 @@ def test_targets_that_nothing_is_packed_for_are_refused(
     done = command("engram", "pack", packing.bundle.path, "--target", target, "-o", tmp_path / "packed")
     assert (done.code, done.out) == (4, "")
     assert done.err == (
-        f"engram: target {target} is of device {device!r}, which nothing is packed for yet; name one of "
-        f"{cpu_profile_names()}\n"
+        f"engram: target {target} is of device {device!r}, which nothing is packed for; name one of "
+        f"{packed_targets()}\n"
     )
 
 
