@@ -63,8 +63,9 @@ LINKS = re.findall(r"\]\(([^)#:]+)\)", README)
 
 def names(command: click.Command, name: str) -> Iterator[str]:
     """Yield the names of all commands that do something themselves."""
-    if not isinstance(command, click.Group):
+    if not isinstance(command, click.Group) or command.invoke_without_command:
         yield name
+    if not isinstance(command, click.Group):
         return
     with click.Context(command) as context:
         for below in command.list_commands(context):

@@ -35,6 +35,7 @@ AVX_VNNI_FLAGS = (*V3_FLAGS, "avx_vnni", "gfni")
 AVX512_FLAGS = (*V3_FLAGS, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
 DOTPROD_FLAGS = ("asimd", "asimdhp", "asimddp", "atomics")
 KNOWN = f"there are {['native', *profile_names()]}, and files by path, *.toml"
+SVE_FLAGS = load_cpu_profile("aarch64-i8mm-sve").cpu_flags
 MACHINE, ARM = "x86_64", "aarch64"
 
 
@@ -257,6 +258,9 @@ def test_threads_are_auto_or_a_number_from_one(threads: object) -> None:
         (MACHINE, AVX512_FLAGS[:-1], "x86-64-v3"),
         (ARM, DOTPROD_FLAGS, "aarch64-dotprod"),
         (ARM, (*DOTPROD_FLAGS, "i8mm", "sve"), "aarch64-i8mm"),
+        (ARM, (*SVE_FLAGS, "sve2"), "aarch64-i8mm-sve"),
+        ("arm64", (), "apple-arm64"),
+        ("riscv64", ("i", "m", "a", "f", "d", "c", "v", "zicsr"), "riscv64-rvv"),
     ],
 )
 def test_native_is_the_most_demanding_profile_a_machine_can_run(
@@ -301,6 +305,7 @@ def test_native_is_the_profile_of_this_machine() -> None:
     [
         ("processor : 0\nflags\t\t: fpu avx2  fma\n\nprocessor : 1\nflags : fpu\n", {"fpu", "avx2", "fma"}),
         ("Features\t: fp asimd dotprod\n", {"fp", "asimd", "dotprod"}),
+        ("hart : 0\nisa\t: rv64imafdcv_zicsr_zvfh\nmmu : sv48\n", {*"imafdcv", "zicsr", "zvfh"}),
         ("vmx flags : vnmi\nflags : sse\n", {"sse"}),
         ("model name : none\n", set()),
     ],

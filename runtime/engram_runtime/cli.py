@@ -20,6 +20,8 @@ COMMANDS = {
     "completion": "engram_runtime.commands.completion:completion",
     "doctor": "engram_runtime.commands.doctor:doctor",
     "compile": "engram_compilers.cli:compile_command",
+    "targets": "engram_targets.cli:targets",
+    "pack": "engram_compilers.pack.cli:pack_command",
 }
 
 

@@ -11,6 +11,7 @@ CPUINFO = Path("/proc/cpuinfo")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 FLAG_KEYS = ("flags", "Features")  # as x86 and Arm kernels spell it
+EXTENSIONS_KEY = "isa"  # as RISC-V kernels spell it
 NAME_KEY = "model name"
 TILE_FLAGS = frozenset({"amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex"})
 
@@ -18,13 +19,19 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux's Docume
 
 
 def cpu_flags() -> frozenset[str]:
-    """Return the CPU feature flags the kernel reports; empty where it reports none."""
+    """Return the CPU feature flags the kernel reports; empty where it reports none.
+
+    Those of RISC-V are its extensions: the letters of ``rv64imafdcv_zicsr_..`` and the words after it.
+    """
     if not CPUINFO.exists():
         return frozenset()
     for line in CPUINFO.read_text().splitlines():
         key, _, value = line.partition(":")
         if key.strip() in FLAG_KEYS:
             return frozenset(value.split())
+        if key.strip() == EXTENSIONS_KEY:
+            letters, *words = value.strip().split("_")
+            return frozenset((*letters.removeprefix("rv64").removeprefix("rv32"), *words))
     return frozenset()
 
 

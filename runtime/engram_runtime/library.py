@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -192,6 +193,8 @@ class LibraryInfo:
             return f"{self.target} needs CPU features {lacking} this machine lacks"
         if TILE_FLAGS & set(self.cpu_flags) and not request_tiles():
             return f"{self.target} needs AMX tiles, which the kernel keeps from this process (arch_prctl is denied)"
+        if (found := installed_ffi()) not in (self.ffi, None):
+            return f"{self.target} was compiled for apache-tvm-ffi {self.ffi}, this Python has {found}"
         return None
 
 
@@ -201,6 +204,14 @@ class Compiled(Protocol):
 
     folder: Path
     info: LibraryInfo
+
+
+def installed_ffi() -> str | None:
+    """Return the version of apache-tvm-ffi that this Python has."""
+    try:
+        return version("apache-tvm-ffi")
+    except PackageNotFoundError:
+        return None
 
 
 def pass_function(graph: str, tokens: int, rows: int) -> str:
@@ -222,8 +233,8 @@ def row_function(table: TableSpec) -> str:
 
 
 def _check_version(fields: Fields) -> None:
-    if (version := fields.count("version")) != LIBRARY_INFO_VERSION:
-        raise BundleError(f"library has version {version}, this runtime reads {LIBRARY_INFO_VERSION}; compile again")
+    if (found := fields.count("version")) != LIBRARY_INFO_VERSION:
+        raise BundleError(f"library has version {found}, this runtime reads {LIBRARY_INFO_VERSION}; compile again")
 
 
 def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:
@@ -257,10 +268,9 @@ def verify_library(folder: Path, info: LibraryInfo) -> None:
 
 def graph_digest(bundle: Bundle) -> str:
     """Return the SHA-256 of the graphs that are compiled and their weights as the manifest states them."""
-    digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     decoder = bundle.manifest.decoder
     heads = [graph.file for name, graph in bundle.manifest.graphs.items() if name == DRAFT_HEAD]
-    return "+".join(digests[path] for path in (decoder.file, decoder.weights, *heads))
+    return "+".join(bundle.manifest.entry(path).sha256 for path in (decoder.file, decoder.weights, *heads))
 
 
 def find_library(bundle: Bundle, target: str | None = None) -> tuple[Path, LibraryInfo]:
@@ -273,12 +283,8 @@ def find_library(bundle: Bundle, target: str | None = None) -> tuple[Path, Libra
         TargetError: none was compiled, or none fits, with each one's reason.
     """
     digest = graph_digest(bundle)
-    if target is None:
-        mend = f"run: engram compile {bundle.path} --target native"
-        path, info = _most_specific(bundle, mend)
-    else:
-        mend = f"run: engram compile {bundle.path} --target {target}"
-        path, info = _of_target(bundle, target)
+    mend = _mend(bundle, target or "native")
+    path, info = _most_specific(bundle, mend) if target is None else _of_target(bundle, target)
     if info.graph_sha256 != digest:
         raise TargetError(f"library {path} was compiled from another graph than this bundle holds; {mend}")
     states = {state.name for graph in bundle.manifest.graphs.values() for state in graph.states}
@@ -301,6 +307,13 @@ def library_device(bundle: Bundle, target: str | None) -> str:
     return fields.take("device", str)
 
 
+def _mend(bundle: Bundle, target: str) -> str:
+    """Return how to get a library: a packed bundle has no graph to compile."""
+    if bundle.manifest.omitted:
+        return "pack the bundle it was made of for this machine: engram pack BUNDLE --target NAME"
+    return f"run: engram compile {bundle.path} --target {target}"
+
+
 def _info_paths(bundle: Bundle) -> dict[str, Path]:
     """Return the descriptions of a bundle's libraries by target."""
     found = sorted(bundle.file(LIBRARY_FOLDER).glob(f"[!.]*/{LIBRARY_INFO_NAME}"))
@@ -311,8 +324,7 @@ def _info_path(bundle: Bundle, target: str) -> Path:
     found = _info_paths(bundle)
     if target not in found:
         raise TargetError(
-            f"bundle {bundle.path} has no library for target {target!r}, it has {list(found)}; "
-            f"run: engram compile {bundle.path} --target {target}"
+            f"bundle {bundle.path} has no library for target {target!r}, it has {list(found)}; {_mend(bundle, target)}"
         )
     return found[target]
 

@@ -61,7 +61,7 @@ class CpuProfile(Profile):
         machine: instruction set architecture as ``uname -m`` spells it.
         system: ``linux``, ``macos`` or ``wasi``.
         cpu_flags: features the code needs, as ``/proc/cpuinfo`` spells them.
-        threads: how many run the library unless told otherwise, 0 for one on each core there is (``auto`` in files).
+        threads: how many run the library unless told otherwise; 0, in files ``auto``, is one on each core there is.
         llvm: what LLVM is told.
     """
 
