@@ -28,6 +28,7 @@ from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
 from engram_compilers.runtime_library import installed_library, library_of
 from engram_compilers.table_functions import table_functions
+from engram_compilers.tuning.sizes import OWN_BLOCKS, Blocks
 
 WEIGHTS_FILE = "weights.bin"
 Report = Callable[[str], None]
@@ -44,11 +45,14 @@ class CompileResult:
     weights_bytes: int
 
 
-def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda text: None) -> CompileResult:
+def compile_bundle(
+    bundle: Bundle, profile: Profile, report: Report = lambda text: None, blocks: Blocks = OWN_BLOCKS
+) -> CompileResult:
     """Compile the decoder, and a draft head, for a target, replacing an earlier library for it.
 
     Args:
         report: told each step before it begins.
+        blocks: block sizes measured for this profile, which change no bit of a result.
 
     Raises:
         CompileError: the graph has an operator or a use of one that has no lowering, the target is no processor, there
@@ -65,7 +69,7 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        info = _build(bundle, profile, scratch, report)
+        info = _build(bundle, profile, scratch, report, blocks)
         (scratch / LIBRARY_INFO_NAME).write_text(json.dumps(info.to_dict()), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
@@ -80,7 +84,7 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
     )
 
 
-def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) -> LibraryInfo:
+def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report, blocks: Blocks) -> LibraryInfo:
     specs = {DECODER: bundle.manifest.decoder}
     if DRAFT_HEAD in bundle.manifest.graphs:
         specs[DRAFT_HEAD] = bundle.manifest.graphs[DRAFT_HEAD]
@@ -97,6 +101,7 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
             passes=profile.passes,
             batches=profile.batches,
             cache_dtype=profile.cache_dtype,
+            blocks=blocks,
         )
         weights_bytes = packed.bytes
     lowered.module.update(table_functions(bundle.manifest.tables))
@@ -113,7 +118,7 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
         machine=profile.machine,
         cpu_flags=profile.cpu_flags,
         graph_sha256=graph_digest(bundle),
-        compiler=f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}",
+        compiler=_compiler(blocks),
         ffi=version("apache-tvm-ffi"),
         library=library,
         runtime=runtime,
@@ -129,6 +134,11 @@ def _build(bundle: Bundle, profile: CpuProfile, folder: Path, report: Report) ->
         threads=profile.threads,
         float16_states=lowered.float16_states,
     )
+
+
+def _compiler(blocks: Blocks) -> str:
+    made_by = f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}"
+    return f"{made_by}, block sizes of {blocks.source}" if blocks.source else made_by
 
 
 def _link(executable: tvm.runtime.Module, profile: CpuProfile, folder: Path, report: Report) -> str:

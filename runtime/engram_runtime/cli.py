@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": "engram_runtime.commands.doctor:doctor",
     "compile": "engram_compilers.cli:compile_command",
     "targets": "engram_targets.cli:targets",
+    "tune": "engram_compilers.tuning.cli:tune",
 }
 
 
