@@ -31,7 +31,7 @@ from engram_runtime import LLM, Bundle
 from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.new_folder import new_folder
-from engram_targets import CpuProfile, cpu_profile_names, load_cpu_profile
+from engram_targets import CpuProfile, load_cpu_profile
 
 pytestmark = pytest.mark.slow
 
