@@ -57,7 +57,7 @@ def test_run_takes_the_library_of_a_target(workshop: Workshop, command: Command)
     assert ran[0].out == ran[1].out
     other = command("engram", "run", bundle.path, PROMPT, "--target", "other")
     assert (other.code, other.err) == (
-        1,
+        4,
         f"engram: bundle {bundle.path} has no library for target 'other', it has ['{target}']; "
         f"run: engram compile {bundle.path} --target other\n",
     )
@@ -67,7 +67,7 @@ def test_a_target_is_not_for_onnxruntime(workshop: Workshop, command: Command) -
     options = ("--executor", "onnxruntime", "--target", "native")
     outcome = command("engram", "run", workshop.ready().path, PROMPT, *options)
     expected = "engram: target 'native' picks a compiled library, which onnxruntime doesn't run; leave it out\n"
-    assert (outcome.code, outcome.err) == (1, expected)
+    assert (outcome.code, outcome.err) == (2, expected)
 
 
 def test_run_prints_the_text_on_stdout_and_figures_on_stderr(workshop: Workshop, command: Command) -> None:

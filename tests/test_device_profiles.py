@@ -11,7 +11,6 @@ from tests.test_profiles import raw_llvm, raw_profile
 from tests.workshop import Workshop
 
 from engram_compilers.build import compile_bundle
-from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CompileError, TargetError
 from engram_runtime.planning.targets import read_target
 from engram_targets import (
@@ -40,9 +39,9 @@ def raw_gpu(**changes: Any) -> dict[str, Any]:
 
 def raw_npu(**changes: Any) -> dict[str, Any]:
     table = {
-        "rows": 16,
+        "rows": 32,
         "columns": 8,
-        "weight_bytes": 256,
+        "weight_bytes": 512,
         "input_bytes": 64,
         "accumulator_bytes": 64,
         "dma_bytes_per_cycle": 4,
@@ -82,7 +81,7 @@ def test_an_npu_profile_is_an_array_beside_another_profile() -> None:
     profile = parse_profile("mine", raw_npu())
     assert isinstance(profile, NpuProfile)
     assert profile.host == load_cpu_profile("x86-64-v3")
-    assert dataclasses.asdict(profile.array) == raw_npu()["npu"]
+    assert dataclasses.asdict(profile.geometry) == raw_npu()["npu"]
 
 
 @pytest.mark.parametrize(
@@ -134,10 +133,11 @@ def test_an_npu_profile_is_an_array_beside_another_profile() -> None:
             f"cpu target 'npu-systolic' is unknown; there are {['native', *cpu_profile_names()]}",
         ),
         (raw_npu(rows=0), "profile mine has rows 0, expected 1 to 1024"),
-        (raw_npu(columns=6), "profile mine has an array of 16 x 6 cells, expected multiples of 4"),
-        (raw_npu(weight_bytes=252), "profile mine has weight_bytes 252, two tiles of 16 x 8 weights need 256"),
-        (raw_npu(weight_bytes=258), "profile mine has weight_bytes 258, expected a multiple of dma_bytes_per_cycle 4"),
-        (raw_npu(input_bytes=31), "profile mine has input_bytes 31, two rows of 16 inputs need 32"),
+        (raw_npu(columns=6), "profile mine has an array of 32 x 6 cells, expected multiples of 32 and 4"),
+        (raw_npu(rows=48), "profile mine has an array of 48 x 8 cells, expected multiples of 32 and 4"),
+        (raw_npu(weight_bytes=508), "profile mine has weight_bytes 508, two tiles of 32 x 8 weights need 512"),
+        (raw_npu(weight_bytes=514), "profile mine has weight_bytes 514, expected a multiple of dma_bytes_per_cycle 4"),
+        (raw_npu(input_bytes=63), "profile mine has input_bytes 63, two rows of 32 inputs need 64"),
         (raw_npu(accumulator_bytes=60), "profile mine has accumulator_bytes 60, two rows of 8 sums need 64"),
         (raw_npu(clock_hz=0), "profile mine has clock_hz 0, expected 1 to 100000000000"),
     ],
@@ -216,14 +216,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert file_message(path) == f"profile file {path} can't be read: Is a directory"
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_target_of_another_device_is_not_compiled_for(workshop: Workshop, name: str) -> None:
-    profile = load_profile(name)
+def test_c_sources_are_packed_not_compiled(workshop: Workshop) -> None:
+    bundle = workshop.uncompiled()
     with pytest.raises(CompileError) as caught:
-        compile_bundle(Bundle.open(workshop.uncompiled().path), profile)
+        compile_bundle(bundle, load_profile("c-portable"))
     assert str(caught.value) == (
-        f"target {name} is of device {profile.device!r}, which this version doesn't compile for; "
-        f"choose one of {cpu_profile_names()}"
+        f"target c-portable is C sources, no library; run: engram pack {bundle.path} --target c-portable -o DIR"
     )
 
 

@@ -40,6 +40,7 @@ NAMED_UPWARDS = {
     ("engram_runtime.cli", "engram_compilers.cli:compile_command"),
     ("engram_runtime.cli", "engram_compilers.tuning.cli:tune"),
     ("engram_runtime.cli", "engram_targets.cli:targets"),
+    ("engram_runtime.cli", "engram_compilers.pack.cli:pack_command"),
     ("engram_runtime.commands.bench", "engram_export.gguf_sizes"),
     ("engram_runtime.commands.bench", "engram_export.gguf_writer"),
     ("engram_runtime.commands.inspect", "engram_export.inspection"),

@@ -112,23 +112,33 @@ class Workshop:
         return Bundle.open(self._once(key, "bundle", lambda out: export(checkpoint, out, **changes)))
 
     def compiled(
-        self, bundle: Bundle, kernels: str = "portable", *, always_parallel: bool = False, **changes: Any
+        self,
+        bundle: Bundle,
+        kernels: str = "portable",
+        *,
+        always_parallel: bool = False,
+        mcpu: str | None = None,
+        **changes: Any,
     ) -> Bundle:
         """Return a copy of a bundle with a library made of a kernel family.
 
         Args:
             always_parallel: share even the smallest kernel among threads; tiny ones run on one otherwise.
+            mcpu: another processor that LLVM generates code for.
             changes: other values of the profile.
         """
+        profile = tiny_profile(kernels=kernels, **changes)
+        if mcpu is not None:
+            profile = dataclasses.replace(profile, llvm=dataclasses.replace(profile.llvm, mcpu=mcpu))
 
         def make(folder: Path) -> None:
             shutil.copytree(bundle.path, folder)
             with pytest.MonkeyPatch.context() as patch:
                 if always_parallel:
                     patch.setattr(loops, "PARALLEL_FROM_US", 0.0)
-                compile_bundle(Bundle.open(folder), tiny_profile(kernels=kernels, **changes))
+                compile_bundle(Bundle.open(folder), profile)
 
-        key = f"compiled {bundle.path} {kernels} {always_parallel} {sorted(changes.items())}"
+        key = f"compiled {bundle.path} {kernels} {always_parallel} {mcpu} {sorted(changes.items())}"
         return Bundle.open(self._once(key, "compiled", make))
 
     def uncompiled(self) -> Bundle:

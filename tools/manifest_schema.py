@@ -107,7 +107,7 @@ def manifest_schema() -> Schema:
     manifest = object_schema(Manifest)
     manifest["properties"]["graphs"]["propertyNames"] = GRAPH_NAMES
     manifest["properties"] |= {"format_version": {"const": FORMAT_VERSION}, "extensions": {"type": "object"}}
-    manifest["required"] = sorted(manifest["properties"].keys() - {"draft_vocabulary"})
+    manifest["required"] = sorted(manifest["properties"].keys() - {"draft_vocabulary", "omitted"})
     parts = {kind.__name__: object_schema(kind) for kind in KEYS if kind is not Manifest}
     parts[RowRange.__name__] |= EXTERNAL_ROWS
     return {"$schema": DIALECT, "title": "engram.json", **manifest, "$defs": {**parts, **VALUES}}

@@ -6,7 +6,9 @@ import re
 import typing
 from collections.abc import Iterator
 
-from engram_targets import CProfile, CpuProfile, GpuProfile, Llvm, NpuProfile, Profile, SystolicArray
+from engram_runtime.npu.device import Geometry
+from engram_runtime.npu.devices import ACCELERATORS
+from engram_targets import CProfile, CpuProfile, GpuProfile, Llvm, NpuProfile, Profile
 from engram_targets.common import CACHE_DTYPES, EVIDENCE, MOST_COUNTS, MOST_TOKENS
 from engram_targets.cpu import SYSTEMS
 from engram_targets.gpu import LANGUAGES
@@ -38,7 +40,8 @@ def target_schema() -> str:
     """Return the page."""
     parts = [TITLE + "".join(rows(Profile, leave=("name", "kernels")))]
     parts += [section(CpuProfile, {"llvm": Llvm}), section(CProfile, {})]
-    parts += [section(GpuProfile, {}, table="gpu"), section(NpuProfile, {"npu": SystolicArray}, leave=("array",))]
+    parts += [section(GpuProfile, {}, table="gpu"), section(NpuProfile, {}, leave=("geometry",))]
+    parts += [accelerator(name, kind.geometry) for name, kind in ACCELERATORS.items()]
     return "\n".join(parts)
 
 
@@ -50,6 +53,12 @@ def section(kind: type[Profile], tables: dict[str, type], *, table: str = "", le
     below = "".join(row for name, part in tables.items() for row in rows(part, prefix=f"[{name}] "))
     head = f'## `device = "{kind.device}"`\n\n{first_line(kind)}\n\n| key | value | meaning |\n|---|---|---|\n'
     return f"{head}| `kernels` | {families} | {meanings(Profile)['kernels']} |\n{own}{below}"
+
+
+def accelerator(name: str, geometry: type[Geometry]) -> str:
+    """Return the part on the table of an accelerator's sizes."""
+    head = f'### `kernels = "{name}"`\n\n{first_line(geometry)}\n\n| key | value | meaning |\n|---|---|---|\n'
+    return head + "".join(rows(geometry, prefix="[npu] "))
 
 
 def rows(kind: type, *, leave: tuple[str, ...] = (), prefix: str = "") -> Iterator[str]:

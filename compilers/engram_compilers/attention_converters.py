@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tvm import relax
 
 from engram_compilers.forward_pass import POSITION, Converters, ForwardPass, scale_of, unbatched
-from engram_compilers.kernels import attention, batched_attention, block_selection, rotary
+from engram_compilers.kernels import batched_attention, block_selection
 from engram_compilers.kernels.attention_shape import live_words
 from engram_compilers.kernels.batched_attention import Caches
 from engram_compilers.kernels.loops import LANES
@@ -79,7 +79,9 @@ def shared_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     query, keys, values, cos, sin = (forward.activation(node, index) for index in (0, 1, 2, 4, 5))
     layer = _layer(node, query, keys)
     sizes = (layer.tokens, layer.heads, layer.head_dim, 2 * cos.shape[1], layer.capacity)
-    kernel = forward.kernels.get(f"rotate_queries_{_joined(sizes)}", lambda: rotary.rotate_queries(*sizes))
+    kernel = forward.kernels.get(
+        f"rotate_queries_{_joined(sizes)}", lambda: forward.kernels.shared.rotary.rotate_queries(*sizes)
+    )
     rotated = forward.call(kernel, [query.expr, cos.expr, sin.expr, forward.position], query.shape)
     return [_attend(forward, layer, node, rotated, keys, values)]
 
@@ -92,6 +94,7 @@ def indexed_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
     live = _select(forward, node, layer.tokens, index_query, index)
     query, keys, values = _append(forward, layer, of["qkv"], of["keys"], of["values"], of["cos"], of["sin"])
     options = (*layer.sizes, scale_of(node), layer.cache_dtype)
+    attention = forward.kernels.shared.attention
     kernel = forward.kernels.get(f"attend_selected_{_joined(options)}", lambda: attention.attend_selected(*options))
     inputs = [query.expr, keys.expr, values.expr, forward.position, live]
     return [forward.call(kernel, inputs, query.shape), keys, values, index]
@@ -158,6 +161,7 @@ def _append(
 ) -> tuple[Activation, Activation, Activation]:
     """Return rotated queries ``[T, H * hd]`` and both caches, changed in place."""
     options = (*layer.sizes, 2 * cos.shape[1], layer.cache_dtype)
+    attention = forward.kernels.shared.attention
     kernel = forward.kernels.get(f"rope_append_{_joined(options)}", lambda: attention.rope_append(*options))
     new_keys, new_values, query = forward.call_in_place(
         kernel,
@@ -172,6 +176,7 @@ def _attend(
     forward: ForwardPass, layer: _Layer, node: Node, query: Activation, keys: Activation, values: Activation
 ) -> Activation:
     options = (*layer.sizes, scale_of(node), _window(node), layer.cache_dtype)
+    attention = forward.kernels.shared.attention
     kernel = forward.kernels.get(f"attend_{_joined(options)}", lambda: attention.attend(*options))
     return forward.call(kernel, [query.expr, keys.expr, values.expr, forward.position], query.shape)
 

@@ -11,9 +11,8 @@ from tvm import relax, tirx
 
 from engram_compilers.forward_pass import Converters, ExpertRead, ForwardPass
 from engram_compilers.kernel_converters import dtype_of, unpack_nibbles
-from engram_compilers.kernels import experts
 from engram_compilers.kernels.experts import Routing
-from engram_compilers.kernels.float_linear import float_dtype, pack_float
+from engram_compilers.kernels.float_linear import float_dtype
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import Activation, ChannelScales, Gated, Rows, Softmax, TwoLevelScales, Value
 from engram_runtime.errors import CompileError
@@ -65,13 +64,14 @@ def qmoe(forward: ForwardPass, node: Node) -> Sequence[Value]:
 def _float_layer(forward: ForwardPass, node: Node, index: int) -> ExpertLayer:
     weight = _weight(forward, node, index)
     count, outputs, inputs = weight.shape
+    kernels = forward.kernels.shared
     dtype = cache(lambda: float_dtype(forward.model.read(weight)))  # one for all experts, only known by reading them
     return ExpertLayer(
         name=weight.name,
         kind="float",
         shape=(count, outputs, inputs),
-        pack=lambda expert, rows: pack_float(forward.model.read(weight)[expert][rows], dtype()),
-        make_kernel=lambda dtype, routing, rows, n, k: experts.expert_linear_float(routing, rows, n, k, dtype),
+        pack=lambda expert, rows: kernels.float_linear.pack_float(forward.model.read(weight)[expert][rows], dtype()),
+        make_kernel=lambda dtype, routing, rows, n, k: kernels.experts.expert_linear_float(routing, rows, n, k, dtype),
         operands=lambda x: [forward.materialise(x).expr],
     )
 
@@ -136,6 +136,7 @@ def _mix(forward: ForwardPass, node: Node, gate_up: ExpertLayer, down: ExpertLay
     y = _linear(forward, down, hidden, routing, segments, ALONE)
     expert_bytes = sum(forward.arguments.bytes_of(_packed_name(layer)) // routing.experts for layer in (gate_up, down))
     forward.expert_reads.append(ExpertRead(segments[-1], expert_bytes))
+    experts = forward.kernels.shared.experts
     kernel = forward.kernels.get(f"combine_{routing.name}_{x.shape[1]}", lambda: experts.combine(routing, x.shape[1]))
     return forward.call(kernel, [y.expr, weight], x.shape)
 
@@ -143,7 +144,8 @@ def _mix(forward: ForwardPass, node: Node, gate_up: ExpertLayer, down: ExpertLay
 def _route(forward: ForwardPass, logits: Activation, routing: Routing, *, normalise: bool) -> list[relax.Expr]:
     """Return the buffers of `experts.Segments` and the pairs' weights."""
     kernel = forward.kernels.get(
-        f"route_{routing.name}_{int(normalise)}", lambda: experts.route(routing, normalise=normalise)
+        f"route_{routing.name}_{int(normalise)}",
+        lambda: forward.kernels.shared.experts.route(routing, normalise=normalise),
     )
     places, bounds = (routing.pairs,), (routing.segments + 1,)
     types = [relax.TensorType(shape, "int32") for shape in (places, bounds, bounds, (1,))]

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from engram_compilers.kernel_cache import KernelCache, MakeKernel
-from engram_compilers.kernels import activation, normalise, quantise
-from engram_compilers.kernels.activation import Function
+from engram_compilers.kernel_sets import SharedKernels
 from engram_compilers.onnx_model import Node, OnnxModel, Weight
 from engram_compilers.packed_weights import Pack, WeightArguments
 from engram_compilers.values import (
@@ -58,6 +57,10 @@ class ForwardPass:
         self._computed: dict[Deferred, Activation] = {}
         self._quantised: dict[tuple[Rows, int], list[relax.Expr]] = {}
         self._held: dict[Activation, Activation] = {}
+
+    @property
+    def _shared(self) -> SharedKernels:
+        return self.kernels.shared
 
     @property
     def position(self) -> relax.Expr:
@@ -140,13 +143,14 @@ class ForwardPass:
                 return self.emit(relax.op.nn.softmax(whole.expr, axis=-1), whole.shape)
             case Sum(a=a, b=b):
                 rows, columns = a.shape
-                kernel = self.kernels.get(f"add_{rows}_{columns}", lambda: activation.add(rows, columns))
+                kernel = self.kernels.get(f"add_{rows}_{columns}", lambda: self._shared.activation.add(rows, columns))
                 return self.call(kernel, [a.expr, b.expr], a.shape)
             case Normed(x=x, gain=gain, eps=eps):
                 return self.rms_norm(self.materialise(x), gain, eps)
             case Gated(gate_up=gate_up, function=name):
                 rows, columns = value.shape
-                make = partial(activation.gated, rows, columns, activation.GATES[name])
+                gates = self._shared.activation.GATES
+                make = partial(self._shared.activation.gated, rows, columns, gates[name])
                 return self.call(self.kernels.get(f"{name}_mul_{rows}_{columns}", make), [gate_up.expr], value.shape)
 
     def emit(self, expr: relax.Expr, shape: Sequence[int], dtype: str = "float32") -> Activation:
@@ -207,20 +211,21 @@ class ForwardPass:
         rows, columns = x.shape
         match self._computed.get(x, x) if isinstance(x, Deferred) else x:
             case Gated(gate_up=gate_up, function=name):
-                make = partial(activation.gated_quantise, rows, columns, activation.GATES[name], planes)
+                kernels = self._shared.activation
+                make = partial(kernels.gated_quantise, rows, columns, kernels.GATES[name], planes)
                 return self._call_quantising(f"{name}_quantise", make, [gate_up], x, planes)
             case Normed(x=Sum(a=a, b=b) as total, gain=gain, eps=eps) if total not in self._computed:
-                make = partial(normalise.add_norm_quantise, rows, columns, eps, planes)
+                make = partial(self._shared.normalise.add_norm_quantise, rows, columns, eps, planes)
                 name = f"add_norm_quantise_{eps}"
                 written, *results = self._call_quantising(name, make, [a, b, gain], x, planes, [x.shape])
                 self._computed[total] = Activation(written, x.shape, "float32")
                 return results
             case Normed(x=normed, gain=gain, eps=eps):
-                make = partial(normalise.norm_quantise, rows, columns, eps, planes)
+                make = partial(self._shared.normalise.norm_quantise, rows, columns, eps, planes)
                 inputs = [self.materialise(normed), gain]
                 return self._call_quantising(f"norm_quantise_{eps}", make, inputs, x, planes)
             case other:
-                make = partial(quantise.quantise_rows, rows, columns, planes)
+                make = partial(self._shared.quantise.quantise_rows, rows, columns, planes)
                 return self._call_quantising("quantise", make, [self.materialise(other)], x, planes)
 
     def _call_quantising(
@@ -235,7 +240,7 @@ class ForwardPass:
         """Call a kernel whose results are float32 of ``shapes``, then `quantise.QuantisedRows` of ``x``."""
         rows, columns = x.shape
         types = [relax.TensorType(shape, "float32") for shape in shapes]
-        types += [relax.TensorType(*of) for of in quantise.quantised_types(rows, columns, planes)]
+        types += [relax.TensorType(*of) for of in self._shared.quantise.quantised_types(rows, columns, planes)]
         kernel = self.kernels.get(f"{name}_{rows}_{columns}_{planes}", make)
         builder = self.kernels.builder
         results = builder.emit(relax.call_tir(kernel, [value.expr for value in inputs], out_ty=types))
@@ -251,22 +256,22 @@ class ForwardPass:
         rows, columns = x.shape[0] * branches, x.shape[1] // branches
         gains = 1 if gain is None else branches
         name = f"rms_norm_{rows}_{columns}_{eps}_{gains}"
-        kernel = self.kernels.get(name, lambda: normalise.rms_norm(rows, columns, eps, gains))
+        kernel = self.kernels.get(name, lambda: self._shared.normalise.rms_norm(rows, columns, eps, gains))
         factor = relax.const(np.ones(columns, dtype=np.float32)) if gain is None else gain.expr
         flat = self.reshape(x, (rows, columns))
         return self.reshape(self.call(kernel, [flat.expr, factor], (rows, columns)), x.shape)
 
     def gelu(self, x: Activation) -> Activation:
         """Return gelu of every value, by tanh."""
-        return self._each("gelu", activation.gelu, x)
+        return self._each("gelu", x)
 
     def tanh(self, x: Activation) -> Activation:
         """Return tanh of every value."""
-        return self._each("tanh", activation.tanh, x)
+        return self._each("tanh", x)
 
-    def _each(self, name: str, function: Function, x: Activation) -> Activation:
-        size = int(np.prod(x.shape))
-        kernel = self.kernels.get(f"{name}_{size}", lambda: activation.each(size, function))
+    def _each(self, name: str, x: Activation) -> Activation:
+        size, kernels = int(np.prod(x.shape)), self._shared.activation
+        kernel = self.kernels.get(f"{name}_{size}", lambda: kernels.each(size, getattr(kernels, name)))
         return self.reshape(self.call(kernel, [self.reshape(x, (size,)).expr], (size,)), x.shape)
 
     def reshape(self, x: Activation, shape: Sequence[int]) -> Activation:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass
-from engram_compilers.kernels import batched_matmul, float_linear
+from engram_compilers.kernels.float_linear import float_dtype
 from engram_compilers.kernels.quantise import MOST_PLANES
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.signatures import planes_of
@@ -102,7 +102,7 @@ def _linear_block(forward: ForwardPass, x: Rows, codes: Weight, block_scale: Wei
         )
         return packed
 
-    planes, row_scale, _ = forward.quantised(x, MOST_PLANES)
+    planes, row_scale, *_ = forward.quantised(x, MOST_PLANES)
     return forward.call(kernel, [planes, row_scale, *forward.packed_weight(codes, pack)], (rows, outputs))
 
 
@@ -137,7 +137,8 @@ def _batched_matmul(forward: ForwardPass, node: Node) -> Activation:
         raise CompileError(f"{node.operator} of {a.shape} and {b.shape} is not a product per token")
     sizes = (*a.shape, b.shape[2])
     kernel = forward.kernels.get(
-        f"batched_matmul_{'_'.join(map(str, sizes))}", lambda: batched_matmul.batched_matmul(*sizes)
+        f"batched_matmul_{'_'.join(map(str, sizes))}",
+        lambda: forward.kernels.shared.batched_matmul.batched_matmul(*sizes),
     )
     return forward.call(kernel, [a.expr, b.expr], (*a.shape[:2], b.shape[2]))
 
@@ -166,7 +167,7 @@ def _linear_float(forward: ForwardPass, x: Activation, weight: Weight) -> Activa
     packed, dtype = _packed_float(forward, weight)
     kernel = forward.kernels.get(
         f"linear_float_{rows}_{outputs}_{columns}_{dtype}",
-        lambda: float_linear.linear_float(rows, outputs, columns, dtype),
+        lambda: forward.kernels.shared.float_linear.linear_float(rows, outputs, columns, dtype),
     )
     return forward.call(kernel, [x.expr, packed], (rows, outputs))
 
@@ -184,7 +185,7 @@ def gather(forward: ForwardPass, node: Node) -> Sequence[Value]:
     packed, dtype = _packed_float(forward, weight)
     kernel = forward.kernels.get(
         f"embed_float_{tokens}_{vocabulary}_{columns}_{dtype}",
-        lambda: float_linear.embed_float(tokens, vocabulary, columns, dtype),
+        lambda: forward.kernels.shared.float_linear.embed_float(tokens, vocabulary, columns, dtype),
     )
     return [forward.call(kernel, [ids.expr, packed], (tokens, columns))]
 
@@ -194,7 +195,8 @@ def _packed_float(forward: ForwardPass, weight: Weight) -> tuple[relax.Var, str]
 
     def pack() -> Mapping[str, NDArray[Any]]:
         values = forward.model.read(weight)
-        return float_linear.pack_float(values, float_linear.float_dtype(values))
+        packed: Mapping[str, NDArray[Any]] = forward.kernels.shared.float_linear.pack_float(values, float_dtype(values))
+        return packed
 
     (packed,) = forward.packed_weight(weight, pack)
     return packed, dtype_of(packed)

@@ -20,6 +20,7 @@ from engram_runtime.doctor.install import system_compiler
 from engram_runtime.errors import CompileError
 
 GLIBC = "2.28"  # of 2018: what is linked for another machine runs with that and newer ones, as TVM's own wheels do
+NO_DEBUG = "-Wl,-S"  # what LLVM says of variables is a third of a library, and there is no source to show them in
 MACHINES = {"arm64": "aarch64"}  # as ziglang calls them
 
 
@@ -81,7 +82,7 @@ def link(output: str, objects: Sequence[str], options: Sequence[str] | None = No
     system = system_of(mtriple)
     sources = [str(Path(__file__).with_name(name)) for name in system.sources]
     backend = ["-std=gnu11", "-O2", f"-I{libinfo.find_include_path()}", *sources]
-    command = [*linker(mtriple), *system.options, "-o", output, *objects, *backend, *(options or [])]
+    command = [*linker(mtriple), *system.options, NO_DEBUG, "-o", output, *objects, *backend, *(options or [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"{command[0]} failed to link {output}: {done.stderr.strip()[-500:]}")

@@ -14,6 +14,7 @@ from engram_compilers.expert_converters import EXPERT_CONVERTERS
 from engram_compilers.forward_pass import POSITION, Converters, ExpertRead, ForwardPass
 from engram_compilers.kernel_cache import KernelCache
 from engram_compilers.kernel_converters import KERNEL_CONVERTERS
+from engram_compilers.kernel_sets import shared_kernels
 from engram_compilers.onnx_model import Node, OnnxModel
 from engram_compilers.packed_weights import PackedWeights, WeightArguments
 from engram_compilers.recurrent_converters import RECURRENT_CONVERTERS
@@ -29,6 +30,8 @@ from engram_runtime.errors import CompileError
 from engram_runtime.executor import FLOAT16, FLOAT32
 from engram_runtime.library import batch_function, pass_function
 from engram_runtime.manifest import DECODER, ROWS, GraphSpec, StateSpec
+
+Graphs = Mapping[str, tuple[OnnxModel, GraphSpec]]
 
 CONVERTERS: Converters = {
     **STANDARD_CONVERTERS,
@@ -58,7 +61,7 @@ class LoweredGraphs:
 
 
 def lower(
-    graphs: Mapping[str, tuple[OnnxModel, GraphSpec]],
+    graphs: Graphs,
     packed: PackedWeights,
     *,
     family: str,
@@ -83,10 +86,10 @@ def lower(
         CompileError: an operator, or a use of one, that has no lowering.
     """
     builder = relax.BlockBuilder()
-    linear, experts = (
+    linear, expert_linear = (
         importlib.import_module(f"engram_compilers.kernels.{name}") for name in (family, f"{family}_experts")
     )
-    kernels = KernelCache(builder, blocked(linear, blocks), experts)
+    kernels = KernelCache(builder, blocked(linear, blocks), expert_linear, shared_kernels(family))
     lowered = {
         name: _lower_graph(model, spec, packed, kernels, _functions(name, passes, batches), cache_dtype)
         for name, (model, spec) in graphs.items()
@@ -200,6 +203,8 @@ def _argument(name: str, shape: tuple[int, ...], dtype: str) -> Activation:
 def _convert(forward: ForwardPass, node: Node) -> None:
     if node.operator not in CONVERTERS:
         raise CompileError(f"operator {node.operator} has no lowering; there are {sorted(CONVERTERS)}")
+    if node.operator in forward.kernels.shared.lacking:
+        raise CompileError(f"operator {node.operator} has no kernel for GPUs; compile for a processor: --target native")
     SIGNATURES[node.operator].check(node)
     if undefined := [name for name in node.inputs if name and not forward.is_defined(name)]:
         raise CompileError(f"{node.operator} takes {undefined}, which no node before it makes; export the bundle again")

@@ -6,7 +6,6 @@ import numpy as np
 from tvm import relax
 
 from engram_compilers.forward_pass import Converters, ForwardPass
-from engram_compilers.kernels import streams
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import Activation, Batched, Value
 from engram_runtime.errors import CompileError
@@ -30,7 +29,7 @@ def pre_mix(forward: ForwardPass, node: Node) -> Sequence[Value]:
         raise CompileError(f"{node.operator} has weights {mix.shape} for streams {x.shape}; kernels need one a feature")
     sizes = (rows, branches, width // branches)
     name = f"pre_mix_{'_'.join(map(str, sizes))}_{scale}"
-    kernel = forward.kernels.get(name, lambda: streams.pre_mix(*sizes, scale))
+    kernel = forward.kernels.get(name, lambda: forward.kernels.shared.streams.pre_mix(*sizes, scale))
     return [forward.call(kernel, [x.expr, mix.expr], (rows, width // branches))]
 
 
@@ -43,7 +42,9 @@ def post_mix(forward: ForwardPass, node: Node) -> Sequence[Value]:
             f"{node.operator} has weights {inject.shape}; kernels need one for each of {branches} streams"
         )
     sizes = (rows, branches, width // branches)
-    kernel = forward.kernels.get(f"post_mix_{'_'.join(map(str, sizes))}", lambda: streams.post_mix(*sizes))
+    kernel = forward.kernels.get(
+        f"post_mix_{'_'.join(map(str, sizes))}", lambda: forward.kernels.shared.streams.post_mix(*sizes)
+    )
     return [forward.call(kernel, [x.expr, out.expr, inject.expr], x.shape)]
 
 
@@ -56,7 +57,9 @@ def engram_gate(forward: ForwardPass, node: Node) -> Sequence[Value]:
     flat = [forward.reshape(part, (rows, branches * columns)) for part in (key, query)]
     normed = [forward.branch_norm(part, gain, eps, branches) for part, gain in zip(flat, gains[:2], strict=True)]
     sizes = (rows, branches, columns)
-    kernel = forward.kernels.get(f"gate_value_{'_'.join(map(str, sizes))}", lambda: streams.gate_value(*sizes))
+    kernel = forward.kernels.get(
+        f"gate_value_{'_'.join(map(str, sizes))}", lambda: forward.kernels.shared.streams.gate_value(*sizes)
+    )
     gated = forward.call(kernel, [*(part.expr for part in normed), value.expr], (rows, branches * columns))
     results = (gated, forward.branch_norm(gated, gains[2], eps, branches))
     return [forward.reshape(result, (1, rows, branches, columns)) for result in results]

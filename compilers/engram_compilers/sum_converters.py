@@ -12,7 +12,6 @@ import numpy as np
 from tvm import relax, te, topi
 
 from engram_compilers.forward_pass import Converter, Converters, ForwardPass
-from engram_compilers.kernels import normalise
 from engram_compilers.onnx_model import Node
 from engram_compilers.standard_converters import constant, elementwise
 from engram_compilers.values import Rows, Sum, Value
@@ -67,7 +66,9 @@ def reduce_l2(forward: ForwardPass, node: Node) -> Sequence[Value]:
         raise CompileError(f"{node.operator} over axes {axes} of {x.shape} is not supported, only over the last")
     *outer, columns = x.shape
     rows = math.prod(outer)
-    kernel = forward.kernels.get(f"l2_norm_{rows}_{columns}", lambda: normalise.l2_norm(rows, columns))
+    kernel = forward.kernels.get(
+        f"l2_norm_{rows}_{columns}", lambda: forward.kernels.shared.normalise.l2_norm(rows, columns)
+    )
     norms = forward.call(kernel, [forward.reshape(x, (rows, columns)).expr], (rows,))
     return [forward.reshape(norms, (*outer, 1) if node.attributes.get("keepdims", 1) else outer)]
 

@@ -94,7 +94,7 @@ def write_gguf(bundle: Bundle, path: Path) -> None:
     decoder = bundle.manifest.decoder
     weights = BundleWeights(bundle.file(decoder.weights))
     _check_model(bundle, weights)
-    model = read_onnx_model(bundle.file(decoder.file), bundle.file(decoder.weights))
+    model = read_onnx_model(bundle.graph_file(decoder.file), bundle.graph_file(decoder.weights))
     sizes = read_sizes(bundle, weights, model.nodes)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[bundle.manifest.model.family])
     _write_metadata(writer, bundle, sizes)

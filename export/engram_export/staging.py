@@ -11,6 +11,7 @@ from typing import BinaryIO
 from engram_export.journal import Journal
 from engram_runtime.bundle import MANIFEST_NAME
 from engram_runtime.errors import EngramError, RequestError
+from engram_runtime.new_folder import flush_tree, move_into_place, restore_replaced
 
 JOURNAL_FILE, STAGED_FOLDER = "journal.jsonl", "bundle"
 
@@ -27,13 +28,13 @@ def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Jou
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out) as stream:
-        _restore_replaced(out)
+        restore_replaced(out)
         _check_place(out, replace=replace)
         journal = Journal(stream, workplace(out) / STAGED_FOLDER, fingerprint)
         try:
             yield journal
-            _flush_tree(journal.folder)
-            _move_into_place(journal.folder, out)
+            flush_tree(journal.folder)
+            move_into_place(journal.folder, out)
             stream.truncate(0)
         except BaseException as error:
             if _comes_again(error) or journal.is_empty:
@@ -89,39 +90,3 @@ def _check_place(out: Path, *, replace: bool) -> None:
         raise RequestError(f"{out} exists and is not a bundle; choose another place")
     if not replace:
         raise RequestError(f"{out} is a bundle already; replace it with --force or choose another place")
-
-
-def _restore_replaced(out: Path) -> None:
-    """Put back a bundle that an exporter had moved aside when it was killed, or remove it if the new one is there."""
-    for folder in out.parent.glob(f".{out.name}.replaced-*"):
-        if out.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            folder.rename(out)
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _move_into_place(scratch: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    if out.exists():
-        out.rename(old)
-    try:
-        scratch.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

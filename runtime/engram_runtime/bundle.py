@@ -62,6 +62,15 @@ class Bundle:
         """Return the path of a listed file."""
         return self.path / relative
 
+    def graph_file(self, relative: str) -> Path:
+        """Return the path of a graph's file or of its weights; raises BundleError where it was left out."""
+        if any(entry.path == relative for entry in self.manifest.omitted):
+            raise BundleError(
+                f"bundle {self.path} was packed without {relative}, which this needs; use the bundle it was made of, "
+                f"or pack that again with --with-graph"
+            )
+        return self.file(relative)
+
     def table_path(self, rows: RowRange) -> Path:
         """Return the file that holds rows, inside the bundle or referred to.
 

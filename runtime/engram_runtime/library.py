@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -20,8 +21,8 @@ LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
 LIBRARY_INFO_VERSION = 8
 AWAIT_ROWS = "engram.await_rows"  # a global function of the process that a library calls, see `LibraryInfo`
-CPU, NPU = "cpu", "npu"  # devices that run libraries
-DEVICES = (CPU, NPU)
+CPU, NPU, OPENCL, CUDA, METAL = DEVICES = ("cpu", "npu", "opencl", "cuda", "metal")  # that run libraries
+GPUS = (OPENCL, CUDA, METAL)
 LIBRARY_PARTS = ("library", "runtime", "weights", "commands")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
@@ -76,6 +77,8 @@ class LibraryInfo:
     ``runtime`` is TVM's runtime library, None for a kind of machine for which no wheel of apache-tvm has one.
     ``device`` is what runs the linear layers, beside a CPU as ``machine`` and ``cpu_flags`` say that runs the rest.
     Another device than that CPU finds its streams of commands in the file ``commands``, which is None for a CPU.
+    A GPU (``GPUS``) has no part of a library run by a processor: ``machine`` and ``ffi`` are empty, ``library`` is the
+    source of its kernels and ``commands`` the plan of launches that `engram_runtime.gpu.plan` describes.
     ``ffi`` is the version of apache-tvm-ffi that it was compiled for.
     ``sha256`` holds the digests of `files`.
     """
@@ -182,12 +185,16 @@ class LibraryInfo:
 
     def misfit(self) -> str | None:
         """Say why this machine can't run the library, or None if it can."""
+        if self.device in GPUS:
+            return None  # its driver builds the source, for whatever it has
         if self.machine != machine():
             return f"{self.target} is for {self.machine}, this machine is {machine()}"
         if lacking := sorted(set(self.cpu_flags) - cpu_flags()):
             return f"{self.target} needs CPU features {lacking} this machine lacks"
         if TILE_FLAGS & set(self.cpu_flags) and not request_tiles():
             return f"{self.target} needs AMX tiles, which the kernel keeps from this process (arch_prctl is denied)"
+        if (found := installed_ffi()) not in (self.ffi, None):
+            return f"{self.target} was compiled for apache-tvm-ffi {self.ffi}, this Python has {found}"
         return None
 
 
@@ -197,6 +204,14 @@ class Compiled(Protocol):
 
     folder: Path
     info: LibraryInfo
+
+
+def installed_ffi() -> str | None:
+    """Return the version of apache-tvm-ffi that this Python has."""
+    try:
+        return version("apache-tvm-ffi")
+    except PackageNotFoundError:
+        return None
 
 
 def pass_function(graph: str, tokens: int, rows: int) -> str:
@@ -218,8 +233,8 @@ def row_function(table: TableSpec) -> str:
 
 
 def _check_version(fields: Fields) -> None:
-    if (version := fields.count("version")) != LIBRARY_INFO_VERSION:
-        raise BundleError(f"library has version {version}, this runtime reads {LIBRARY_INFO_VERSION}; compile again")
+    if (found := fields.count("version")) != LIBRARY_INFO_VERSION:
+        raise BundleError(f"library has version {found}, this runtime reads {LIBRARY_INFO_VERSION}; compile again")
 
 
 def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:
@@ -253,10 +268,9 @@ def verify_library(folder: Path, info: LibraryInfo) -> None:
 
 def graph_digest(bundle: Bundle) -> str:
     """Return the SHA-256 of the graphs that are compiled and their weights as the manifest states them."""
-    digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     decoder = bundle.manifest.decoder
     heads = [graph.file for name, graph in bundle.manifest.graphs.items() if name == DRAFT_HEAD]
-    return "+".join(digests[path] for path in (decoder.file, decoder.weights, *heads))
+    return "+".join(bundle.manifest.entry(path).sha256 for path in (decoder.file, decoder.weights, *heads))
 
 
 def find_library(bundle: Bundle, target: str | None = None) -> tuple[Path, LibraryInfo]:
@@ -269,12 +283,8 @@ def find_library(bundle: Bundle, target: str | None = None) -> tuple[Path, Libra
         TargetError: none was compiled, or none fits, with each one's reason.
     """
     digest = graph_digest(bundle)
-    if target is None:
-        mend = f"run: engram compile {bundle.path} --target native"
-        path, info = _most_specific(bundle, mend)
-    else:
-        mend = f"run: engram compile {bundle.path} --target {target}"
-        path, info = _of_target(bundle, target)
+    mend = _mend(bundle, target or "native")
+    path, info = _most_specific(bundle, mend) if target is None else _of_target(bundle, target)
     if info.graph_sha256 != digest:
         raise TargetError(f"library {path} was compiled from another graph than this bundle holds; {mend}")
     states = {state.name for graph in bundle.manifest.graphs.values() for state in graph.states}
@@ -297,6 +307,13 @@ def library_device(bundle: Bundle, target: str | None) -> str:
     return fields.take("device", str)
 
 
+def _mend(bundle: Bundle, target: str) -> str:
+    """Return how to get a library: a packed bundle has no graph to compile."""
+    if bundle.manifest.omitted:
+        return "pack the bundle it was made of for this machine: engram pack BUNDLE --target NAME"
+    return f"run: engram compile {bundle.path} --target {target}"
+
+
 def _info_paths(bundle: Bundle) -> dict[str, Path]:
     """Return the descriptions of a bundle's libraries by target."""
     found = sorted(bundle.file(LIBRARY_FOLDER).glob(f"[!.]*/{LIBRARY_INFO_NAME}"))
@@ -307,8 +324,7 @@ def _info_path(bundle: Bundle, target: str) -> Path:
     found = _info_paths(bundle)
     if target not in found:
         raise TargetError(
-            f"bundle {bundle.path} has no library for target {target!r}, it has {list(found)}; "
-            f"run: engram compile {bundle.path} --target {target}"
+            f"bundle {bundle.path} has no library for target {target!r}, it has {list(found)}; {_mend(bundle, target)}"
         )
     return found[target]
 

@@ -176,6 +176,8 @@ class Manifest:
     Attributes:
         draft_vocabulary: file of the ids that the draft head's logits are for, little-endian int32, or None where
             there is no head.
+        omitted: files of graphs that this copy of the bundle does without, as a packed one runs a compiled library;
+            size and digest are those they had.
     """
 
     producer: str
@@ -184,6 +186,7 @@ class Manifest:
     tables: tuple[TableSpec, ...]
     files: tuple[FileEntry, ...]
     draft_vocabulary: str | None = None
+    omitted: tuple[FileEntry, ...] = ()
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
@@ -199,6 +202,11 @@ class Manifest:
             draft_vocabulary=(
                 contained_path(fields.take("draft_vocabulary", str)) if fields.given("draft_vocabulary") else None
             ),
+            omitted=(
+                tuple(FileEntry.from_fields(item) for item in fields.objects("omitted"))
+                if fields.given("omitted")
+                else ()
+            ),
         )
         fields.fields("extensions").remaining()
         fields.finish()
@@ -210,6 +218,8 @@ class Manifest:
         facts = asdict(self)
         if self.draft_vocabulary is None:  # as in bundles of before there were heads
             del facts["draft_vocabulary"]
+        if not self.omitted:
+            del facts["omitted"]
         return {"format_version": FORMAT_VERSION, **facts, "extensions": {}}
 
     @property
@@ -227,16 +237,28 @@ class Manifest:
             )
         raise BundleError(f"this bundle has no graph {name!r}, only {sorted(self.graphs)}")
 
+    @property
+    def graph_files(self) -> frozenset[str]:
+        """Paths of the graphs and their weights, be they omitted or not."""
+        return frozenset(path for graph in self.graphs.values() for path in (graph.file, graph.weights))
+
+    def entry(self, path: str) -> FileEntry:
+        """Return what is stated of a file that graphs or tables refer to, be it omitted or not."""
+        return next(entry for entry in (*self.files, *self.omitted) if entry.path == path)
+
     def check(self) -> None:
         """Refuse references to files that the manifest does not list, and names that stand twice."""
         paths = [entry.path for entry in self.files]
-        listed = set(paths)
+        omitted = [entry.path for entry in self.omitted]
+        if others := sorted(set(omitted) - self.graph_files):
+            raise BundleError(f"manifest omits {others[0]!r}, which is no graph's file")
+        listed = {*paths, *omitted}
         graph_files = [path for graph in self.graphs.values() for path in (graph.file, graph.weights)]
         vocabulary = [] if self.draft_vocabulary is None else [self.draft_vocabulary]
         for path in [*graph_files, *vocabulary, *(path for table in self.tables for path in table.files)]:
             if path not in listed:
                 raise BundleError(f"manifest refers to {path!r}, which is not among its files")
-        _refuse_twice(paths, "file")
+        _refuse_twice([*paths, *omitted], "file")
         _refuse_twice([table.site for table in self.tables], "table site")
         for table in self.tables:
             table.keyer.check_vocabulary(self.model.vocab_size)

@@ -67,7 +67,7 @@ def open_sites(
 def _model_bytes(bundle: Bundle, executor: Executor) -> int:
     """Return what a sequence takes, and the weights, which are mapped, so that their memory counts as free so far."""
     decoder = bundle.manifest.decoder
-    weights = sum(entry.bytes for entry in bundle.manifest.files if entry.path == decoder.weights)
+    weights = bundle.manifest.entry(decoder.weights).bytes
     return weights + state_bytes(decoder.states, executor.float16_states)
 
 

@@ -3,7 +3,7 @@
 from engram_targets.common import Profile
 from engram_targets.cpu import CpuProfile, Llvm
 from engram_targets.gpu import GpuProfile
-from engram_targets.npu import NpuProfile, SystolicArray
+from engram_targets.npu import NpuProfile
 from engram_targets.portable_c import CProfile
 from engram_targets.profile import (
     cpu_profile_names,
@@ -21,7 +21,6 @@ __all__ = [
     "Llvm",
     "NpuProfile",
     "Profile",
-    "SystolicArray",
     "cpu_profile_names",
     "detect_native",
     "load_cpu_profile",

@@ -25,7 +25,7 @@ class Profile:
         description: which boxes it is for.
         evidence: what this project has run it on: ``hardware``, ``emulated``, ``simulated``, or ``compiled`` and never
             run.
-        kernels: kernel family, a module of `engram_compilers.kernels`.
+        kernels: kernel family, a module of `engram_compilers.kernels`; of an npu the accelerator.
         decode_tokens: token counts compiled with logits for every token, from 1; up to 8 they are numbers of sequences
             as well.
         prefill_tokens: larger token counts, which a prompt is split into, compiled with logits for every token and for

@@ -56,10 +56,14 @@ def choose_tiling(geometry: SystolicArray, product: Product) -> Tiling:
 
 
 def _tiling(geometry: SystolicArray, tiles: Tiles, row_block: int) -> Tiling:
-    """Return the best tiling of a size of blocks: sums of a span beside those of the next, or all of them."""
+    """Return the best tiling of a size of blocks.
+
+    Spans that read the inputs again are as wide as can be: their sums leave one slot, in which the next span begins
+    while they are stored.
+    """
     held = slots(geometry, row_block)
     if tiles.input_tiles <= held["input"]:
         return Tiling(tiles, row_block, span=1, inputs_once=True)
     fits_whole = tiles.output_tiles <= held["sums"]
-    span = tiles.output_tiles if fits_whole else held["sums"] // DOUBLE_BUFFER
+    span = tiles.output_tiles if fits_whole else held["sums"] - 1
     return Tiling(tiles, row_block, span=span, inputs_once=fits_whole)

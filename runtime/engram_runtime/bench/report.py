@@ -134,7 +134,7 @@ def report(results: Sequence[Result], settings: Settings, bandwidth: Bandwidth, 
 def where(bundle: Bundle) -> Tree:
     """Return what was measured and on which machine, as JSON values."""
     manifest = bundle.manifest
-    (weights,) = (entry.sha256 for entry in manifest.files if entry.path == manifest.decoder.weights)
+    weights = manifest.entry(manifest.decoder.weights).sha256
     return {
         "bundle": {"path": str(bundle.path), "quantisation": manifest.model.quantisation, "weights_sha256": weights},
         "machine": {"cpu": cpu_name(), "cores": available_cores()},

@@ -115,7 +115,7 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> OnnxRunt
     options.log_severity_level = 3
 
     def open_graph(name: str) -> "ort.InferenceSession":
-        path = bundle.file(bundle.manifest.graph(name).file)
+        path = bundle.graph_file(bundle.manifest.graph(name).file)
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except REFUSALS as error:

@@ -4,13 +4,14 @@ With `engram_compilers.npu.device` this is the whole interface of a device; docs
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import TargetError
+from engram_runtime.strict_json import Fields
 
 GROUP = 32  # inputs that share a multiplier and a zero of int4 weights
 MOST_INPUTS = 2**17 - 1  # of a product: sums of int8 products, each at most 2**14, then fit int32
@@ -101,6 +102,7 @@ class Geometry(Protocol):
     """
 
     accelerator: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def clock_hz(self) -> int: ...
@@ -109,13 +111,29 @@ class Geometry(Protocol):
     def macs_per_cycle(self) -> int: ...
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Check and build from a profile's or a library's table.
+    def from_fields(cls, where: str, fields: Fields) -> Self:
+        """Check and build from a profile's or a library's table; ``where`` names it.
 
         Raises:
-            TargetError: sizes no device can have, one sentence.
+            BundleError: a size is missing or no integer.
+            TargetError: sizes no device can have.
         """
         ...
+
+
+def sizes(where: str, fields: Fields, limits: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Take a table's sizes, each in its limits.
+
+    Raises:
+        BundleError: a size is missing or no integer, or a key is unknown.
+        TargetError: a size is outside its limits.
+    """
+    taken = {key: fields.take(key, int) for key in limits}
+    fields.finish()
+    for key, (least, most) in limits.items():
+        if not least <= taken[key] <= most:
+            raise TargetError(f"{where} has {key} {taken[key]}, expected {least} to {most}")
+    return taken
 
 
 class Program(Protocol):

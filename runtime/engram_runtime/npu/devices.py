@@ -1,14 +1,16 @@
 """The accelerators there are, by name."""
 
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engram_runtime.errors import TargetError
+from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.npu.device import Device, Geometry
 from engram_runtime.npu.dot_engine import DotEngine, DotEngineSimulator
 from engram_runtime.npu.geometry import SystolicArray
 from engram_runtime.npu.simulator import Simulator
+from engram_runtime.strict_json import Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,18 @@ ACCELERATORS = {
 }
 
 
-def parse_geometry(accelerator: str, raw: Mapping[str, Any]) -> Geometry:
-    """Read an accelerator's sizes from a profile's or a library's table; raises TargetError."""
+def parse_geometry(accelerator: str, table: object, where: str) -> Geometry:
+    """Read an accelerator's sizes from a table of a profile or a library; ``where`` names it.
+
+    Raises:
+        TargetError: no such accelerator, or sizes it can't have.
+    """
     if accelerator not in ACCELERATORS:
-        raise TargetError(f"accelerator {accelerator!r} is unknown; there are {list(ACCELERATORS)}")
-    return ACCELERATORS[accelerator].geometry.from_dict(raw)
+        raise TargetError(f"{where} is for accelerator {reprlib.repr(accelerator)}, there are {list(ACCELERATORS)}")
+    try:
+        return ACCELERATORS[accelerator].geometry.from_fields(where, Fields(table, f"{where}.npu"))
+    except BundleError as error:
+        raise TargetError(str(error)) from error
 
 
 def open_device(geometry: Geometry) -> Device:

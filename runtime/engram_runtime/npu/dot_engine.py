@@ -8,28 +8,43 @@ lanes' worth of outputs to compute (DOT). The weight is int8 ``[N/lanes, K/width
 the cost counts padding as work.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import astuple, dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import TargetError
-from engram_runtime.npu.device import SUM_BYTES, WEIGHT_BITS, Cost, Product
-from engram_runtime.npu.sizes import MOST, parsed_sizes
+from engram_runtime.npu.device import SUM_BYTES, WEIGHT_BITS, Cost, Product, sizes
+from engram_runtime.strict_json import Fields
 
 MAGIC = b"DOTS"
 HEADER = np.dtype([("magic", "S4"), ("geometry", "<u8", 6), ("product", "<u4", 5)])
 OPCODE_BYTES, OPCODE_SHIFT = 4, 28
 ROWS, DOT = 1, 2
-MOST_UNITS = 4096
+LIMITS = {
+    "lanes": (1, 1024),
+    "width": (1, 64),
+    "registers": (1, 1024),
+    "input_bytes": (1, 1 << 30),
+    "dma_bytes_per_cycle": (1, 4096),
+    "clock_hz": (1, 10**11),
+}
 AGAIN = "compile the bundle again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DotEngine:
-    """Sizes: ``registers`` is how many rows a lane keeps sums of, ``input_bytes`` what the buffer of rows holds."""
+    """Lanes that each multiply a few inputs a cycle and add them up; weights stream past them from memory.
+
+    Attributes:
+        lanes: outputs computed at a time.
+        width: inputs a lane multiplies in a cycle.
+        registers: rows a lane keeps sums of.
+        input_bytes: buffer of rows of inputs, a byte each.
+        dma_bytes_per_cycle: between memory and the engine.
+        clock_hz: cycles a second.
+    """
 
     accelerator: ClassVar[str] = "dot-engine"
 
@@ -41,14 +56,9 @@ class DotEngine:
     clock_hz: int
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Check and build; raises TargetError."""
-        sizes = parsed_sizes("a dot engine", [field.name for field in fields(cls)], raw)
-        for name, size in sizes.items():
-            most = MOST_UNITS if name in ("lanes", "width", "registers") else MOST
-            if not 1 <= size <= most:
-                raise TargetError(f"a dot engine has {name} {size}, wanted 1 to {most}")
-        return cls(**sizes)
+    def from_fields(cls, where: str, fields: Fields) -> Self:
+        """Check and build: see `engram_runtime.npu.device.Geometry`."""
+        return cls(**sizes(where, fields, LIMITS))
 
     @property
     def macs_per_cycle(self) -> int:
@@ -71,10 +81,8 @@ class DotEngine:
 
 def header(geometry: DotEngine, product: Product) -> bytes:
     """Return the first bytes of a product's stream."""
-    sizes = tuple(getattr(geometry, field.name) for field in fields(geometry))
-    bits = WEIGHT_BITS[product.weights]
-    shape = (product.rows, product.inputs, product.outputs, bits, int(product.routed))
-    return np.array((MAGIC, sizes, shape), HEADER).tobytes()
+    shape = (product.rows, product.inputs, product.outputs, WEIGHT_BITS[product.weights], int(product.routed))
+    return np.array((MAGIC, astuple(geometry), shape), HEADER).tobytes()
 
 
 def words(geometry: DotEngine, product: Product) -> NDArray[np.uint32]:

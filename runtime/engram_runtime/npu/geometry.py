@@ -1,27 +1,38 @@
 """The sizes of a systolic array and of the memories around it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from engram_runtime.errors import TargetError
-from engram_runtime.npu.device import GROUP, SUM_BYTES
-from engram_runtime.npu.sizes import parsed_sizes
+from engram_runtime.npu.device import GROUP, SUM_BYTES, sizes
+from engram_runtime.strict_json import Fields
 
-MOST_ROWS = 1024  # sums of so many int8 products stay within 2**24, which float32 counts exactly
-MOST_COLUMNS = 4096
-MOST_SLOTS = 2**16
+MOST_CELLS = 1024  # along one side: so many int8 products sum up to 2**24, which float32 counts exactly
+COLUMN_MULTIPLE = 4
+MOST_SCRATCHPAD = 1 << 30
+LIMITS = {  # least and most of each
+    "rows": (1, MOST_CELLS),
+    "columns": (1, MOST_CELLS),
+    "weight_bytes": (1, MOST_SCRATCHPAD),
+    "input_bytes": (1, MOST_SCRATCHPAD),
+    "accumulator_bytes": (1, MOST_SCRATCHPAD),
+    "dma_bytes_per_cycle": (1, 4096),
+    "dma_latency_cycles": (0, 1 << 20),
+    "clock_hz": (1, 10**11),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystolicArray:
-    """A weight-stationary array: a weight tile stays in the cells while rows of inputs stream through.
+    """A weight-stationary array of cells that multiply bytes and add to 32 bits, one product a cell and cycle.
 
     Attributes:
-        rows: inputs (K) of a weight tile. ``columns``: its outputs (N). A cell multiplies and adds once a cycle.
-        weight_bytes, input_bytes, accumulator_bytes: the scratchpads.
-        dma_bytes_per_cycle: what memory gives, and what it takes at the same time.
-        dma_latency_cycles: from the last byte asked for to its arrival.
+        rows, columns: inputs and outputs of one tile of weights, which the array holds while inputs stream through.
+        weight_bytes: scratchpad of tiles of weights, a byte a weight.
+        input_bytes: scratchpad of inputs, a byte each.
+        accumulator_bytes: scratchpad of sums, 4 bytes each.
+        dma_bytes_per_cycle: from memory to scratchpads, and as many back at the same time.
+        dma_latency_cycles: from the end of a transfer to the arrival of its last bytes.
         clock_hz: cycles a second.
     """
 
@@ -37,43 +48,35 @@ class SystolicArray:
     clock_hz: int
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Check and build; raises TargetError."""
-        geometry = cls(**parsed_sizes("a systolic array", [field.name for field in fields(cls)], raw))
-        geometry.check()
-        return geometry
+    def from_fields(cls, where: str, fields: Fields) -> Self:
+        """Check and build: see `engram_runtime.npu.device.Geometry`."""
+        array = cls(**sizes(where, fields, LIMITS))
+        array.check(where)
+        return array
 
-    def check(self) -> None:
-        """Refuse sizes no array can have, one TargetError for the first that is wrong."""
-        if self.rows % GROUP or not GROUP <= self.rows <= MOST_ROWS:
+    def check(self, where: str) -> None:
+        """Refuse a geometry that can't be: scratchpads are filled while they are read, so each holds two of its tiles.
+
+        Raises:
+            TargetError: a scratchpad is too small for the array, or is no whole number of transfers.
+        """
+        if self.rows % GROUP or self.columns % COLUMN_MULTIPLE:
             raise TargetError(
-                f"a systolic array has {self.rows} rows, wanted a multiple of {GROUP} from {GROUP} to {MOST_ROWS}"
+                f"{where} has an array of {self.rows} x {self.columns} cells, expected multiples of {GROUP} and "
+                f"{COLUMN_MULTIPLE}"
             )
-        if not 1 <= self.columns <= MOST_COLUMNS:
-            raise TargetError(f"a systolic array has {self.columns} columns, wanted 1 to {MOST_COLUMNS}")
-        for name in ("dma_bytes_per_cycle", "clock_hz"):
-            if getattr(self, name) < 1:
-                raise TargetError(f"a systolic array has {name} {getattr(self, name)}, wanted at least 1")
-        self._check_scratchpads()
-
-    def _check_scratchpads(self) -> None:
-        least = {
-            "weight_bytes": (self.rows * self.columns, "a weight tile"),
-            "input_bytes": (self.rows, "a row of a tile's inputs"),
-            "accumulator_bytes": (self.columns * SUM_BYTES, "a row of a tile's sums"),
-        }
-        for name, (held, what) in least.items():
-            if not 2 * held <= getattr(self, name) <= MOST_SLOTS * held:
-                raise TargetError(
-                    f"a systolic array of {self.rows} x {self.columns} has {name} {getattr(self, name)}, "
-                    f"wanted {2 * held} to {MOST_SLOTS * held}: {what} of {held} bytes at least twice"
-                )
+        beat = self.dma_bytes_per_cycle
+        for key, least, what in (
+            ("weight_bytes", 2 * self.rows * self.columns, f"two tiles of {self.rows} x {self.columns} weights"),
+            ("input_bytes", 2 * self.rows, f"two rows of {self.rows} inputs"),
+            ("accumulator_bytes", 2 * SUM_BYTES * self.columns, f"two rows of {self.columns} sums"),
+        ):
+            held = getattr(self, key)
+            if held < least:
+                raise TargetError(f"{where} has {key} {held}, {what} need {least}")
+            if held % beat:
+                raise TargetError(f"{where} has {key} {held}, expected a multiple of dma_bytes_per_cycle {beat}")
 
     @property
     def macs_per_cycle(self) -> int:
         return self.rows * self.columns
-
-    @property
-    def weight_slots(self) -> int:
-        """Weight tiles the scratchpad holds."""
-        return self.weight_bytes // (self.rows * self.columns)

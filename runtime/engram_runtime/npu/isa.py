@@ -67,6 +67,7 @@ USED = {  # fields that say something, by opcode; the others are zero
     MULTIPLY: ("flags", "weight", "input", "sums", "row_block", "input_tile", "output_tile"),
     STORE: ("sums", "row_block", "output_tile"),
 }
+MOST_SLOTS = 2**16
 AGAIN = "compile the bundle again"
 
 Commands = NDArray[np.void]  # [C] of COMMAND
@@ -87,12 +88,13 @@ class Stream:
 
 
 def slots(geometry: SystolicArray, row_block: int) -> dict[str, int]:
-    """Return how many slots the scratchpads have, by the field of a command that names one."""
-    return {
-        "weight": geometry.weight_slots,
+    """Return how many slots the scratchpads have that commands can name, by the commands' field."""
+    held = {
+        "weight": geometry.weight_bytes // (geometry.rows * geometry.columns),
         "input": geometry.input_bytes // (row_block * geometry.rows),
         "sums": geometry.accumulator_bytes // (row_block * geometry.columns * SUM_BYTES),
     }
+    return {field: min(count, MOST_SLOTS) for field, count in held.items()}
 
 
 def geometry_digest(geometry: SystolicArray) -> int:

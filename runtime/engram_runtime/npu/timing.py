@@ -45,7 +45,7 @@ class Clocks:
 
 def at_rest(geometry: SystolicArray) -> Clocks:
     """Return the clocks of a device that has done nothing yet."""
-    return Clocks(0, (0,) * geometry.weight_slots)
+    return Clocks(0, (0,) * slots(geometry, 1)["weight"])
 
 
 class _Engines:

@@ -71,7 +71,7 @@ def _library(bundle: Bundle) -> LibraryInfo | None:
 def bundle_parts(bundle: Bundle, library: LibraryInfo | None) -> Iterator[Part]:
     """Yield the parts of a decoder; packed as the library has them, or as one would."""
     decoder = bundle.manifest.decoder
-    shapes = _shapes(bundle.file(decoder.weights))
+    shapes = _shapes(bundle.graph_file(decoder.weights))
     chosen = node_numbers(bundle.file(decoder.file), EXPERT_OPERATORS, CHOSEN)
     packed = {} if library is None else _packed(library)
     tied = not any(name.startswith("lm_head.") for name in shapes)

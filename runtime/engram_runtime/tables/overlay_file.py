@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import BundleError, TableError
+from engram_runtime.errors import BundleError, TableError, TargetError
 from engram_runtime.keyer_digest import keyer_digest
 from engram_runtime.memory import free_memory
 from engram_runtime.new_file import new_file
@@ -114,8 +114,12 @@ def read_overlay(path: Path) -> Overlay:
 
     Raises:
         TableError: not an overlay, of another version, too large, or with rows that no table can have.
+        TargetError: safetensors is not installed.
     """
-    from safetensors import SafetensorError, safe_open  # most runs have no overlay
+    try:
+        from safetensors import SafetensorError, safe_open  # most runs have no overlay
+    except ModuleNotFoundError as error:  # as in a packed folder
+        raise TargetError("overlays need safetensors: pip install safetensors") from error
 
     try:
         _check_file(path)

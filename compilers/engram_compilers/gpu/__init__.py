@@ -1,0 +1,1 @@
+"""Libraries for GPUs: kernel sources and the plan of their launches."""

@@ -1,0 +1,180 @@
+"""Kernels in TIR to the source of a GPU's language, and how each is launched.
+
+TVM's pipeline splits a PrimFunc into device functions and host code that launches them. Only the former are generated:
+what the host code would do is read from it and written down as launches, so that no runtime of TVM is needed.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.s_tir import dlight
+from tvm.tirx.build import codegen_build
+
+from engram_compilers.kernels.intrinsics import Expr
+from engram_compilers.kernels.loops import round_up
+from engram_runtime.errors import CompileError
+from engram_runtime.gpu.plan import ALIGNMENT_BYTES
+from engram_targets.gpu import GpuProfile
+
+# What follows the split in TVM's pipeline: calls of its runtime, and dtypes that no kernel here has.
+_OF_HOST_CODE = ("tirx.MakePackedAPI", "tirx.FP8StorageLegalize", "tirx.BF16StorageLegalize")
+_DEVICE_FUNCTION = 2  # CallingConv::kDeviceKernelLaunch
+_HOST = {"kind": "llvm"}
+
+Sizes = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Temporary:
+    """Memory that the launches of one PrimFunc pass on to each other."""
+
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelLaunch:
+    """One launch of a device function.
+
+    Attributes:
+        blocks: of threads, by axis; ``threads`` are those of a block.
+        arguments: each the place of an argument of the PrimFunc, or a temporary buffer.
+    """
+
+    function: str
+    blocks: Sizes
+    threads: Sizes
+    arguments: tuple[int | Temporary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Generated kernels.
+
+    Attributes:
+        text: the source of all device functions.
+        launches: by PrimFunc, the launches that run it, one after the other.
+        temporary_bytes: memory that all `Temporary` lie in.
+    """
+
+    text: str
+    launches: Mapping[str, tuple[KernelLaunch, ...]]
+    temporary_bytes: int
+
+
+@tvm.instrument.pass_instrument
+class _WithoutHostCode:
+    """Leaves out the passes that turn launches into calls of TVM's runtime."""
+
+    def should_run(self, _: tvm.IRModule, info: tvm.transform.PassInfo) -> bool:
+        return info.name not in _OF_HOST_CODE
+
+
+def generate(kernels: Mapping[str, tirx.PrimFunc], profile: GpuProfile) -> Sources:
+    """Generate the source of kernels, by name, for a target.
+
+    PrimFuncs that aren't scheduled, those of Relax's own operators, get TVM's simplest schedule for GPUs.
+
+    Raises:
+        CompileError: a kernel needs code on the host, or more threads or shared memory than a block may have.
+    """
+    target = target_of(profile)
+    device, launched = {}, {}
+    for variable, function in _split(kernels, target.with_host(tvm.target.Target(_HOST))).functions_items():
+        if int(function.attrs.get("calling_conv", 0)) == _DEVICE_FUNCTION:
+            device[variable] = function
+            _check_shared_memory(variable.name_hint, function, profile)
+        else:
+            launched[variable.name_hint] = _launches(variable.name_hint, function, profile)
+    _, _, finish = tvm.tirx.get_default_tir_pipeline(target)
+    text = codegen_build(finish()(tvm.IRModule(device)), target).inspect_source()
+    launches = [launch for each in launched.values() for launch in each]
+    temporaries = [each for launch in launches for each in launch.arguments if isinstance(each, Temporary)]
+    return Sources(text, launched, max((each.offset + each.bytes for each in temporaries), default=0))
+
+
+def target_of(profile: GpuProfile) -> tvm.target.Target:
+    """Return TVM's description of a target."""
+    return tvm.target.Target(
+        {
+            "kind": profile.language,
+            "max_num_threads": profile.max_threads,
+            "thread_warp_size": profile.warp,
+            **({"arch": profile.arch} if profile.arch else {}),
+        }
+    )
+
+
+def _split(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> tvm.IRModule:
+    """Return device functions, and functions that launch them, by TVM's pipeline."""
+    module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
+    with target:
+        module = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(module)
+    module = tirx.transform.BindTarget(target)(module)
+    pipeline, _, _ = tvm.tirx.get_default_tir_pipeline(target)
+    with tvm.transform.PassContext(instruments=[_WithoutHostCode()]):
+        return pipeline(module)
+
+
+def _launches(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> tuple[KernelLaunch, ...]:
+    """Read the launches from the host part of a PrimFunc: buffers, then one launch after the other."""
+    buffers: dict[Expr, int | Temporary] = {parameter: place for place, parameter in enumerate(function.params)}
+    launches, end = [], 0
+    for statement in function.body.seq if isinstance(function.body, tirx.SeqStmt) else [function.body]:
+        match statement:
+            case tirx.AllocBuffer():
+                size = _bytes(statement.buffer)
+                buffers[statement.buffer] = Temporary(end, size)
+                end = round_up(end + size, ALIGNMENT_BYTES)
+            case tirx.DeclBuffer():
+                buffers[statement.buffer] = buffers[statement.data.args[0]]
+            case tirx.Evaluate() if _is_launch(statement.value):
+                launches.append(_launch(statement.value, buffers))
+            case _:
+                raise CompileError(f"kernel {name} is none for a GPU: it has {type(statement).__name__} on the host")
+    if launches and (most := max(math.prod(launch.threads) for launch in launches)) > profile.max_threads:
+        raise CompileError(
+            f"kernel {name} has blocks of {most} threads, {profile.name} allows {profile.max_threads}; "
+            "raise max_threads of the profile if its devices do"
+        )
+    return tuple(launches)
+
+
+def _check_shared_memory(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> None:
+    sizes: list[int] = []
+
+    def visit(node: object) -> None:
+        if isinstance(node, tirx.AllocBuffer) and node.buffer.scope() == "shared":
+            sizes.append(_bytes(node.buffer))
+
+    tirx.stmt_functor.post_order_visit(function.body, visit)
+    if sum(sizes) > profile.shared_memory_bytes:
+        raise CompileError(
+            f"kernel {name} takes {sum(sizes)} bytes of shared memory, {profile.name} allows "
+            f"{profile.shared_memory_bytes}; choose smaller prefill_tokens in a profile of your own"
+        )
+
+
+def _is_launch(value: Expr) -> bool:
+    return isinstance(value, tvm.ir.Call) and value.op.name == "tirx.call_ffi_kernel"
+
+
+def _launch(call: Expr, buffers: Mapping[Expr, int | Temporary]) -> KernelLaunch:
+    axes = list(call.attrs["launch_params"])
+    name, *arguments = call.args
+    extents = dict(zip(axes, (int(size) for size in arguments[len(arguments) - len(axes) :]), strict=True))
+    x, y, z = (tuple(extents.get(f"{of}.{axis}", 1) for of in ("blockIdx", "threadIdx")) for axis in "xyz")
+    return KernelLaunch(
+        function=name.value,
+        blocks=(x[0], y[0], z[0]),
+        threads=(x[1], y[1], z[1]),
+        arguments=tuple(buffers[argument.args[0]] for argument in arguments[: len(arguments) - len(axes)]),
+    )
+
+
+def _bytes(buffer: Expr) -> int:
+    return math.prod(int(size) for size in buffer.shape) * np.dtype(str(buffer.dtype)).itemsize
