@@ -79,6 +79,6 @@ def download_root(home: Path) -> str | None:
 
 def install(folder: Path) -> None:
     """Install a packed folder's packages as its README says, but by this machine's pip for the other."""
-    line = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", "site"]
+    line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", "site"]
     line += ["--require-hashes", "-r", "requirements.txt", *options(PLATFORMS["linux", "aarch64"], PYTHON)]
     subprocess.run(line, cwd=folder, check=True, capture_output=True)
