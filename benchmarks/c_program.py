@@ -26,7 +26,7 @@ Run = Callable[[], tuple[float, Sequence[int]]]  # tokens per second and the ids
 
 def run_program(path: Path, folder: Path, prompt: Sequence[int], tokens: int) -> tuple[float, Sequence[int]]:
     """Decode by a packed program."""
-    command = [path.absolute(), "-d", folder, "-n", str(tokens), "--time", *map(str, prompt)]
+    command: list[str | Path] = [path.absolute(), "-d", folder, "-n", str(tokens), "--time", *map(str, prompt)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = DECODED.search(done.stderr)
     assert found is not None

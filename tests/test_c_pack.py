@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.c_programs import BUILD_S, SANITIZED, run, zig
+from tests.conftest import Command
 from tests.tiny import TinyModel, TinySite
 from tests.tiny_families import FAMILIES
 from tests.tiny_gemma import save_gemma
@@ -139,12 +140,14 @@ def test_tables_read_in_place_are_copied_into_the_folder(workshop: Workshop, tmp
     assert_same_answers(workshop.compiled(referring), [make(folder, NATIVE, "-O1")], folder)
 
 
-def test_the_same_bundle_gives_the_same_folder(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
-    again = files_of(packed(bundle, tmp_path / "c"))
+def sources_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of a packed folder without what was built of them."""
     built = {"engram", "libengram.a"}
-    assert again == {
-        name: data for name, data in files_of(folder).items() if name not in built and not name.endswith(".o")
-    }
+    return {name: data for name, data in files_of(folder).items() if name not in built and not name.endswith(".o")}
+
+
+def test_the_same_bundle_gives_the_same_folder(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    assert files_of(packed(bundle, tmp_path / "c")) == sources_of(folder)
 
 
 def test_what_was_packed_is_counted(bundle: Bundle, tmp_path: Path) -> None:
@@ -182,3 +185,24 @@ def test_generated_constants_hold_no_path_of_this_machine(folder: Path) -> None:
     text = "".join(path.read_text() for path in [*folder.glob("*.c"), *folder.glob("*.h")])
     assert str(folder.parent) not in text
     assert re.findall(r'\.path = "([^"]*)"', text)[0] == "weights.bin"
+
+
+def test_the_command_packs_for_a_c_target(bundle: Bundle, folder: Path, command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "program"
+    done = command("engram", "pack", bundle.path, "--target", "c-portable", "-o", out)
+    files = files_of(out)
+    assert (done.code, done.err) == (0, "copying tables ...\npacking weights and generating C ...\n")
+    sizes = rf"sources [\d.]+ MB, weights {len(files['weights.bin']) / 1e6:.1f} MB, tables [\d.]+ MB; [\d.]+ MB in all"
+    assert re.fullmatch(rf"{out}: {sizes}\n", done.out)
+    assert files == {**sources_of(folder), "pack.json": b'{\n "target": "c-portable"\n}\n'}
+
+
+@pytest.mark.parametrize("option", [["--wheels"], ["--with-graph"], ["--python", "3.11"]])
+def test_options_of_folders_with_python_are_refused(
+    option: list[str], workshop: Workshop, command: Command, tmp_path: Path
+) -> None:
+    path = workshop.uncompiled().path
+    done = command("engram", "pack", path, "--target", "c-portable", "-o", tmp_path / "program", *option)
+    assert done.code == 3
+    assert done.err == "engram: target c-portable takes no --with-graph, --wheels or --python: it is packed as C\n"
+    assert not (tmp_path / "program").exists()

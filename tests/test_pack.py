@@ -23,6 +23,7 @@ from tests.workshop import THREADS, Workshop, copy_folder, files_of, random_ids,
 from engram_compilers.build import compile_bundle
 from engram_compilers.pack import packages
 from engram_compilers.pack.bundle_copy import copy_bundle, link_or_copy
+from engram_compilers.pack.cli import packed_targets
 from engram_compilers.pack.folder import PackOptions, newest_glibc, pack_cpu
 from engram_compilers.pack.library import current_library, ready_library
 from engram_compilers.pack.packages import MODULES, Wheel, find_wheels, requirements
@@ -309,8 +310,8 @@ def test_targets_that_nothing_is_packed_for_are_refused(
     done = command("engram", "pack", packing.bundle.path, "--target", target, "-o", tmp_path / "packed")
     assert (done.code, done.out) == (4, "")
     assert done.err == (
-        f"engram: target {target} is of device {device!r}, which nothing is packed for yet; name one of "
-        f"{cpu_profile_names()}\n"
+        f"engram: target {target} is of device {device!r}, which nothing is packed for; name one of "
+        f"{packed_targets()}\n"
     )
 
 

@@ -29,6 +29,8 @@ from engram_runtime.executor import FLOAT16, FLOAT32
 from engram_runtime.library import batch_function, pass_function
 from engram_runtime.manifest import DECODER, ROWS, GraphSpec, StateSpec
 
+Graphs = Mapping[str, tuple[OnnxModel, GraphSpec]]
+
 CONVERTERS: Converters = {
     **STANDARD_CONVERTERS,
     **SUM_CONVERTERS,
@@ -57,7 +59,7 @@ class LoweredGraphs:
 
 
 def lower(
-    graphs: Mapping[str, tuple[OnnxModel, GraphSpec]],
+    graphs: Graphs,
     packed: PackedWeights,
     *,
     family: str,

@@ -1,6 +1,5 @@
 """Pack a bundle as C: sources, generated code, packed weights and tables, for any C11 compiler to make a program of."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -9,6 +8,7 @@ from string import Template
 
 from engram_compilers.c.constants import FileKey, PackedFile, PackedModel, file_key, manifest_source
 from engram_compilers.c.model import EmittedModel, emit_model
+from engram_compilers.pack.bundle_copy import link_or_copy
 from engram_runtime.bundle import Bundle, file_identity, file_sha256
 from engram_runtime.errors import BundleError
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
@@ -52,7 +52,8 @@ def pack_c(bundle: Bundle, profile: CProfile, folder: Path, report: Report = lam
         CompileError: the graph has something that C can't be made of.
         TableError: a table's file is missing, too short or another one.
     """
-    width = embedding_width(bundle)
+    decoder, width = bundle.manifest.decoder, embedding_width(bundle)
+    bundle.verify_digests(only={decoder.file, decoder.weights})
     for table in bundle.manifest.tables:
         _check_table(bundle, table)
     report("copying tables")
@@ -105,13 +106,12 @@ def _check_table(bundle: Bundle, table: TableSpec) -> None:
 
 def _largest_id(keyer: KeyerSpec) -> int:
     if isinstance(keyer, NgramKeyerSpec):
-        return max(keyer.pad_id, *keyer.barrier_ids, *keyer.silent_ids)
+        return max((keyer.pad_id, *keyer.barrier_ids, *keyer.silent_ids))
     return keyer.vocab_size
 
 
 def _copy_tables(bundle: Bundle, folder: Path) -> tuple[dict[FileKey, int], list[PackedFile]]:
-    """Copy every file of the tables once; returns their places behind the weights, by key, and what they are."""
-    (folder / "tables").mkdir()
+    """Put every file of the tables into the folder once; returns their places behind the weights, by key, and what they are."""
     places: dict[FileKey, int] = {}
     files: list[PackedFile] = []
     for key, source in _table_files(bundle):
@@ -120,7 +120,7 @@ def _copy_tables(bundle: Bundle, folder: Path) -> tuple[dict[FileKey, int], list
         places[key] = 1 + len(files)
         # Numbered, so that no name a bundle gives takes the place of another file or of a source.
         relative = f"tables/{places[key]:03d}-{source.name}"
-        shutil.copyfile(source, folder / relative)
+        link_or_copy(source, folder / relative)
         files.append(_described(folder, relative))
         _check_digest(bundle, key, files[-1])
     return places, files

@@ -8,9 +8,9 @@ import click
 from engram_compilers.pack.folder import PACK_NAME, PackOptions, folder_bytes, pack_cpu
 from engram_compilers.pack.packages import PYTHONS
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import TargetError
+from engram_runtime.errors import RequestError, TargetError
 from engram_runtime.new_folder import new_folder
-from engram_targets import CpuProfile, cpu_profile_names, load_profile
+from engram_targets import CProfile, CpuProfile, load_profile, profile_names
 
 PACKED = "a packed folder"
 
@@ -49,17 +49,39 @@ def pack_command(
     profile = load_profile(target)
     options = PackOptions(with_graph=with_graph, with_wheels=wheels, pythons=pythons or PYTHONS)
     opened = Bundle.open(bundle)
-    if not isinstance(profile, CpuProfile):
+    if not isinstance(profile, CpuProfile | CProfile):
         raise TargetError(
-            f"target {profile.name} is of device {profile.device!r}, which nothing is packed for yet; name one of "
-            f"{cpu_profile_names()}"
+            f"target {profile.name} is of device {profile.device!r}, which nothing is packed for; name one of "
+            f"{packed_targets()}"
         )
+    if isinstance(profile, CProfile) and (with_graph or wheels or pythons):
+        raise RequestError(f"target {profile.name} takes no --with-graph, --wheels or --python: it is packed as C")
     with new_folder(out, PACK_NAME, PACKED, replace=force) as folder:
-        pack_cpu(opened, profile, options, folder, lambda step: click.echo(f"{step} ...", err=True))
-    sizes = {path.name: folder_bytes(path) for path in sorted(out.iterdir()) if path.is_dir()}
+        sizes = _pack(opened, profile, options, folder)
     total = folder_bytes(out)
     if as_json:
         click.echo(json.dumps({"folder": str(out), "target": profile.name, "bytes": total, "parts": sizes}))
     else:
         parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
         click.echo(f"{out}: {parts}; {total / 1e6:.1f} MB in all")
+
+
+def packed_targets() -> list[str]:
+    """Return the targets that come with the package and can be packed for."""
+    return [name for name in profile_names() if isinstance(load_profile(name), CpuProfile | CProfile)]
+
+
+def _pack(bundle: Bundle, profile: CpuProfile | CProfile, options: PackOptions, folder: Path) -> dict[str, int]:
+    """Fill an empty folder and return the bytes of its parts by name."""
+    if isinstance(profile, CpuProfile):
+        pack_cpu(bundle, profile, options, folder, _report)
+        return {path.name: folder_bytes(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    from engram_compilers.c.pack import pack_c
+
+    packed = pack_c(bundle, profile, folder, _report)
+    (folder / PACK_NAME).write_text(json.dumps({"target": profile.name}, indent=1) + "\n", encoding="utf-8")
+    return {"sources": packed.source_bytes, "weights": packed.weights_bytes, "tables": packed.table_bytes}
+
+
+def _report(step: str) -> None:
+    click.echo(f"{step} ...", err=True)
