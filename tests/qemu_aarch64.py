@@ -28,7 +28,8 @@ DEBIAN_PACKAGES = (
 )
 # What Linux says of these processors; qemu 7.2 hands out the host's /proc/cpuinfo instead.
 CORTEX_A76 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
-FEATURES = {"cortex-a76": CORTEX_A76, "max": f"{CORTEX_A76} sve sve2 i8mm bf16"}
+CORTEX_A72 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
+FEATURES = {"cortex-a72": CORTEX_A72, "cortex-a76": CORTEX_A76, "max": f"{CORTEX_A76} sve sve2 i8mm bf16"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Arm64Box:
 
     root: Path
     processor: str
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What Linux says that the processor has."""
+        return frozenset(FEATURES[self.processor].split())
 
     def run(self, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run a folder's ``engram``, or, after ``-c``, a program of this Python there."""
