@@ -25,7 +25,7 @@ from tvm.script import tirx as T
 from engram_compilers.kernels import activation, attention, experts, normalise, quantise
 from engram_compilers.kernels.experts import Routing
 from engram_compilers.kernels.intrinsics import lanes, splat
-from engram_compilers.kernels.isa import Isa
+from engram_compilers.kernels.isa import DotIsa
 from engram_runtime.cpu import machine, request_tiles
 from engram_targets import cpu_profile_names, load_cpu_profile
 
@@ -116,7 +116,7 @@ def stream_read() -> Any:
     return kernel
 
 
-def register_products(isa: Isa) -> Any:
+def register_products(isa: DotIsa) -> Any:
     """Build ``(x u8 [64], y i32 [12, 16]) -> ``: products of registers alone, as many as the unit makes."""
 
     @T.prim_func(s_tir=True, private=True)  # type: ignore[untyped-decorator]
@@ -128,7 +128,7 @@ def register_products(isa: Isa) -> Any:
     return kernel
 
 
-def add_register_products(isa: Isa, x: Any, y: Any) -> None:
+def add_register_products(isa: DotIsa, x: Any, y: Any) -> None:
     count = min(PEAK_SUMS, isa.sums)
     sums = [T.alloc_buffer((16,), "int32") for _ in range(count)]
     for i, total in enumerate(sums):

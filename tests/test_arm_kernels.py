@@ -1,17 +1,16 @@
-"""The Arm families' machine code, run in an emulator, against numpy and against the portable kernels' bits."""
+"""The machine code for Arm and RISC-V, run in an emulator, against numpy and the bits of x86's portable kernels."""
 
 from collections.abc import Callable
 from functools import cache
 from itertools import product
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from numpy.typing import NDArray
-from tests.arm64 import Arm64Kernels
+from tests.emulated import EmulatedKernels
 from tests.test_expert_kernels import stated_segments
 from tests.test_kernels import (
     INPUTS,
@@ -45,9 +44,17 @@ Array = NDArray[Any]
 OUTPUTS = 41  # two whole tiles and one of 9 outputs
 ROWS = [1, 2, 4, 7, 17]
 TOKENS, EXPERTS, TOP_K = 5, 3, 2
-TARGETS = {neon_dotprod: "aarch64-dotprod", neon_i8mm: "aarch64-i8mm"}
+FAMILIES = {
+    "aarch64-dotprod": neon_dotprod,
+    "aarch64-i8mm": neon_i8mm,
+    "aarch64-i8mm-sve": neon_i8mm,
+    "riscv64-rvv": portable,
+}
 EXPERT_FAMILIES = {neon_dotprod: neon_dotprod_experts, neon_i8mm: neon_i8mm_experts, portable: portable_experts}
-FAMILIES = [pytest.param(family, id=name) for family, name in TARGETS.items()]
+ON_EACH_TARGET = pytest.mark.parametrize(
+    "target",
+    ["aarch64-dotprod", "aarch64-i8mm", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in [*FAMILIES][2:])],
+)
 ROUTING = Routing(TOKENS, EXPERTS, TOP_K)
 
 
@@ -66,9 +73,8 @@ def prim_funcs(family: ModuleType) -> dict[str, Any]:
 
 
 @cache
-def kernels(family: ModuleType) -> Arm64Kernels:
-    with TemporaryDirectory() as folder:
-        return Arm64Kernels(prim_funcs(family), load_cpu_profile(TARGETS[family]).llvm.mcpu, Path(folder))
+def kernels(target: str) -> EmulatedKernels:
+    return EmulatedKernels(prim_funcs(FAMILIES[target]), target)
 
 
 @cache
@@ -83,8 +89,9 @@ def int4_parts() -> tuple[Array, Array, Array]:
     return codes[:OUTPUTS], multiplier[:OUTPUTS], zero[:OUTPUTS]
 
 
-def linear(family: ModuleType, kind: str, quantised_x: list[Array]) -> tuple[Array, Array]:
+def linear(target: str, kind: str, quantised_x: list[Array]) -> tuple[Array, Array]:
     """Return what the emulated layer makes of rows, and what it should."""
+    family = FAMILIES[target]
     planes, row_scale, _ = quantised_x
     rows = len(row_scale)
     if kind == "int8":
@@ -97,26 +104,26 @@ def linear(family: ModuleType, kind: str, quantised_x: list[Array]) -> tuple[Arr
     scale, y = channel_scale(OUTPUTS), np.full((rows, OUTPUTS), np.nan, np.float32)
     name = f"{kind}_{rows}_{len(planes) // rows}"
     expected = joined(planes, weight, rows) * scale * row_scale[:, None]
-    return kernels(family)(name, *quantised_x, *packed.values(), scale, y)[-1], expected
+    return kernels(target)(name, *quantised_x, *packed.values(), scale, y)[-1], expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@ON_EACH_TARGET
 @pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_linear_layers_are_integer_sums_scaled_in_the_stated_order(
-    family: ModuleType, kind: str, rows: int, planes: int
+    target: str, kind: str, rows: int, planes: int
 ) -> None:
-    assert same_bits(*linear(family, kind, quantised_rows(hard_rows(rows, INPUTS), planes)))
+    assert same_bits(*linear(target, kind, quantised_rows(hard_rows(rows, INPUTS), planes)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@ON_EACH_TARGET
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_the_largest_products_of_both_signs_are_exact(family: ModuleType, kind: str) -> None:
+def test_the_largest_products_of_both_signs_are_exact(target: str, kind: str) -> None:
     plane = np.zeros((4, 192), np.int8)
     plane[:, :INPUTS] = np.array([[-128], [127], [127], [-128]])
     quantised_x = [plane, np.ones(2, np.float32), -128 * plane.sum(axis=1, dtype=np.int32)]
-    assert same_bits(*linear(family, kind, quantised_x))
+    assert same_bits(*linear(target, kind, quantised_x))
 
 
 def operands(family: ModuleType, name: str) -> list[Array]:
@@ -135,21 +142,42 @@ def operands(family: ModuleType, name: str) -> list[Array]:
     return [*quantised_rows(hard_rows(TOKENS, INPUTS), 2), *segments, *slabs]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@ON_EACH_TARGET
 @pytest.mark.parametrize("name", ["q4", "q8", "expert_int8", "expert_int4", "embed"])
-def test_other_layers_have_the_bits_of_the_portable_ones(family: ModuleType, name: str) -> None:
+def test_other_layers_have_the_bits_of_the_portable_ones(target: str, name: str) -> None:
     shape = {"q": (3, OUTPUTS), "e": (ROUTING.pairs, OUTPUTS)}[name[0]] if name != "embed" else (3, 70)
     end = [channel_scale(OUTPUTS)] if name == "embed" else []
     y = np.full(shape, np.nan, np.float32)
     expected = call(portable_kernels()[name], *operands(portable, name), *end, y)[-1]
-    assert same_bits(kernels(family)(name, *operands(family, name), *end, y)[-1], expected)
+    assert same_bits(kernels(target)(name, *operands(FAMILIES[target], name), *end, y)[-1], expected)
+
+
+def mnemonics(assembly: str) -> list[str]:
+    return [line.split()[0] for line in assembly.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "unwanted"), [(neon_dotprod, "sdot", "usdot"), (neon_i8mm, "usdot", "sdot")]
+    ("target", "wanted", "unwanted"),
+    [("aarch64-dotprod", "sdot", {"usdot", "usmmla", "ptrue"}), ("aarch64-i8mm", "usmmla", {"sdot", "usdot", "ptrue"})],
 )
-def test_products_are_the_familys_instruction(family: ModuleType, wanted: str, unwanted: str) -> None:
-    mnemonics = [line.split()[0] for line in kernels(family).assembly.splitlines() if line.strip()]
-    assert mnemonics.count(wanted) > 1000
-    assert unwanted not in mnemonics
-    assert "ptrue" not in mnemonics  # SVE, which the profile does not ask for
+def test_products_are_the_familys_instruction(target: str, wanted: str, unwanted: set[str]) -> None:
+    """No other one of bytes, and no SVE, which these profiles do not ask for."""
+    found = mnemonics(kernels(target).assembly)
+    assert found.count(wanted) > 1000
+    assert not unwanted & set(found)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_products_of_matrices_are_half_as_many_instructions_as_dot_products(kind: str) -> None:
+    """Of three rows in two planes, whose kernels cut the layer alike."""
+
+    def multiplications(family: ModuleType, target: str, name: str) -> int:
+        function = getattr(family, f"linear_{kind}")(3, 48, INPUTS, 2).with_attr("global_symbol", "layer")
+        compiled = tvm.compile(
+            tvm.IRModule({"layer": function}), tvm.target.Target(load_cpu_profile(target).llvm.target)
+        )
+        return mnemonics(compiled.mod.inspect_source("asm")).count(name)
+
+    dots = multiplications(neon_dotprod, "aarch64-dotprod", "sdot")
+    assert dots > 0
+    assert 2 * multiplications(neon_i8mm, "aarch64-i8mm", "usmmla") == dots

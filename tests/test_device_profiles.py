@@ -11,7 +11,6 @@ from tests.test_profiles import raw_llvm, raw_profile
 from tests.workshop import Workshop
 
 from engram_compilers.build import compile_bundle
-from engram_runtime.bundle import Bundle
 from engram_runtime.errors import CompileError, TargetError
 from engram_runtime.planning.targets import read_target
 from engram_targets import (
@@ -217,14 +216,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert file_message(path) == f"profile file {path} can't be read: Is a directory"
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_target_of_another_device_is_not_compiled_for(workshop: Workshop, name: str) -> None:
-    profile = load_profile(name)
+def test_c_sources_are_packed_not_compiled(workshop: Workshop) -> None:
+    bundle = workshop.uncompiled()
     with pytest.raises(CompileError) as caught:
-        compile_bundle(Bundle.open(workshop.uncompiled().path), profile)
+        compile_bundle(bundle, load_profile("c-portable"))
     assert str(caught.value) == (
-        f"target {name} is of device {profile.device!r}, which this version doesn't compile for; "
-        f"choose one of {cpu_profile_names()}"
+        f"target c-portable is C sources, no library; run: engram pack {bundle.path} --target c-portable -o DIR"
     )
 
 

@@ -1,8 +1,10 @@
 """The systolic array: sums equal numpy's, whatever the engines' order, and bytes and cycles are what formulas say."""
 
 import random
+import re
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -252,6 +254,13 @@ def test_no_engine_is_busier_than_there_are_cycles(product: Product, count: int)
 def test_int4_halves_the_bytes_of_weights() -> None:
     wide = {bits: Product(rows=2, inputs=64, outputs=64, weights=bits).weight_bytes for bits in ("int8", "int4")}
     assert wide == {"int8": 4096, "int4": 2048 + 128}
+
+
+def test_the_program_on_the_page_on_devices_prints_what_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path("docs/adding-a-device.md").read_text(encoding="utf-8")
+    program, printed = re.findall(r"^```(?:python|text)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(program, {})
+    assert capsys.readouterr().out == printed
 
 
 def test_every_accelerator_has_a_compiler_and_a_simulator() -> None:

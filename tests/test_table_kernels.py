@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.arm64 import Arm64Kernels
+from tests.emulated import EmulatedKernels
 from tests.small_tables import row_format
 from tests.test_kernels import compile_kernels, needs_avx2
 from tests.workshop import Workshop
@@ -28,7 +28,6 @@ from engram_runtime.library import find_library
 from engram_runtime.records import RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.decoding import SHARED_FROM_ROWS, RowDecoder
-from engram_targets import load_cpu_profile
 
 Rows = NDArray[np.float32]
 
@@ -148,9 +147,9 @@ def test_every_float16_has_the_value_of_numpy() -> None:
     assert_same_values(run(kernel, layout, records), records.decoded(layout))
 
 
-def test_arm_code_gives_the_values_of_numpy(tmp_path: Path) -> None:
+def test_arm_code_gives_the_values_of_numpy() -> None:
     functions = {f"rows_{i}": decode_rows(*layout) for i, layout in enumerate(LAYOUTS)}
-    emulated = Arm64Kernels(functions, load_cpu_profile("aarch64-dotprod").llvm.mcpu, tmp_path)
+    emulated = EmulatedKernels(functions, "aarch64-dotprod")
     for name, layout in zip(functions, LAYOUTS, strict=True):
         records = scattered(layout, 5)
         out = np.full((5, layout[0].columns), np.nan, dtype=np.float32)

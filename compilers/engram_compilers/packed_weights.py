@@ -37,6 +37,10 @@ class PackedWeights:
             self._parts[name] = self._append_slices(name, count, pack_slice)
         return [self.tensors[part] for part in self._parts[name]]
 
+    def copy(self, tensor: PackedTensor, array: NDArray[Any]) -> None:
+        """Append a tensor that is packed already."""
+        self._append(tensor.name, array)
+
     @property
     def bytes(self) -> int:
         """Size of the file so far."""

@@ -15,8 +15,8 @@ class Lifetime:
     last: int
 
 
-def plan_scratch(lifetimes: Iterable[Lifetime]) -> tuple[list[int], int]:
-    """Return the offset of each buffer, 64-byte aligned, and the bytes of all.
+def plan_scratch(lifetimes: Iterable[Lifetime], alignment: int = ALIGNMENT_BYTES) -> tuple[list[int], int]:
+    """Return the offset of each buffer, a multiple of ``alignment`` bytes, and the bytes of all.
 
     Buffers overlap only where one's last call comes before the other's first one.
 
@@ -28,21 +28,21 @@ def plan_scratch(lifetimes: Iterable[Lifetime]) -> tuple[list[int], int]:
     most = 0
     for buffer in lifetimes:
         live = [held for held in live if held[2] >= buffer.first]
-        offset = _first_gap(live, buffer.bytes)
+        offset = _first_gap(live, buffer.bytes, alignment)
         live = sorted([*live, (offset, offset + buffer.bytes, buffer.last)])
         offsets.append(offset)
-        most = max(most, _aligned(offset + buffer.bytes))
+        most = max(most, _aligned(offset + buffer.bytes, alignment))
     return offsets, most
 
 
-def _first_gap(live: Iterable[tuple[int, int, int]], size: int) -> int:
+def _first_gap(live: Iterable[tuple[int, int, int]], size: int, alignment: int) -> int:
     start = 0
     for offset, end, _ in live:
         if offset - start >= size:
             return start
-        start = max(start, _aligned(end))
+        start = max(start, _aligned(end, alignment))
     return start
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

@@ -31,17 +31,19 @@ from engram_compilers.program import (
 )
 from engram_compilers.scratch_plan import Lifetime, plan_scratch
 from engram_runtime.errors import CompileError
+from engram_runtime.executor import ALIGNMENT_BYTES
 from engram_runtime.library import AWAIT_ROWS, ITEM_BYTES
 from engram_runtime.manifest import DECODER, GraphSpec
 
 Array = NDArray[Any]
 
 
-def programs(lowered: LoweredGraphs, specs: Mapping[str, GraphSpec]) -> Programs:
+def programs(lowered: LoweredGraphs, specs: Mapping[str, GraphSpec], alignment: int = ALIGNMENT_BYTES) -> Programs:
     """Return the programs of a lowered module's forward passes.
 
     Args:
         specs: of the graphs that were lowered, by name.
+        alignment: of offsets in scratch memory, bytes.
 
     Raises:
         CompileError: a forward pass calls what only the virtual machine has.
@@ -55,7 +57,7 @@ def programs(lowered: LoweredGraphs, specs: Mapping[str, GraphSpec]) -> Programs
             name = variable.name_hint
             graph = next((graph for graph in specs if name.startswith(f"{graph}_")), DECODER)
             places = _parameter_places(function, specs[graph], lowered.graph_tensors[graph])
-            made[name] = _Walk(name, places, constants, copies).program(function, len(specs[graph].inputs))
+            made[name] = _Walk(name, places, constants, copies, alignment).program(function, len(specs[graph].inputs))
     called = {call.kernel for program in made.values() for call in program.calls if isinstance(call, KernelCall)}
     return Programs(of=made, kernels={name: module[name] for name in sorted(called)}, constants=constants.arrays)
 
@@ -149,6 +151,7 @@ class _Walk:
     parameters: Sequence[Place]
     constants: _Constants
     copies: frozenset[str]
+    alignment: int
     calls: list[_Call] = field(default_factory=list)
     buffers: list[_Value] = field(default_factory=list)
     values: dict[relax.Var, _Value | list[_Value]] = field(default_factory=dict)
@@ -234,7 +237,7 @@ class _Walk:
         }
         kept = [number for number in touched if number not in places]
         lifetimes = [Lifetime(self.buffers[n].bytes, touched[n][0], touched[n][-1]) for n in kept]
-        offsets, scratch_bytes = plan_scratch(lifetimes)
+        offsets, scratch_bytes = plan_scratch(lifetimes, self.alignment)
         places |= {number: Scratch(offset) for number, offset in zip(kept, offsets, strict=True)}
         return places, scratch_bytes
 

@@ -21,8 +21,8 @@ LIBRARY_FOLDER = "lib"
 LIBRARY_INFO_NAME = "compile.json"
 LIBRARY_INFO_VERSION = 8
 AWAIT_ROWS = "engram.await_rows"  # a global function of the process that a library calls, see `LibraryInfo`
-CPU, NPU = "cpu", "npu"  # devices that run libraries
-DEVICES = (CPU, NPU)
+CPU, NPU, OPENCL, CUDA, METAL = DEVICES = ("cpu", "npu", "opencl", "cuda", "metal")  # that run libraries
+GPUS = (OPENCL, CUDA, METAL)
 LIBRARY_PARTS = ("library", "runtime", "weights", "commands")
 ITEM_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
@@ -77,6 +77,8 @@ class LibraryInfo:
     ``runtime`` is TVM's runtime library, None for a kind of machine for which no wheel of apache-tvm has one.
     ``device`` is what runs the linear layers, beside a CPU as ``machine`` and ``cpu_flags`` say that runs the rest.
     Another device than that CPU finds its streams of commands in the file ``commands``, which is None for a CPU.
+    A GPU (``GPUS``) has no part of a library run by a processor: ``machine`` and ``ffi`` are empty, ``library`` is the
+    source of its kernels and ``commands`` the plan of launches that `engram_runtime.gpu.plan` describes.
     ``ffi`` is the version of apache-tvm-ffi that it was compiled for.
     ``sha256`` holds the digests of `files`.
     """
@@ -183,6 +185,8 @@ class LibraryInfo:
 
     def misfit(self) -> str | None:
         """Say why this machine can't run the library, or None if it can."""
+        if self.device in GPUS:
+            return None  # its driver builds the source, for whatever it has
         if self.machine != machine():
             return f"{self.target} is for {self.machine}, this machine is {machine()}"
         if lacking := sorted(set(self.cpu_flags) - cpu_flags()):

@@ -17,6 +17,8 @@ from tvm.tirx.build import codegen_build
 from engram_compilers.kernels.intrinsics import Expr
 from engram_compilers.kernels.loops import round_up
 from engram_runtime.errors import CompileError
+from engram_runtime.gpu.plan import ALIGNMENT_BYTES
+from engram_targets.gpu import GpuProfile
 
 # What follows the split in TVM's pipeline: calls of its runtime, and dtypes that no kernel here has.
 _OF_HOST_CODE = ("tirx.MakePackedAPI", "tirx.FP8StorageLegalize", "tirx.BF16StorageLegalize")
@@ -72,33 +74,39 @@ class _WithoutHostCode:
         return info.name not in _OF_HOST_CODE
 
 
-def generate(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target, alignment: int) -> Sources:
-    """Generate the source of kernels, by name, for a target of kind cuda, opencl or metal.
+def generate(kernels: Mapping[str, tirx.PrimFunc], profile: GpuProfile) -> Sources:
+    """Generate the source of kernels, by name, for a target.
 
     PrimFuncs that aren't scheduled, those of Relax's own operators, get TVM's simplest schedule for GPUs.
 
-    Args:
-        alignment: of temporary buffers, bytes.
-
     Raises:
-        CompileError: a kernel needs code on the host.
+        CompileError: a kernel needs code on the host, or more threads or shared memory than a block may have.
     """
+    target = target_of(profile)
     device, launched = {}, {}
     for variable, function in _split(kernels, target.with_host(tvm.target.Target(_HOST))).functions_items():
         if int(function.attrs.get("calling_conv", 0)) == _DEVICE_FUNCTION:
             device[variable] = function
+            _check_shared_memory(variable.name_hint, function, profile)
         else:
-            launched[variable.name_hint] = _launches(variable.name_hint, function, alignment)
+            launched[variable.name_hint] = _launches(variable.name_hint, function, profile)
     _, _, finish = tvm.tirx.get_default_tir_pipeline(target)
     text = codegen_build(finish()(tvm.IRModule(device)), target).inspect_source()
-    ends = [
-        argument.offset + argument.bytes
-        for launches in launched.values()
-        for launch in launches
-        for argument in launch.arguments
-        if isinstance(argument, Temporary)
-    ]
-    return Sources(text=text, launches=launched, temporary_bytes=max(ends, default=0))
+    launches = [launch for each in launched.values() for launch in each]
+    temporaries = [each for launch in launches for each in launch.arguments if isinstance(each, Temporary)]
+    return Sources(text, launched, max((each.offset + each.bytes for each in temporaries), default=0))
+
+
+def target_of(profile: GpuProfile) -> tvm.target.Target:
+    """Return TVM's description of a target."""
+    return tvm.target.Target(
+        {
+            "kind": profile.language,
+            "max_num_threads": profile.max_threads,
+            "thread_warp_size": profile.warp,
+            **({"arch": profile.arch} if profile.arch else {}),
+        }
+    )
 
 
 def _split(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> tvm.IRModule:
@@ -112,7 +120,7 @@ def _split(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> t
         return pipeline(module)
 
 
-def _launches(name: str, function: tirx.PrimFunc, alignment: int) -> tuple[KernelLaunch, ...]:
+def _launches(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> tuple[KernelLaunch, ...]:
     """Read the launches from the host part of a PrimFunc: buffers, then one launch after the other."""
     buffers: dict[Expr, int | Temporary] = {parameter: place for place, parameter in enumerate(function.params)}
     launches, end = [], 0
@@ -121,14 +129,34 @@ def _launches(name: str, function: tirx.PrimFunc, alignment: int) -> tuple[Kerne
             case tirx.AllocBuffer():
                 size = _bytes(statement.buffer)
                 buffers[statement.buffer] = Temporary(end, size)
-                end = round_up(end + size, alignment)
+                end = round_up(end + size, ALIGNMENT_BYTES)
             case tirx.DeclBuffer():
                 buffers[statement.buffer] = buffers[statement.data.args[0]]
             case tirx.Evaluate() if _is_launch(statement.value):
                 launches.append(_launch(statement.value, buffers))
             case _:
                 raise CompileError(f"kernel {name} is none for a GPU: it has {type(statement).__name__} on the host")
+    if launches and (most := max(math.prod(launch.threads) for launch in launches)) > profile.max_threads:
+        raise CompileError(
+            f"kernel {name} has blocks of {most} threads, {profile.name} allows {profile.max_threads}; "
+            "raise max_threads of the profile if its devices do"
+        )
     return tuple(launches)
+
+
+def _check_shared_memory(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> None:
+    sizes: list[int] = []
+
+    def visit(node: object) -> None:
+        if isinstance(node, tirx.AllocBuffer) and node.buffer.scope() == "shared":
+            sizes.append(_bytes(node.buffer))
+
+    tirx.stmt_functor.post_order_visit(function.body, visit)
+    if sum(sizes) > profile.shared_memory_bytes:
+        raise CompileError(
+            f"kernel {name} takes {sum(sizes)} bytes of shared memory, {profile.name} allows "
+            f"{profile.shared_memory_bytes}; choose smaller prefill_tokens in a profile of your own"
+        )
 
 
 def _is_launch(value: Expr) -> bool:

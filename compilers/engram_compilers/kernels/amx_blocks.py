@@ -28,9 +28,10 @@ from engram_compilers.kernels.intrinsics import (
     zero_tile,
 )
 from engram_compilers.kernels.loops import LANES
+from engram_compilers.kernels.packing import INT8_BIAS
 from engram_compilers.kernels.quantise import joined
 from engram_compilers.kernels.vnni_blocks import Plan, prefetch_steps, store_edge
-from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vectors, each_int4_step
+from engram_compilers.kernels.vnni_layout import DOTS, STEP, VECTOR_BYTES, code_vectors, each_int4_part
 
 TILE_STEPS = TILE_BYTES // STEP  # steps in a tile of weights
 WEIGHTS_PER_US = 15_000.0  # from memory
@@ -113,10 +114,11 @@ def unpacked_weights(
     def weights(place: Expr) -> Sequence[Place]:
         for t, group in product(range(num_tiles), (2 * place, 2 * place + 1)):
 
-            def keep(step: Expr, vector: Expr, t: int = t) -> None:
+            def keep(octet: Expr, part: int, vector: Expr, t: int = t) -> None:
+                step = octet * 2 + part
                 T.buffer_store(scratch, vector, [t, step % scratch.shape[1], lanes(0, VECTOR_BYTES)])
 
-            each_int4_step(codes, header, first_tile + t, group, keep)
+            each_int4_part(codes, header, first_tile + t, group, keep, layout=DOTS, bias=INT8_BIAS)
             prefetch_steps(codes, next_tile + t, 1, code_vectors(group, 4))
         return [(scratch, [t, place * TILE_STEPS % scratch.shape[1], 0]) for t in range(num_tiles)]
 

@@ -25,7 +25,7 @@ from engram_compilers.kernels.vnni_blocks import (
     prefetch_steps,
     store_sums,
 )
-from engram_compilers.kernels.vnni_layout import STEP, code_vectors, multipliers, zeros
+from engram_compilers.kernels.vnni_layout import DOTS, STEP, code_vectors, multipliers, zeros
 
 _PLANE_ROWS = 6  # that share a group's unpacked codes
 _HALF = LANES // 2  # outputs of one vector of 256 bits
@@ -75,13 +75,13 @@ def _add_group(
 ) -> None:
     """Add multiplier * (codes * activations) - zero * multiplier * (sum of activations) for 8 outputs of a tile."""
     tile, index = block.first_tile, lanes(half * _HALF, _HALF)
-    both = header[tile, group, lanes(0)]
+    (both,) = DOTS.words(header[tile, group, lanes(0)])
     multiplier = T.Bind(_half_of_pairs(multipliers(both), half))
     # Next to a zero, so that a pair's sum is one product.
     zero = T.Bind(_half_of_pairs(T.bitwise_and(zeros(both), _low_words()), half))
     steps = _nibbles(codes, tile, group, half)
     for plane, r in product(range(block.plan.planes), range(block.num_rows)):
-        row, total = block.plane_row(plane, r), sums[plane, r, 0]
+        row, total = block.plane_row(plane, r), sums[0][r * block.plan.planes + plane]
         words = _dot(steps, planes, row, group)
         negative = T.reinterpret("int16x16", splat(negative_sums[row, group], _HALF))
         value = total[index] + pair_sums_avx2(words, multiplier) + pair_sums_avx2(zero, negative)

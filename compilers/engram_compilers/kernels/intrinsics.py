@@ -106,16 +106,21 @@ def byte_pair_sums_avx2(unsigned: Expr, signed: Expr) -> Expr:
 
 def dot4_sdot(total: Expr, weights: Expr, activations: Expr) -> Expr:
     """Do what `dot4_vnni` does with signed ``weights``, in four vectors of 128 bits."""
-    return _dot4_neon("llvm.aarch64.neon.sdot.v4i32.v16i8", total, weights, activations)
+    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    return _in_parts(4, lambda *parts: T.call_llvm_pure_intrin("int32x4", name, *parts), total, weights, activations)
 
 
-def dot4_usdot(total: Expr, weights: Expr, activations: Expr) -> Expr:
-    """Do what `dot4_vnni` does, in four vectors of 128 bits."""
-    return _dot4_neon("llvm.aarch64.neon.usdot.v4i32.v16i8", total, weights, activations)
+def multiply_usmmla(total: Expr, weights: Expr, activations: Expr) -> Expr:
+    """Add eight products to each lane: total[2i+j] += sum_b weights[8i+b] * activations[8j+b].
 
+    ``total`` is int32x16, ``weights`` uint8x64 (unsigned), ``activations`` int8x16 (signed); four instructions.
+    """
+    name = "llvm.aarch64.neon.usmmla.v4i32.v16i8"
 
-def _dot4_neon(name: str, *vectors: Expr) -> Expr:
-    return _in_parts(4, lambda *parts: T.call_llvm_pure_intrin("int32x4", name, *parts), *vectors)
+    def matrix(total: Expr, weights: Expr) -> Expr:
+        return T.call_llvm_pure_intrin("int32x4", name, total, weights, activations)
+
+    return _in_parts(4, matrix, total, weights)
 
 
 def _in_parts(count: int, operation: Callable[..., Expr], *vectors: Expr) -> Expr:

@@ -4,13 +4,13 @@ from functools import partial
 
 from engram_compilers.kernels import tiled, tiled_block
 from engram_compilers.kernels.intrinsics import dot4_sdot
-from engram_compilers.kernels.isa import Isa
+from engram_compilers.kernels.isa import DotIsa
 from engram_compilers.kernels.tiled import embed_int8
 from engram_compilers.kernels.tiled_packing import pack_block, pack_int4, pack_int8
 
 __all__ = ["ISA", "embed_int8", "linear_block", "linear_int4", "linear_int8", "pack_block", "pack_int4", "pack_int8"]
 
-ISA = Isa(dot4=dot4_sdot, weight_bias=0, sums=6)
+ISA = DotIsa(dot4=dot4_sdot, weight_bias=0, sums=6)
 
 linear_int8 = partial(tiled.linear_int8, ISA)
 linear_int4 = partial(tiled.linear_int4, ISA)

@@ -60,7 +60,7 @@ def expert_linear_int8(routing: Routing, rows: int, out_features: int, in_featur
         scale: T.Buffer((routing.experts * out_features,), "float32"),
         y: T.Buffer((routing.pairs, out_features), "float32"),
     ) -> None:
-        T.func_attr({"op_pattern": 8, "tirx.noalias": True})
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "tokens": routing.tokens})
         with T.sblock("root"):
             for output in loop_over(out_features, work_us):
                 for segment in T.serial(count[0]):
@@ -104,7 +104,7 @@ def expert_linear_int4(routing: Routing, rows: int, out_features: int, in_featur
         scale: T.Buffer((routing.experts * out_features,), "float32"),
         y: T.Buffer((routing.pairs, out_features), "float32"),
     ) -> None:
-        T.func_attr({"op_pattern": 8, "tirx.noalias": True})
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "tokens": routing.tokens})
         with T.sblock("root"):
             for output in loop_over(out_features, work_us):
                 weight = T.alloc_buffer((padded,), "int8")

@@ -28,7 +28,7 @@ from engram_compilers.kernels.vnni_blocks import (
     start_sums,
     store_sums,
 )
-from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, code_vectors, each_int4_step
+from engram_compilers.kernels.vnni_layout import DOTS, STEP, VECTOR_BYTES, Layout, code_vectors, each_int4_part
 
 INT4_TILES = 2  # streams of int4 weights of one row: unpacking hides their latency
 _EMBEDDED_PER_US = 1000.0
@@ -65,14 +65,15 @@ def linear_int8(isa: Isa, rows: int, out_features: int, in_features: int, planes
 
 def int8_plan(isa: Isa, rows: int, out_features: int, in_features: int, planes: int) -> Plan:
     """Choose the blocking of `linear_int8`: a row or two need many sums to hide latency, more rows one stream."""
-    sums_of_tile = planes * min(rows, isa.sums // planes)
+    block_rows = min(rows, isa.sums // planes)
+    sums_of_tile = isa.sums_of(planes * block_rows)
     return Plan(
         isa=isa,
         rows=rows,
         out_features=out_features,
         in_features=in_features,
         planes=planes,
-        block_rows=sums_of_tile // planes,
+        block_rows=block_rows,
         group_tiles=min(isa.sums // sums_of_tile, _MOST_TILES) if 2 * sums_of_tile < isa.sums else 1,
     )
 
@@ -145,12 +146,14 @@ def _int4_direct_body(
     channel_scale: Expr,
     y: Expr,
 ) -> None:
+    each_part = partial(each_int4_part, layout=plan.isa.layout, bias=plan.isa.weight_bias)
+
     def row_block(block: Block) -> None:
         sums = start_sums(block, plane_offset)
         with T.serial(plan.groups) as group:
             for t in range(block.num_tiles):
                 add = partial(block.add_products, sums, t, planes)
-                each_int4_step(codes, header, block.first_tile + t, group, add, bias=plan.isa.weight_bias)
+                each_part(codes, header, block.first_tile + t, group, add)
             if block.is_first:
                 next_tile = block.first_tile + block.num_tiles
                 prefetch_steps(codes, next_tile, block.num_tiles, code_vectors(group, 4))
@@ -169,14 +172,16 @@ def _int4_unpacking_body(
     channel_scale: Expr,
     y: Expr,
 ) -> None:
+    each_part = partial(each_int4_part, layout=plan.isa.layout, bias=plan.isa.weight_bias)
+
     def tile_group(first_tile: Expr, num_tiles: int) -> None:
         weight = T.alloc_buffer((num_tiles, plan.steps, VECTOR_BYTES), "uint8")  # too large for a stack
         with T.grid(num_tiles, plan.groups) as (t, group):
 
-            def keep(step: Expr, weights: Expr) -> None:
-                T.buffer_store(weight, weights, [t, step, lanes(0, VECTOR_BYTES)])
+            def keep(octet: Expr, part: int, weights: Expr) -> None:
+                T.buffer_store(weight, weights, [t, octet * 2 + part, lanes(0, VECTOR_BYTES)])
 
-            each_int4_step(codes, header, first_tile + t, group, keep, bias=plan.isa.weight_bias)
+            each_part(codes, header, first_tile + t, group, keep)
             prefetch_steps(codes, first_tile + num_tiles + t, 1, code_vectors(group, 4))
 
         def row_block(block: Block) -> None:
@@ -189,7 +194,7 @@ def _int4_unpacking_body(
     each_tile_group(plan, tile_group)
 
 
-def embed_int8(tokens: int, vocabulary: int, columns: int) -> tirx.PrimFunc:
+def embed_int8(tokens: int, vocabulary: int, columns: int, layout: Layout = DOTS) -> tirx.PrimFunc:
     """Build the embedding lookup in a weight packed by `pack_int8`, which an output layer may share.
 
     ``(token_ids i64 [T], weight u8 [Vp/16, Dp/4, 64], channel_scale f32 [V]) -> x f32 [T, D]``:
@@ -210,7 +215,13 @@ def embed_int8(tokens: int, vocabulary: int, columns: int) -> tirx.PrimFunc:
             for token in loop_over(tokens, tokens * columns / _EMBEDDED_PER_US):
                 row: T.let = T.cast(token_ids[token], "int32")
                 for d in T.serial(columns):
-                    value: T.let = T.cast(weight[row // LANES, d // STEP, row % LANES * STEP + d % STEP], "int32")
+                    value = weight_at(layout, weight, row, d)
                     x[token, d] = T.cast(value - INT8_BIAS, "float32") * channel_scale[row]
 
     return kernel
+
+
+def weight_at(layout: Layout, weight: Expr, output: Expr, column: Expr) -> Expr:
+    """Return a byte of weights packed by `pack_int8`, as int32."""
+    vector, byte = layout.place(output % LANES, column)
+    return T.Bind(T.cast(weight[output // LANES, vector, byte], "int32"))

@@ -24,8 +24,8 @@ from engram_compilers.kernels.vnni_blocks import (
 from engram_compilers.kernels.vnni_layout import (
     VECTOR_BYTES,
     code_vectors,
-    each_byte_step,
-    each_nibble_step,
+    each_byte_part,
+    each_nibble_part,
     rebiased,
 )
 
@@ -118,10 +118,13 @@ def _add_group(
     sums = new_sums(block, lambda plane, r: offsets[block.plane_row(plane, r), group], num_tiles=1)
     add = partial(block.add_products, sums, 0, planes)
     if bits == 4:
-        each_nibble_step(codes, block.first_tile + t, group, add)
+        each_nibble_part(codes, block.first_tile + t, group, add)
     else:
-        bias = block.plan.isa.weight_bias
-        each_byte_step(codes, block.first_tile + t, group, lambda step, weights: add(step, rebiased(weights, bias)))
+
+        def add_rebiased(octet: Expr, part: int, weights: Expr) -> None:
+            add(octet, part, rebiased(weights, block.plan.isa.weight_bias))
+
+        each_byte_part(codes, block.first_tile + t, group, add_rebiased)
     scale = T.Bind(block_scale[block.first_tile + t, group, lanes(0)])
     for r in range(block.num_rows):
         total = totals[r, t]

@@ -35,7 +35,7 @@ from engram_compilers.kernels.vnni_blocks import (
     start_sums,
     store_edge,
 )
-from engram_compilers.kernels.vnni_layout import VECTOR_BYTES, code_vectors, each_int4_step
+from engram_compilers.kernels.vnni_layout import DOTS, VECTOR_BYTES, Layout, code_vectors, each_int4_part
 
 _MOST_EXACT = 3  # pairs left over that get a block of their own size; of more, half a block goes first
 
@@ -75,17 +75,19 @@ class ExpertBlock(Block):
         return self.pairs[r] // self.plan.per_row
 
 
-def pack_expert_int8(weight: Bytes, scale: NDArray[np.float32]) -> Arrays:
+def pack_expert_int8(weight: Bytes, scale: NDArray[np.float32], layout: Layout = DOTS) -> Arrays:
     """Pack one expert's weight stored as value + 128, ``[N, K]``, and ``scale [N]``; experts follow one another.
 
     Returns:
         weight: ``[Np/16, Kp/4, 64]``, as `pack_int8` lays it out.
         scale: ``[Np/16, 16]``.
     """
-    return {**pack_int8(weight), "scale": _tiled_scale(scale)}
+    return {**pack_int8(weight, layout), "scale": _tiled_scale(scale)}
 
 
-def pack_expert_int4(codes: Bytes, multiplier: Bytes, zero: Bytes, scale: NDArray[np.float32]) -> Arrays:
+def pack_expert_int4(
+    codes: Bytes, multiplier: Bytes, zero: Bytes, scale: NDArray[np.float32], layout: Layout = DOTS
+) -> Arrays:
     """Pack one expert's weight as `pack_int4` does, and ``scale [N]``; experts follow one another.
 
     Returns:
@@ -93,7 +95,7 @@ def pack_expert_int4(codes: Bytes, multiplier: Bytes, zero: Bytes, scale: NDArra
         header: ``[Np/16, Kp/32, 16]``.
         scale: ``[Np/16, 16]``.
     """
-    return {**pack_int4(codes, multiplier, zero), "scale": _tiled_scale(scale)}
+    return {**pack_int4(codes, multiplier, zero, layout), "scale": _tiled_scale(scale)}
 
 
 def _tiled_scale(scale: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -190,12 +192,14 @@ def _int4_body(
     scale: Expr,
     y: Expr,
 ) -> None:
+    each_part = partial(each_int4_part, layout=plan.isa.layout, bias=plan.isa.weight_bias)
+
     def run(block: ExpertBlock) -> None:
         sums = start_sums(block, plane_offset)
         with T.serial(plan.groups) as group:
             for t in range(block.num_tiles):
                 add = partial(block.add_products, sums, t, planes)
-                each_int4_step(codes, header, block.weight_tile + t, group, add, bias=plan.isa.weight_bias)
+                each_part(codes, header, block.weight_tile + t, group, add)
             prefetch_steps(codes, block.next_weight_tile, block.num_tiles, code_vectors(group, 4))
         _store(block, y, sums, scale, row_scale)
 

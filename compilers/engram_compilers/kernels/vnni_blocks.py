@@ -17,11 +17,11 @@ from engram_compilers.kernels.packing import GROUP, require_indexable
 from engram_compilers.kernels.quantise import PLANE_MULTIPLE, joined
 from engram_compilers.kernels.vnni_layout import STEP, VECTOR_BYTES, rebiased
 
-_UNROLLED = 4  # weight vectors of a tile per turn of the int8 loop
+_UNROLLED = 2  # octets of a tile per turn of the int8 loop
 WEIGHTS_PER_US = 25_000.0  # from memory
 PRODUCTS_PER_US = 200_000.0  # of a weight and an 8-bit activation
 
-Sums = dict[tuple[int, int, int], Expr]  # (plane, row of the block, tile of the block) -> int32 [16]
+Sums = list[list[Expr]]  # of each tile of a block those of its plane rows, int32 [16] as its `Isa` makes them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +89,19 @@ class Block:
         """Return the row of the planes that holds a plane of the block's row ``r``."""
         return plane * self.plan.rows + self.row(r)
 
+    @property
+    def plane_rows(self) -> list[Expr]:
+        """The rows of the planes that hold the block's rows, the planes of a row next to each other."""
+        return [self.plane_row(plane, r) for r, plane in product(range(self.num_rows), range(self.plan.planes))]
+
     def plane_sums(self, sums: Sums, r: int, t: int) -> list[Expr]:
         """Return what a row and a tile have summed, int32x16 of each plane."""
-        return [sums[plane, r, t][lanes(0)] for plane in range(self.plan.planes)]
+        first = r * self.plan.planes
+        return [self.plan.isa.plane_sum(sums[t], first + plane) for plane in range(self.plan.planes)]
 
-    def add_products(self, sums: Sums, t: int, planes: Expr, step: Expr, weights: Expr) -> None:
-        """Add weights * activations of a step to ``sums[plane, r, t]``, for all planes of every row."""
-        weights = T.Bind(weights)
-        for plane, r in product(range(self.plan.planes), range(self.num_rows)):
-            four = T.reinterpret("int32", planes[self.plane_row(plane, r), lanes(step * STEP, STEP)])
-            activations = T.Bind(T.reinterpret("int8x64", T.broadcast(four, LANES)))
-            total = sums[plane, r, t]
-            T.buffer_store(total, self.plan.isa.dot4(total[lanes(0)], weights, activations), [lanes(0)])
+    def add_products(self, sums: Sums, t: int, planes: Expr, octet: Expr, part: int, weights: Expr) -> None:
+        """Add weights * activations of a part of an octet to the sums of a tile, for all planes of every row."""
+        self.plan.isa.add_products(sums[t], planes, self.plane_rows, octet, part, T.Bind(weights))
 
 
 def each_tile_group(plan: Plan, run: Callable[[Expr, int], None]) -> None:
@@ -137,34 +138,31 @@ def start_sums(block: Block, plane_offset: Expr) -> Sums:
 def new_sums(block: Block, first: Callable[[int, int], Expr], *, num_tiles: int | None = None) -> Sums:
     """Allocate the sums of a block, those of a row starting at first(plane, r)."""
     tiles = block.num_tiles if num_tiles is None else num_tiles
-    sums = {}
-    for plane, r, t in product(range(block.plan.planes), range(block.num_rows), range(tiles)):
-        sums[plane, r, t] = new_lanes("int32")
-        T.buffer_store(sums[plane, r, t], splat(first(plane, r)), [lanes(0)])
-    return sums
+    starts = [first(plane, r) for r, plane in product(range(block.num_rows), range(block.plan.planes))]
+    return [block.plan.isa.new_sums(starts) for _ in range(tiles)]
 
 
 def add_int8_products(
     block: Block, sums: Sums, planes: Expr, weight: Expr, first_weight_tile: Expr, next_weight_tile: Expr
 ) -> None:
-    """Add the products of all steps with packed weights [tiles, Kp/4, 64]; prefetch those of the next tiles."""
+    """Add the products of all octets with packed weights [tiles, Kp/4, 64]; prefetch those of the next tiles."""
     bias = block.plan.isa.weight_bias
-    with T.serial(block.plan.steps // _UNROLLED) as turn:
-        steps = [turn * _UNROLLED + u for u in range(_UNROLLED)]
-        for step, t in product(steps, range(block.num_tiles)):
-            weights = weight[first_weight_tile + t, step, lanes(0, VECTOR_BYTES)]
-            block.add_products(sums, t, planes, step, rebiased(weights, bias))
+    with T.serial(block.plan.steps // (2 * _UNROLLED)) as turn:
+        parts = [(turn * _UNROLLED + u, part) for u, part in product(range(_UNROLLED), range(2))]
+        for (octet, part), t in product(parts, range(block.num_tiles)):
+            weights = weight[first_weight_tile + t, octet * 2 + part, lanes(0, VECTOR_BYTES)]
+            block.add_products(sums, t, planes, octet, part, rebiased(weights, bias))
         # Last, for between the products a prefetch would keep LLVM from sharing their loads.
         if block.is_first:
-            prefetch_steps(weight, next_weight_tile, block.num_tiles, steps)
+            prefetch_steps(weight, next_weight_tile, block.num_tiles, [octet * 2 + part for octet, part in parts])
 
 
 def add_unpacked_products(block: Block, sums: Sums, planes: Expr, weight: Expr) -> None:
-    """Add the products of all steps with weights as `each_int4_step` makes them, [tiles, Kp/4, 64]."""
-    with T.serial(block.plan.steps // _UNROLLED) as turn:
-        for u, t in product(range(_UNROLLED), range(block.num_tiles)):
-            step = turn * _UNROLLED + u
-            block.add_products(sums, t, planes, step, weight[t, step, lanes(0, VECTOR_BYTES)])
+    """Add the products of all octets with weights as `each_int4_part` makes them, [tiles, Kp/4, 64]."""
+    with T.serial(block.plan.steps // (2 * _UNROLLED)) as turn:
+        for u, part, t in product(range(_UNROLLED), range(2), range(block.num_tiles)):
+            octet = turn * _UNROLLED + u
+            block.add_products(sums, t, planes, octet, part, weight[t, octet * 2 + part, lanes(0, VECTOR_BYTES)])
 
 
 def prefetch_steps(weight: Expr, first_tile: Expr, num_tiles: int, steps: list[Expr]) -> None:

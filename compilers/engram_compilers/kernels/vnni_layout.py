@@ -1,10 +1,13 @@
 """How the tiled families lay weights out in memory: the packers' side in numpy and the kernels' side in vectors.
 
-A *tile* is 16 outputs, a *step* 4 inputs: one vector of 64 bytes holds a step of a tile, byte 4i + b being output
-i of the tile, input b of the step. Nibbles hold two neighbouring steps in one vector, the first in the low ones.
+A *tile* is 16 outputs, an *octet* 8 inputs: the weights of both are two vectors of 64 bytes, *parts* 0 and 1. Here
+each part is a *step* of 4 inputs, byte 4i + b being output i of the tile, input b of the step; `matrix_layout` is
+another way. Nibbles hold an octet in one vector, part 0 in the low ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +19,26 @@ from engram_compilers.kernels.packing import GROUP, INT8_BIAS, Bytes, Scalar
 
 VECTOR_BYTES = 64
 STEP = 4
-GROUP_STEPS = GROUP // STEP
+OCTET = 8
+GROUP_OCTETS = GROUP // OCTET
 
-UseStep = Callable[[Expr, Expr], None]  # (step, its vector of weights) -> statements
+UsePart = Callable[[Expr, int, Expr], None]  # (octet, part, its vector of weights) -> statements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the weights of a tile lie in its vectors.
+
+    Attributes:
+        tile: ``[N, K]`` -> ``[N/16, K/4, 64]``, vector 2o + p being part p of octet o.
+        place: (output of a tile, input) -> (vector of the tile, byte of the vector).
+        words: numbers of a tile's outputs, uint8x16 -> for each 16-bit word of a vector that of its output, uint16x32:
+            one that serves both parts, or one for each.
+    """
+
+    tile: Callable[[Bytes], Bytes]
+    place: Callable[[Expr, Expr], tuple[Expr, Expr]]
+    words: Callable[[Expr], Sequence[Expr]]
 
 
 def tile_bytes(values: Bytes) -> Bytes:
@@ -28,9 +48,9 @@ def tile_bytes(values: Bytes) -> Bytes:
     return np.ascontiguousarray(tiled).reshape(outputs // LANES, inputs // STEP, VECTOR_BYTES)
 
 
-def tile_nibbles(codes: Bytes) -> Bytes:
+def tile_nibbles(codes: Bytes, layout: Layout) -> Bytes:
     """[N, K] -> [N/16, K/8, 64]."""
-    vectors = tile_bytes(codes)
+    vectors = layout.tile(codes)
     return vectors[:, ::2] | (vectors[:, 1::2] << np.uint8(4))
 
 
@@ -42,40 +62,43 @@ def tile_groups(values: NDArray[Scalar]) -> NDArray[Scalar]:
 
 def code_vectors(group: Expr, bits: int) -> list[Expr]:
     """Return the indices of the vectors that hold a group's codes."""
-    count = GROUP_STEPS * bits // 8
+    count = 2 * GROUP_OCTETS * bits // 8
     return [group * count + i for i in range(count)]
 
 
-def each_byte_step(codes: Expr, tile: Expr, group: Expr, use: UseStep) -> None:
-    """Emit use(step, codes) for every step of a group of bytes."""
-    for s in range(GROUP_STEPS):
-        step = group * GROUP_STEPS + s
-        use(step, codes[tile, step, lanes(0, VECTOR_BYTES)])
+def each_byte_part(codes: Expr, tile: Expr, group: Expr, use: UsePart) -> None:
+    """Emit use(octet, part, codes) for every part of a group of bytes."""
+    for o, part in product(range(GROUP_OCTETS), range(2)):
+        octet = group * GROUP_OCTETS + o
+        use(octet, part, codes[tile, octet * 2 + part, lanes(0, VECTOR_BYTES)])
 
 
-def each_nibble_step(codes: Expr, tile: Expr, group: Expr, use: UseStep) -> None:
-    """Emit use(step, codes) for every step of a group of nibbles."""
-    for s in range(GROUP_STEPS // 2):
-        vector = T.Bind(codes[tile, group * (GROUP_STEPS // 2) + s, lanes(0, VECTOR_BYTES)])
-        step = group * GROUP_STEPS + 2 * s
-        use(step, T.bitwise_and(vector, T.broadcast(T.uint8(15), VECTOR_BYTES)))
-        use(step + 1, T.shift_right(vector, T.broadcast(T.uint8(4), VECTOR_BYTES)))
+def each_nibble_part(codes: Expr, tile: Expr, group: Expr, use: UsePart) -> None:
+    """Emit use(octet, part, codes) for every part of a group of nibbles."""
+    for o in range(GROUP_OCTETS):
+        octet = group * GROUP_OCTETS + o
+        vector = T.Bind(codes[tile, octet, lanes(0, VECTOR_BYTES)])
+        use(octet, 0, T.bitwise_and(vector, T.broadcast(T.uint8(15), VECTOR_BYTES)))
+        use(octet, 1, T.shift_right(vector, T.broadcast(T.uint8(4), VECTOR_BYTES)))
 
 
-def each_int4_step(codes: Expr, header: Expr, tile: Expr, group: Expr, use: UseStep, *, bias: int = INT8_BIAS) -> None:
-    """Emit use(step, weights) for every step of a group: (code - zero) * multiplier + bias (mod 256) as uint8x64.
+def each_int4_part(
+    codes: Expr, header: Expr, tile: Expr, group: Expr, use: UsePart, *, layout: Layout, bias: int
+) -> None:
+    """Emit use(octet, part, weights) for every part of a group: (code - zero) * multiplier + bias (mod 256).
 
-    ``bias`` is 128 or 0.
+    Weights are uint8x64, ``bias`` is 128 or 0.
     """
-    multiplier = T.Bind(multipliers(header[tile, group, lanes(0)]))
-    zero_bytes = T.Bind(rebiased(_zero_bytes(header[tile, group, lanes(0)]), INT8_BIAS - bias))
+    words = [T.Bind(word) for word in layout.words(header[tile, group, lanes(0)])]
+    multiplier = [T.Bind(multipliers(word)) for word in words]
+    zero_bytes = [T.Bind(rebiased(_zero_bytes(word), INT8_BIAS - bias)) for word in words]
 
-    def scale(step: Expr, nibbles: Expr) -> None:
+    def scale(octet: Expr, part: int, nibbles: Expr) -> None:
         # A 16-bit lane scales its two codes at once: 15 * 16 fits a byte, so nothing carries over.
-        scaled = T.reinterpret("uint16x32", nibbles) * multiplier
-        use(step, T.reinterpret("uint8x64", scaled) - zero_bytes)
+        scaled = T.reinterpret("uint16x32", nibbles) * multiplier[part % len(words)]
+        use(octet, part, T.reinterpret("uint8x64", scaled) - zero_bytes[part % len(words)])
 
-    each_nibble_step(codes, tile, group, scale)
+    each_nibble_part(codes, tile, group, scale)
 
 
 def rebiased(weights: Expr, bias: int) -> Expr:
@@ -83,24 +106,30 @@ def rebiased(weights: Expr, bias: int) -> Expr:
     return weights if bias == INT8_BIAS else T.bitwise_xor(weights, T.broadcast(T.uint8(INT8_BIAS), VECTOR_BYTES))
 
 
-def _pairs(header: Expr) -> Expr:
-    """Repeat each of 16 header bytes in both 16-bit halves of its lane, as uint16x32."""
-    wide = T.cast(header, "int32x16")
-    return T.reinterpret("uint16x32", T.bitwise_or(wide, T.shift_left(wide, splat(16))))
+def _place(output: Expr, column: Expr) -> tuple[Expr, Expr]:
+    return column // STEP, output * STEP + column % STEP
 
 
-def multipliers(header: Expr) -> Expr:
-    """Return each output's multiplier twice, as uint16x32."""
-    return T.bitwise_and(_pairs(header), T.broadcast(T.uint16(15), 32)) + T.broadcast(T.uint16(1), 32)
+def _words(numbers: Expr) -> Sequence[Expr]:
+    wide = T.cast(numbers, "int32x16")
+    return [T.reinterpret("uint16x32", T.bitwise_or(wide, T.shift_left(wide, splat(16))))]
 
 
-def zeros(header: Expr) -> Expr:
-    """Return each output's zero * multiplier, at most 128, twice, as uint16x32."""
-    return T.shift_right(_pairs(header), T.broadcast(T.uint16(4), 32)) * multipliers(header)
+DOTS = Layout(tile=tile_bytes, place=_place, words=_words)
 
 
-def _zero_bytes(header: Expr) -> Expr:
-    """Return zero * multiplier in the four bytes of each output, as uint8x64."""
-    scaled = zeros(header)
+def multipliers(words: Expr) -> Expr:
+    """Return the multipliers of header bytes, all uint16x32."""
+    return T.bitwise_and(words, T.broadcast(T.uint16(15), 32)) + T.broadcast(T.uint16(1), 32)
+
+
+def zeros(words: Expr) -> Expr:
+    """Return zero * multiplier of header bytes, at most 128, all uint16x32."""
+    return T.shift_right(words, T.broadcast(T.uint16(4), 32)) * multipliers(words)
+
+
+def _zero_bytes(words: Expr) -> Expr:
+    """Return zero * multiplier in both bytes of each word, as uint8x64."""
+    scaled = zeros(words)
     both = T.bitwise_or(scaled, T.shift_left(scaled, T.broadcast(T.uint16(8), 32)))
     return T.reinterpret("uint8x64", both)

@@ -5,10 +5,12 @@ import importlib
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TargetError
 from engram_runtime.executor import Executor
-from engram_runtime.library import CPU, library_device
+from engram_runtime.library import CPU, NPU, OPENCL, library_device
 
 DEVICES = {
     CPU: "engram_runtime.executors.tvm_library",
+    NPU: "engram_runtime.npu.executor",
+    OPENCL: "engram_runtime.gpu.executor",
 }
 
 

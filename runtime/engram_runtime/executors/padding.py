@@ -1,5 +1,6 @@
 """Passes that aren't full: tokens after those that are meant, of which nothing is read."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,21 @@ from numpy.typing import NDArray
 from engram_runtime.executor import PendingRows, StepInputs
 
 LARGEST = 8  # passes of so many tokens take little longer than smaller ones; of 16, 8 and 2 take less than a padded one
+
+
+def chunk_sizes(sizes: Sequence[int], count: int, spare: int) -> Sequence[int]:
+    """Return the passes that ``count`` tokens take: the largest first, and the next larger one for a small rest.
+
+    Args:
+        sizes: those that were compiled.
+        spare: see `engram_runtime.executor.Executor.chunks`.
+    """
+    chunks: list[int] = []
+    while count > 0:
+        padded = [size for size in sizes if count <= size <= min(count + spare, LARGEST)]
+        chunks.append(min(padded) if padded else max(size for size in sizes if size <= count))
+        count -= chunks[-1]
+    return chunks
 
 
 def padded_inputs(inputs: StepInputs, size: int) -> StepInputs:

@@ -17,7 +17,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows, State, StepInputs, aligned_zeros
-from engram_runtime.executors.padding import LARGEST, padded_inputs
+from engram_runtime.executors.padding import chunk_sizes, padded_inputs
 from engram_runtime.executors.tvm_batch import TvmBatchStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
@@ -66,10 +66,15 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def running_step() -> "TvmStep":
+    """Return the step whose pass this thread runs, to functions that generated code calls."""
+    assert _running.step is not None
+    return _running.step
+
+
 def _await_rows(rows: Any, site: int) -> Any:
     """Fill an input of the pass that this thread runs; generated code calls this before it reads the rows of a site."""
-    assert _running.step is not None
-    _running.step.fill_rows(site)
+    running_step().fill_rows(site)
     return rows
 
 
@@ -117,12 +122,7 @@ class TvmExecutor:
 
     def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
         """See `Executor.chunks`: compiled sizes, the largest first, and the next larger one for a small rest."""
-        chunks: list[int] = []
-        while count > 0:
-            padded = [size for size in self._sizes if count <= size <= min(count + spare, LARGEST)]
-            chunks.append(min(padded) if padded else max(size for size in self._sizes if size <= count))
-            count -= chunks[-1]
-        return chunks
+        return chunk_sizes(self._sizes, count, spare)
 
     def batches(self, count: int) -> Sequence[int]:
         """See `Batching.batches`: as few passes as there can be."""
@@ -159,14 +159,18 @@ class TvmExecutor:
         """See `Executor.bind`."""
         forward = {sizes: self._machine_code[pass_function(graph, *sizes)] for sizes in self._passes}
         fixed = [*(as_tensor(array) for array in states.values()), *self._weights[graph]]
-        return TvmStep(self, forward, fixed, self._told[graph], counts_experts=graph == DECODER)
+        return self.make_step(forward, fixed, graph)
 
     def bind_batch(self, states: Sequence[Mapping[str, State]]) -> TvmBatchStep:
         """See `Batching.bind_batch`; a function of more rows runs fewer as well."""
         forward = {(size, size): self._machine_code[batch_function(size)] for size in self._batches}
-        step = TvmStep(self, forward, self._weights[DECODER], self._told[DECODER], counts_experts=True)
+        step = self.make_step(forward, self._weights[DECODER], DECODER)
         bound = [[as_tensor(array) for array in of.values()] for of in states]
         return TvmBatchStep(step, self._batches, bound, self._unread_states(states[0]))
+
+    def make_step(self, forward: Mapping[tuple[int, int], Any], fixed: Sequence[Any], graph: str) -> "TvmStep":
+        """Return what calls functions of a graph with ``fixed`` arguments last."""
+        return TvmStep(self, forward, fixed, self._told[graph], counts_experts=graph == DECODER)
 
     def _unread_states(self, like: Mapping[str, State]) -> Sequence[Any]:
         """Return states of what fills a batch up."""

@@ -10,8 +10,10 @@ from engram_runtime.npu.geometry import SystolicArray
 from engram_runtime.npu.isa import ACCUMULATE, LOAD_INPUT, LOAD_WEIGHT, MULTIPLY, Stream, decode
 from engram_runtime.npu.order import check_order
 from engram_runtime.npu.steps import Step, Steps, steps_of
-from engram_runtime.npu.tiles import unpacked_tile
+from engram_runtime.npu.tiles import Tiles, unpacked
 from engram_runtime.npu.timing import Clocks, at_rest, moved_cost, run_cycles
+
+ONE_THREAD = 2**18  # multiplications that OpenBLAS does without its threads, which cost more than a tile takes
 
 
 class Simulator:
@@ -48,7 +50,8 @@ class LoadedStream:
         """Run once: see `engram_runtime.npu.device.Program`."""
         rows = len(planes)
         steps = steps_of(self._device.geometry, self._stream, rows)
-        return _sums(self.product, steps, weights, planes), self._cost(steps, rows)
+        tiles = Tiles(self._device.geometry, self.product)
+        return _sums(steps, unpacked(weights, tiles), planes, self.product.outputs), self._cost(steps, rows)
 
     def _cost(self, steps: Steps, rows: int) -> Cost:
         geometry, clocks = self._device.geometry, self._device.clocks
@@ -60,20 +63,20 @@ class LoadedStream:
         return replace(self._moved[rows], cycles=cycles)
 
 
-def _sums(product: Product, steps: Steps, weights: NDArray[np.uint8], planes: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Execute the commands in the stream's order; `check_order` says why it is as good as any."""
-    result = np.empty((len(planes), product.outputs), np.int32)
+def _sums(steps: Steps, weights: NDArray[np.int8], planes: NDArray[np.int8], outputs: int) -> NDArray[np.int32]:
+    """Execute the commands in the stream's order; `engram_runtime.npu.order` says why it is as good as any."""
+    result = np.empty((len(planes), outputs), np.int32)
     tiles: dict[int, NDArray[np.float32]] = {}  # the scratchpads, by slot
     inputs: dict[int, NDArray[np.float32]] = {}
     sums: dict[int, NDArray[np.int32]] = {}
     for step in steps:
         if step.opcode == LOAD_WEIGHT:
-            packed = weights[step.place : step.place + step.moved]
-            tiles[step.weight] = unpacked_tile(packed, step.inputs, step.outputs, product.weights)
+            tile = weights[_of(step.place, step.inputs * step.outputs)]
+            tiles[step.weight] = tile.reshape(step.inputs, step.outputs).astype(np.float32)
         elif step.opcode == LOAD_INPUT:
             inputs[step.input] = planes[_of(step.row, step.rows), _of(step.column, step.inputs)].astype(np.float32)
         elif step.opcode == MULTIPLY:
-            _multiply(sums, step, inputs[step.input] @ tiles[step.weight])
+            _multiply(sums, step, _products(inputs[step.input], tiles[step.weight]))
         else:
             result[_of(step.row, step.rows), _of(step.output, step.outputs)] = sums[step.sums]
     return result
@@ -83,9 +86,15 @@ def _of(first: int, count: int) -> slice:
     return slice(first, first + count)
 
 
-def _multiply(sums: dict[int, NDArray[np.int32]], step: Step, products: NDArray[np.float32]) -> None:
-    """Add a tile's products, at most 1024 of 2**14 at most: float32 counts them exactly in any order."""
+def _products(inputs: NDArray[np.float32], tile: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Multiply; at most 1024 products of at most 2**14 are summed, which float32 counts exactly in any order."""
+    piece = max(1, ONE_THREAD // tile.size)
+    parts = [inputs[_of(first, piece)] @ tile for first in range(0, len(inputs), piece)]
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int32)
+
+
+def _multiply(sums: dict[int, NDArray[np.int32]], step: Step, products: NDArray[np.int32]) -> None:
     if step.flags & ACCUMULATE:
-        sums[step.sums] += products.astype(np.int32)
+        sums[step.sums] += products
     else:
-        sums[step.sums] = products.astype(np.int32)
+        sums[step.sums] = products

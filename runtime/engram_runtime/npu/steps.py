@@ -20,7 +20,7 @@ class Step(NamedTuple):
     Attributes:
         opcode, flags, weight, input, sums: as in `engram_runtime.npu.isa`.
         rows, inputs, outputs: of the block and the tile. ``row``, ``column``, ``output``: the first of each.
-        place: where the weight tile begins, from the weight's base.
+        place: weights before the tile's in the weight's order.
         moved: bytes of the tile, the inputs or the sums.
         fetched: bytes of the commands since the load before, this one's included; of loads only.
     """
@@ -77,14 +77,13 @@ def steps_of(geometry: SystolicArray, stream: Stream, rows: int) -> Steps:
         "inputs": np.minimum(geometry.rows, product.inputs - first["column"]),
         "outputs": np.minimum(geometry.columns, product.outputs - first["output"]),
     }
-    columns["place"] = _packed(first["output"], product.inputs, product.weights)
-    columns["place"] += _packed(columns["outputs"], first["column"], product.weights)
+    columns["place"] = first["output"] * product.inputs + columns["outputs"] * first["column"]
     columns["moved"] = _moved(columns, product.weights)
     columns["fetched"] = _fetched(columns["opcode"])
     return Steps(columns)
 
 
-def _packed(outputs: Numbers, inputs: Numbers | int, weights: str) -> Numbers:
+def _packed(outputs: Numbers, inputs: Numbers, weights: str) -> Numbers:
     """Return the bytes of packed weights of so many outputs and inputs."""
     return outputs * inputs if weights == "int8" else outputs * (inputs // 2 + inputs // GROUP)
 

@@ -43,15 +43,25 @@ class Tiles:
         return min(self.geometry.columns, self.product.outputs - tile * self.geometry.columns)
 
 
-def unpacked_tile(packed: NDArray[np.uint8], inputs: int, outputs: int, weights: str) -> NDArray[np.float32]:
-    """Return a packed tile's weights ``[k, n]``; they are integers, which float32 holds exactly."""
-    if weights == "int8":
-        return packed.view(np.int8).reshape(inputs, outputs).astype(np.float32)
-    groups = inputs // GROUP
-    packed = packed.reshape(groups, HALF + 1, outputs)
-    codes, header = packed[:, :HALF], packed[:, HALF:]
-    values = np.empty((groups, GROUP, outputs), np.float32)
-    values[:, :HALF], values[:, HALF:] = codes & np.uint8(15), codes >> np.uint8(4)
+def unpacked(packed: NDArray[np.uint8], tiles: Tiles) -> NDArray[np.int8]:
+    """Return a packed weight as int8 ``[N * K]``, tile after tile as an int8 weight is packed."""
+    product, columns = tiles.product, tiles.geometry.columns
+    if product.weights == "int8":
+        return packed[: product.weight_bytes].view(np.int8)
+    whole = product.outputs // columns * columns
+    split = whole * (product.weight_bytes // product.outputs)
+    parts = [_from_codes(packed[:split], product.inputs, columns)]
+    if whole < product.outputs:
+        parts.append(_from_codes(packed[split : product.weight_bytes], product.inputs, product.outputs - whole))
+    return np.concatenate(parts)
+
+
+def _from_codes(packed: NDArray[np.uint8], inputs: int, outputs: int) -> NDArray[np.int8]:
+    """Return the weights of blocks of ``outputs`` int4 outputs; bytes wrap to what int8 holds."""
+    blocks = packed.reshape(-1, inputs // GROUP, HALF + 1, outputs)
+    codes, header = blocks[:, :, :HALF], blocks[:, :, HALF:]
+    values = np.empty((*blocks.shape[:2], GROUP, outputs), np.uint8)
+    values[:, :, :HALF], values[:, :, HALF:] = codes & np.uint8(15), codes >> np.uint8(4)
     values -= header >> np.uint8(4)
     values *= (header & np.uint8(15)) + np.uint8(1)
-    return values.reshape(inputs, outputs)
+    return values.reshape(-1).view(np.int8)
