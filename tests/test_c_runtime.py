@@ -31,7 +31,7 @@ EMBEDDED = (Path(__file__).parents[1] / "docs" / "embedded.md").read_text(encodi
 TOKENS = 256
 RARE_IDS = (196, 205)  # of the speaker, as its end ids
 FACTOR = "0x1.99999a0000000p-4"
-WAYS = {"mapped": (), "pread": ("-DENGRAM_MAP_TABLES=0",), "without mmap": ("-DENGRAM_NO_MMAP",)}
+WAYS = {"mapped": ("-DENGRAM_MAP_TABLES=1",), "pread": (), "without mmap": ("-DENGRAM_NO_MMAP",)}
 
 
 def formats() -> list[RecordFormat]:

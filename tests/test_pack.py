@@ -1,6 +1,7 @@
 """Packed folders: a box with the packages they name runs them to the tokens of the bundle, or says what is wrong."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import qemu_aarch64
 from tests.boxes import Box, add_site, make_box
 from tests.conftest import Command
+from tests.qemu_aarch64 import Arm64Box, download_root, install, missing
 from tests.tiny import TinyModel, TinySite
-from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
+from tests.workshop import THREADS, Workshop, copy_folder, files_of, random_ids, tiny_profile
 
+from engram_compilers.build import compile_bundle
 from engram_compilers.pack import packages
 from engram_compilers.pack.bundle_copy import copy_bundle, link_or_copy
 from engram_compilers.pack.cli import packed_targets
@@ -27,6 +31,7 @@ from engram_runtime import LLM, Bundle
 from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.new_folder import new_folder
+from engram_targets import CpuProfile, load_cpu_profile
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +51,18 @@ except SystemExit as ended:
 roots = {{name.partition(".")[0] for name in sys.modules}} - sys.stdlib_module_names - {{"__main__"}}
 print(sorted(root for root in roots if not root.startswith(("_cython_", "cython_runtime"))))
 """
+
+# Prints the digest of the logits of ids and the tokens after a prompt, as JSON.
+COMPUTED = """
+import hashlib, json, sys
+sys.path[:0] = ["python", "site"]
+from engram_runtime import LLM
+with LLM("bundle", threads={threads}) as llm:
+    digest = hashlib.sha256(llm.logits({ids}).tobytes()).hexdigest()
+    print(json.dumps([digest, list(llm.generate({prompt!r}, max_tokens=24).token_ids)]))
+"""
+EMULATED = {"aarch64-dotprod": "cortex-a76", "aarch64-i8mm": "max", "aarch64-i8mm-sve": "max"}
+DEMO = Path(__file__).parents[1] / "build" / "demo.engram"
 
 Facts = dict[str, Any]
 
@@ -81,6 +98,24 @@ def packed(packing: Packing) -> Path:
 def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     """Make a Python without any packages."""
     return make_box(tmp_path_factory.mktemp("box"))
+
+
+@pytest.fixture(scope="module")
+def arm64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the files of an arm64 Linux."""
+    home = tmp_path_factory.mktemp("arm64")
+    if (reason := missing() or download_root(home)) is not None:
+        pytest.skip(reason)
+    return home / "root"
+
+
+def pack_for_arm(bundle: Bundle, profile: CpuProfile, home: Path) -> Path:
+    """Pack a copy of a bundle with the packages it names, for an arm64 Linux."""
+    copy, folder = Bundle.open(copy_folder(bundle.path, home / "copy")), home / "packed"
+    folder.mkdir()
+    pack_cpu(copy, profile, PackOptions(with_graph=False, with_wheels=False, pythons=(qemu_aarch64.PYTHON,)), folder)
+    install(folder)
+    return folder
 
 
 @pytest.fixture
@@ -393,3 +428,48 @@ def test_folders_that_were_not_packed_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught, new_folder(tmp_path, "mark", "a marked folder", replace=True):
         pass
     assert str(caught.value) == f"{tmp_path} exists and is not a marked folder; choose another place"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "aarch64-dotprod",
+        pytest.param("aarch64-i8mm", marks=pytest.mark.exhaustive),
+        pytest.param("aarch64-i8mm-sve", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_an_emulated_arm_has_the_tokens_and_logits_of_this_machine(
+    arm64: Path, packing: Packing, tmp_path: Path, target: str
+) -> None:
+    profile = dataclasses.replace(load_cpu_profile(target), decode_tokens=(1,), prefill_tokens=(8,))
+    folder = pack_for_arm(packing.bundle, profile, tmp_path)
+    emulated, ids = Arm64Box(arm64, EMULATED[target]), random_ids(20)
+    with LLM(packing.bundle.path, threads=THREADS) as llm:
+        digest = hashlib.sha256(llm.logits(ids).tobytes()).hexdigest()
+        tokens = list(llm.generate(PROMPT, max_tokens=24).token_ids)
+
+    arguments = ["run", "bundle", PROMPT, "--max-tokens", "24", "--threads", "1", "--json"]
+    ran = emulated.run(folder, "-c", IMPORTED.format(arguments=arguments))
+    assert ran.returncode == 0, ran.stderr
+    made, imported = ran.stdout.splitlines()
+    assert json.loads(made)["token_ids"] == tokens
+    # Debian's Python has a module sitecustomize.
+    assert set(json.loads(imported.replace("'", '"'))) <= {"engram_runtime", "sitecustomize", *MODULES.values()}
+
+    computed = emulated.run(folder, "-c", COMPUTED.format(threads=2, ids=ids, prompt=PROMPT))
+    assert computed.returncode == 0, computed.stderr
+    assert json.loads(computed.stdout) == [digest, tokens]
+
+
+@pytest.mark.exhaustive
+def test_an_emulated_arm_prints_the_text_of_the_demo(arm64: Path, tmp_path: Path) -> None:
+    if not DEMO.is_dir():
+        pytest.skip(f"no {DEMO}: make demo")
+    folder = pack_for_arm(Bundle.open(DEMO), load_cpu_profile("aarch64-dotprod"), tmp_path)
+    compile_bundle(Bundle.open(tmp_path / "copy"), load_cpu_profile("native"))
+    with LLM(tmp_path / "copy") as llm:
+        expected = llm.generate(PROMPT, max_tokens=32)
+    ran = Arm64Box(arm64, "cortex-a76").run(folder, "run", "bundle", PROMPT, "--max-tokens", 32, "--json")
+    assert ran.returncode == 0, ran.stderr
+    made = json.loads(ran.stdout)
+    assert (made["text"], made["token_ids"]) == (expected.text, list(expected.token_ids))

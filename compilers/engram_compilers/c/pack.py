@@ -106,7 +106,7 @@ def _check_table(bundle: Bundle, table: TableSpec) -> None:
 
 def _largest_id(keyer: KeyerSpec) -> int:
     if isinstance(keyer, NgramKeyerSpec):
-        return max(keyer.pad_id, *keyer.barrier_ids, *keyer.silent_ids)
+        return max((keyer.pad_id, *keyer.barrier_ids, *keyer.silent_ids))
     return keyer.vocab_size
 
 

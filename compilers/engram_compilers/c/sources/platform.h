@@ -19,13 +19,10 @@
 #error "floats must be computed as floats: on 32-bit x86 add -msse2 -mfpmath=sse"
 #endif
 
-/* How tables are read: mapped, or record by record with pread where addresses are scarce. */
+/* Whether tables are mapped. They are read row by row else: a system maps whole neighbourhoods of the rows that are read,
+ * which count as memory of the program, and 32-bit addresses are scarce. */
 #ifndef ENGRAM_MAP_TABLES
-#if defined(ENGRAM_NO_MMAP) || SIZE_MAX <= UINT32_MAX
 #define ENGRAM_MAP_TABLES 0
-#else
-#define ENGRAM_MAP_TABLES 1
-#endif
 #endif
 
 #endif
