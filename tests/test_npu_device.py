@@ -277,7 +277,7 @@ def test_inputs_are_loaded_as_their_slot_becomes_empty() -> None:
 
 
 def test_the_array_waits_for_sums_that_are_being_stored() -> None:
-    """Stores of 640 bytes by single bytes take longest. The weight of tile 11 waits for that of tile 9 to leave its slot.
+    """Stores of 640 single bytes take longest. The weight of tile 11 waits for that of tile 9 to leave its slot.
 
     That waits for tile 8 to begin, which begins the sums that tile 6 left, once the first seven are stored.
     """
