@@ -3,10 +3,14 @@
 import json
 import types
 from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.conftest import Command
 from tests.test_kernels import call, compile_kernels
 from tests.workshop import Workshop, copy_folder, tiny_profile
@@ -39,7 +43,7 @@ def timed(size: BlockSize, seconds: Sequence[float]) -> Candidate:
     return Candidate(size, lambda: None, seconds=list(seconds))
 
 
-def packed(family: types.ModuleType, kind: str) -> list[np.ndarray]:
+def packed(family: types.ModuleType, kind: str) -> list[NDArray[Any]]:
     rng = np.random.default_rng(4)
     if kind == "int8":
         return list(family.pack_int8(rng.integers(0, 256, (OUTPUTS, INPUTS), np.uint8)).values())
@@ -58,7 +62,12 @@ def test_no_bit_depends_on_block_sizes(kind: str, rows: int) -> None:
     kernels = compile_kernels(made, NATIVE.llvm.mcpu)
     x = np.random.default_rng(5).normal(size=(rows, INPUTS)).astype(np.float32)
     scale = np.random.default_rng(6).normal(size=OUTPUTS).astype(np.float32)
-    arguments = [*quantise_rows_numpy(x, 2), *packed(family, kind), scale, np.zeros((rows, OUTPUTS), np.float32)]
+    arguments: list[NDArray[Any]] = [
+        *quantise_rows_numpy(x, 2),
+        *packed(family, kind),
+        scale,
+        np.zeros((rows, OUTPUTS), np.float32),
+    ]
     results = {call(kernel, *arguments)[-1].tobytes() for kernel in kernels.values()}
     assert len(kernels) > 1
     assert len(results) == 1
@@ -109,12 +118,11 @@ def test_what_is_faster_twice_pays(own: list[float], other: list[float], pays: b
 
 def test_candidates_are_timed_in_turn() -> None:
     order: list[str] = []
-    candidates = [Candidate(size, lambda name=name: order.append(name)) for size, name in ((OWN, "a"), (FASTER, "b"))]
-    for candidate in candidates:
-        candidate.calls = 1
+    candidates = [Candidate(size, partial(order.append, name)) for size, name in ((OWN, "a"), (FASTER, "b"))]
     search.measure(candidates, ends=0)
     assert [len(candidate.seconds) for candidate in candidates] == [search.LEAST_ROUNDS] * 2
-    assert "ab" in "".join(order).replace("aa", "a").replace("bb", "b")
+    turns = [name for name, _ in groupby(order)]
+    assert turns == ["a", "b"] * (1 + search.LEAST_ROUNDS)  # to warm up, and in each round
 
 
 def test_sizes_are_found_again() -> None:

@@ -129,7 +129,7 @@ def _candidates(profile: CpuProfile, kind: str, rows: int, folder: Path) -> list
     made: dict[int, Any] = {}
     for sums in sums_to_try(own_sums(builder)):
         kernel = with_sums(builder, sums)(rows, OUTPUTS, INPUTS, MOST_PLANES)
-        if not any(tvm.ir.structural_equal(kernel, other) for other in made.values()):
+        if not any(tvm_ffi.structural_equal(kernel, other) for other in made.values()):
             made[sums] = kernel
     library = _compiled({f"sums_{sums}": kernel for sums, kernel in made.items()}, profile, folder)
     arguments = _arguments(family, kind, rows)
