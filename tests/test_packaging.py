@@ -38,6 +38,7 @@ IMPORT_NAMES = {"apache-tvm-ffi": "tvm_ffi", "prometheus-client": "prometheus_cl
 # Names of modules that are imported when a command asks for them, the only way to point upwards.
 NAMED_UPWARDS = {
     ("engram_runtime.cli", "engram_compilers.cli:compile_command"),
+    ("engram_runtime.cli", "engram_compilers.tuning.cli:tune"),
     ("engram_runtime.cli", "engram_targets.cli:targets"),
     ("engram_runtime.cli", "engram_compilers.pack.cli:pack_command"),
     ("engram_runtime.commands.bench", "engram_export.gguf_sizes"),

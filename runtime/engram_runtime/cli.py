@@ -23,6 +23,7 @@ COMMANDS = {
     "compile": "engram_compilers.cli:compile_command",
     "targets": "engram_targets.cli:targets",
     "pack": "engram_compilers.pack.cli:pack_command",
+    "tune": "engram_compilers.tuning.cli:tune",
 }
 
 
