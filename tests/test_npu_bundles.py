@@ -34,12 +34,13 @@ from engram_targets import load_profile
 pytestmark = pytest.mark.slow
 SMALL, LARGE, DOTS = "npu-systolic-small", "npu-systolic", "npu-dot-engine"
 TOKENS = 10  # of passes of four and of one
-DENSE = (  # linear layers of a tiny model with a site
-    ["layers.0.mixer.qkv", "layers.0.mixer.output", "layers.0.feed_forward.gate_up", "layers.0.feed_forward.down"]
-    + ["sites.1.key_proj", "sites.1.value_proj"]
-    + ["layers.1.mixer.qkv", "layers.1.mixer.output", "layers.1.feed_forward.gate_up", "layers.1.feed_forward.down"]
-    + ["embedding"]
-)
+LAYER = ("mixer.qkv", "mixer.output", "feed_forward.gate_up", "feed_forward.down")
+DENSE = [  # linear layers of a tiny model with a site and a tied head
+    *(f"layers.0.{name}" for name in LAYER),
+    *("sites.1.key_proj", "sites.1.value_proj"),
+    *(f"layers.1.{name}" for name in LAYER),
+    "embedding",
+]
 
 
 def dense(workshop: Workshop, quant: str) -> Bundle:
