@@ -62,7 +62,12 @@ def test_no_bit_depends_on_block_sizes(kind: str, rows: int) -> None:
     kernels = compile_kernels(made, NATIVE.llvm.mcpu)
     x = np.random.default_rng(5).normal(size=(rows, INPUTS)).astype(np.float32)
     scale = np.random.default_rng(6).normal(size=OUTPUTS).astype(np.float32)
-    arguments: list[NDArray[Any]] = [*quantise_rows_numpy(x, 2), *packed(family, kind), scale, np.zeros((rows, OUTPUTS), np.float32)]
+    arguments: list[NDArray[Any]] = [
+        *quantise_rows_numpy(x, 2),
+        *packed(family, kind),
+        scale,
+        np.zeros((rows, OUTPUTS), np.float32),
+    ]
     results = {call(kernel, *arguments)[-1].tobytes() for kernel in kernels.values()}
     assert len(kernels) > 1
     assert len(results) == 1
