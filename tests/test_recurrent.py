@@ -23,10 +23,10 @@ from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen
 from tvm import relax
 
 from engram_compilers.kernels import loops, recurrent
+from engram_compilers.kernels.recurrent import ACTIVATIONS
 from engram_compilers.lowering import lower
 from engram_compilers.onnx_model import Node, OnnxModel, read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
-from engram_compilers.recurrent_converters import ACTIVATIONS
 from engram_export.onnx_graph import OPSET
 from engram_export.recurrent_operators import causal_conv, gated_delta
 from engram_runtime.bundle import Bundle

@@ -52,7 +52,7 @@ class CompileResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lowered:
-    """Graphs ready for code, with their packed weights, an accelerator's file of commands and what blocks they have."""
+    """Graphs ready for code, their packed weights, and the file of an accelerator's commands where there is one."""
 
     graphs: LoweredGraphs
     packed: PackedWeights
@@ -158,11 +158,6 @@ def _build_library(
     )
 
 
-def _compiler(blocks: Blocks) -> str:
-    made_by = f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}"
-    return f"{made_by}, block sizes of {blocks.source}" if blocks.source else made_by
-
-
 def _lower_for_npu(graphs: Graphs, profile: NpuProfile, folder: Path) -> Lowered:
     """Lower for the host, then give the accelerator its part: command streams, and its weights in its own layout."""
     with PackedWeights(portable_path := folder / PORTABLE_FILE) as portable:
@@ -184,6 +179,11 @@ def _lower(graphs: Graphs, packed: PackedWeights, profile: Profile, family: str,
         cache_dtype=profile.cache_dtype,
         blocks=blocks,
     )
+
+
+def _compiler(blocks: Blocks) -> str:
+    made_by = f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}"
+    return f"{made_by}, block sizes of {blocks.source}" if blocks.source else made_by
 
 
 def _link(executable: tvm.runtime.Module, profile: CpuProfile, folder: Path, report: Report) -> str:

@@ -11,6 +11,7 @@ from engram_compilers.kernels import (
     float_linear,
     normalise,
     quantise,
+    recurrent,
     rotary,
     streams,
 )
@@ -34,6 +35,7 @@ class SharedKernels:
     float_linear: ModuleType
     normalise: ModuleType
     quantise: ModuleType
+    recurrent: ModuleType
     rotary: ModuleType
     streams: ModuleType
     lacking: frozenset[str] = frozenset()
@@ -47,6 +49,7 @@ ON_CPU = SharedKernels(
     float_linear=float_linear,
     normalise=normalise,
     quantise=quantise,
+    recurrent=recurrent,
     rotary=rotary,
     streams=streams,
 )
@@ -59,11 +62,10 @@ ON_GPU = SharedKernels(
     float_linear=on_gpu.float_linear,
     normalise=on_gpu.normalise,
     quantise=on_gpu.quantise,
+    recurrent=on_gpu.recurrent,
     rotary=on_gpu.rotary,
     streams=on_gpu.streams,
-    lacking=frozenset(
-        {"com.microsoft.CausalConvWithState", "com.microsoft.LinearAttention", "engram.IndexedAttention"}
-    ),
+    lacking=frozenset({"engram.IndexedAttention"}),
 )
 
 

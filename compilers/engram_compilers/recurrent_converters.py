@@ -1,15 +1,11 @@
 """Operators that carry a state of fixed size; their kernels change it in place."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from engram_compilers.forward_pass import Converters, ForwardPass, scale_of, unbatched
-from engram_compilers.kernels import activation, recurrent
-from engram_compilers.kernels.intrinsics import Expr
 from engram_compilers.onnx_model import Node, Weight
 from engram_compilers.values import Batched, Value
 from engram_runtime.errors import CompileError
-
-ACTIVATIONS: Mapping[str, Callable[[Expr], Expr]] = {"silu": activation.silu, "none": lambda x: x}
 
 
 def linear_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
@@ -26,10 +22,10 @@ def linear_attention(forward: ForwardPass, node: Node) -> Sequence[Value]:
             f"{node.operator} has {key_heads} heads and inputs {found} for a state {state.shape}; kernels need value "
             "heads in equal groups over key heads, and a decay and a beta per value head"
         )
-    scale = scale_of(node)
+    scale, kernels = scale_of(node), forward.kernels.shared
     sizes = (tokens, key_heads, heads, key_dim, value_dim)
     name = f"gated_delta_{'_'.join(map(str, sizes))}_{scale}"
-    kernel = forward.kernels.get(name, lambda: recurrent.gated_delta(*sizes, scale))
+    kernel = forward.kernels.get(name, lambda: kernels.recurrent.gated_delta(*sizes, scale))
     inputs = [part.expr for part in (query, key, value, log_decay, beta)]
     following, out = forward.call_in_place(kernel, inputs, [state], [value.shape])
     return [Batched(out), following]
@@ -43,8 +39,10 @@ def causal_conv_with_state(forward: ForwardPass, node: Node) -> Sequence[Value]:
         raise CompileError(f"{node.operator} by {node.inputs[1]} is not supported; kernels need a stored weight")
     tokens, channels = x.shape
     sizes = (tokens, channels, weight.shape[2], node.attributes["dilation"])
+    kernels = forward.kernels.shared
+    activate = kernels.recurrent.ACTIVATIONS[name]
     kernel = forward.kernels.get(
-        f"causal_conv_{'_'.join(map(str, sizes))}_{name}", lambda: recurrent.causal_conv(*sizes, ACTIVATIONS[name])
+        f"causal_conv_{'_'.join(map(str, sizes))}_{name}", lambda: kernels.recurrent.causal_conv(*sizes, activate)
     )
     taps = forward.packed_weight(weight, lambda: {"taps": forward.model.read(weight)[:, 0].T})
     following, out = forward.call_in_place(kernel, [x.expr, *taps], [window], [x.shape])

@@ -21,8 +21,8 @@ COMMANDS = {
     "doctor": "engram_runtime.commands.doctor:doctor",
     "compile": "engram_compilers.cli:compile_command",
     "targets": "engram_targets.cli:targets",
-    "tune": "engram_compilers.tuning.cli:tune",
     "pack": "engram_compilers.pack.cli:pack_command",
+    "tune": "engram_compilers.tuning.cli:tune",
 }
 
 

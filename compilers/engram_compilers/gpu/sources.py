@@ -5,12 +5,13 @@ what the host code would do is read from it and written down as launches, so tha
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import tvm
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 from tvm.tirx.build import codegen_build
 
@@ -83,13 +84,16 @@ def generate(kernels: Mapping[str, tirx.PrimFunc], profile: GpuProfile) -> Sourc
         CompileError: a kernel needs code on the host, or more threads or shared memory than a block may have.
     """
     target = target_of(profile)
+    names = {_identifier(name): name for name in kernels}
+    assert len(names) == len(kernels), "names of kernels that differ in other characters than letters and digits"
     device, launched = {}, {}
-    for variable, function in _split(kernels, target.with_host(tvm.target.Target(_HOST))).functions_items():
+    split = _split({each: kernels[name] for each, name in names.items()}, target.with_host(tvm.target.Target(_HOST)))
+    for variable, function in split.functions_items():
         if int(function.attrs.get("calling_conv", 0)) == _DEVICE_FUNCTION:
             device[variable] = function
-            _check_shared_memory(variable.name_hint, function, profile)
+            _check(variable.name_hint, function, profile)
         else:
-            launched[variable.name_hint] = _launches(variable.name_hint, function, profile)
+            launched[names[variable.name_hint]] = _launches(variable.name_hint, function)
     _, _, finish = tvm.tirx.get_default_tir_pipeline(target)
     text = codegen_build(finish()(tvm.IRModule(device)), target).inspect_source()
     launches = [launch for each in launched.values() for launch in each]
@@ -109,6 +113,11 @@ def target_of(profile: GpuProfile) -> tvm.target.Target:
     )
 
 
+def _identifier(name: str) -> str:
+    """Return a name as the languages allow it; kernels' names have numbers such as 1e-05 in them."""
+    return re.sub(r"\W", "_", name)
+
+
 def _split(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> tvm.IRModule:
     """Return device functions, and functions that launch them, by TVM's pipeline."""
     module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
@@ -120,7 +129,7 @@ def _split(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> t
         return pipeline(module)
 
 
-def _launches(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> tuple[KernelLaunch, ...]:
+def _launches(name: str, function: tirx.PrimFunc) -> tuple[KernelLaunch, ...]:
     """Read the launches from the host part of a PrimFunc: buffers, then one launch after the other."""
     buffers: dict[Expr, int | Temporary] = {parameter: place for place, parameter in enumerate(function.params)}
     launches, end = [], 0
@@ -136,26 +145,19 @@ def _launches(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> tuple[
                 launches.append(_launch(statement.value, buffers))
             case _:
                 raise CompileError(f"kernel {name} is none for a GPU: it has {type(statement).__name__} on the host")
-    if launches and (most := max(math.prod(launch.threads) for launch in launches)) > profile.max_threads:
-        raise CompileError(
-            f"kernel {name} has blocks of {most} threads, {profile.name} allows {profile.max_threads}; "
-            "raise max_threads of the profile if its devices do"
-        )
     return tuple(launches)
 
 
-def _check_shared_memory(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> None:
-    sizes: list[int] = []
-
-    def visit(node: object) -> None:
-        if isinstance(node, tirx.AllocBuffer) and node.buffer.scope() == "shared":
-            sizes.append(_bytes(node.buffer))
-
-    tirx.stmt_functor.post_order_visit(function.body, visit)
-    if sum(sizes) > profile.shared_memory_bytes:
+def _check(name: str, function: tirx.PrimFunc, profile: GpuProfile) -> None:
+    limits = {
+        "max_threads_per_block": profile.max_threads,
+        "max_shared_memory_per_block": profile.shared_memory_bytes,
+    }
+    if not s_tir.analysis.verify_gpu_code(function, limits):
         raise CompileError(
-            f"kernel {name} takes {sum(sizes)} bytes of shared memory, {profile.name} allows "
-            f"{profile.shared_memory_bytes}; choose smaller prefill_tokens in a profile of your own"
+            f"kernel {name} needs blocks of more than the {profile.max_threads} threads or "
+            f"{profile.shared_memory_bytes} bytes of shared memory that {profile.name} allows; "
+            "choose smaller prefill_tokens in a profile of your own"
         )
 
 

@@ -5,17 +5,19 @@ Both walk the tokens in order, one at a time, and change the state in place, so 
 a call has. The chunked form of the delta rule does less work per token, but its bits depend on where chunks begin.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script import tirx as T
 
+from engram_compilers.kernels.activation import silu
 from engram_compilers.kernels.intrinsics import Expr, exp16, fma, lanes, new_lanes, splat
 from engram_compilers.kernels.loops import LANES, loop_over
 from engram_compilers.kernels.packing import require_indexable
 
 Activate = Callable[[Expr], Expr]  # of 16 lanes
+ACTIVATIONS: Mapping[str, Activate] = {"silu": silu, "none": lambda x: x}  # of a convolution
 
 _COLUMN_BLOCK = 64  # value columns one task takes: four sums run side by side, one alone would wait for each fma
 _STATE_VALUES_PER_US = 10000.0

@@ -11,6 +11,7 @@ from engram_compilers.kernels.gpu import (
     float_linear,
     normalise,
     quantise,
+    recurrent,
     rotary,
     streams,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "pack_int4",
     "pack_int8",
     "quantise",
+    "recurrent",
     "rotary",
     "streams",
 ]
