@@ -3,9 +3,9 @@
     python -m benchmarks.target_matrix [--bundle build/demo.engram --name "The demo model"] [--target NAME] [--write]
 
 Without a bundle it is a random model of two layers with an Engram site, compiled for passes of 1 and 16 tokens only.
-Each target is compiled in a copy of the bundle, then run natively, under qemu, on pocl or in the simulator, or the reason
-is told. The reference is the portable library on x86. With --write the rows go to docs/targets-matrix.json, of which
-`python -m tools` makes docs/targets.md; rows of targets that were not asked for stay as they were.
+Each target is compiled in a copy of the bundle, then run natively, under qemu, on pocl or in the simulator, or the
+reason is told. The reference is the portable library on x86. With --write the rows go to docs/targets-matrix.json, of
+which `python -m tools` makes docs/targets.md; rows of targets that were not asked for stay as they were.
 """
 
 import dataclasses
