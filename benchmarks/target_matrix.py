@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from benchmarks.target_boxes import Task, rows_of
+from tests.target_boxes import Task, rows_of
 from tests.workshop import Workshop, copy_folder, random_ids
 
 from engram_compilers.build import compile_bundle
