@@ -2,7 +2,7 @@
 
     python -m benchmarks.target_matrix [--bundle build/demo.engram --name "The demo model"] [--target NAME] [--write]
 
-Without a bundle it is a random model of two layers with an Engram site, compiled for passes of 1 and 4 tokens only.
+Without a bundle it is a random model of two layers with an Engram site, compiled for passes of single tokens only.
 Each target is compiled in a copy of the bundle, then run natively, under qemu, on pocl or in the simulator, or the
 reason is told. The reference is the portable library on x86. With --write the rows go to docs/targets-matrix.json, of
 which `python -m tools` makes docs/targets.md; rows of targets that were not asked for stay as they were.
@@ -26,13 +26,13 @@ from engram_targets import Profile, load_profile, profile_names
 from tools.target_matrix import MATRIX, Row, table
 
 REFERENCE, TOKENS = "x86-64-v2", 32
-TINY_MODEL = "Two layers with an Engram site, int8, random weights, passes of 1 and 4 tokens"
+TINY_MODEL = "Two layers with an Engram site, int8, random weights, passes of single tokens"
 TINY, PROMPT = "A tiny model", "The capital of France is"
 
 
 def few_passes(profile: Profile) -> Profile:
     """Return a profile that is quick to compile."""
-    return dataclasses.replace(profile, decode_tokens=(1,), prefill_tokens=(4,))
+    return dataclasses.replace(profile, decode_tokens=(1,), prefill_tokens=())
 
 
 def reference_tokens(bundle: Path, prompt: Sequence[int], profile: Profile) -> tuple[int, ...]:

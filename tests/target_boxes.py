@@ -146,9 +146,9 @@ def c_rows(task: Task, profile: CProfile) -> Iterator[Row]:
 
 
 def build_c(folder: Path, compiler: Sequence[str], *, static: bool = False) -> Path:
-    """Build a packed folder's program, without symbols."""
-    flags = "LDFLAGS=-static -s" if static else "LDFLAGS=-s"
-    line = ["make", "-s", "-C", str(folder), "clean", "engram", f"CC={' '.join(compiler)}", flags]
+    """Build a packed folder's program."""
+    line = ["make", "-s", "-C", str(folder), "clean", "engram", f"CC={' '.join(compiler)}"]
+    line += ["LDFLAGS=-static"] if static else []
     subprocess.run(line, check=True)
     return folder / "engram"
 
