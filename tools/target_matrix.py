@@ -33,7 +33,7 @@ its evidence. What a target is for and needs: `engram targets show NAME`.
 LEGEND = """
 - compiled: a library, or a program from C sources, was made of the model without an error.
 - run: a whole model. Kernels of targets that have run none are tested one by one: those of `x86-64-amx` with AMX
-  instructions carried out by a signal handler, those of `x86-64-avx-vnni` on AVX512-VNNI, those of `riscv64-rvv` under qemu.
+  instructions carried out by a signal handler, those of `x86-64-avx-vnni` on AVX512-VNNI, of `riscv64-rvv` under qemu.
 - same tokens: 32 tokens, chosen greedily, equal to those of `x86-64-v2`, the portable kernels on x86. Where a target
   has not run, the reason stands in place of that.
 - code: the compiled library, sources of a graphics processor, or the program built from C. weights: as packed for the
