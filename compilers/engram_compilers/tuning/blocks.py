@@ -11,7 +11,7 @@ from engram_compilers.tuning.sizes import KINDS, Blocks
 
 
 def tunable(family: ModuleType) -> dict[str, "partial[Any]"]:
-    """Return the builders of linear layers that take an instruction set first, by kind of weights; none of families without."""
+    """Return the builders of linear layers that take an instruction set first, by kind of weights, if any."""
     builders = {kind: vars(family).get(f"linear_{kind}") for kind in KINDS}
     return {kind: found for kind, found in builders.items() if isinstance(found, partial) and _isa(found) is not None}
 
