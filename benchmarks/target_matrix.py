@@ -10,13 +10,13 @@ which `python -m tools` makes docs/targets.md; rows of targets that were not ask
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from tests.target_boxes import Task, rows_of
-from tests.workshop import Workshop, copy_folder, random_ids
 
 from engram_compilers.build import compile_bundle
 from engram_runtime import LLM
@@ -27,12 +27,19 @@ from tools.target_matrix import MATRIX, Row, table
 
 REFERENCE, TOKENS = "x86-64-v2", 32
 TINY_MODEL = "Two layers with an Engram site, int8, random weights, passes of single tokens"
-TINY, PROMPT = "A tiny model", "The capital of France is"
+TINY, TINY_IDS, PROMPT = "A tiny model", (3, 14, 15, 26, 35), "The capital of France is"
 
 
 def few_passes(profile: Profile) -> Profile:
     """Return a profile that is quick to compile."""
     return dataclasses.replace(profile, decode_tokens=(1,), prefill_tokens=())
+
+
+def tiny_bundle(home: Path) -> Path:
+    """Export a random model."""
+    from tests.workshop import Workshop  # on use, as it loads torch
+
+    return Workshop(home).uncompiled().path
 
 
 def reference_tokens(bundle: Path, prompt: Sequence[int], profile: Profile) -> tuple[int, ...]:
@@ -64,11 +71,11 @@ def write(name: str, model: str, rows: Sequence[Row]) -> None:
 @click.option("--write", "written", is_flag=True)
 def main(bundle: Path | None, name: str, targets: tuple[str, ...], written: bool) -> None:
     with tempfile.TemporaryDirectory() as home:
-        source = bundle or Workshop(Path(home)).uncompiled().path
-        copy = copy_folder(source, Path(home) / "copy")
+        copy = Path(home) / "copy"
+        shutil.copytree(bundle or tiny_bundle(Path(home)), copy)
         profiles = [load_profile(target) for target in (REFERENCE, *(targets or profile_names()))]
-        reference, *others = profiles if bundle else map(few_passes, profiles)
-        prompt = random_ids(5) if bundle is None else TextTokenizer.load(copy).encode(PROMPT)
+        reference, *others = map(few_passes, profiles) if name == TINY else profiles
+        prompt = TINY_IDS if name == TINY else TextTokenizer.load(copy).encode(PROMPT)
         task = Task(copy, Path(home), tuple(prompt), reference_tokens(copy, prompt, reference), TOKENS)
         rows: list[Row] = []
         for profile in others:
