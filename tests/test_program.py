@@ -49,6 +49,9 @@ MODELS: dict[str, Callable[[Workshop], Bundle]] = {
 }
 
 
+EVERY_MODEL = ["llama", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS if name != "llama")]
+
+
 def library_of(workshop: Workshop, bundle: Bundle) -> Bundle:
     """Return a bundle with a library of the portable kernels for `PASSES`."""
     return workshop.compiled(bundle, decode_tokens=(1,), prefill_tokens=(4,))
@@ -63,9 +66,7 @@ def program_logits(bundle: Bundle, executor: Executor, token_ids: list[int]) -> 
         close_sites(sites)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS if name != "llama")]
-)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_a_program_gives_the_bits_of_the_library(workshop: Workshop, name: str, tmp_path: Path) -> None:
     bundle = MODELS[name](workshop)
     executor = ProgramExecutor(bundle, lower_bundle(bundle, tmp_path, PASSES), PASSES)

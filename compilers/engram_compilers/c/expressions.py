@@ -145,11 +145,9 @@ class Expressions:
 
     def _comparison(self, node: Node, sign: str) -> Code:
         a, b = self.code(node.a), self.code(node.b)
-        text = f"{a.within(SUM)} {sign} {b.within(SUM)}"
         if a.type.lanes == 1:
-            return Code(text, CType("b", 32), OTHER)
-        mask = a.type.with_letter("b")
-        return Code(f"({self._helpers.type(mask)})({text})", mask, UNARY)
+            return Code(f"{a.within(SUM)} {sign} {b.within(SUM)}", CType("b", 32), OTHER)
+        return Code(f"{self._helpers.compare(sign, a.type)}({a.text}, {b.text})", a.type.with_letter("b"))
 
     def _logic(self, node: Node, sign: str, of_masks: str) -> Code:
         a = self.code(node.a)
@@ -195,7 +193,7 @@ class Expressions:
             raise self._unknown(f"{node}")
         named = [self._named(vector) for vector in vectors]
         to = CType(kind.letter, kind.bits, len(node.indices))
-        return Code(self._helpers.shuffle(kind, to, named, [int(index.value) for index in node.indices]), to)
+        return Code(self._helpers.shuffle(kind, named, [int(index.value) for index in node.indices]), to)
 
     def _named(self, code: Code) -> str:
         """Return a name for an expression that is used several times."""

@@ -15,7 +15,7 @@ from engram_compilers.c.c_types import CType
 from engram_compilers.c.expressions import PRODUCT, SUM, Expressions
 from engram_compilers.c.lines import Lines
 from engram_compilers.c.memories import Buffers, Memory
-from engram_compilers.c.tir_nodes import Node, is_call, whole_vector, within
+from engram_compilers.c.tir_nodes import Node, alike, is_call, whole_vector, within
 from engram_compilers.c.vector_helpers import Helpers
 from engram_runtime.errors import CompileError
 from engram_runtime.executor import ALIGNMENT_BYTES
@@ -24,8 +24,8 @@ STACK_BYTES = 16 << 10  # of a kernel's buffers; the others lie in memory of the
 WORKSPACE = "workspace"
 _KEYWORDS = (
     "auto, break, case, char, const, continue, default, do, double, else, enum, extern, float, for, goto, if, inline, "
-    "int, long, register, restrict, return, short, signed, sizeof, static, struct, switch, typedef, union, unsigned, void, "
-    "volatile, while"
+    "int, long, register, restrict, return, short, signed, sizeof, static, struct, switch, typedef, union, unsigned, "
+    "void, volatile, while"
 )
 
 
@@ -136,6 +136,10 @@ class _KernelPrinter:
             self._statement(node.body)
 
     def _if(self, node: tirx.IfThenElse) -> None:
+        if node.else_case is not None and alike(node.then_case, node.else_case):
+            with self._lines.block(""):  # with threads, too little work to share would be one case
+                self._statement(node.then_case)
+            return
         condition = self._expressions.code(node.condition)
         with self._lines.block(f"if ({condition.text})"):
             self._statement(node.then_case)

@@ -144,6 +144,17 @@ _PROLOGUE = """\
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* some sums begin in the first turn of their loop */
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define ONCE static __attribute__((noinline, const))
+#ifdef __FP_FAST_FMAF
+#define CALLED INLINE
+#else /* each lane is a call of the C library */
+#define CALLED ONCE
+#endif
+#if defined(__AVX512F__) || defined(__clang__)
+#define LANEWISE INLINE
+#else /* GCC does lane by lane what is longer than the machine's vectors */
+#define LANEWISE ONCE
+#endif
 """
 
 _HEADER = """\

@@ -11,12 +11,15 @@ from engram_compilers.c.c_types import CType
 _SCALAR_FUNCTIONS = {"fma": "fmaf", "nearbyint": "nearbyintf", "fabs": "fabsf", "sqrt": "sqrtf"}
 _SCALAR_FUNCTIONS |= {name: f"{name}f" for name in ("exp", "log", "tanh", "floor", "ceil", "round", "trunc")}
 
+_COMPARISONS = {"==": "eq", "!=": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
+
 
 class Helpers:
     """The helper functions and types of a file, in the order of definition."""
 
     def __init__(self) -> None:
         self._definitions: dict[str, str] = {}
+        self._shuffles: dict[tuple[str, str], str] = {}
 
     @property
     def text(self) -> str:
@@ -70,7 +73,14 @@ class Helpers:
         else:
             mask = self.type(of.with_letter("i"))
             body = f"return {self.select(of)}(({mask})(a {sign} b), a, b);"
-        return self._inline(f"{name}_{self._suffix(of)}", kind, f"{kind} a, {kind} b", body)
+        how = "INLINE" if of.lanes == 1 else "LANEWISE"
+        return self._inline(f"{name}_{self._suffix(of)}", kind, f"{kind} a, {kind} b", body, how)
+
+    def compare(self, sign: str, of: CType) -> str:
+        """``v(a, b)`` of vectors: the mask of a comparison."""
+        vector, mask = self.type(of), self.type(of.with_letter("b"))
+        name, body = f"{_COMPARISONS[sign]}_{of.name}", f"return ({mask})(a {sign} b);"
+        return self._inline(name, mask, f"{vector} a, {vector} b", body, "LANEWISE")
 
     def convert(self, value: str, of: CType) -> str:
         """Return ``value`` as another type of as many lanes."""
@@ -85,14 +95,18 @@ class Helpers:
         body = f"{target} y; memcpy(&y, &x, sizeof y); return y;"
         return self._inline(name, target, f"{source} x", body)
 
-    def shuffle(self, from_type: CType, to: CType, operands: Sequence[str], indices: Sequence[int]) -> str:
+    def shuffle(self, from_type: CType, operands: Sequence[str], indices: Sequence[int]) -> str:
         """Return lanes ``indices`` of one or two vectors, the second one's counted after the first one's."""
-        if to.lanes == 1:
-            lane = indices[0]
-            return f"{operands[lane // from_type.lanes]}[{lane % from_type.lanes}]"
-        self.type(to)
-        lanes = ", ".join(str(lane) for lane in indices)
-        return f"__builtin_shufflevector({operands[0]}, {operands[-1]}, {lanes})"
+        if len(indices) == 1:
+            return f"{operands[indices[0] // from_type.lanes]}[{indices[0] % from_type.lanes}]"
+        to = self.type(CType(from_type.letter, from_type.bits, len(indices)))
+        vector, lanes = self.type(from_type), ", ".join(str(lane) for lane in indices)
+        if len(operands) == 1:
+            return f"__builtin_shufflevector({operands[0]}, {operands[0]}, {lanes})"
+        body = f"{{ return __builtin_shufflevector(a, b, {lanes}); }}"
+        known = self._shuffles.setdefault((vector, lanes), f"shuffle_{vector}_{len(self._shuffles)}")
+        self._define(known, f"LANEWISE {to} {known}({vector} a, {vector} b) {body}")
+        return f"{known}({', '.join(operands)})"
 
     def math(self, name: str, of: CType) -> str:
         """Return the name of a function of floats, or of vectors of them."""
@@ -107,7 +121,7 @@ class Helpers:
         arguments = ", ".join(f"{letter}[i]" for letter in letters)
         loop = f"for (int i = 0; i < {of.lanes}; i++) y[i] = {_SCALAR_FUNCTIONS[name]}({arguments});"
         parameters = ", ".join(f"{vector} {letter}" for letter in letters)
-        return self._inline(f"{name}_{of.name}", vector, parameters, f"{vector} y; {loop} return y;")
+        return self._inline(f"{name}_{of.name}", vector, parameters, f"{vector} y; {loop} return y;", "CALLED")
 
     def _fabs(self, of: CType) -> str:
         vector, bits = self.type(of), self.type(of.with_letter("i"))
@@ -123,7 +137,7 @@ class Helpers:
             f"const {bits} sign = ({bits})x & INT32_MIN; "
             f"return {select}(({bits})(size < 8388608.0f), ({vector})(({bits})whole | sign), x);"
         )
-        return self._inline(f"nearbyint_{of.name}", vector, f"{vector} x", body)
+        return self._inline(f"nearbyint_{of.name}", vector, f"{vector} x", body, "LANEWISE")
 
     def _unaligned(self, of: CType) -> str:
         name, vector = f"{of.name}_anywhere", self.type(of)
@@ -133,8 +147,8 @@ class Helpers:
     def _suffix(self, of: CType) -> str:
         return f"{of.mask_letter}{of.bits}" if of.lanes == 1 else of.name
 
-    def _inline(self, name: str, result: str, parameters: str, body: str) -> str:
-        self._define(name, f"INLINE {result} {name}({parameters}) {{ {body} }}")
+    def _inline(self, name: str, result: str, parameters: str, body: str, how: str = "INLINE") -> str:
+        self._define(name, f"{how} {result} {name}({parameters}) {{ {body} }}")
         return name
 
     def _define(self, name: str, definition: str) -> None:
