@@ -169,7 +169,8 @@ class Expressions:
         """Return a mask in the width of another one's elements."""
         if value.type.bits == like.bits:
             return value
-        return Code(self._helpers.convert(value.text, like.with_letter("b")), like.with_letter("b"))
+        mask = like.with_letter("b")
+        return Code(self._helpers.convert(value.text, value.type.with_letter("i"), like.with_letter("i")), mask)
 
     def _cast(self, node: tirx.Cast) -> Code:
         value, kind = self.code(node.value), CType.of(node.ty.dtype)
@@ -177,7 +178,7 @@ class Expressions:
             raise self._unknown(f"{node}")
         if kind.lanes == 1:
             return Code(f"({kind.name}){value.within(UNARY)}", kind, UNARY)
-        return Code(self._helpers.convert(value.text, kind), kind)
+        return Code(self._helpers.convert(value.text, value.type, kind), kind)
 
     def _select(self, node: tirx.Select) -> Code:
         condition, yes, no = (self.code(part) for part in (node.condition, node.true_value, node.false_value))

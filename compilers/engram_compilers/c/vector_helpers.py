@@ -82,11 +82,16 @@ class Helpers:
         name, body = f"{_COMPARISONS[sign]}_{of.name}", f"return ({mask})(a {sign} b);"
         return self._inline(name, mask, f"{vector} a, {vector} b", body, "LANEWISE")
 
-    def convert(self, value: str, of: CType) -> str:
-        """Return ``value`` as another type of as many lanes."""
-        if of.lanes == 1:
-            return f"({of.name}){value}"
-        return f"__builtin_convertvector({value}, {self.type(of)})"
+    def convert(self, value: str, from_type: CType, to: CType) -> str:
+        """Return ``value`` as another type of as many lanes: integers step by step, as GCC has no longer steps."""
+        if to.lanes == 1:
+            return f"({to.name}){value}"
+        if from_type.letter in "iu" and to.letter in "iu":
+            while max(from_type.bits, to.bits) > 2 * min(from_type.bits, to.bits):
+                bits = from_type.bits * 2 if from_type.bits < to.bits else from_type.bits // 2
+                from_type = CType(from_type.letter, bits, to.lanes)
+                value = f"__builtin_convertvector({value}, {self.type(from_type)})"
+        return f"__builtin_convertvector({value}, {self.type(to)})"
 
     def reinterpret(self, from_type: CType, to: CType) -> str:
         """``v(x)``: the same bits as another type."""
