@@ -777,20 +777,21 @@ def omitting(*paths: str) -> dict[str, Any]:
 def test_graphs_may_be_omitted() -> None:
     raw = omitting("graph/decoder.onnx", "graph/weights.safetensors")
     manifest = Manifest.from_dict(raw)
-    assert manifest.to_dict() == raw
+    assert json.loads(manifest_bytes(manifest)) == raw
     assert manifest.entry("graph/decoder.onnx") == Manifest.from_dict(sound_manifest()).entry("graph/decoder.onnx")
 
 
 @pytest.mark.parametrize("omitted", [None, []])
 def test_a_manifest_that_omits_nothing_need_not_say_so(omitted: object) -> None:
-    assert Manifest.from_dict(sound_manifest() | {"omitted": omitted}).to_dict() == sound_manifest()
+    manifest = Manifest.from_dict(sound_manifest() | {"omitted": omitted})
+    assert json.loads(manifest_bytes(manifest)) == sound_manifest()
 
 
 def test_only_graphs_are_omitted_and_files_once() -> None:
     raw = omitting("tables/layer_1.bin")
-    with pytest.raises(BundleError, match="^manifest omits 'tables/layer_1.bin', which is no graph's file$"):
+    with pytest.raises(BundleError, match=r"^manifest omits 'tables/layer_1.bin', which is no graph's file$"):
         Manifest.from_dict(raw)
     raw = omitting("graph/decoder.onnx")
     raw["files"] += raw["omitted"]
-    with pytest.raises(BundleError, match="^manifest names file 'graph/decoder.onnx' twice$"):
+    with pytest.raises(BundleError, match=r"^manifest names file 'graph/decoder.onnx' twice$"):
         Manifest.from_dict(raw)

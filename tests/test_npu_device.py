@@ -24,7 +24,7 @@ from engram_runtime.npu.dot_engine import DotEngine
 from engram_runtime.npu.geometry import SystolicArray
 from engram_runtime.npu.simulator import Simulator
 from engram_runtime.npu.steps import steps_of
-from engram_runtime.npu.timing import moved_cost
+from engram_runtime.npu.timing import Clocks, moved_cost
 from engram_targets import NpuProfile, load_profile
 
 SMALL = SystolicArray(
@@ -208,6 +208,12 @@ def test_dma_moves_little_more_than_it_must(name: str, data: st.DataObject) -> N
     assert choose_tiling(ARRAYS[name], product).dma_bytes <= 1.2 * product.compulsory_bytes(rows)
 
 
+@pytest.mark.parametrize("name", ARRAYS)
+def test_inputs_that_do_not_fit_are_read_again_no_more_than_the_page_says(name: str) -> None:
+    product = Product(rows=WIDEST[name], inputs=16384, outputs=65536, weights="int4")
+    assert choose_tiling(ARRAYS[name], product).dma_bytes <= 1.255 * product.compulsory_bytes(WIDEST[name])
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ARRAYS)
 def test_commands_included_the_demo_models_layers_move_little_more_than_they_must(name: str, weights: str) -> None:
@@ -230,6 +236,14 @@ def zeros_for(program: Program, rows: int) -> tuple[NDArray[np.uint8], NDArray[n
     return np.zeros(program.weight_bytes, np.uint8), np.zeros((rows, program.product.inputs), np.int8)
 
 
+def ran(geometry: SystolicArray, product: Product) -> tuple[int, Clocks]:
+    """Return the cycles of a first run, and the clocks after it."""
+    device = Simulator(geometry)
+    program = device.load(compiler_for(geometry).commands(product))
+    _, cost = program.run(*zeros_for(program, product.rows))
+    return cost.cycles, device.clocks
+
+
 IN_TURN = [
     Product(rows=2, inputs=96, outputs=64, weights="int8"),
     Product(rows=2, inputs=576, outputs=576, weights="int4"),
@@ -250,6 +264,27 @@ def test_cycles_are_those_counted_by_hand() -> None:
     assert cycles_of_runs(ONE_TILE, 2, 3) == [FIRST, SECOND, SECOND]
     assert cycles_of_runs(replace(ONE_TILE, routed=True), 2, 2) == [ROUTED, ROUTED]
     assert cycles_of_runs(replace(ONE_TILE, rows=6), 2, 1) == [FIRST]
+
+
+def test_inputs_are_loaded_as_their_slot_becomes_empty() -> None:
+    """Three strips of 8 rows, two slots: the first has passed at 5 + 32 + 8, then the third is loaded.
+
+    Each load takes 5 cycles. Tiles are in the cells at 37, 69 and 101; the last sum is there at 109 + 38, 4 more store.
+    """
+    wide = {"dma_bytes_per_cycle": 64, "dma_latency_cycles": 0, "input_bytes": 512, "accumulator_bytes": 512}
+    cycles, clocks = ran(replace(SMALL, **wide), Product(rows=8, inputs=96, outputs=8, weights="int8"))
+    assert (cycles, clocks) == (151, Clocks(45 + 5 - 151, (101 - 151, 69 - 151)))
+
+
+def test_the_array_waits_for_sums_that_are_being_stored() -> None:
+    """Stores of 640 single bytes take longest. The weight of tile 11 waits for that of tile 9 to leave its slot.
+
+    That waits for tile 8 to begin, which begins the sums that tile 6 left, once the first seven are stored.
+    """
+    slow = {"dma_bytes_per_cycle": 1, "accumulator_bytes": 1280, "input_bytes": 1280}
+    cycles, clocks = ran(replace(SMALL, **slow), Product(rows=20, inputs=32, outputs=96, weights="int8"))
+    assert cycles > 12 * 640
+    assert cycles + clocks.load > 7 * 640
 
 
 @pytest.mark.parametrize("places", [(0, 1, 2, 3), (0, 2), (0,)])

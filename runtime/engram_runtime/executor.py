@@ -174,6 +174,13 @@ class Batching(Protocol):
         ...
 
 
+@runtime_checkable
+class OnDevice(Protocol):
+    """An executor that keeps the caches of a sequence in a device's memory, where several can't share them."""
+
+    caches_on: str  # the device's name
+
+
 EXECUTORS = {
     "tvm": "engram_runtime.executors.compiled",
     "onnxruntime": "engram_runtime.executors.onnxruntime_session",

@@ -6,6 +6,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from engram_compilers.gpu.checking import check_source
 from engram_compilers.gpu.sources import KernelLaunch, Temporary, generate
 from engram_compilers.lowering import lower
 from engram_compilers.onnx_model import OnnxModel
@@ -58,6 +59,7 @@ def build(
     sources = generate(made.kernels, profile)
     source_file = SOURCE_FILES[profile.language]
     (folder / source_file).write_text(sources.text, encoding="utf-8")
+    check_source(folder / source_file, profile, report)
     passes = {name: _forward_pass(program, sources.launches, places) for name, program in made.of.items()}
     written = plan.Plan(passes=passes, temporary_bytes=sources.temporary_bytes)
     (folder / PLAN_FILE).write_text(json.dumps(written.to_dict(), separators=(",", ":")), encoding="utf-8")

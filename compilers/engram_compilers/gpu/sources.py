@@ -19,12 +19,14 @@ from engram_compilers.kernels.intrinsics import Expr
 from engram_compilers.kernels.loops import round_up
 from engram_runtime.errors import CompileError
 from engram_runtime.gpu.plan import ALIGNMENT_BYTES
-from engram_targets.gpu import GpuProfile
+from engram_targets.gpu import CUDA, GpuProfile
 
 # What follows the split in TVM's pipeline: calls of its runtime, and dtypes that no kernel here has.
 _OF_HOST_CODE = ("tirx.MakePackedAPI", "tirx.FP8StorageLegalize", "tirx.BF16StorageLegalize")
 _DEVICE_FUNCTION = 2  # CallingConv::kDeviceKernelLaunch
 _HOST = {"kind": "llvm"}
+
+KERNEL = {"opencl": "__kernel void", "metal": "kernel void"}  # how a function begins
 
 Sizes = tuple[int, int, int]
 
@@ -95,10 +97,27 @@ def generate(kernels: Mapping[str, tirx.PrimFunc], profile: GpuProfile) -> Sourc
         else:
             launched[names[variable.name_hint]] = _launches(variable.name_hint, function)
     _, _, finish = tvm.tirx.get_default_tir_pipeline(target)
-    text = codegen_build(finish()(tvm.IRModule(device)), target).inspect_source()
+    text = _text(finish()(tvm.IRModule(device)), target)
     launches = [launch for each in launched.values() for launch in each]
     temporaries = [each for launch in launches for each in launch.arguments if isinstance(each, Temporary)]
     return Sources(text, launched, max((each.offset + each.bytes for each in temporaries), default=0))
+
+
+def _text(module: tvm.IRModule, target: tvm.target.Target) -> str:
+    """Return the source of device functions; what each would begin with stands once.
+
+    TVM prints functions of OpenCL and Metal apart, and before each the declarations of all.
+    """
+    if target.kind.name == CUDA:
+        return str(codegen_build(module, target).inspect_source())
+    heads: dict[str, None] = {}
+    bodies = []
+    for variable, function in module.functions_items():
+        text = codegen_build(tvm.IRModule({variable: function}), target).inspect_source()
+        head, kernel, body = text.partition(KERNEL[target.kind.name])
+        heads[head.removeprefix(f"// Function: {variable.name_hint}\n")] = None
+        bodies.append(kernel + body.rstrip() + "\n")
+    return "\n".join([*heads, *bodies])
 
 
 def target_of(profile: GpuProfile) -> tvm.target.Target:

@@ -37,7 +37,7 @@ class DeviceWeight:
     @property
     def name(self) -> str:
         """The weight's name in the graph."""
-        return self.parts[0].partition(":")[0]
+        return self.parts[0].partition(":")[0].removesuffix(".codes")
 
 
 @dataclass(slots=True)
@@ -105,17 +105,17 @@ class Offload(PyExprMutator):  # type: ignore[misc]
 
     def visit_call_(self, call: Any) -> Any:
         """Replace the call of a partition."""
-        shape = _shape(call) if isinstance(call.op, tvm.ir.GlobalVar) else ()
-        call = self.visit_expr_post_order(call)
+        before, call = call, self.visit_expr_post_order(call)
         if not isinstance(call.op, tvm.ir.GlobalVar) or call.op.name_hint not in self.partitions:
             return call
+        rows, outputs = _shape(before)
         partition = self.partitions[call.op.name_hint]
         kernel = offloaded_kernel(partition.kernel)
         assert kernel is not None
         arguments = partition.arguments(call.args)
         if not kernel.routed:
-            return self._linear(kernel, arguments, shape)
-        return self._experts(kernel, int(self.module[partition.kernel].attrs["tokens"]), arguments, shape)
+            return self._linear(kernel, arguments, (rows, outputs))
+        return self._experts(kernel, int(self.module[partition.kernel].attrs["tokens"]), arguments, (rows, outputs))
 
     def _linear(self, kernel: Offloaded, arguments: Sequence[Any], shape: tuple[int, int]) -> Any:
         planes, row_scale, _, *parts, scale = arguments

@@ -6,12 +6,12 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from engram_compilers.kernels.isa import Isa
+from engram_compilers.kernels.isa import DotIsa, MatrixIsa
 from engram_compilers.tuning.sizes import KINDS, Blocks
 
 
 def tunable(family: ModuleType) -> dict[str, "partial[Any]"]:
-    """Return the builders of linear layers that take an `Isa` first, by kind of weights; none of families without."""
+    """Return the builders of linear layers that take an instruction set first, by kind of weights, if any."""
     builders = {kind: vars(family).get(f"linear_{kind}") for kind in KINDS}
     return {kind: found for kind, found in builders.items() if isinstance(found, partial) and _isa(found) is not None}
 
@@ -51,5 +51,5 @@ def _by_rows(builder: "partial[Any]", sums: Mapping[int, int]) -> Callable[..., 
     return linear
 
 
-def _isa(builder: "partial[Any]") -> Isa | None:
-    return next((value for value in builder.args[:1] if isinstance(value, Isa)), None)
+def _isa(builder: "partial[Any]") -> DotIsa | MatrixIsa | None:
+    return next((value for value in builder.args[:1] if isinstance(value, DotIsa | MatrixIsa)), None)

@@ -44,6 +44,7 @@ class GpuExecutor:
         self.folder = folder
         self.info = info
         self.device = device
+        self.caches_on = device.name
         self.float16_states = info.float16_states
         self.experts_read: int | None = 0 if info.expert_bytes else None
         self._plan = plan

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Batching, State, state_bytes
+from engram_runtime.executor import Batching, OnDevice, State, state_bytes
 from engram_runtime.manifest import StateSpec
 from engram_runtime.memory import free_memory
 from engram_runtime.parallel.passes import JointPasses
@@ -69,8 +69,13 @@ class Group:
         """Fork a session ``count`` times.
 
         Raises:
-            RequestError: there is no memory for so many.
+            RequestError: there is no memory for so many, or the session's caches lie on a device.
         """
+        if isinstance(session.executor, OnDevice):
+            raise RequestError(
+                f"several continuations share the caches of their text, which lie on {session.executor.caches_on}; "
+                "ask for one, or use a library for a processor"
+            )
         self._model = session.model
         self._executor = session.executor
         self._unused: list[Mapping[str, State]] = []  # states of sequences that were dropped
