@@ -147,7 +147,8 @@ def test_an_int4_layer_unpacks_two_levels(kernels: Kernels) -> None:
 
 
 def _joined(planes: NDArray[np.int8], rows: int) -> NDArray[np.float64]:
-    return (256.0 * planes[:rows] + planes[rows:])[:, :INPUTS]
+    high, low = (part[:, :INPUTS].astype(np.float64) for part in (planes[:rows], planes[rows:]))
+    return 256 * high + low
 
 
 @pytest.mark.parametrize(("m", "k", "p"), SHAPES)
@@ -167,7 +168,8 @@ def test_norms(kernels: Kernels, m: int, k: int, p: int) -> None:
 
 def _normed(x: Floats, gain: Floats) -> Floats:
     wide = x.astype(np.float64)
-    return (wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + EPS) * gain).astype(np.float32)
+    normed = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + EPS) * gain
+    return np.asarray(normed, dtype=np.float32)
 
 
 def _same_rows(found: NDArray[np.int8], scale: Floats, planes: NDArray[np.int8], wanted: Floats, count: int) -> None:

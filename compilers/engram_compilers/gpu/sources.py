@@ -83,7 +83,7 @@ def generate(kernels: Mapping[str, tirx.PrimFunc], profile: GpuProfile) -> Sourc
     PrimFuncs that aren't scheduled, those of Relax's own operators, get TVM's simplest schedule for GPUs.
 
     Raises:
-        CompileError: a kernel needs code on the host, or more threads or shared memory than a block may have.
+        CompileError: a kernel is one for processors, or needs more threads or shared memory than a block may have.
     """
     target = target_of(profile)
     names = {_identifier(name): name for name in kernels}
@@ -139,6 +139,8 @@ def _identifier(name: str) -> str:
 
 def _split(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> tvm.IRModule:
     """Return device functions, and functions that launch them, by TVM's pipeline."""
+    for name, kernel in kernels.items():
+        _check_threads(name, kernel)
     module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
     with target:
         module = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(module)
@@ -146,6 +148,14 @@ def _split(kernels: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> t
     pipeline, _, _ = tvm.tirx.get_default_tir_pipeline(target)
     with tvm.transform.PassContext(instruments=[_WithoutHostCode()]):
         return pipeline(module)
+
+
+def _check_threads(name: str, kernel: tirx.PrimFunc) -> None:
+    """Refuse a kernel by hand, which is one block to TVM, that isn't cut into threads: one for processors."""
+    if not kernel.attrs.get("tirx.is_scheduled", False):
+        schedule = s_tir.Schedule(kernel)
+        if not schedule.get_child_blocks(schedule.get_sblock("root")):
+            raise CompileError(f"kernel {name} is one for processors; compile for one: --target native")
 
 
 def _launches(name: str, function: tirx.PrimFunc) -> tuple[KernelLaunch, ...]:
@@ -163,7 +173,7 @@ def _launches(name: str, function: tirx.PrimFunc) -> tuple[KernelLaunch, ...]:
             case tirx.Evaluate() if _is_launch(statement.value):
                 launches.append(_launch(statement.value, buffers))
             case _:
-                raise CompileError(f"kernel {name} is none for a GPU: it has {type(statement).__name__} on the host")
+                raise AssertionError(f"kernel {name} has {type(statement).__name__} on the host")
     return tuple(launches)
 
 

@@ -131,7 +131,7 @@ class GpuStep:
         told = len(self._spec.told_outputs)
         self._told = [values.copy() for values in others[:told]]
         if self._counts:
-            self._executor.count_experts(others[told + len(self._own) :])
+            self._executor.count_experts(others[told:])
         return logits[:rows].copy()
 
     def _run(self, inputs: StepInputs) -> Sequence[NDArray[Any]]:
