@@ -61,13 +61,16 @@ class Compiled:
         self._workshop = workshop
         self._root = root
 
+    def _host(self, model: str, quant: str) -> Bundle:
+        if (model, quant) == ("dense", "int8"):
+            return self._workshop.ready()  # which other tests use as well
+        bundle = MODELS[model](self._workshop, quant)
+        return self._workshop.compiled(bundle, decode_tokens=(1,), prefill_tokens=(4,))
+
     def bundle(self, model: str, quant: str, target: str) -> Bundle:
         folder = self._root / f"{model}-{quant}-{target}"
         if not folder.exists():
-            host = self._workshop.compiled(
-                MODELS[model](self._workshop, quant), decode_tokens=(1,), prefill_tokens=(4,)
-            )
-            copy_folder(host.path, folder)
+            copy_folder(self._host(model, quant).path, folder)
             profile = dataclasses.replace(load_profile(target), decode_tokens=(1,), prefill_tokens=(4,))
             compile_bundle(Bundle.open(folder), profile)
         return Bundle.open(folder)

@@ -35,9 +35,14 @@ class DeviceWeight:
     bytes: int
 
     @property
-    def name(self) -> str:
+    def stored_name(self) -> str:
         """The weight's name in the graph."""
-        return self.parts[0].partition(":")[0].removesuffix(".codes")
+        return self.parts[0].partition(":")[0]
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer it is the weight of."""
+        return self.stored_name.removesuffix(".codes")
 
 
 @dataclass(slots=True)
@@ -158,7 +163,7 @@ class Offload(PyExprMutator):  # type: ignore[misc]
         self.asked.weights.setdefault(names, weight)
         if names not in self.device:
             packed = relax.TensorType((experts * weight.bytes,), "uint8")
-            self.device[names] = relax.Var(f"{weight.name.replace('.', '_')}_npu", packed)
+            self.device[names] = relax.Var(f"{weight.stored_name.replace('.', '_')}_npu", packed)
         places = (self.asked.product(product), self.asked.layer(names))
         arguments = [*planes, self.device[names], *segments, *(relax.prim_value(place) for place in places)]
         made = relax.call_dps_packed(function, relax.Tuple(arguments), out_ty=relax.TensorType(shape, "int32"))

@@ -109,7 +109,7 @@ def _weigh(routing: Routing, logits: Expr, weight: Expr, token: Expr, normalise:
 
 def _order_by_expert(routing: Routing, chosen: Expr, segments: Segments) -> None:
     """Sort the pairs by counting; ``place`` is first the pairs of an expert, then where its next one goes."""
-    place = blocks.shared((routing.experts,), "int32")
+    place = blocks.local(routing.experts, "int32")
     found = blocks.local(2, "int32")  # segments so far, pairs in them
     with T.serial(routing.experts) as e:
         T.buffer_store(place, T.int32(0), [e])
