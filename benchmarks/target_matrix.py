@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -76,7 +77,8 @@ def main(bundle: Path | None, name: str, targets: tuple[str, ...], written: bool
         profiles = [load_profile(target) for target in (REFERENCE, *(targets or profile_names()))]
         reference, *others = map(few_passes, profiles) if name == TINY else profiles
         prompt = TINY_IDS if name == TINY else TextTokenizer.load(copy).encode(PROMPT)
-        task = Task(copy, Path(home), tuple(prompt), reference_tokens(copy, prompt, reference), TOKENS)
+        expected = cache(partial(reference_tokens, copy, prompt, reference))
+        task = Task(copy, Path(home), tuple(prompt), expected, TOKENS)
         rows: list[Row] = []
         for profile in others:
             rows += rows_of(task, profile)

@@ -35,12 +35,12 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A bundle that may be compiled in, a folder for what else is made, a prompt, and the reference's tokens."""
+    """A bundle to compile in, a folder for what else is made, a prompt, and what gives the tokens of the reference."""
 
     bundle: Path
     home: Path
     prompt: Tokens
-    expected: Tokens
+    expected: Callable[[], Tokens]
     tokens: int
 
 
@@ -177,7 +177,7 @@ def _row(
         compiled=compiled,
         run=NOT_RUN if tokens is None else way,
         reason=way if tokens is None else "",
-        same_tokens=None if tokens is None else tokens == task.expected,
+        same_tokens=None if tokens is None else tokens == task.expected(),
         code_bytes=sizes[0],
         weights_bytes=sizes[1],
     )

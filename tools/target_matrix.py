@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram_targets import profile_names
+
 MATRIX = Path(__file__).parents[1] / "docs" / "targets-matrix.json"
 NATIVELY, UNDER_QEMU, ON_POCL, SIMULATED, NOT_RUN = (
     "natively",
@@ -74,7 +76,14 @@ def targets_page() -> str:
 def section(name: str, facts: dict[str, Any]) -> str:
     """Return the part on a model: the command it comes from, and a table."""
     rows = [Row(**row) for row in facts["rows"]]
-    return f"## {name}\n\n{facts['model']}: `{facts['command']}`.\n\n{table(rows)}\n"
+    names = ", ".join(f"`{target}`" for target in left_out(rows))
+    missing = f"\nNot tried yet by this command: {names}.\n" if names else ""
+    return f"## {name}\n\n{facts['model']}: `{facts['command']}`.\n\n{table(rows)}\n{missing}"
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """Return the targets of which there is no row."""
+    return sorted(set(profile_names()) - {row.target for row in rows})
 
 
 def table(rows: Sequence[Row]) -> str:
