@@ -42,6 +42,7 @@ SHAPES = {
     "120m": Shape(layers=12, hidden=768, feed_forward=2048, heads=12, kv_heads=4, head_dim=64),
     "1b": Shape(layers=22, hidden=2048, feed_forward=5632, heads=32, kv_heads=4, head_dim=64),
     "moe": Shape(layers=16, hidden=1024, feed_forward=256, heads=16, kv_heads=4, head_dim=64, experts=64, top_k=8),
+    "moe-512": Shape(layers=2, hidden=512, feed_forward=128, heads=8, kv_heads=4, head_dim=64, experts=512, top_k=10),
 }
 
 

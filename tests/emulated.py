@@ -1,7 +1,7 @@
 """Run kernels compiled for other processors: their machine code, in QEMU's user-mode emulator.
 
-The object file is linked with `kernel_driver.c`, which calls a kernel as TVM would, and with what serves the kernels
-of a real library; QEMU is told to be a processor with no more than the target's profile asks for, where it knows one.
+The object file is linked with `kernel_driver.c`, which calls a kernel as TVM would, and with the scratch memory of
+real libraries; QEMU is told to be a processor with no more than the target's profile asks for, where it knows one.
 """
 
 import shutil
@@ -24,7 +24,6 @@ from engram_targets import load_cpu_profile
 
 Array = NDArray[Any]
 
-SOURCES = ["one_thread.c", "scratch_memory.c"]
 DTYPES = {"i": 0, "u": 1, "f": 2}  # DLPack's codes
 PROCESSORS = {
     "aarch64-dotprod": "cortex-a76",
@@ -44,7 +43,7 @@ def emulator(machine: str) -> str:
 
 
 class EmulatedKernels:
-    """Kernels compiled for a target that isn't this machine."""
+    """Kernels too small to be shared among threads, compiled for a target that isn't this machine."""
 
     def __init__(self, kernels: dict[str, Any], target: str) -> None:
         profile = load_cpu_profile(target)
@@ -59,11 +58,10 @@ class EmulatedKernels:
         self._link(f"{profile.machine}-linux-musl", list(kernels))
 
     def _link(self, zig_target: str, names: list[str]) -> None:
-        own = Path(__file__).with_name("kernel_driver.c")
-        sources = [str(own), *(str(Path(linking.__file__).with_name(name)) for name in SOURCES)]
+        places = [Path(__file__).with_name("kernel_driver.c"), Path(linking.__file__).with_name("scratch_memory.c")]
         command = [sys.executable, "-m", "ziglang", "cc", "-target", zig_target, "-static", "-O1", "-std=gnu11"]
         command += [f"-DKERNELS={' '.join(f'KERNEL({name})' for name in names)}", f"-I{libinfo.find_include_path()}"]
-        command += ["-o", str(self._folder / "driver"), str(self._folder / "kernels.o"), *sources]
+        command += ["-o", str(self._folder / "driver"), str(self._folder / "kernels.o"), *map(str, places)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

@@ -28,7 +28,10 @@ DEBIAN_PACKAGES = (
 )
 # What Linux says of these processors; qemu 7.2 hands out the host's /proc/cpuinfo instead.
 CORTEX_A76 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
-FEATURES = {"cortex-a76": CORTEX_A76, "max": f"{CORTEX_A76} sve sve2 i8mm bf16"}
+CORTEX_A72 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
+# Of what it is taken for, uscat alone is not emulated by qemu 7.2; nothing here takes 16 bytes at once.
+MAX = f"{CORTEX_A76} asimdfhm fcma flagm ilrcpc uscat bf16 i8mm sve sve2"
+FEATURES = {"cortex-a72": CORTEX_A72, "cortex-a76": CORTEX_A76, "max": MAX}
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Arm64Box:
 
     root: Path
     processor: str
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What Linux says that the processor has."""
+        return frozenset(FEATURES[self.processor].split())
 
     def run(self, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run a folder's ``engram``, or, after ``-c``, a program of this Python there."""
@@ -79,6 +87,6 @@ def download_root(home: Path) -> str | None:
 
 def install(folder: Path) -> None:
     """Install a packed folder's packages as its README says, but by this machine's pip for the other."""
-    line = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", "site"]
+    line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", "site"]
     line += ["--require-hashes", "-r", "requirements.txt", *options(PLATFORMS["linux", "aarch64"], PYTHON)]
     subprocess.run(line, cwd=folder, check=True, capture_output=True)

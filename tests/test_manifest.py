@@ -765,3 +765,33 @@ def test_a_mutated_manifest_is_refused_or_read_as_it_stands(raw: dict[str, Any])
 @given(raw=st.dictionaries(st.text(max_size=3) | st.sampled_from(sorted(sound_manifest())), VALUES_OF_JSON, max_size=9))
 def test_arbitrary_json_is_no_manifest(raw: dict[str, Any]) -> None:
     assert parsed(raw) is None
+
+
+def omitting(*paths: str) -> dict[str, Any]:
+    """Return a sound manifest without some of its files, which it says it omits."""
+    raw = sound_manifest()
+    omitted = [entry for entry in raw["files"] if entry["path"] in paths]
+    return raw | {"files": [entry for entry in raw["files"] if entry not in omitted], "omitted": omitted}
+
+
+def test_graphs_may_be_omitted() -> None:
+    raw = omitting("graph/decoder.onnx", "graph/weights.safetensors")
+    manifest = Manifest.from_dict(raw)
+    assert json.loads(manifest_bytes(manifest)) == raw
+    assert manifest.entry("graph/decoder.onnx") == Manifest.from_dict(sound_manifest()).entry("graph/decoder.onnx")
+
+
+@pytest.mark.parametrize("omitted", [None, []])
+def test_a_manifest_that_omits_nothing_need_not_say_so(omitted: object) -> None:
+    manifest = Manifest.from_dict(sound_manifest() | {"omitted": omitted})
+    assert json.loads(manifest_bytes(manifest)) == sound_manifest()
+
+
+def test_only_graphs_are_omitted_and_files_once() -> None:
+    raw = omitting("tables/layer_1.bin")
+    with pytest.raises(BundleError, match=r"^manifest omits 'tables/layer_1.bin', which is no graph's file$"):
+        Manifest.from_dict(raw)
+    raw = omitting("graph/decoder.onnx")
+    raw["files"] += raw["omitted"]
+    with pytest.raises(BundleError, match=r"^manifest names file 'graph/decoder.onnx' twice$"):
+        Manifest.from_dict(raw)

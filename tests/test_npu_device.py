@@ -3,6 +3,7 @@
 import random
 import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from engram_compilers.npu.device import COMPILERS, compiler_for
 from engram_compilers.npu.schedule import schedule
 from engram_compilers.npu.tiling import choose_tiling
 from engram_runtime.npu import isa
-from engram_runtime.npu.device import GROUP, Cost, Geometry, Product
+from engram_runtime.npu.device import GROUP, Cost, Geometry, Product, Program
 from engram_runtime.npu.devices import ACCELERATORS, open_device
 from engram_runtime.npu.dot_engine import DotEngine
 from engram_runtime.npu.geometry import SystolicArray
+from engram_runtime.npu.simulator import Simulator
 from engram_runtime.npu.steps import steps_of
-from engram_runtime.npu.timing import moved_cost
+from engram_runtime.npu.timing import Clocks, moved_cost
 from engram_targets import NpuProfile, load_profile
 
 SMALL = SystolicArray(
@@ -206,6 +208,12 @@ def test_dma_moves_little_more_than_it_must(name: str, data: st.DataObject) -> N
     assert choose_tiling(ARRAYS[name], product).dma_bytes <= 1.2 * product.compulsory_bytes(rows)
 
 
+@pytest.mark.parametrize("name", ARRAYS)
+def test_inputs_that_do_not_fit_are_read_again_no_more_than_the_page_says(name: str) -> None:
+    product = Product(rows=WIDEST[name], inputs=16384, outputs=65536, weights="int4")
+    assert choose_tiling(ARRAYS[name], product).dma_bytes <= 1.255 * product.compulsory_bytes(WIDEST[name])
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ARRAYS)
 def test_commands_included_the_demo_models_layers_move_little_more_than_they_must(name: str, weights: str) -> None:
@@ -220,10 +228,28 @@ def test_commands_included_the_demo_models_layers_move_little_more_than_they_mus
 def cycles_of_runs(product: Product, rows: int, count: int) -> list[int]:
     """Return the cycles of runs one after the other."""
     program = open_device(SMALL).load(compiler_for(SMALL).commands(product))
-    memory, planes = np.zeros(program.weight_bytes, np.uint8), np.zeros((rows, product.inputs), np.int8)
-    return [program.run(memory, planes)[1].cycles for _ in range(count)]
+    return [program.run(*zeros_for(program, rows))[1].cycles for _ in range(count)]
 
 
+def zeros_for(program: Program, rows: int) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+    """Return a weight and planes of zeros."""
+    return np.zeros(program.weight_bytes, np.uint8), np.zeros((rows, program.product.inputs), np.int8)
+
+
+def ran(geometry: SystolicArray, product: Product) -> tuple[int, Clocks]:
+    """Return the cycles of a first run, and the clocks after it."""
+    device = Simulator(geometry)
+    program = device.load(compiler_for(geometry).commands(product))
+    _, cost = program.run(*zeros_for(program, product.rows))
+    return cost.cycles, device.clocks
+
+
+IN_TURN = [
+    Product(rows=2, inputs=96, outputs=64, weights="int8"),
+    Product(rows=2, inputs=576, outputs=576, weights="int4"),
+    Product(rows=2, inputs=64, outputs=32, weights="int4", routed=True),
+    Product(rows=2, inputs=100, outputs=700, weights="int8"),
+]
 ONE_TILE = Product(rows=2, inputs=32, outputs=8, weights="int8")
 # The loads end at cycles (256 + 48 + 16) / 4 = 80 and 80 + (64 + 16) / 4 = 100, the weight is there at 90; it is in the
 # cells 32 later, 2 rows are through at 124, their last sum 32 + 8 - 2 later; 64 bytes of sums are stored in 16.
@@ -240,13 +266,45 @@ def test_cycles_are_those_counted_by_hand() -> None:
     assert cycles_of_runs(replace(ONE_TILE, rows=6), 2, 1) == [FIRST]
 
 
+def test_inputs_are_loaded_as_their_slot_becomes_empty() -> None:
+    """Three strips of 8 rows, two slots: the first has passed at 5 + 32 + 8, then the third is loaded.
+
+    Each load takes 5 cycles. Tiles are in the cells at 37, 69 and 101; the last sum is there at 109 + 38, 4 more store.
+    """
+    wide = {"dma_bytes_per_cycle": 64, "dma_latency_cycles": 0, "input_bytes": 512, "accumulator_bytes": 512}
+    cycles, clocks = ran(replace(SMALL, **wide), Product(rows=8, inputs=96, outputs=8, weights="int8"))
+    assert (cycles, clocks) == (151, Clocks(45 + 5 - 151, (101 - 151, 69 - 151)))
+
+
+def test_the_array_waits_for_sums_that_are_being_stored() -> None:
+    """Stores of 640 single bytes take longest. The weight of tile 11 waits for that of tile 9 to leave its slot.
+
+    That waits for tile 8 to begin, which begins the sums that tile 6 left, once the first seven are stored.
+    """
+    slow = {"dma_bytes_per_cycle": 1, "accumulator_bytes": 1280, "input_bytes": 1280}
+    cycles, clocks = ran(replace(SMALL, **slow), Product(rows=20, inputs=32, outputs=96, weights="int8"))
+    assert cycles > 12 * 640
+    assert cycles + clocks.load > 7 * 640
+
+
+@pytest.mark.parametrize("places", [(0, 1, 2, 3), (0, 2), (0,)])
+def test_the_same_products_in_turn_leave_the_same_clocks_each_time(places: Sequence[int]) -> None:
+    """What runs took is remembered by the clocks they began with: these must not drift."""
+    device = Simulator(ARRAYS["npu-systolic-small"])
+    programs = [device.load(compiler_for(device.geometry).commands(IN_TURN[place])) for place in places]
+    rounds = []
+    for _ in range(5):
+        cycles = tuple(program.run(*zeros_for(program, rows=2))[1].cycles for program in programs)
+        rounds.append((cycles, device.clocks))
+    assert len(set(rounds[1:])) == 1
+    assert sum(rounds[0][0]) > sum(rounds[1][0])
+
+
 @settings(deadline=None)
 @given(products(), st.integers(1, 4))
 def test_no_engine_is_busier_than_there_are_cycles(product: Product, count: int) -> None:
     program = open_device(SMALL).load(compiler_for(SMALL).commands(product))
-    memory = np.zeros(program.weight_bytes, np.uint8)
-    planes = np.zeros((product.rows, product.inputs), np.int8)
-    total = sum((program.run(memory, planes)[1] for _ in range(count)), start=Cost())
+    total = sum((program.run(*zeros_for(program, product.rows))[1] for _ in range(count)), start=Cost())
     assert total.cycles > max(total.array_cycles, total.dma_in_cycles, total.dma_out_cycles)
     assert total.macs == count * product.macs(product.rows)
 

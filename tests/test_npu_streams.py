@@ -119,6 +119,15 @@ def test_a_stream_that_is_damaged_is_refused(commands: bytes, expected: str) -> 
     assert message(SMALL, commands) == expected
 
 
+def test_sums_begin_with_the_first_inputs() -> None:
+    def edit(commands: Any) -> Any:
+        commands["flags"][6], commands["sums"][6] = isa.FREE_WEIGHT, 1
+        return commands
+
+    expected = f"command 6 of a stream adds to sum slot 1, which doesn't hold the sums before it{AGAIN}"
+    assert message(SMALL, recommanded(edit)) == expected
+
+
 def test_a_tile_of_sums_is_stored_once() -> None:
     expected = f"command 19 of a stream stores sums that were stored before{AGAIN}"
     assert message(SMALL, recommanded(lambda commands: np.concatenate([commands, commands]))) == expected

@@ -32,12 +32,14 @@ ENGINES = {
     "ray": "engram_runtime.batch.ray_pipeline",
     "tvm_ffi": "engram_runtime.executors.tvm_library",
 }
+NPU_EXECUTOR = "engram_runtime.npu.executor"  # which imports that of tvm_ffi
 OWN_EXTRAS = ("ort", "plot", "serve", "ray")  # of the runtime
 # Of distributions whose modules are called otherwise.
 IMPORT_NAMES = {"apache-tvm-ffi": "tvm_ffi", "prometheus-client": "prometheus_client"}
 # Names of modules that are imported when a command asks for them, the only way to point upwards.
 NAMED_UPWARDS = {
     ("engram_runtime.cli", "engram_compilers.cli:compile_command"),
+    ("engram_runtime.cli", "engram_compilers.tuning.cli:tune"),
     ("engram_runtime.cli", "engram_targets.cli:targets"),
     ("engram_runtime.cli", "engram_compilers.pack.cli:pack_command"),
     ("engram_runtime.commands.bench", "engram_export.gguf_sizes"),
@@ -129,7 +131,7 @@ def test_the_runtime_loads_neither_heavy_packages_nor_those_above_it() -> None:
     # apache-tvm-ffi itself imports torch where there is one, and Ray takes a second; the next test covers them.
     loads, errors = import_all(
         "engram_runtime",
-        left_out=[ENGINES["tvm_ffi"], ENGINES["ray"]],
+        left_out=[ENGINES["tvm_ffi"], NPU_EXECUTOR, ENGINES["ray"]],
         watched=[*HEAVY, *above("engram_runtime"), *ENGINES],
     )
     found = {module: roots for module, roots in loads.items() if roots}
@@ -147,12 +149,14 @@ def test_every_module_of_the_runtime_can_be_imported_where_nothing_else_is_insta
 
 def test_what_runs_on_a_missing_engine_says_how_to_install_it() -> None:
     _, errors = import_all("engram_runtime", missing=[*HEAVY, *ENGINES])
+    lacks_tvm_ffi = "TargetError: the tvm executor needs apache-tvm-ffi: pip install engram-edge"
     assert errors == {
         ENGINES["onnxruntime"]: (
             "TargetError: the onnxruntime executor needs onnxruntime: pip install 'engram-edge[ort]'"
         ),
         ENGINES["ray"]: "TargetError: batches on Ray need ray: pip install 'engram-edge[ray,serve]'",
-        ENGINES["tvm_ffi"]: "TargetError: the tvm executor needs apache-tvm-ffi: pip install engram-edge",
+        ENGINES["tvm_ffi"]: lacks_tvm_ffi,
+        NPU_EXECUTOR: lacks_tvm_ffi,
     }
 
 

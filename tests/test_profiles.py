@@ -512,6 +512,32 @@ def test_a_library_that_needs_more_than_the_cpu_has_says_what(monkeypatch: pytes
     assert info.misfit() == "x86-64-v3 needs CPU features ['bmi2', 'fma'] this machine lacks"
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("0.1.14.post1", None),
+        (None, None),  # importing it says what to install
+        ("0.1.15", "x86-64-v3 was compiled for apache-tvm-ffi 0.1.14.post1, this Python has 0.1.15"),
+    ],
+)
+def test_a_library_for_another_apache_tvm_ffi_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, expected: str | None
+) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    monkeypatch.setattr(library, "installed_ffi", lambda: found)
+    assert LibraryInfo.from_dict(raw_library()).misfit() == expected
+
+
+def test_a_packed_bundle_is_not_compiled_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_machine(monkeypatch, ["avx2"])
+    whole = bundle_at(tmp_path)
+    packed = Bundle(tmp_path, dataclasses.replace(whole.manifest, files=(), omitted=whole.manifest.files))
+    mend = "pack the bundle it was made of for this machine: engram pack BUNDLE --target NAME"
+    assert find_message(packed) == f"bundle {tmp_path} has no compiled library; {mend}"
+    add_library(tmp_path, "x86-64-v3")
+    assert find_library(packed) == find_library(whole)
+
+
 def test_a_library_that_fits_has_no_misfit(monkeypatch: pytest.MonkeyPatch) -> None:
     this_machine(monkeypatch, ["avx2", "sse"])
     assert LibraryInfo.from_dict(raw_library()).misfit() is None

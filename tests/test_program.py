@@ -17,7 +17,7 @@ from tests.workshop import Workshop, bundle_logits, random_ids
 
 from engram_compilers.scratch_plan import Lifetime, plan_scratch
 from engram_runtime.bundle import Bundle
-from engram_runtime.executor import allocate_states
+from engram_runtime.executor import Executor, allocate_states
 from engram_runtime.session import Session, close_sites, open_sites
 
 TOKENS = 9
@@ -49,7 +49,15 @@ MODELS: dict[str, Callable[[Workshop], Bundle]] = {
 }
 
 
-def program_logits(bundle: Bundle, executor: ProgramExecutor, token_ids: list[int]) -> NDArray[np.float32]:
+EVERY_MODEL = ["llama", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS if name != "llama")]
+
+
+def library_of(workshop: Workshop, bundle: Bundle) -> Bundle:
+    """Return a bundle with a library of the portable kernels for `PASSES`."""
+    return workshop.compiled(bundle, decode_tokens=(1,), prefill_tokens=(4,))
+
+
+def program_logits(bundle: Bundle, executor: Executor, token_ids: list[int]) -> NDArray[np.float32]:
     sites = open_sites(bundle)
     try:
         with Session(bundle, executor, sites) as session:
@@ -58,15 +66,12 @@ def program_logits(bundle: Bundle, executor: ProgramExecutor, token_ids: list[in
         close_sites(sites)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS if name != "llama")]
-)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_a_program_gives_the_bits_of_the_library(workshop: Workshop, name: str, tmp_path: Path) -> None:
     bundle = MODELS[name](workshop)
     executor = ProgramExecutor(bundle, lower_bundle(bundle, tmp_path, PASSES), PASSES)
     ids = random_ids(TOKENS)
-    library = workshop.compiled(bundle, decode_tokens=(1,), prefill_tokens=(4,))
-    expected = bundle_logits(library, ids, "tvm")
+    expected = bundle_logits(library_of(workshop, bundle), ids, "tvm")
     assert_same_bits(program_logits(bundle, executor, ids), expected)
 
 

@@ -4,6 +4,7 @@ import json
 
 from tools.command_reference import command_reference
 from tools.manifest_schema import manifest_schema
+from tools.target_matrix import targets_page
 from tools.target_schema import target_schema
 
 
@@ -13,4 +14,5 @@ def written_pages() -> dict[str, str]:
         "commands.md": command_reference(),
         "engram.schema.json": json.dumps(manifest_schema(), indent=1) + "\n",
         "target-profile.md": target_schema(),
+        "targets.md": targets_page(),
     }

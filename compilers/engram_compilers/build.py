@@ -30,6 +30,7 @@ from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
 from engram_compilers.runtime_library import installed_library, library_of
 from engram_compilers.table_functions import table_functions
+from engram_compilers.tuning.sizes import OWN_BLOCKS, Blocks
 
 WEIGHTS_FILE, COMMANDS_FILE = "weights.bin", "commands.bin"
 PORTABLE_FILE = "portable.bin"  # weights as the family `PORTABLE` packs them, gone once an accelerator has its own
@@ -56,13 +57,17 @@ class Lowered:
     graphs: LoweredGraphs
     packed: PackedWeights
     commands: str | None
+    blocks: Blocks = OWN_BLOCKS
 
 
-def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda text: None) -> CompileResult:
+def compile_bundle(
+    bundle: Bundle, profile: Profile, report: Report = lambda text: None, blocks: Blocks = OWN_BLOCKS
+) -> CompileResult:
     """Compile the decoder, and a draft head, for a target, replacing an earlier library for it.
 
     Args:
         report: told each step before it begins.
+        blocks: block sizes measured for this profile, which change no bit of a result.
 
     Raises:
         CompileError: the graph has an operator or a use of one that has no lowering, the target is C sources, there
@@ -74,7 +79,7 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        info = _build(bundle, profile, scratch, report)
+        info = _build(bundle, profile, scratch, report, blocks)
         (scratch / LIBRARY_INFO_NAME).write_text(json.dumps(info.to_dict()), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
@@ -89,15 +94,15 @@ def compile_bundle(bundle: Bundle, profile: Profile, report: Report = lambda tex
     )
 
 
-def _build(bundle: Bundle, profile: Profile, folder: Path, report: Report) -> LibraryInfo:
+def _build(bundle: Bundle, profile: Profile, folder: Path, report: Report, blocks: Blocks) -> LibraryInfo:
     match profile:
         case GpuProfile():
             return build_for_gpu(bundle, _read_graphs(bundle), profile, folder, report)
         case CpuProfile():
             with PackedWeights(folder / WEIGHTS_FILE) as packed:
                 report(LOWERING)
-                lowered = _lower(_read_graphs(bundle), packed, profile, profile.kernels)
-            return _build_library(bundle, profile, profile, Lowered(lowered, packed, None), folder, report)
+                lowered = _lower(_read_graphs(bundle), packed, profile, profile.kernels, blocks)
+            return _build_library(bundle, profile, profile, Lowered(lowered, packed, None, blocks), folder, report)
         case NpuProfile():
             report(LOWERING)
             for_npu = _lower_for_npu(_read_graphs(bundle), profile, folder)
@@ -135,7 +140,7 @@ def _build_library(
         machine=host.machine,
         cpu_flags=host.cpu_flags,
         graph_sha256=graph_digest(bundle),
-        compiler=f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}",
+        compiler=_compiler(made.blocks),
         ffi=version("apache-tvm-ffi"),
         library=library,
         runtime=runtime,
@@ -156,7 +161,7 @@ def _build_library(
 def _lower_for_npu(graphs: Graphs, profile: NpuProfile, folder: Path) -> Lowered:
     """Lower for the host, then give the accelerator its part: command streams, and its weights in its own layout."""
     with PackedWeights(portable_path := folder / PORTABLE_FILE) as portable:
-        lowered = _lower(graphs, portable, profile, PORTABLE)
+        lowered = _lower(graphs, portable, profile, PORTABLE, OWN_BLOCKS)
     with PackedWeights(folder / WEIGHTS_FILE) as packed:
         code = compile_for_device(lowered, portable, portable_path, profile.geometry, packed)
     portable_path.unlink()
@@ -164,7 +169,7 @@ def _lower_for_npu(graphs: Graphs, profile: NpuProfile, folder: Path) -> Lowered
     return Lowered(code.lowered, packed, COMMANDS_FILE)
 
 
-def _lower(graphs: Graphs, packed: PackedWeights, profile: Profile, family: str) -> LoweredGraphs:
+def _lower(graphs: Graphs, packed: PackedWeights, profile: Profile, family: str, blocks: Blocks) -> LoweredGraphs:
     return lower(
         graphs,
         packed,
@@ -172,7 +177,13 @@ def _lower(graphs: Graphs, packed: PackedWeights, profile: Profile, family: str)
         passes=profile.passes,
         batches=profile.batches,
         cache_dtype=profile.cache_dtype,
+        blocks=blocks,
     )
+
+
+def _compiler(blocks: Blocks) -> str:
+    made_by = f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}"
+    return f"{made_by}, block sizes of {blocks.source}" if blocks.source else made_by
 
 
 def _link(executable: tvm.runtime.Module, profile: CpuProfile, folder: Path, report: Report) -> str:

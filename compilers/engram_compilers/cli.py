@@ -6,9 +6,12 @@ from pathlib import Path
 
 import click
 
+from engram_compilers.tuning.sizes import OWN_BLOCKS, Blocks
+from engram_compilers.tuning.store import kept_blocks
 from engram_runtime.bundle import Bundle
-from engram_targets import load_profile
+from engram_targets import CpuProfile, Profile, load_profile
 from engram_targets.common import CACHE_DTYPES
+from engram_targets.fitting import misfit
 
 
 @click.command("compile")
@@ -25,7 +28,7 @@ def compile_command(bundle: Path, target: str, cache: str | None, as_json: bool)
     profile = load_profile(target)
     if cache is not None:
         profile = dataclasses.replace(profile, cache_dtype=cache)
-    result = compile_bundle(Bundle.open(bundle), profile, lambda step: click.echo(f"{step} ...", err=True))
+    result = compile_bundle(Bundle.open(bundle), profile, _report, _measured_blocks(profile))
     if as_json:
         click.echo(
             json.dumps(
@@ -43,3 +46,16 @@ def compile_command(bundle: Path, target: str, cache: str | None, as_json: bool)
             f"{result.folder}: library {result.library_bytes / 1e6:.1f} MB, weights "
             f"{result.weights_bytes / 1e6:.1f} MB, {result.seconds:.0f} s"
         )
+
+
+def _report(step: str) -> None:
+    click.echo(f"{step} ...", err=True)
+
+
+def _measured_blocks(profile: Profile) -> Blocks:
+    if not isinstance(profile, CpuProfile) or misfit(profile) is not None:
+        return OWN_BLOCKS
+    blocks = kept_blocks(profile)
+    if blocks.sizes:
+        click.echo(f"using {len(blocks.sizes)} block sizes that engram tune measured on this machine", err=True)
+    return blocks

@@ -56,12 +56,12 @@ MACOS = System(
     sources=LINUX.sources,
     options=("-shared", "-fPIC", "-pthread", "-Wl,-undefined,dynamic_lookup"),  # TVM's runtime is loaded before it
 )
-# A module without main, whose imports are the C functions of TVM's runtime.
+# A module without main; threads and scratch memory are among what it imports from TVM's own runtime for the web.
 WASI = System(
     name="wasi",
     own="Wasi",
     library="model.wasm",
-    sources=("one_thread.c", "scratch_memory.c"),
+    sources=(),
     options=("-mexec-model=reactor", "-Wl,--import-symbols", "-Wl,--export-dynamic"),
 )
 

@@ -23,6 +23,8 @@ from engram_compilers.signatures import SIGNATURES
 from engram_compilers.standard_converters import STANDARD_CONVERTERS
 from engram_compilers.stream_converters import STREAM_CONVERTERS
 from engram_compilers.sum_converters import SUM_CONVERTERS
+from engram_compilers.tuning.blocks import blocked
+from engram_compilers.tuning.sizes import OWN_BLOCKS, Blocks
 from engram_compilers.values import Activation, Apart, Rows, Value
 from engram_runtime.errors import CompileError
 from engram_runtime.executor import FLOAT16, FLOAT32
@@ -66,6 +68,7 @@ def lower(
     passes: Sequence[tuple[int, int]],
     batches: Sequence[int] = (),
     cache_dtype: str = FLOAT32,
+    blocks: Blocks = OWN_BLOCKS,
 ) -> LoweredGraphs:
     """Lower every graph, for every (tokens, rows of logits) of ``passes``, to a `pass_function`.
 
@@ -74,7 +77,7 @@ def lower(
     read.
     The decoder is lowered to a `batch_function` for each count of ``batches`` too: a token and a position of each
     sequence, then the states of the first one, the second one, ...
-    Keys and values of attention are kept in ``cache_dtype``.
+    Keys and values of attention are kept in ``cache_dtype``. Linear layers are cut as ``blocks`` say.
 
     Args:
         graphs: by name, the decoder first; kernels and weights of the same name are shared.
@@ -86,7 +89,7 @@ def lower(
     linear, expert_linear = (
         importlib.import_module(f"engram_compilers.kernels.{name}") for name in (family, f"{family}_experts")
     )
-    kernels = KernelCache(builder, linear, expert_linear, shared_kernels(family))
+    kernels = KernelCache(builder, blocked(linear, blocks), expert_linear, shared_kernels(family))
     lowered = {
         name: _lower_graph(model, spec, packed, kernels, _functions(name, passes, batches), cache_dtype)
         for name, (model, spec) in graphs.items()

@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": "engram_runtime.commands.inspect:inspect",
     "verify": "engram_runtime.commands.verify:verify",
     "bench": "engram_runtime.commands.bench:bench",
+    "simulate": "engram_runtime.commands.simulate:simulate",
     "tables": "engram_runtime.commands.tables:tables",
     "eval": "engram_runtime.commands.evaluate:evaluate",
     "batch": "engram_runtime.commands.batch:batch",
@@ -22,6 +23,7 @@ COMMANDS = {
     "compile": "engram_compilers.cli:compile_command",
     "targets": "engram_targets.cli:targets",
     "pack": "engram_compilers.pack.cli:pack_command",
+    "tune": "engram_compilers.tuning.cli:tune",
 }
 
 

@@ -15,7 +15,7 @@ from engram_targets.profile import load_profile, profile_names
 
 COLUMNS = ("name", "device", "kernels", "evidence")
 KEY_WIDTH, LINE_WIDTH = 24, 120
-LEGEND = """evidence: what this project has run it on: hardware, emulated, simulated; compiled: nothing has run it
+LEGEND = """evidence: what this project has run whole models on: hardware, emulated, simulated; compiled: on nothing
 here: whether this machine can run it as far as is known; engram targets show NAME says why not"""
 
 

@@ -23,8 +23,8 @@ class Profile:
     Attributes:
         name: of the profile's file, and of the folder its libraries lie in.
         description: which boxes it is for.
-        evidence: what this project has run it on: ``hardware``, ``emulated``, ``simulated``, or ``compiled`` and never
-            run.
+        evidence: what this project has run whole models on: ``hardware``, ``emulated``, ``simulated``, or, where they
+            were ``compiled`` only, nothing.
         kernels: kernel family, a module of `engram_compilers.kernels`; of an npu the accelerator.
         decode_tokens: token counts compiled with logits for every token, from 1; up to 8 they are numbers of sequences
             as well.

@@ -57,7 +57,7 @@ def pack_c(bundle: Bundle, profile: CProfile, folder: Path, report: Report = lam
     for table in bundle.manifest.tables:
         _check_table(bundle, table)
     report("copying tables")
-    places, tables = _copy_tables(bundle, folder)
+    places, tables = copy_tables(bundle, folder)
     report("packing weights and generating C")
     emitted = emit_model(bundle, pass_sizes(profile), folder, cache_dtype=profile.cache_dtype)
     model = PackedModel(
@@ -110,8 +110,16 @@ def _largest_id(keyer: KeyerSpec) -> int:
     return keyer.vocab_size
 
 
-def _copy_tables(bundle: Bundle, folder: Path) -> tuple[dict[FileKey, int], list[PackedFile]]:
-    """Put every file of the tables into the folder once; returns their places behind the weights, by key, and what they are."""
+def copy_tables(bundle: Bundle, folder: Path) -> tuple[dict[FileKey, int], list[PackedFile]]:
+    """Put every file of the tables into the folder once, those that a bundle refers to as well.
+
+    Returns:
+        Their places behind the weights, by key, and what they are.
+
+    Raises:
+        BundleError: a file of the bundle is not what its manifest says.
+        TableError: one outside it is gone or another one.
+    """
     places: dict[FileKey, int] = {}
     files: list[PackedFile] = []
     for key, source in _table_files(bundle):

@@ -33,7 +33,7 @@ from engram_compilers.kernels.vnni_layout import DOTS, STEP, VECTOR_BYTES, Layou
 INT4_TILES = 2  # streams of int4 weights of one row: unpacking hides their latency
 _EMBEDDED_PER_US = 1000.0
 _MOST_TILES = 8  # streams of weights at once
-_SUMS_WORTH_UNPACKING = 8  # whose products with an int4 weight take longer than unpacking it does
+_SUMS_WORTH_UNPACKING = 8  # with fewer, unpacking takes as long as the products, and its constants their registers
 
 
 def linear_int8(isa: Isa, rows: int, out_features: int, in_features: int, planes: int) -> tirx.PrimFunc:
@@ -94,10 +94,10 @@ def linear_int4(isa: Isa, rows: int, out_features: int, in_features: int, planes
 
     ``(planes i8 [P*M, Kp], row_scale f32 [M], plane_offset i32 [P*M], codes u8 [Np/16, Kp/8, 64],
     header u8 [Np/16, Kp/32, 16], channel_scale f32 [N]) -> y f32 [M, N]``: as `linear_int8` with the int8 weight
-    (code - zero) * multiplier. Blocks of rows unpack for themselves, or where they are small a tile group once for all.
+    (code - zero) * multiplier. Blocks of rows unpack for themselves, or where few sums fit a tile group once for all.
     """
     plan = int4_plan(isa, rows, out_features, in_features, planes)
-    unpacks_once = plan.block_rows < rows and isa.sums < _SUMS_WORTH_UNPACKING
+    unpacks_once = rows > 1 and isa.sums < _SUMS_WORTH_UNPACKING
     return int4_kernel(plan, _int4_unpacking_body if unpacks_once else _int4_direct_body)
 
 

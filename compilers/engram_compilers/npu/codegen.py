@@ -71,7 +71,7 @@ def compile_for_device(
     commands = CommandsFile(
         geometry=geometry,
         streams=[stream(product) for product in asked.products],
-        layers=[weight.name for weight in asked.weights.values()],
+        layers=[weight.layer for weight in asked.weights.values()],
     )
     return DeviceCode(replace(lowered, module=offload.finish(), graph_tensors=graph_tensors), commands)
 
@@ -112,7 +112,7 @@ def _pack(packed: PackedWeights, weight: DeviceWeight, compiler: DeviceCompiler,
         assert made.size == weight.bytes
         return {"packed": made}
 
-    (tensor,) = packed.tensors_of_slices(f"{weight.name}:device", weight.experts, pack_slice)
+    (tensor,) = packed.tensors_of_slices(f"{weight.stored_name}:device", weight.experts, pack_slice)
     return tensor.name
 
 

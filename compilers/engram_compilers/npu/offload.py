@@ -35,9 +35,14 @@ class DeviceWeight:
     bytes: int
 
     @property
-    def name(self) -> str:
+    def stored_name(self) -> str:
         """The weight's name in the graph."""
         return self.parts[0].partition(":")[0]
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer it is the weight of."""
+        return self.stored_name.removesuffix(".codes")
 
 
 @dataclass(slots=True)
@@ -105,17 +110,17 @@ class Offload(PyExprMutator):  # type: ignore[misc]
 
     def visit_call_(self, call: Any) -> Any:
         """Replace the call of a partition."""
-        shape = _shape(call) if isinstance(call.op, tvm.ir.GlobalVar) else ()
-        call = self.visit_expr_post_order(call)
+        before, call = call, self.visit_expr_post_order(call)
         if not isinstance(call.op, tvm.ir.GlobalVar) or call.op.name_hint not in self.partitions:
             return call
+        rows, outputs = _shape(before)
         partition = self.partitions[call.op.name_hint]
         kernel = offloaded_kernel(partition.kernel)
         assert kernel is not None
         arguments = partition.arguments(call.args)
         if not kernel.routed:
-            return self._linear(kernel, arguments, shape)
-        return self._experts(kernel, int(self.module[partition.kernel].attrs["tokens"]), arguments, shape)
+            return self._linear(kernel, arguments, (rows, outputs))
+        return self._experts(kernel, int(self.module[partition.kernel].attrs["tokens"]), arguments, (rows, outputs))
 
     def _linear(self, kernel: Offloaded, arguments: Sequence[Any], shape: tuple[int, int]) -> Any:
         planes, row_scale, _, *parts, scale = arguments
@@ -158,7 +163,7 @@ class Offload(PyExprMutator):  # type: ignore[misc]
         self.asked.weights.setdefault(names, weight)
         if names not in self.device:
             packed = relax.TensorType((experts * weight.bytes,), "uint8")
-            self.device[names] = relax.Var(f"{weight.name.replace('.', '_')}_npu", packed)
+            self.device[names] = relax.Var(f"{weight.stored_name.replace('.', '_')}_npu", packed)
         places = (self.asked.product(product), self.asked.layer(names))
         arguments = [*planes, self.device[names], *segments, *(relax.prim_value(place) for place in places)]
         made = relax.call_dps_packed(function, relax.Tuple(arguments), out_ty=relax.TensorType(shape, "int32"))

@@ -62,8 +62,15 @@ def main() -> None:
         if wrong is not None:
             sys.stderr.write(f"engram: {wrong}\n")
             sys.exit(code)
-    from engram_runtime.cli import main as run
-
+    try:
+        from engram_runtime.cli import main as run
+    except ImportError as error:  # as by packages that were installed for another Python
+        (first, *_) = str(error).strip().splitlines()
+        sys.stderr.write(
+            f"engram: a package can't be imported: {first}; run, in {HERE}, by the Python that runs it: "
+            f"{pack['install']}\n"
+        )
+        sys.exit(UNFIT)
     run()
 
 

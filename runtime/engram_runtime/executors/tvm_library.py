@@ -78,7 +78,12 @@ def _await_rows(rows: Any, site: int) -> Any:
     return rows
 
 
-tvm_ffi.register_global_func(AWAIT_ROWS, _await_rows, override=True)
+def let_call(name: str, function: Callable[..., Any]) -> None:
+    """Let generated code call a function by name."""
+    tvm_ffi.register_global_func(name, function, override=True)
+
+
+let_call(AWAIT_ROWS, _await_rows)
 
 
 class TvmExecutor:

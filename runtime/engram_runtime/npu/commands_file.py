@@ -41,7 +41,7 @@ class CommandsFile:
         """Return what `read_commands` reads."""
         header: Mapping[str, Any] = {
             "accelerator": self.geometry.accelerator,
-            "npu": asdict(self.geometry),  # type: ignore[call-overload]  # geometries are dataclasses
+            "npu": asdict(self.geometry),
             "stream_bytes": [len(stream) for stream in self.streams],
             "layers": list(self.layers),
         }

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 from numpy.typing import NDArray
 
 from engram_runtime.bundle import Bundle
@@ -21,6 +20,7 @@ from engram_runtime.executor import MOST_THREADS, PendingRows
 from engram_runtime.executors.tvm_library import (
     TvmExecutor,
     TvmStep,
+    let_call,
     load_tvm_runtime,
     running_step,
     runtime_library,
@@ -148,8 +148,8 @@ def _array(tensor: Any) -> NDArray[Any]:
     return np.asarray(np.from_dlpack(tensor))
 
 
-tvm_ffi.register_global_func(MULTIPLY, _multiply, override=True)
-tvm_ffi.register_global_func(MULTIPLY_EXPERTS, _multiply_experts, override=True)
+let_call(MULTIPLY, _multiply)
+let_call(MULTIPLY_EXPERTS, _multiply_experts)
 
 
 def load(bundle: Bundle, *, threads: int | None, target: str | None) -> NpuExecutor:

@@ -54,7 +54,8 @@ class LoadedStream:
         return _sums(steps, unpacked(weights, tiles), planes, self.product.outputs), self._cost(steps, rows)
 
     def _cost(self, steps: Steps, rows: int) -> Cost:
-        geometry, clocks = self._device.geometry, self._device.clocks
+        geometry = self._device.geometry
+        clocks = at_rest(geometry) if self.product.routed else self._device.clocks  # routed loads wait for the planes
         if rows not in self._moved:
             self._moved[rows] = moved_cost(geometry, self._stream, steps)
         if (rows, clocks) not in self._cycles:

@@ -37,7 +37,12 @@ from engram_runtime.npu.steps import Step, Steps
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """When the load engine and the weight slots became free, in cycles from the end of the last product (<= 0)."""
+    """When loads could go on, in cycles from the end of the last product (<= 0).
+
+    Attributes:
+        load: the load engine.
+        weights: each weight slot, no sooner than the engine: so clocks after the same products are the same.
+    """
 
     load: int
     weights: tuple[int, ...]
@@ -104,7 +109,7 @@ def run_cycles(geometry: SystolicArray, stream: Stream, steps: Steps, clocks: Cl
     for step in steps:
         run[step.opcode](step)
     end = engines.end
-    return end, Clocks(engines.loader - end, tuple(empty - end for empty in engines.weight_empty))
+    return end, Clocks(engines.loader - end, tuple(max(empty, engines.loader) - end for empty in engines.weight_empty))
 
 
 def moved_cost(geometry: SystolicArray, stream: Stream, steps: Steps) -> Cost:
