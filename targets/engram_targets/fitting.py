@@ -54,7 +54,10 @@ def needs(profile: Profile) -> Needs:
             return Needs(host.compile, f"{host.run}; the array is simulated")
         case GpuProfile():
             checked = {"cuda": ", nvcc to check the code", "opencl": "", "metal": ""}[profile.language]
-            return Needs(f"{COMPILE}{checked}", f"a driver for {profile.language}, {RUN}")
+            run = {"opencl": f"an OpenCL driver, pyopencl, {RUN}"}.get(
+                profile.language, "an executor, which there isn't yet"
+            )
+            return Needs(f"{COMPILE}{checked}", run)
     return Needs(COMPILE, "a C compiler and libc, no Python")
 
 
