@@ -25,7 +25,7 @@ HERE = "this machine"
 PROCESSORS = {"aarch64-dotprod": "cortex-a76", "aarch64-i8mm": "max", "aarch64-i8mm-sve": "max"}  # as qemu calls them
 C_BOXES = {"riscv64": "riscv64-linux-musl", "arm": "arm-linux-musleabihf"}  # by qemu's name, ziglang's
 ON_ARM = """import json, sys
-sys.path.insert(0, "site")
+sys.path[:0] = ["python", "site"]
 from engram_runtime import LLM
 with LLM("bundle", threads=1) as llm:
     print(json.dumps(list(llm.generate({prompt}, max_tokens={tokens}).token_ids)))
