@@ -14,8 +14,11 @@ from tvm.script import tirx as T
 from engram_compilers.c.kernel_printer import STACK_BYTES, PrintedKernel, print_kernel
 from engram_compilers.c.lowered_kernels import lowered_kernels
 from engram_compilers.c.model import emit_model
+from engram_compilers.c.program_printer import ModelLayout, print_program
 from engram_compilers.c.vector_helpers import Helpers
+from engram_compilers.program import KernelCall, Program, Tensor, Weight
 from engram_runtime.errors import CompileError
+from engram_runtime.library import PackedTensor
 
 
 @needs_gcc
@@ -41,6 +44,15 @@ def test_caches_of_float16_are_refused(workshop: Workshop, tmp_path: Path) -> No
     with pytest.raises(CompileError) as error:
         emit_model(workshop.uncompiled(), [(1, 1)], tmp_path, cache_dtype="float16")
     assert str(error.value) == ("cache_dtype is float16, C sources keep caches in float32; change it in the profile")
+
+
+def test_no_name_of_a_weight_ends_the_comment_it_stands_in() -> None:
+    weight = PackedTensor(name="layers.0*/ int injected; /*\n#error:weight", dtype="float32", shape=(4,), offset=0)
+    call = KernelCall("norm", (Tensor("float32", (4,), Weight(0)),))
+    program = Program(name="forward_1_1", calls=(call,), inputs=(), outputs=(), scratch_bytes=0)
+    kernels = {"norm": PrintedKernel("kernel_norm", ("const float *",), 0, "")}
+    made = print_program(program, kernels, ModelLayout(weights=[weight], states={}, sites=[]))
+    assert "kernel_norm((const float *)(weights + 0));  /* layers.0_/_int_injected__/___error */\n" in made.text
 
 
 def printed(kernel: tirx.PrimFunc) -> PrintedKernel:

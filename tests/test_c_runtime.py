@@ -321,7 +321,7 @@ def test_the_program_in_the_documents_can_be_built(stub: Stub, tmp_path: Path) -
     (tmp_path / "own.c").write_text(code)
     program = build(tmp_path / "own", [*stub.sources, tmp_path / "own.c"], "-O0")
     message = "weights.bin can't be opened in /opt/demo: No such file or directory\n"
-    assert run([program]) == (0, "", message)
+    assert run([program]) == (1, "", message)
 
 
 def test_every_function_is_in_the_documents() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from engram_compilers.kernels import activation, gpu
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.executor import PendingRows, load_executor
-from engram_runtime.gpu.plan import ForwardPass, Launch, Place, read_plan
+from engram_runtime.gpu.plan import AwaitRows, ForwardPass, Launch, Place, read_plan
 from engram_runtime.gpu.running import BoundPass, Memory
 from engram_runtime.manifest import GraphSpec, TensorSpec
 from engram_runtime.parallel.group import Group
@@ -83,6 +84,26 @@ def test_two_sessions_on_one_device_do_not_disturb_each_other(bundle: Bundle) ->
         for token_id, wanted in zip(random_ids(6)[2:], alone[2:], strict=True):
             other.decode([token_id + 1])
             np.testing.assert_array_equal(session.decode([token_id]), wanted, strict=True)
+
+
+@needs_opencl
+def test_a_session_copies_what_another_one_has_on_the_device(bundle: Bundle) -> None:
+    loaded = load_executor("tvm", bundle, threads=1, target=TARGET)
+    with Session.open(bundle, loaded) as session, Session.open(bundle, loaded) as other:
+        session.decode(random_ids(6))
+        other.copy(session, 6)
+        np.testing.assert_array_equal(other.decode([7]), session.decode([7]), strict=True)
+
+
+@needs_opencl
+def test_what_a_driver_refuses_is_said_in_one_line() -> None:
+    from engram_runtime.gpu.opencl import open_device
+
+    with pytest.raises(TargetError) as caught:
+        open_device("__kernel void f(__global int* x) { y = 1; }", 1)
+    said = str(caught.value)
+    assert re.match(r"OpenCL device .+ failed, free its memory or update its driver: ", said)
+    assert "\n" not in said
 
 
 @needs_opencl
@@ -227,6 +248,10 @@ def _set(index: int, value: object) -> Callable[[dict[str, Any]], None]:
             "{where} has scratch memory of 1024 bytes, not Place(kind='scratch', key=512, bytes=1024); compile again",
         ),
         (
+            _set(3, [["temporary", 0, 4]]),
+            "{where} has temporary memory of 0 bytes, not Place(kind='temporary', key=0, bytes=4); compile again",
+        ),
+        (
             lambda raw: raw["passes"]["forward_1_1"]["results"].append(["float32", [2], ["output", 0, 4]]),
             "{where} has result ['float32', [2], ['output', 0, 4]], which is none; compile again",
         ),
@@ -273,6 +298,9 @@ class RecordingDevice:
     def download(self, buffer: NDArray[np.uint8], array: NDArray[Any]) -> None:
         self.calls.append(f"download {array.nbytes}")
 
+    def copy(self, source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
+        target[...] = source
+
     def launch(self, kernel: str) -> None:
         self.calls.append(kernel)
 
@@ -307,8 +335,6 @@ def bound(device: RecordingDevice, *steps: object) -> BoundPass:
 
 
 def test_the_device_works_while_rows_are_waited_for() -> None:
-    from engram_runtime.gpu.plan import AwaitRows
-
     device = RecordingDevice()
     before, after = (Launch(name, (1, 1, 1), (1, 1, 1), ()) for name in ("before", "after"))
 
@@ -325,8 +351,6 @@ def test_the_device_works_while_rows_are_waited_for() -> None:
 
 
 def test_a_device_is_waited_for_where_rows_cannot_be_read() -> None:
-    from engram_runtime.gpu.plan import AwaitRows
-
     device = RecordingDevice()
 
     def fail(out: NDArray[np.float32]) -> None:
@@ -344,6 +368,12 @@ def test_a_plan_of_another_bundle_is_refused(place: Place) -> None:
     assert str(caught.value) == (
         f"the library's plan names {place.kind} {place.key!r}, which this bundle lacks; compile it again"
     )
+
+
+def test_a_plan_that_awaits_rows_of_no_table_is_refused() -> None:
+    with pytest.raises(BundleError) as caught:
+        bound(RecordingDevice(), AwaitRows(1))
+    assert str(caught.value) == "the library's plan awaits rows of table 1, this bundle has 1; compile it again"
 
 
 def test_a_kernel_for_processors_is_none_for_a_gpu() -> None:

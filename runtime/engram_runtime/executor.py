@@ -180,6 +180,10 @@ class OnDevice(Protocol):
 
     caches_on: str  # the device's name
 
+    def copy_caches(self, source: Mapping[str, State], target: Mapping[str, State]) -> None:
+        """Copy the caches of a sequence, which is found by the states that the decoder was bound to, to another's."""
+        ...
+
 
 EXECUTORS = {
     "tvm": "engram_runtime.executors.compiled",

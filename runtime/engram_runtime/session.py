@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from engram_runtime.activity import Activity, activity_of
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError
-from engram_runtime.executor import Executor, PendingRows, State, StepInputs, allocate_states, empty_rows, state_bytes
+from engram_runtime.executor import (
+    Executor,
+    OnDevice,
+    PendingRows,
+    State,
+    StepInputs,
+    allocate_states,
+    empty_rows,
+    state_bytes,
+)
 from engram_runtime.input_embeddings import InputEmbeddings
 from engram_runtime.keyers import NO_TOKEN
 from engram_runtime.manifest import HIDDEN
@@ -319,6 +328,8 @@ class Session:
         for spec in self.state_specs:
             held = np.s_[..., self._held : count, :] if spec.rolls_back else ...
             self._states[spec.name][held] = other._states[spec.name][held]
+        if isinstance(self.executor, OnDevice):
+            self.executor.copy_caches(other._states, self._states)
         self._token_ids, self._held, self._stale = other._token_ids[:count], count, False
         self._hidden = []
 

@@ -1,5 +1,6 @@
 """Straight-line programs as C functions that call kernels."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from engram_compilers.program import (
 )
 from engram_runtime.library import PackedTensor
 from engram_runtime.manifest import ROWS
+
+_NO_NAME = re.compile(r"[^\w./-]", re.ASCII)  # names are a bundle's: none may end the comment it stands in
 
 
 def rounded_up(size: int) -> int:
@@ -111,5 +114,5 @@ def _argument(tensor: Tensor, kind: str, outputs: Mapping[int, int], layout: Mod
 def _comment(call: KernelCall, layout: ModelLayout) -> str:
     """Return which weights a call is about."""
     names = [layout.weights[each.place.index].name for each in call.arguments if isinstance(each.place, Weight)]
-    layers = dict.fromkeys(name.partition(":")[0] for name in names)
+    layers = dict.fromkeys(_NO_NAME.sub("_", name.partition(":")[0]) for name in names)
     return f"  /* {', '.join(layers)} */" if layers else ""

@@ -52,8 +52,16 @@ class Device(Protocol):
         """Queue a copy from the device."""
         ...
 
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Queue a copy of all of a buffer to another one of its size."""
+        ...
+
     def launch(self, kernel: Kernel) -> None:
-        """Queue a launch."""
+        """Queue a launch.
+
+        Raises:
+            TargetError: the device refuses it, such as for want of memory.
+        """
         ...
 
     def start(self) -> None:

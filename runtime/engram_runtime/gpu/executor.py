@@ -65,12 +65,18 @@ class GpuExecutor:
     def bind(self, states: Mapping[str, State], graph: str = DECODER) -> "GpuStep":
         """See `Executor.bind`; caches are taken to be empty the first time their arrays are given."""
         spec = self._graphs[graph]
-        rolling = {state.name for state in spec.states if state.rolls_back}
-        own = {name: array for name, array in states.items() if name not in rolling}
-        caches = self._caches_of({name: array for name, array in states.items() if name in rolling})
+        caches = self._caches_of(states, graph)
+        own = {name: array for name, array in states.items() if name not in caches}
         buffers = {**caches, **{name: self.device.allocate(array.nbytes) for name, array in own.items()}}
         memory = Memory(self.device, self._weights, buffers, self._scratch, self._temporary)
         return GpuStep(self, spec, partial(self._bound_pass, memory, graph, spec), own, counts=graph == DECODER)
+
+    def copy_caches(self, source: Mapping[str, State], target: Mapping[str, State]) -> None:
+        """See `OnDevice.copy_caches`."""
+        copies = self._caches_of(target, DECODER)
+        for name, buffer in self._caches_of(source, DECODER).items():
+            self.device.copy(buffer, copies[name])
+        self.device.finish()
 
     def count_experts(self, counts: Sequence[NDArray[Any]]) -> None:
         """Add what a pass has read of experts."""
@@ -86,14 +92,15 @@ class GpuExecutor:
             raise BundleError(f"library {self.folder} has no pass {name}; compile the bundle again")
         return BoundPass(memory, self._plan.passes[name], spec, {"T": tokens, "R": rows})
 
-    def _caches_of(self, states: Mapping[str, State]) -> Mapping[str, Buffer]:
+    def _caches_of(self, states: Mapping[str, State], graph: str) -> Mapping[str, Buffer]:
         """Return the device's copies of a sequence's caches, for as long as their arrays live."""
-        if not states:
+        rolling = {state.name: states[state.name] for state in self._graphs[graph].states if state.rolls_back}
+        if not rolling:
             return {}
-        first = next(iter(states.values()))
+        first = next(iter(rolling.values()))
         key = id(first)
         if key not in self._caches or self._caches[key][0]() is not first:
-            held = {name: self.device.allocate(array.nbytes) for name, array in states.items()}
+            held = {name: self.device.allocate(array.nbytes) for name, array in rolling.items()}
             self._caches[key] = (weakref.ref(first, lambda _: self._caches.pop(key, None)), held)
         return self._caches[key][1]
 

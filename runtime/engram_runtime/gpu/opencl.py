@@ -1,7 +1,6 @@
 """OpenCL devices, by pyopencl."""
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +50,8 @@ class OpenClDevice:
             return cl.Buffer(self._context, cl.mem_flags.READ_WRITE, size)
 
     def part(self, buffer: "cl.Buffer", offset: int, size: int) -> "cl.Buffer":
-        return buffer.get_sub_region(offset, size)
+        with _failing(self.name):
+            return buffer.get_sub_region(offset, size)
 
     def host_array(self, shape: Sequence[int], dtype: str) -> NDArray[Any]:
         size = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
@@ -65,19 +65,27 @@ class OpenClDevice:
     def kernel(self, function: str, blocks: Sizes, threads: Sizes, arguments: Sequence["cl.Buffer"]) -> OpenClKernel:
         if function not in self._functions:
             raise BundleError(f"the library's source has no kernel {function}; compile the bundle again")
-        kernel = cl.Kernel(self._program, function)
-        kernel.set_args(*arguments)
+        with _failing(self.name):
+            kernel = cl.Kernel(self._program, function)
+            kernel.set_args(*arguments)
         x, y, z = (count * size for count, size in zip(blocks, threads, strict=True))
         return OpenClKernel(kernel, (x, y, z), threads)
 
     def upload(self, array: NDArray[Any], buffer: "cl.Buffer") -> None:
-        cl.enqueue_copy(self._queue, buffer, array, is_blocking=False)
+        with _failing(self.name):
+            cl.enqueue_copy(self._queue, buffer, array, is_blocking=False)
 
     def download(self, buffer: "cl.Buffer", array: NDArray[Any]) -> None:
-        cl.enqueue_copy(self._queue, array, buffer, is_blocking=False)
+        with _failing(self.name):
+            cl.enqueue_copy(self._queue, array, buffer, is_blocking=False)
+
+    def copy(self, source: "cl.Buffer", target: "cl.Buffer") -> None:
+        with _failing(self.name):
+            cl.enqueue_copy(self._queue, target, source)
 
     def launch(self, kernel: OpenClKernel) -> None:
-        cl.enqueue_nd_range_kernel(self._queue, kernel.kernel, kernel.threads, kernel.block)
+        with _failing(self.name):
+            cl.enqueue_nd_range_kernel(self._queue, kernel.kernel, kernel.threads, kernel.block)
 
     def start(self) -> None:
         self._queue.flush()
@@ -135,5 +143,5 @@ def _failing(name: str) -> Iterator[None]:
     try:
         yield
     except cl.Error as error:
-        lines = str(error).strip().splitlines()
-        raise TargetError(f"OpenCL device {name} failed: {os.linesep.join(lines)[:500]}") from error
+        said = " ".join(str(error).split())[:500]
+        raise TargetError(f"OpenCL device {name} failed, free its memory or update its driver: {said}") from error

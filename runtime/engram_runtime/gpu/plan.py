@@ -1,7 +1,7 @@
 """The plan of a GPU's library, ``program.json``: what each forward pass launches, and on which memory."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -121,15 +121,16 @@ class ForwardPass:
             scratch_bytes=fields.count("scratch_bytes"),
         )
         fields.finish()
-        for step in made.steps:
-            for place in step.arguments if isinstance(step, Launch) else ():
-                made.check(place, where)
         return made
 
-    def check(self, place: Place, where: str) -> None:
-        """Refuse a place outside scratch memory."""
-        if place.kind == SCRATCH and int(place.key) + place.bytes > self.scratch_bytes:
-            raise BundleError(f"{where} has scratch memory of {self.scratch_bytes} bytes, not {place}; compile again")
+    def check(self, temporary_bytes: int, where: str) -> None:
+        """Refuse arguments outside scratch and temporary memory."""
+        sizes = {SCRATCH: self.scratch_bytes, TEMPORARY: temporary_bytes}
+        for place in {place for step in self.steps if isinstance(step, Launch) for place in step.arguments}:
+            if place.kind in sizes and int(place.key) + place.bytes > sizes[place.kind]:
+                raise BundleError(
+                    f"{where} has {place.kind} memory of {sizes[place.kind]} bytes, not {place}; compile again"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +147,6 @@ class Plan:
             "temporary_bytes": self.temporary_bytes,
             "passes": {name: each.to_dict() for name, each in self.passes.items()},
         }
-
-    @property
-    def functions(self) -> Sequence[str]:
-        """Names of the device functions that are launched."""
-        launches = (step for each in self.passes.values() for step in each.steps if isinstance(step, Launch))
-        return sorted({launch.function for launch in launches})
 
     @property
     def most_threads(self) -> int:
@@ -173,6 +168,8 @@ def read_plan(path: Path) -> Plan:
         },
     )
     fields.finish()
+    for name, each in plan.passes.items():
+        each.check(plan.temporary_bytes, f"{path.name}.passes.{name}")
     return plan
 
 

@@ -75,7 +75,7 @@ class BoundPass:
         ]
         self._outputs = {place.key: device.allocate(place.bytes) for place, _ in self._results}
         self._buffers: dict[Place, Buffer] = {}
-        self._steps = [step if isinstance(step, AwaitRows) else self._kernel(step) for step in forward.steps]
+        self._steps = [self._prepared(step) for step in forward.steps]
 
     def run(
         self,
@@ -115,9 +115,16 @@ class BoundPass:
         rows.fill(waiting.array)
         waiting.upload()
 
-    def _kernel(self, launch: Launch) -> Kernel:
-        arguments = [self._buffer(place) for place in launch.arguments]
-        return self._device.kernel(launch.function, launch.blocks, launch.threads, arguments)
+    def _prepared(self, step: Launch | AwaitRows) -> Kernel | AwaitRows:
+        if isinstance(step, Launch):
+            arguments = [self._buffer(place) for place in step.arguments]
+            return self._device.kernel(step.function, step.blocks, step.threads, arguments)
+        sites = sum(tensor.name.startswith(ROWS) for tensor in self._spec.inputs)
+        if step.site >= sites:
+            raise BundleError(
+                f"the library's plan awaits rows of table {step.site}, this bundle has {sites}; compile it again"
+            )
+        return step
 
     def _buffer(self, place: Place) -> Buffer:
         if place not in self._buffers:

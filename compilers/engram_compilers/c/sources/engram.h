@@ -2,7 +2,8 @@
  *
  * An `engram` is a model with one text. There are no globals and no threads: any number of them may be open, each to
  * be used by one thread at a time; those of one folder share the memory that its files are mapped to.
- * Whatever can fail says why in an `engram_error`. The files of the folder must not change while they are open. */
+ * Whatever can fail says why in an `engram_error`, which must not be NULL. The files of the folder must not change
+ * while they are open. */
 #ifndef ENGRAM_H
 #define ENGRAM_H
 
