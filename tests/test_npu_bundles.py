@@ -20,7 +20,7 @@ from tests.workshop import THREADS, Workshop, copy_folder, random_ids
 from engram_compilers.build import compile_bundle
 from engram_runtime import LLM
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import TargetError
+from engram_runtime.errors import CompileError, TargetError
 from engram_runtime.executor import load_executor
 from engram_runtime.npu.commands_file import CommandsFile, read_commands
 from engram_runtime.npu.device import Cost, Product
@@ -157,6 +157,16 @@ def damaged(compiled: Compiled, folder: Path) -> tuple[Bundle, Path]:
     return bundle, library / "commands.bin"
 
 
+class InterruptedProgram:
+    """A program of any product whose run the user interrupts."""
+
+    product = Product(rows=1, inputs=1, outputs=1, weights="int8")
+    weight_bytes = 1
+
+    def run(self, weights: NDArray[np.uint8], planes: NDArray[np.int8]) -> tuple[NDArray[np.int32], Cost]:
+        raise KeyboardInterrupt
+
+
 def refusal(bundle: Bundle) -> str:
     with pytest.raises(TargetError) as caught:
         load_npu(bundle, SMALL)
@@ -181,6 +191,33 @@ def test_streams_of_another_geometry_are_refused(compiled: Compiled, tmp_path: P
         f"a command stream is for a systolic array of 32 x 32 with its own memories, this one is {wider}; "
         "compile the bundle again"
     )
+
+
+def test_sound_streams_of_another_library_are_refused(compiled: Compiled, tmp_path: Path) -> None:
+    bundle, commands = damaged(compiled, tmp_path / "bundle")
+    file = read_commands(commands)
+    commands.write_bytes(CommandsFile(file.geometry, file.streams[::-1], file.layers).to_bytes())
+    assert refusal(bundle) == f"{commands} is not what was compiled; compile the bundle again"
+
+
+def test_an_interrupt_of_the_simulator_ends_the_pass(compiled: Compiled) -> None:
+    bundle = compiled.bundle("dense", "int8", SMALL)
+    executor = load_npu(bundle, SMALL)
+    executor.programs = [InterruptedProgram()] * len(executor.programs)
+    with pytest.raises(KeyboardInterrupt):
+        logits(bundle, executor)
+
+
+def test_a_model_without_integers_has_nothing_for_an_accelerator(workshop: Workshop, tmp_path: Path) -> None:
+    bundle = Bundle.open(copy_folder(dense(workshop, "none").path, tmp_path / "bundle"))
+    profile = dataclasses.replace(load_profile(SMALL), decode_tokens=(1,), prefill_tokens=(4,))
+    with pytest.raises(CompileError) as caught:
+        compile_bundle(bundle, profile)
+    assert str(caught.value) == (
+        "no layer has weights of int8 or two-level int4, which are what accelerators multiply; export the model with "
+        "--quant int8 or --quant int4"
+    )
+    assert list(bundle.file("lib").iterdir()) == []
 
 
 def test_an_impossible_geometry_is_refused(compiled: Compiled, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from engram_compilers.npu.device import DeviceCompiler, compiler_for
 from engram_compilers.npu.offload import Asked, DeviceWeight, Offload
 from engram_compilers.npu.partition import partition, partitions
 from engram_compilers.packed_weights import PackedWeights
+from engram_runtime.errors import CompileError
 from engram_runtime.library import PackedTensor
 from engram_runtime.manifest import DRAFT_HEAD
 from engram_runtime.npu.commands_file import CommandsFile
@@ -48,7 +49,8 @@ def compile_for_device(
         lowered: by the kernel family ``portable``, with weights in ``portable``, whose file is at ``portable_path``.
 
     Raises:
-        CompileError: a product that does not fit the accelerator.
+        CompileError: there is nothing for an accelerator to do.
+        TargetError: a product does not fit it.
     """
     compiler, device = compiler_for(geometry), open_device(geometry)
     stream = cache(compiler.commands)
@@ -59,6 +61,11 @@ def compile_for_device(
         graph: _rewrite(offload, graph, [list(portable.tensors)[place] for place in places])
         for graph, places in lowered.graph_tensors.items()
     }
+    if not asked.products:
+        raise CompileError(
+            "no layer has weights of int8 or two-level int4, which are what accelerators multiply; export the model "
+            "with --quant int8 or --quant int4"
+        )
     arrays = _mapped(portable_path, portable.tensors)
     for name in dict.fromkeys(name for kept, _ in taken.values() for name in kept):
         packed.copy(portable.tensors[name], arrays[name])

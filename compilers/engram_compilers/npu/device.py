@@ -35,7 +35,7 @@ class DeviceCompiler(Protocol):
         """Write the command stream of a product.
 
         Raises:
-            CompileError: the product does not fit the device.
+            TargetError: the product does not fit the device.
         """
         ...
 

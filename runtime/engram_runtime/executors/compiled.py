@@ -23,6 +23,9 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> Executor
     """
     device = library_device(bundle, target)
     if device not in DEVICES:
-        raise TargetError(f"library {target} is for device {device!r}, this runtime runs {sorted(DEVICES)}")
+        raise TargetError(
+            f"library {target} is for device {device!r}, this runtime runs {sorted(DEVICES)}; compile for a target of "
+            "those, which engram targets lists"
+        )
     executor: Executor = importlib.import_module(DEVICES[device]).load(bundle, threads=threads, target=target)
     return executor

@@ -287,11 +287,17 @@ class TvmStep:
             RuntimeError: they can't be had; the call of the pass raises what says why.
         """
         rows, buffer = self._pending[site]
-        try:
+        with self.failing("rows can't be had"):
             rows.fill(buffer)
+
+    @contextlib.contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Make a failure of what generated code calls that of the pass; it itself sees a RuntimeError."""
+        try:
+            yield
         except BaseException as error:  # an interrupt, too, would not find its way through the machine code
             self._failure = error
-            raise RuntimeError("rows can't be had") from error
+            raise RuntimeError(what) from error
 
     def _copy(self, name: str, values: NDArray[Any]) -> Any:
         """Copy an input into the buffer kept for it."""

@@ -3,6 +3,7 @@
 Little-endian: the magic, the length of a JSON header in 8 bytes, the header, the streams one after the other.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ MULTIPLY = "engram.npu.multiply"  # planes i8 [R, Kp], weight u8 [B]; -> sums i3
 MULTIPLY_EXPERTS = "engram.npu.multiply_experts"  # planes, weight u8 [E * B], `Segments`; -> sums i32 [2P, N]
 MAGIC = b"ENGRAMNP"
 SIZE_BYTES = 8
-MOST_HEADER_BYTES = 1 << 26
+MOST_HEADER_BYTES = 1 << 24  # of a name and a size for each layer: that of the demo model has some 5 KB
+AGAIN = "compile the bundle again"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +70,6 @@ def read_commands(path: Path) -> CommandsFile:
         raise TargetError(f"{error}; {AGAIN}") from error
 
 
-AGAIN = "compile the bundle again"
-
-
 def _parsed(path: Path, header: bytes, streams: bytes) -> CommandsFile:
     fields = Fields(parse_json_object(header, str(path)), str(path))
     geometry = parse_geometry(fields.take("accelerator", str), fields.value("npu"), str(path))
@@ -78,5 +77,5 @@ def _parsed(path: Path, header: bytes, streams: bytes) -> CommandsFile:
     fields.finish()
     if min(sizes, default=0) < 0 or sum(sizes) != len(streams):
         raise TargetError(f"{path} has {len(streams)} bytes of command streams, its header says {sum(sizes)}; {AGAIN}")
-    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    ends = itertools.accumulate(sizes)
     return CommandsFile(geometry, [streams[end - size : end] for end, size in zip(ends, sizes, strict=True)], layers)

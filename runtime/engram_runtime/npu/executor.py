@@ -5,8 +5,9 @@ module for integer products; sums come back before the call returns, while the l
 taken. Results don't depend on the accelerator: its sums are exact.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.cpu import available_cores
+from engram_runtime.errors import TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows
 from engram_runtime.executors.tvm_library import (
     TvmExecutor,
@@ -32,6 +34,8 @@ from engram_runtime.npu.device import Program
 from engram_runtime.npu.devices import open_device
 from engram_runtime.npu.ledger import Ledger, RowsWait
 from engram_runtime.table_spec import TableSpec
+
+PLANES = 2  # of a row that goes to experts
 
 Sums = NDArray[np.int32]
 
@@ -58,6 +62,7 @@ class NpuExecutor(TvmExecutor):
         device = open_device(commands.geometry)
         self.geometry = commands.geometry
         self.programs: Sequence[Program] = [device.load(stream) for stream in commands.streams]
+        _check_own(folder, info)
         self.ledger = Ledger(commands.layers)
         load_tvm_runtime(runtime_library(folder, info))
         super().__init__(folder, info, tables, threads=threads, told=told)
@@ -103,6 +108,14 @@ class NpuStep(TvmStep):
         ledger.passes += 1
         return logits
 
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Time what generated code has the accelerator do; what goes wrong in it, the pass raises."""
+        started = time.perf_counter()
+        with self.failing("the accelerator failed"):
+            yield
+        self.device_s += time.perf_counter() - started
+
     def _reach(
         self, site: int, fetch_s: float, cycles: int, rows: NDArray[np.float32], out: NDArray[np.float32]
     ) -> None:
@@ -113,29 +126,29 @@ class NpuStep(TvmStep):
 
 
 def _multiply(planes: Any, weight: Any, program: int, layer: int, sums: Any) -> None:
-    step, started = _npu_step(), time.perf_counter()
-    _array(sums)[...] = step.executor.multiply(program, layer, _array(weight), _array(planes))
-    step.device_s += time.perf_counter() - started
+    step = _npu_step()
+    with step.on_device():
+        _array(sums)[...] = step.executor.multiply(program, layer, _array(weight), _array(planes))
 
 
 def _multiply_experts(
     planes: Any, weight: Any, order: Any, expert: Any, start: Any, count: Any, program: int, layer: int, sums: Any
 ) -> None:
     """Run the product of each segment of `engram_compilers.kernels.experts.Segments` with its expert's weight."""
-    step, started = _npu_step(), time.perf_counter()
+    step = _npu_step()
+    executor = step.executor
     weights, pairs = _array(weight), _array(order)
-    rows = _array(planes).reshape(2, -1, _array(planes).shape[1])
-    made = _array(sums).reshape(2, len(pairs), -1)
-    per_row, size = len(pairs) // rows.shape[1], step.executor.programs[program].weight_bytes
+    rows = _array(planes).reshape(PLANES, -1, _array(planes).shape[1])
+    made = _array(sums).reshape(PLANES, len(pairs), -1)
+    per_row, size = len(pairs) // rows.shape[1], executor.programs[program].weight_bytes
     bounds = _array(start)
-    for segment in range(int(_array(count)[0])):
-        own = pairs[bounds[segment] : bounds[segment + 1]]
-        base = int(_array(expert)[segment]) * size
-        stacked = rows[:, own // per_row].reshape(2 * len(own), -1)
-        made[:, own] = step.executor.multiply(program, layer, weights[base : base + size], stacked).reshape(
-            2, len(own), -1
-        )
-    step.device_s += time.perf_counter() - started
+    with step.on_device():
+        for segment in range(int(_array(count)[0])):
+            own = pairs[bounds[segment] : bounds[segment + 1]]
+            base = int(_array(expert)[segment]) * size
+            stacked = rows[:, own // per_row].reshape(PLANES * len(own), -1)
+            found = executor.multiply(program, layer, weights[base : base + size], stacked)
+            made[:, own] = found.reshape(PLANES, len(own), -1)
 
 
 def _npu_step() -> NpuStep:
@@ -150,6 +163,13 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 let_call(MULTIPLY, _multiply)
 let_call(MULTIPLY_EXPERTS, _multiply_experts)
+
+
+def _check_own(folder: Path, info: LibraryInfo) -> None:
+    """Refuse sound streams of another library, whose products are not those this one asks for."""
+    path = folder / info.files["commands"]
+    if file_sha256(path) != info.sha256["commands"]:
+        raise TargetError(f"{path} is not what was compiled; compile the bundle again")
 
 
 def load(bundle: Bundle, *, threads: int | None, target: str | None) -> NpuExecutor:
