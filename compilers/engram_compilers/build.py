@@ -28,6 +28,7 @@ from engram_compilers.lowering import Graphs, LoweredGraphs, lower
 from engram_compilers.npu.codegen import compile_for_device
 from engram_compilers.onnx_model import read_onnx_model
 from engram_compilers.packed_weights import PackedWeights
+from engram_compilers.processors import check_processor
 from engram_compilers.runtime_library import installed_library, library_of
 from engram_compilers.table_functions import table_functions
 from engram_compilers.tuning.sizes import OWN_BLOCKS, Blocks
@@ -70,8 +71,9 @@ def compile_bundle(
         blocks: block sizes measured for this profile, which change no bit of a result.
 
     Raises:
-        CompileError: the graph has an operator or a use of one that has no lowering, the target is C sources, there
-            is no linker for it, or TVM's runtime library for it can't be downloaded.
+        CompileError: the graph has an operator or a use of one that has no lowering, the target is C sources or a
+            processor that LLVM doesn't know, there is no linker for it, or TVM's runtime library for it can't be
+            downloaded.
     """
     started = time.monotonic()
     folder = bundle.file(LIBRARY_FOLDER) / profile.name
@@ -99,11 +101,13 @@ def _build(bundle: Bundle, profile: Profile, folder: Path, report: Report, block
         case GpuProfile():
             return build_for_gpu(bundle, _read_graphs(bundle), profile, folder, report)
         case CpuProfile():
+            check_processor(profile)
             with PackedWeights(folder / WEIGHTS_FILE) as packed:
                 report(LOWERING)
                 lowered = _lower(_read_graphs(bundle), packed, profile, profile.kernels, blocks)
             return _build_library(bundle, profile, profile, Lowered(lowered, packed, None, blocks), folder, report)
         case NpuProfile():
+            check_processor(profile.host)
             report(LOWERING)
             for_npu = _lower_for_npu(_read_graphs(bundle), profile, folder)
             return _build_library(bundle, profile, profile.host, for_npu, folder, report)
