@@ -67,16 +67,18 @@ def write(name: str, model: str, rows: Sequence[Row]) -> None:
 
 @click.command(help=__doc__)
 @click.option("--bundle", type=click.Path(exists=True, path_type=Path))
-@click.option("--name", default=TINY)
+@click.option("--name", help="What the page calls the model of --bundle.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(profile_names()))
 @click.option("--write", "written", is_flag=True)
-def main(bundle: Path | None, name: str, targets: tuple[str, ...], written: bool) -> None:
+def main(bundle: Path | None, name: str | None, targets: tuple[str, ...], written: bool) -> None:
+    if (bundle is None) != (name is None) or name == TINY:
+        raise click.UsageError(f"--bundle and --name go together, and {TINY!r} is the random one")
     with tempfile.TemporaryDirectory() as home:
         copy = Path(home) / "copy"
         shutil.copytree(bundle or tiny_bundle(Path(home)), copy)
         profiles = [load_profile(target) for target in (REFERENCE, *(targets or profile_names()))]
-        reference, *others = map(few_passes, profiles) if name == TINY else profiles
-        prompt = TINY_IDS if name == TINY else TextTokenizer.load(copy).encode(PROMPT)
+        reference, *others = map(few_passes, profiles) if bundle is None else profiles
+        prompt = TINY_IDS if bundle is None else TextTokenizer.load(copy).encode(PROMPT)
         expected = cache(partial(reference_tokens, copy, prompt, reference))
         task = Task(copy, Path(home), tuple(prompt), expected, TOKENS)
         rows: list[Row] = []
@@ -84,7 +86,7 @@ def main(bundle: Path | None, name: str, targets: tuple[str, ...], written: bool
             rows += rows_of(task, profile)
             click.echo(table(rows[-1:]).splitlines()[-1])
             if written:
-                write(name, str(bundle), rows)
+                write(name or TINY, str(bundle), rows)
     click.echo(f"\n{table(rows)}")
 
 

@@ -104,6 +104,21 @@ def test_an_npu_profile_is_an_array_beside_another_profile() -> None:
             raw_profile(llvm=raw_llvm(mtriple="$(ls)")),
             "profile mine has mtriple '$(ls)', expected 1 to 64 letters, digits and any of . _ + -",
         ),
+        (
+            raw_profile(machine="aarch64"),
+            "profile mine has mtriple 'x86_64-linux-gnu', expected one for linux on aarch64, which begins with "
+            "'aarch64-linux-gnu'",
+        ),
+        (
+            raw_profile(system="macos"),
+            "profile mine has mtriple 'x86_64-linux-gnu', expected one for macos on x86_64, which begins with "
+            "'x86_64-apple-macos'",
+        ),
+        (
+            raw_profile(llvm=raw_llvm(mtriple="x86_64-unknown-linux-gnu")),
+            "profile mine has mtriple 'x86_64-unknown-linux-gnu', expected one for linux on x86_64, which begins with "
+            "'x86_64-linux-gnu'",
+        ),
         (raw_profile(system="dos"), "profile mine has system 'dos', there are ['linux', 'macos', 'wasi']"),
         (
             raw_profile(evidence="hearsay"),

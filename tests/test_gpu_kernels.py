@@ -71,7 +71,7 @@ def kernels() -> Kernels:
             f"float {m} {k}": float_linear.linear_float(m, OUTPUTS, k, "uint16"),
             f"embed {m} {k}": linear.embed_int8(m, OUTPUTS, k),
         }
-    made |= {f"block{bits}": linear.linear_block(4, OUTPUTS, INPUTS, bits) for bits in (4, 8)}
+    made |= {f"block{bits}": gpu.linear_block(4, OUTPUTS, INPUTS, bits) for bits in (4, 8)}
     made["int4"] = linear.linear_int4(4, OUTPUTS, INPUTS, 2)
     made |= {name: gpu.activation.each(300, getattr(gpu.activation, name)) for name in ("tanh", "gelu")}
     for t, h, kv, d, s, position, window in HEADS:

@@ -254,6 +254,17 @@ def test_files_that_lack_or_changed_are_named(damaged: Path, box: Box, name: str
     assert (done.returncode, done.stdout, done.stderr) == (3, "", f"engram: {sentence}\n")
 
 
+@pytest.mark.parametrize("content", [None, b"", b'{"target": "x86', b"\xff"])
+def test_a_folder_that_does_not_say_what_was_packed_is_refused(damaged: Path, box: Box, content: bytes | None) -> None:
+    path = damaged / "pack.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    done = box.run(damaged, "--help")
+    wanted = f"engram: {path} is missing or damaged; {MEND}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", wanted)
+
+
 def test_a_table_of_another_size_is_named(damaged: Path, box: Box) -> None:
     (table,) = (damaged / "bundle" / "tables").glob("*.safetensors")
     sentence = shorten(table)
@@ -423,6 +434,11 @@ def test_files_are_linked_or_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a").write_bytes(b"rows")
     link_or_copy(tmp_path / "a", tmp_path / "there" / "b")
     assert (tmp_path / "there" / "b").samefile(tmp_path / "a")
+
+    (tmp_path / "alias").symlink_to("a")
+    link_or_copy(tmp_path / "alias", tmp_path / "there" / "d")
+    assert not (tmp_path / "there" / "d").is_symlink()
+    assert (tmp_path / "there" / "d").samefile(tmp_path / "a")
 
     def refuse(source: Path, target: Path) -> None:
         raise OSError(18, "Invalid cross-device link")

@@ -29,11 +29,12 @@ PACKAGES = list(FOLDERS)
 HEAVY = ["torch", "onnx", "tvm", "transformers", "matplotlib", "gguf", "ml_dtypes", "onnxscript", "onnx_ir"]
 ENGINES = {
     "onnxruntime": "engram_runtime.executors.onnxruntime_session",
+    "pyopencl": "engram_runtime.gpu.opencl",
     "ray": "engram_runtime.batch.ray_pipeline",
     "tvm_ffi": "engram_runtime.executors.tvm_library",
 }
 NPU_EXECUTOR = "engram_runtime.npu.executor"  # which imports that of tvm_ffi
-OWN_EXTRAS = ("ort", "plot", "serve", "ray")  # of the runtime
+OWN_EXTRAS = ("ort", "opencl", "plot", "serve", "ray")  # of the runtime
 # Of distributions whose modules are called otherwise.
 IMPORT_NAMES = {"apache-tvm-ffi": "tvm_ffi", "prometheus-client": "prometheus_client"}
 # Names of modules that are imported when a command asks for them, the only way to point upwards.
@@ -135,7 +136,7 @@ def test_the_runtime_loads_neither_heavy_packages_nor_those_above_it() -> None:
         watched=[*HEAVY, *above("engram_runtime"), *ENGINES],
     )
     found = {module: roots for module, roots in loads.items() if roots}
-    assert (found, errors) == ({ENGINES["onnxruntime"]: ["onnxruntime"]}, {})
+    assert (found, errors) == ({ENGINES[name]: [name] for name in ("onnxruntime", "pyopencl")}, {})
 
 
 def test_every_module_of_the_runtime_can_be_imported_where_nothing_else_is_installed() -> None:
@@ -154,6 +155,7 @@ def test_what_runs_on_a_missing_engine_says_how_to_install_it() -> None:
         ENGINES["onnxruntime"]: (
             "TargetError: the onnxruntime executor needs onnxruntime: pip install 'engram-edge[ort]'"
         ),
+        ENGINES["pyopencl"]: "TargetError: libraries for OpenCL need pyopencl: pip install 'engram-edge[opencl]'",
         ENGINES["ray"]: "TargetError: batches on Ray need ray: pip install 'engram-edge[ray,serve]'",
         ENGINES["tvm_ffi"]: lacks_tvm_ffi,
         NPU_EXECUTOR: lacks_tvm_ffi,

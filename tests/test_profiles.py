@@ -439,7 +439,10 @@ def test_a_missing_key_of_a_library_is_named(key: str) -> None:
             {"batches": [4, 2]},
             "library runs [4, 2] sequences at once, expected ascending numbers from 2; compile again",
         ),
-        ({"device": "abacus"}, "library is for device 'abacus', there are ['cpu', 'npu']; compile again"),
+        (
+            {"device": "abacus"},
+            "library is for device 'abacus', there are ['cpu', 'npu', 'opencl', 'cuda', 'metal']; compile again",
+        ),
         ({"commands": "../c"}, "path '../c' leaves the bundle; only plain relative paths are allowed"),
         ({"commands": "commands.bin"}, "compile.json.sha256 has no key 'commands'"),
         (

@@ -75,6 +75,7 @@ def test_a_program_gives_the_bits_of_the_library(workshop: Workshop, name: str, 
     assert_same_bits(program_logits(bundle, executor, ids), expected)
 
 
+@pytest.mark.exhaustive
 def test_a_program_of_two_sequences_gives_the_bits_of_each(workshop: Workshop, tmp_path: Path) -> None:
     bundle = llama(workshop)
     lowered = lower_bundle(bundle, tmp_path, [(1, 1)], batches=[2])

@@ -106,9 +106,17 @@ def test_an_array_needs_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_graphics_processor_needs_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
     monkeypatch.setattr("ctypes.util.find_library", found.append)
-    assert misfit(load_profile("cuda-sm80")) == "there is no driver, a library cuda"
-    assert misfit(load_profile("metal")) == "there is no driver, a library Metal"
-    assert found == ["cuda", "Metal"]
+    assert misfit(load_profile("opencl")) == "there is no driver, a library OpenCL"
+    assert found == ["OpenCL"]
+
+
+@pytest.mark.parametrize(("name", "language"), [("cuda-sm80", "cuda"), ("cuda-sm90", "cuda"), ("metal", "metal")])
+def test_a_driver_is_no_executor(monkeypatch: pytest.MonkeyPatch, name: str, language: str) -> None:
+    monkeypatch.setattr("ctypes.util.find_library", lambda driver: driver)
+    assert misfit(load_profile(name)) == (
+        f"there is no executor for {language}: its kernels are generated, and nothing here runs them"
+    )
+    assert misfit(load_profile("opencl")) is None
 
 
 def test_the_linker_of_this_machine_does_for_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:

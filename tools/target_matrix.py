@@ -33,7 +33,8 @@ RISC-V or Apple processors, on graphics processors or on accelerators. `engram t
 its evidence. What a target is for and needs: `engram targets show NAME`.
 """
 LEGEND = """
-- compiled: a library, or a program from C sources, was made of the model without an error.
+- compiled: a library, or a program from C sources, was made of the model without an error. Of graphics processors
+  it is the kernels' source: OpenCL's is compiled by a driver, CUDA's by nvcc where there is one, Metal's by nothing.
 - run: a whole model. Kernels of targets that have run none are tested one by one: those of `x86-64-amx` with AMX
   instructions carried out by a signal handler, those of `x86-64-avx-vnni` on AVX512-VNNI, of `riscv64-rvv` under qemu.
 - same tokens: 32 tokens, chosen greedily, equal to those of `x86-64-v2`, the portable kernels on x86. Where a target

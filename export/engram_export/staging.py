@@ -11,7 +11,7 @@ from typing import BinaryIO
 from engram_export.journal import Journal
 from engram_runtime.bundle import MANIFEST_NAME
 from engram_runtime.errors import EngramError, RequestError
-from engram_runtime.new_folder import flush_tree, move_into_place, restore_replaced
+from engram_runtime.new_folder import check_new_folder, flush_tree, move_into_place, restore_replaced
 
 JOURNAL_FILE, STAGED_FOLDER = "journal.jsonl", "bundle"
 
@@ -29,7 +29,7 @@ def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Jou
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out) as stream:
         restore_replaced(out)
-        _check_place(out, replace=replace)
+        check_new_folder(out, MANIFEST_NAME, "a bundle", replace=replace)
         journal = Journal(stream, workplace(out) / STAGED_FOLDER, fingerprint)
         try:
             yield journal
@@ -81,12 +81,3 @@ def _is_at(path: Path, stream: BinaryIO) -> bool:
 
 def _busy(out: Path) -> RequestError:
     return RequestError(f"{out} is being exported to by another process; wait for it or choose another place")
-
-
-def _check_place(out: Path, *, replace: bool) -> None:
-    if not out.exists():
-        return
-    if not (out / MANIFEST_NAME).is_file():
-        raise RequestError(f"{out} exists and is not a bundle; choose another place")
-    if not replace:
-        raise RequestError(f"{out} is a bundle already; replace it with --force or choose another place")

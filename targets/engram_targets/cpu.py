@@ -11,7 +11,8 @@ from engram_runtime.strict_json import Fields
 from engram_targets.common import Profile, choice, common_values, words
 
 KERNEL_FAMILIES = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "neon_i8mm", "portable")
-SYSTEMS = ("linux", "macos", "wasi")
+TRIPLES = {"linux": "linux-gnu", "macos": "apple-macos", "wasi": "wasi"}  # by system, what follows the architecture
+SYSTEMS = tuple(TRIPLES)
 AUTO_THREADS = "auto"
 
 
@@ -20,7 +21,7 @@ class Llvm:
     """What LLVM is told.
 
     Attributes:
-        mtriple: target triple.
+        mtriple: target triple, of the profile's machine and system.
         mcpu: processor, the one with the least that code may use: LLVM uses all that it has, whatever ``cpu_flags``
             say.
         mattr: features beside the processor's, such as ``+v``, or without, such as ``-sha3``.
@@ -86,7 +87,17 @@ class CpuProfile(Profile):
             llvm=Llvm.from_fields(name, fields.fields("llvm")),
         )
         fields.finish()
+        profile.check()
         return profile
+
+    def check(self) -> None:
+        """Refuse a triple of another machine than the profile's, whose code no box would load; raises TargetError."""
+        start = f"{self.machine}-{TRIPLES[self.system]}"
+        if not self.llvm.mtriple.startswith(start):
+            raise TargetError(
+                f"profile {self.name} has mtriple {self.llvm.mtriple!r}, expected one for {self.system} on "
+                f"{self.machine}, which begins with {start!r}"
+            )
 
     def fits(self, architecture: str, flags: Iterable[str]) -> bool:
         """Whether a machine with these CPU flags can run the code."""

@@ -10,7 +10,7 @@ from engram_targets.cpu import CpuProfile
 from engram_targets.gpu import GpuProfile
 from engram_targets.npu import NpuProfile
 
-DRIVERS = {"cuda": "cuda", "opencl": "OpenCL", "metal": "Metal"}  # by language, the library that a driver brings
+OPENCL, OPENCL_DRIVER = "opencl", "OpenCL"  # the language that there is an executor for, and its driver's library
 COMPILE = "pip install 'engram-edge[compile]'"
 RUN = "Python with numpy, apache-tvm-ffi, tokenizers, click and jinja2"
 
@@ -31,8 +31,7 @@ def misfit(profile: Profile) -> str | None:
         case NpuProfile():
             return cpu_misfit(profile.host, machine(), usable_cpu_flags())
         case GpuProfile():
-            driver = DRIVERS[profile.language]
-            return None if ctypes.util.find_library(driver) else f"there is no driver, a library {driver}"
+            return gpu_misfit(profile.language)
     return None
 
 
@@ -42,6 +41,13 @@ def cpu_misfit(profile: CpuProfile, architecture: str, flags: Iterable[str]) -> 
         return f"it is for {profile.machine}, this machine is {architecture}"
     missing = sorted(set(profile.cpu_flags) - set(flags))
     return f"this machine lacks CPU features {missing}" if missing else None
+
+
+def gpu_misfit(language: str) -> str | None:
+    """Return why code in a language of graphics processors can't run here, None where there is a driver for it."""
+    if language != OPENCL:
+        return f"there is no executor for {language}: its kernels are generated, and nothing here runs them"
+    return None if ctypes.util.find_library(OPENCL_DRIVER) else f"there is no driver, a library {OPENCL_DRIVER}"
 
 
 def needs(profile: Profile) -> Needs:

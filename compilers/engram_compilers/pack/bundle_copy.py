@@ -56,7 +56,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system can't."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # a second name of a symbolic link would lead nowhere on the box
     except OSError:
         shutil.copyfile(source, target)
 

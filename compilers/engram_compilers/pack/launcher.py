@@ -19,6 +19,17 @@ HERE = Path(__file__).resolve().parent
 DAMAGED, UNFIT = 3, 4  # exit codes, as those of engram
 
 
+def packed() -> dict[str, Any]:
+    """Return what the folder says of itself, or end where it doesn't."""
+    path = HERE / "pack.json"
+    try:
+        pack: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        sys.stderr.write(f"engram: {path} is missing or damaged; copy the packed folder here again\n")
+        sys.exit(DAMAGED)
+    return pack
+
+
 def damage(pack: dict[str, Any]) -> str | None:
     """Name the first file that is not what was packed: by its digest where it is code, else by its size."""
     for name, (size, digest) in pack["files"].items():
@@ -54,7 +65,7 @@ def misfit(pack: dict[str, Any]) -> str | None:
 
 def main() -> None:
     """Check what is here, then run the command."""
-    pack = json.loads((HERE / "pack.json").read_text(encoding="utf-8"))
+    pack = packed()
     folders = [str(HERE / "python"), str(HERE / "site")]
     sys.path[:0] = folders
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)  # for processes that are started, as by engram bench
@@ -65,7 +76,7 @@ def main() -> None:
     try:
         from engram_runtime.cli import main as run
     except ImportError as error:  # as by packages that were installed for another Python
-        (first, *_) = str(error).strip().splitlines()
+        (first, *_) = str(error).strip().splitlines() or [type(error).__name__]
         sys.stderr.write(
             f"engram: a package can't be imported: {first}; run, in {HERE}, by the Python that runs it: "
             f"{pack['install']}\n"

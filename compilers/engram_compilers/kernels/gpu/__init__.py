@@ -15,7 +15,8 @@ from engram_compilers.kernels.gpu import (
     rotary,
     streams,
 )
-from engram_compilers.kernels.gpu.linear import embed_int8, linear_block, linear_int4, linear_int8
+from engram_compilers.kernels.gpu.block_linear import linear_block
+from engram_compilers.kernels.gpu.linear import embed_int8, linear_int4, linear_int8
 from engram_compilers.kernels.gpu.packing import pack_block, pack_int4, pack_int8
 
 __all__ = [
