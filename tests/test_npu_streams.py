@@ -162,7 +162,9 @@ def test_a_dot_engine_refuses_streams_of_another_and_products_too_large() -> Non
         "a command stream is for another dot engine than DotEngine(lanes=3, width=5, registers=3, input_bytes=100, "
         f"dma_bytes_per_cycle=4, clock_hz=1000000){AGAIN}"
     )
-    with pytest.raises(TargetError, match=r"^a product has 101 inputs, the dot engine holds 100$"):
+    with pytest.raises(
+        TargetError, match=r"^a product has 101 inputs, the dot engine holds 100; give it more input_bytes$"
+    ):
         compiler_for(DOTS).commands(replace(PRODUCT, inputs=101))
 
 

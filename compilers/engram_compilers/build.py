@@ -14,6 +14,7 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
+from engram_runtime.new_folder import move_into_place
 from engram_targets import CpuProfile, GpuProfile, NpuProfile, Profile
 
 try:
@@ -83,8 +84,7 @@ def compile_bundle(
     try:
         info = _build(bundle, profile, scratch, report, blocks)
         (scratch / LIBRARY_INFO_NAME).write_text(json.dumps(info.to_dict()), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        move_into_place(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return CompileResult(
