@@ -72,7 +72,8 @@ class DotEngine:
         """
         if product.inputs > self.input_bytes:
             raise TargetError(
-                f"a product has {product.inputs} inputs, the dot engine holds {self.input_bytes}; give it more input_bytes"
+                f"a product has {product.inputs} inputs, the dot engine holds {self.input_bytes}; "
+                "give it more input_bytes"
             )
         return min(self.registers, self.input_bytes // product.inputs, product.rows)
 
