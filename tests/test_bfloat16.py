@@ -79,7 +79,7 @@ def test_a_bfloat16_checkpoint_has_half_the_weights_and_the_same_logits(
 ) -> None:
     bundle = workshop.bundle(workshop.checkpoint(TinyModel(dtype="bfloat16", tied=tied)))
     half = workshop.compiled(bundle)
-    monkeypatch.setattr(float_linear, "float_dtype", lambda weight: FLOAT32)
+    monkeypatch.setattr("engram_compilers.kernel_converters.float_dtype", lambda weight: FLOAT32)
     whole = workshop.compiled(bundle, prefill_tokens=(16,))
     found, expected = (bundle_logits(compiled, random_ids(30), "tvm") for compiled in (half, whole))
     assert same_bits(found, expected)
