@@ -97,7 +97,8 @@ def test_a_packed_program_says_what_python_says_and_does_nothing_undefined(
     assert c_answers([program], folder) == expected
 
 
-@pytest.mark.parametrize("name", ["riscv64", pytest.param("arm", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_packed_program_says_the_same_on_other_machines(
     name: str, expected: list[list[int]], folder: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_packed_program_says_the_same_on_other_machines(
     assert c_answers([emulator, program], folder) == expected
 
 
+@pytest.mark.exhaustive
 def test_the_command_packs_the_same_again(bundle: Bundle, folder: Path, command: Command, tmp_path: Path) -> None:
     out, profile = tmp_path / "program", tmp_path / "small.toml"
     shipped = (resources.files("engram_targets") / "profiles" / "c-portable.toml").read_text(encoding="utf-8")

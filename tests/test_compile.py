@@ -147,7 +147,7 @@ def test_prefill_gives_the_bits_of_the_last_position(workshop: Workshop, name: s
 
 
 @needs_vnni
-@pytest.mark.parametrize("name", ["int8", "int4", pytest.param("kept-q4_0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["int8", "int4", pytest.param("kept-q4_0", marks=pytest.mark.exhaustive)])
 def test_both_kernel_families_give_the_same_bits(workshop: Workshop, name: str) -> None:
     portable, vnni = (
         bundle_logits(compiled_bundle(workshop, kernels), random_ids(TOKENS), "tvm")
@@ -164,6 +164,7 @@ def test_both_kernel_families_give_the_same_bits(workshop: Workshop, name: str) 
         pytest.param("avx512_vnni", "cascadelake", marks=needs_vnni),
     ],
 )
+@pytest.mark.exhaustive
 def test_every_family_gives_the_same_bits_with_sixteen_tokens_at_once(
     workshop: Workshop, family: str, mcpu: str
 ) -> None:

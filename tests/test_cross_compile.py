@@ -186,9 +186,8 @@ ALONE = pytest.mark.exhaustive
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["riscv64-rvv", *(pytest.param(name, marks=ALONE) for name in BEGINNINGS if name != "riscv64-rvv")]
-)
+@ALONE
+@pytest.mark.parametrize("name", BEGINNINGS)
 def test_a_bundle_is_compiled_for_a_machine_that_is_not_this_one(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

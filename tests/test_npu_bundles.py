@@ -96,7 +96,7 @@ def logits(bundle: Bundle, executor: Any) -> NDArray[np.float32]:
     ("model", "quant", "target"),
     [
         ("dense", "int8", SMALL),
-        ("experts", "int4", SMALL),
+        pytest.param("experts", "int4", SMALL, marks=pytest.mark.exhaustive),
         *(
             pytest.param(model, quant, target, marks=pytest.mark.exhaustive)
             for model in MODELS
@@ -133,6 +133,7 @@ def test_every_linear_layer_runs_on_the_accelerator_and_moves_what_it_must(compi
     assert len(executor.ledger.waits) == passes
 
 
+@pytest.mark.exhaustive
 def test_an_expert_that_tokens_chose_is_a_run(compiled: Compiled) -> None:
     bundle = compiled.bundle("experts", "int4", SMALL)
     executor = load_npu(bundle, SMALL)
