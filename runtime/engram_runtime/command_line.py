@@ -13,7 +13,7 @@ def run_command(command: click.Command, name: str) -> None:
     """Run a click command; errors a user can act on become one line on stderr and their exit code, warnings a line."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = functools.partial(_show_warning, name)
+            warnings.showwarning = functools.partial(show_warning, name)
             command()
     except EngramError as error:
         _fail(f"{name}: {error}", error.exit_code)
@@ -22,7 +22,7 @@ def run_command(command: click.Command, name: str) -> None:
         _fail(f"{name}: {reason}", OS_ERROR_EXIT_CODE)
 
 
-def _show_warning(name: str, message: Warning | str, *where: object, **more: object) -> None:
+def show_warning(name: str, message: Warning | str, *where: object, **more: object) -> None:
     click.echo(f"{name}: {message}", err=True)
 
 
