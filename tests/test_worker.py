@@ -197,8 +197,12 @@ def test_a_request_whose_worker_dies_is_told_so(stream: bool) -> None:
     workers = ToyWorkers(model)
     body = {"model": "toy", "prompt": [1], "max_tokens": LONG, "stream": stream}
     with away(workers) as engine, served(engine) as url:
-        timer = threading.Timer(0.1, lambda: (until(lambda: engine.load.running == 1), workers.started[0].die()))
-        timer.start()
+
+        def kill_it() -> None:
+            until(lambda: engine.load.running == 1)
+            workers.started[0].die()
+
+        threading.Thread(target=kill_it).start()
         answer = httpx2.post(f"{url}/v1/completions", json=body)
         let_go(model)
     told = answer.text.removesuffix("\n\n").rpartition("data: ")[2] if stream else answer.text
@@ -460,7 +464,8 @@ def test_what_a_socket_does_not_take_at_once_is_sent_in_its_order() -> None:
         for frame in frames:
             writer.put(frame)
         assert writer.unsent_bytes > 0
-        reader, received = FrameReader(ours), []
+        reader = FrameReader(ours)
+        received: list[bytes] = []
         while len(received) < len(frames):
             received += reader.receive(5.0)
         assert received == frames

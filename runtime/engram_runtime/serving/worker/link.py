@@ -91,10 +91,10 @@ class Link:
         try:
             self._take_all()
         except (EOFError, ProtocolError) as error:
+            with self._lock:
+                self._over = True
+                jobs, self._jobs = list(self._jobs.values()), {}
             reason = self._lost(error)
-        with self._lock:
-            self._over = True
-            jobs, self._jobs = list(self._jobs.values()), {}
         for job in jobs:
             job.lose(self._error(reason))
         return self._error(reason)
