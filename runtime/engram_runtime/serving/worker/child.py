@@ -44,7 +44,7 @@ def main() -> None:
     faulthandler.enable()
     warnings.showwarning = functools.partial(show_warning, "engram")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    _end_with_server()
+    end_with_server()
     sys.exit(run_worker(connection, open_bundle))
 
 
@@ -110,7 +110,7 @@ def _settings(reader: FrameReader) -> WorkerSettings:
     return message.settings
 
 
-def _end_with_server() -> None:
+def end_with_server() -> None:
     """Leave signals to the server, but end when it does, however it does; be the one that lack of memory ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
