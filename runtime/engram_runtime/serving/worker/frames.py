@@ -10,7 +10,7 @@ from collections import deque
 from engram_runtime.errors import EngramError
 
 MAX_FRAME_BYTES = 16 << 20  # 64 prompts of 32 thousand tokens; a finished text of as many is a fortieth
-READ_BYTES = 256 << 10
+READ_BYTES = 64 << 10
 LENGTH = struct.Struct("<I")
 
 
@@ -26,6 +26,7 @@ class FrameReader:
         self._connection = connection
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
+        self._received = memoryview(bytearray(READ_BYTES))
         self._buffer = bytearray()
 
     def receive(self, timeout_s: float) -> list[bytes]:
@@ -38,12 +39,12 @@ class FrameReader:
         if not self._poll.poll(timeout_s * 1e3):
             return []
         try:
-            received = self._connection.recv(READ_BYTES)
+            count = self._connection.recv_into(self._received)
         except ConnectionError as error:
             raise EOFError from error
-        if not received:
+        if not count:
             raise EOFError
-        self._buffer += received
+        self._buffer += self._received[:count]
         return self._whole_frames()
 
     def _whole_frames(self) -> list[bytes]:

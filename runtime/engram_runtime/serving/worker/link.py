@@ -22,7 +22,6 @@ from engram_runtime.serving.worker.messages import (
     Lost,
     Open,
     Opened,
-    Passed,
     Refused,
     Said,
     State,
@@ -172,9 +171,9 @@ class Link:
             self._refuse(message.job, message.error.error())
             return
         self.state = message.state
+        for figures in message.state.passes:
+            self._watch(figures)
         match message:
-            case Passed():
-                self._watch(message.figures)
             case Accepted():
                 self._accept(message.job)
             case Ended():

@@ -49,10 +49,11 @@ class ErrorNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """How the engine does, sent along with what changes it."""
+    """How the engine does, sent along with what changes it; ``passes`` are those since the last one."""
 
     load: Load
     health: Health
+    passes: tuple[StepFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,15 +142,6 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passed:
-    """The engine has made a forward pass."""
-
-    figures: StepFigures
-    state: State
-    kind: Literal["passed"] = "passed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
     """The process lives."""
 
@@ -158,7 +150,7 @@ class Beat:
 
 
 ToWorker = Open | Submit | Cancel
-FromWorker = Opened | Accepted | Refused | Said | Ended | Lost | Passed | Beat
+FromWorker = Opened | Accepted | Refused | Said | Ended | Lost | Beat
 
 _CONFIG = ConfigDict(strict=True, ser_json_inf_nan="constants")
 _TO_WORKER: TypeAdapter[Any] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")], config=_CONFIG)
