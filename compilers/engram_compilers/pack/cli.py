@@ -56,8 +56,7 @@ def pack_command(
         )
     if isinstance(profile, CProfile) and (with_graph or wheels or pythons):
         raise RequestError(f"target {profile.name} takes no --with-graph, --wheels or --python: it is packed as C")
-    taken = sum(entry.bytes for entry in opened.manifest.files if entry.path not in opened.manifest.graph_files)
-    with new_folder(out, PACK_NAME, PACKED, replace=force, num_bytes=taken) as folder:
+    with new_folder(out, PACK_NAME, PACKED, replace=force) as folder:
         sizes = _pack(opened, profile, options, folder)
     total = folder_bytes(out)
     if as_json:
