@@ -11,7 +11,7 @@ from engram_runtime.disk_space import written_to
 from engram_runtime.errors import RequestError
 from engram_runtime.exchange import exchange
 from engram_runtime.new_file import flush
-from engram_runtime.workplace import STAGED_FOLDER, locked_workplace, workplace
+from engram_runtime.workplace import STAGED_FOLDER, clear, locked_workplace, workplace
 
 
 def check_new_folder(out: Path, mark: str, kind: str, *, replace: bool) -> None:
@@ -59,9 +59,8 @@ def staged_place(out: Path, doing: str, num_bytes: int | None = None) -> Iterato
     with locked_workplace(out, doing) as journal, written_to(out, num_bytes):
         journal.truncate(0)  # what an interrupted export noted is of no use to anything else
         restore_replaced(out)
-        folder = workplace(out) / STAGED_FOLDER
-        if folder.exists():
-            shutil.rmtree(folder)
+        clear(out)
+        folder = workplace(out) / f"{STAGED_FOLDER}-{os.getpid()}"  # a linker may live that was started for another one
         folder.mkdir()
         yield folder
         flush_tree(folder)

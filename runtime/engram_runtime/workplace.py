@@ -45,10 +45,17 @@ def locked_workplace(out: Path, doing: str) -> Iterator[BinaryIO]:
             yield stream
         finally:
             if os.fstat(stream.fileno()).st_size == 0:
-                shutil.rmtree(folder / STAGED_FOLDER, ignore_errors=True)
+                clear(out)
                 path.unlink()  # the last to go: until then no other process can begin
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+
+
+def clear(out: Path) -> None:
+    """Remove what was made in the workplace of ``out``; a file that can't be removed stays."""
+    for made in workplace(out).iterdir():
+        if made.name != JOURNAL_FILE:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def holder(file: BinaryIO) -> int | None:
