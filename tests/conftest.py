@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from tests.bare_frames import spare_sources
 from tests.workshop import Workshop
 
 from engram_export import cli as export_cli
 from engram_runtime import cli as runtime_cli
+
+spare_sources()
 
 MAINS = {"engram": runtime_cli.main, "engram-export": export_cli.main}
 
