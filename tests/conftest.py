@@ -2,19 +2,21 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.bare_frames import spare_sources
+from tests.spared import spare_repetitions
 from tests.workshop import Workshop
 
 from engram_export import cli as export_cli
 from engram_runtime import cli as runtime_cli
 
-spare_sources()
+spare_repetitions()
 
 MAINS = {"engram": runtime_cli.main, "engram-export": export_cli.main}
 
@@ -36,10 +38,16 @@ class Outcome:
 Command = Callable[..., Outcome]
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of this run that all its processes have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Tiny checkpoints and bundles, each made once."""
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+    """Tiny checkpoints and bundles, each made once, by whichever process needs it first."""
+    return Workshop(shared_folder(tmp_path_factory) / "workshop")
 
 
 @pytest.fixture

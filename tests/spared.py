@@ -1,13 +1,16 @@
-"""Spares tests what TVM's script parser does for nothing: half the time of making a kernel.
+"""Spares tests what compilers do again for every function or graph though it changes nothing they make.
 
-Before it parses a function, the parser asks `inspect` for every frame above it, each with its line of source. It uses
-the frames alone, and under pytest there are a hundred.
+Both took a third of the time: TVM's parser asks `inspect` for all frames above a kernel, each with its line of source,
+and uses the frames alone; under pytest there are a hundred. torch's exporter parses its operators' sources for every
+graph.
 """
 
+import functools
 import inspect
 import sys
 from types import FrameType, SimpleNamespace
 
+from torch.onnx._internal.exporter._registration import onnxscript_apis
 from tvm.script.parser.core import parser
 from tvm.tirx.script.parser import entry
 
@@ -27,8 +30,9 @@ def bare_frames(frame: FrameType | None, context: int = 0) -> list[inspect.Frame
     return frames
 
 
-def spare_sources() -> None:
-    """Give the parser frames without their lines."""
+def spare_repetitions() -> None:
+    """Give the parser frames without their lines, and the exporter the operators it parsed before."""
     bare = SimpleNamespace(**vars(inspect) | {"stack": bare_stack, "getouterframes": bare_frames})
     for module in (entry, parser):
         vars(module)["inspect"] = bare
+    onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
