@@ -355,6 +355,7 @@ def test_no_text_of_a_request_is_logged(engine: ScriptedEngine, url: str, caplog
     caplog.set_level("INFO", "engram_runtime")
     httpx2.post(f"{url}{CHAT}", json={**BODY, "messages": [{"role": "user", "content": "a secret"}]})
     httpx2.get(f"{url}/secret?secret")
+    until(lambda: len([record for record in caplog.records if record.name.startswith("engram")]) == 2)
     logged = [record.getMessage() for record in caplog.records if record.name.startswith("engram")]
     lines = [json.loads(line) for line in logged]
     assert [(line["route"], line["status"]) for line in lines] == [(CHAT, 200), (OTHER_ROUTE, 404)]
