@@ -34,7 +34,15 @@ NO_KEYS: list[Headers] = [
     [(b"x-api-key", KEY.encode())],
     [(b"cookie", b"authorization=Bearer " + KEY.encode())],
 ]
-FOREIGN_HOSTS = [b"evil.example", b"127.0.0.1.evil.example", b"", b"0.0.0.0", b"127.0.0.1:80:80", b"localhost@evil", b"\xff"]
+FOREIGN_HOSTS = [
+    b"evil.example",
+    b"127.0.0.1.evil.example",
+    b"",
+    b"0.0.0.0",
+    b"127.0.0.1:80:80",
+    b"localhost@evil",
+    b"\xff",
+]
 FOREIGN_ORIGINS = [b"http://evil.example", b"null", b"http://127.0.0.1:8081", b"http://127.0.0.1", b"", b"file://"]
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE")
 
