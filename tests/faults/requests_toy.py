@@ -32,7 +32,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LARGEST = 16  # tokens of a pass
+PASSES = (16, 4, 1)  # tokens that one takes of a prompt
 
 
 def _all_logits() -> Logits:
@@ -87,7 +87,11 @@ class Hashing:
         self._pass_s = pass_s
 
     def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
-        return [LARGEST] * (count // LARGEST) + [1] * (count % LARGEST)
+        sizes = []
+        for size in PASSES:
+            sizes += [size] * (count // size)
+            count %= size
+        return sizes
 
     def row_decoder(self, site: str) -> None:
         pass
