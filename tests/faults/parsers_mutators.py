@@ -102,7 +102,7 @@ def _recount(rng: random.Random, holder: Any, holders: list[Any]) -> None:
     key = _key(rng, holder)
     value = holder[key]
     if type(value) in (int, float):
-        holder[key] = rng.choice((value + 1, value - 1, -value, 2 * value, value * 2**32, float(value), str(value)))
+        holder[key] = rng.choice((value + 1, value - 1, -value, 2 * value, value * 2**32, value % 7 + 0.5, str(value)))
     elif isinstance(value, str):
         holder[key] = rng.choice((value + "x", value[:-1], value.upper(), f"../{value}", f"/{value}", value * 50))
     else:

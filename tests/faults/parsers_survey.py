@@ -9,6 +9,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Parser:
         use: reads a file as the product does, and does with what was taken what the product would do next.
         refusals: the errors that refuse a file.
         sound: the content of a file that is taken.
+        file: what the file is called.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Parser:
     use: Callable[[Path], object]
     refusals: tuple[type[EngramError], ...]
     sound: bytes
+    file: str = "file"
 
 
 def survey(parser: Parser, count: int) -> Outcome:
@@ -59,7 +62,7 @@ def survey(parser: Parser, count: int) -> Outcome:
     """
     shared = mmap.mmap(-1, PROGRESS.size)
     with scratch() as folder, tempfile.TemporaryFile("w+") as failures:
-        path = folder / "file"
+        path = folder / parser.file
         path.write_bytes(parser.sound)
         parser.use(path)
         while (first := PROGRESS.unpack(shared)[0]) < count:
@@ -99,10 +102,14 @@ def _in_child(work: Callable[[], None]) -> int:
         code = 1
         try:
             bound_memory()
+            errors = os.fdopen(os.dup(2), "w")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native panics say there what the exception says as well
             work()
             code = 0
         finally:
+            if code:
+                traceback.print_exc(file=errors)  # of the suite itself: parsers' own are caught
+                errors.flush()
             os._exit(code)
     return os.waitpid(child, 0)[1]
 
