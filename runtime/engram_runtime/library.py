@@ -1,5 +1,7 @@
 """A compiled library of a bundle, ``lib/<target>/``: what it was made from, what it needs, how it is called."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -183,6 +185,15 @@ class LibraryInfo:
         """Return the JSON form that `from_dict` reads."""
         return {"version": LIBRARY_INFO_VERSION, **asdict(self)}
 
+    def to_bytes(self) -> bytes:
+        """Return the bytes of ``compile.json``."""
+        return json.dumps(self.to_dict()).encode()
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of `to_bytes`, and so of all the library's files: by it a library is known to be trusted."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def misfit(self) -> str | None:
         """Say why this machine can't run the library, or None if it can."""
         if self.device in GPUS:
@@ -291,6 +302,12 @@ def find_library(bundle: Bundle, target: str | None = None) -> tuple[Path, Libra
     if unknown := sorted(set(info.float16_states) - states):
         raise TargetError(f"library {path} has states {unknown} this bundle lacks; {mend}")
     return path, info
+
+
+def library_infos(bundle: Bundle) -> list[tuple[Path, LibraryInfo]]:
+    """Return folder and description of all libraries of a bundle; raises BundleError where one is damaged."""
+    paths = _info_paths(bundle).values()
+    return [(path.parent, LibraryInfo.from_dict(read_json_object(path))) for path in paths]
 
 
 def library_device(bundle: Bundle, target: str | None) -> str:

@@ -26,6 +26,7 @@ from engram_runtime.tables.options import TableOptions
 from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tokenizer import TextTokenizer
 from engram_runtime.tracing.recorder import Recorder
+from engram_runtime.trust.levels import LOCALLY, Trust
 
 DEFAULT_MAX_TOKENS = 256
 GREEDY = SamplingOptions()
@@ -49,6 +50,7 @@ class LLM:
         tables: TableOptions = AUTO_OPTIONS,
         drafts: DraftOptions = NO_DRAFTS,
         announce: Announce = silently,
+        trust: Trust = LOCALLY,
     ) -> None:
         """Open and load a bundle.
 
@@ -61,14 +63,15 @@ class LLM:
             drafts: who drafts tokens that a forward pass verifies, several at once; the text stays the same, unless
                 they are asked for unverified. Samples and beams are drawn without.
             announce: see `engram_runtime.session.open_sites`.
+            trust: what is asked of who made the bundle and its library.
 
         Raises:
             BundleError: the bundle or an overlay is damaged, or the overlay is for another table.
-            TargetError: the executor can't run it on this machine.
+            TargetError: the executor can't run it on this machine, or may not.
             RequestError: no such executor, not a positive number of threads, no room for resident tables, or no head
                 or mask to draft with.
         """
-        self.bundle = Bundle.open(Path(bundle))
+        self.bundle = Bundle.open(Path(bundle), trust)
         self.executor = load_executor(executor, self.bundle, threads=threads, target=target)
         self._decoding = open_decoding(self.bundle, self.executor, drafts)
         self.session = Session.open(self.bundle, self.executor, options=tables, tables_on=tables_on, announce=announce)

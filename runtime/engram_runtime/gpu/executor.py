@@ -17,8 +17,10 @@ from engram_runtime.executors.padding import chunk_sizes, padded_inputs
 from engram_runtime.gpu.device import Buffer, Device
 from engram_runtime.gpu.plan import Plan, read_plan
 from engram_runtime.gpu.running import BoundPass, Memory
-from engram_runtime.library import LibraryInfo, find_library, pass_function
+from engram_runtime.library import LibraryInfo, pass_function
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, GraphSpec
+from engram_runtime.trust.code import checked_text
+from engram_runtime.trust.library import trusted_library
 
 
 class GpuExecutor:
@@ -180,10 +182,14 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> GpuExecu
         BundleError: the library is damaged.
         TargetError: there is no library or no device, or the device can't run it.
     """
+    return open_library(bundle, *trusted_library(bundle, target), threads=threads)
+
+
+def open_library(bundle: Bundle, folder: Path, info: LibraryInfo, *, threads: int | None) -> GpuExecutor:
+    """Load a library that may be; its kernels are what is built for the device."""
     from engram_runtime.gpu.opencl import open_device
 
-    folder, info = find_library(bundle, target)
     assert info.commands is not None
     plan = read_plan(folder / info.commands)
-    device = open_device((folder / info.library).read_text(encoding="utf-8"), plan.most_threads)
-    return GpuExecutor(device, folder, info, plan, bundle.manifest.graphs)
+    source = checked_text(folder / info.library, info.sha256["library"])
+    return GpuExecutor(open_device(source, plan.most_threads), folder, info, plan, bundle.manifest.graphs)
