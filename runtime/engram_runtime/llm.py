@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.drafting.opening import open_decoding, recorded
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
-from engram_runtime.errors import RequestError
+from engram_runtime.errors import NumericError, RequestError
 from engram_runtime.executor import added, load_executor
 from engram_runtime.generation import Generation, GrowingText
 from engram_runtime.parallel.beam import Beam, beam_search
@@ -103,6 +103,7 @@ class LLM:
         Raises:
             RequestError: an empty prompt, one beyond the context, or an id outside the vocabulary.
             TableError: a table's file no longer holds its rows; what can be read is served as before.
+            NumericError: a logit is not a finite number.
         """
         for _ in self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
             pass
@@ -136,7 +137,7 @@ class LLM:
             max_tokens=max_tokens,
             end_ids=self.tokenizer.eos_token_ids,
         )
-        with contextlib.closing(tokens):
+        with contextlib.closing(tokens), self._forgetting_numbers():
             for token_id in tokens:
                 last = time.perf_counter()
                 first = first if text.token_ids else last
@@ -233,6 +234,15 @@ class LLM:
         shared = common_length(self.session.token_ids, prompt_ids[:-1])
         again = self.session.trim(len(self.session) - shared)
         return self.session.prefill(prompt_ids[shared:]), again + len(prompt_ids) - shared
+
+    @contextlib.contextmanager
+    def _forgetting_numbers(self) -> Iterator[None]:
+        """Have the next prompt computed anew where what this one computed is no numbers."""
+        try:
+            yield
+        except NumericError:
+            self.session.trim(len(self.session))
+            raise
 
     def close(self) -> None:
         """Close the tables."""

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from engram_runtime.executors.padding import chunk_sizes, padded_inputs
 from engram_runtime.executors.tvm_batch import TvmBatchStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
+from engram_runtime.forking import check_process
 from engram_runtime.library import (
     AWAIT_ROWS,
     LibraryInfo,
@@ -109,6 +111,7 @@ class TvmExecutor:
         self.folder = folder
         self.info = info
         self.threads = threads
+        self.process = os.getpid()
         self._told = told
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self.experts_read: int | None = 0 if info.expert_bytes else None
@@ -244,8 +247,10 @@ class TvmStep:
             own: arguments of this pass between those and the fixed ones.
 
         Raises:
+            ForkError: another process loaded the library.
             TargetError: threads or memory are lacking; and what waiting for rows raises.
         """
+        check_process(self._executor.process)
         _running.step, self._failure = self, None
         try:
             logits, *others = self._forward_pass(before, rows, after, own)

@@ -1,6 +1,7 @@
 """Executor on a library for a GPU: weights and caches lie on the device, tables and windows with the host."""
 
 import mmap
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.executor import State, StepInputs
 from engram_runtime.executors.padding import chunk_sizes, padded_inputs
+from engram_runtime.forking import check_process
 from engram_runtime.gpu.device import Buffer, Device
 from engram_runtime.gpu.plan import Plan, read_plan
 from engram_runtime.gpu.running import BoundPass, Memory
@@ -46,6 +48,7 @@ class GpuExecutor:
         self.folder = folder
         self.info = info
         self.device = device
+        self.process = os.getpid()
         self.caches_on = device.name
         self.float16_states = info.float16_states
         self.experts_read: int | None = 0 if info.expert_bytes else None
@@ -132,6 +135,7 @@ class GpuStep:
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`; a pass that is smaller than all that were compiled is padded."""
+        check_process(self._executor.process)
         self._count, rows = len(inputs.token_ids), len(inputs.logit_rows)
         size = min(size for size in self._sizes if size >= self._count)
         if size > self._count:
