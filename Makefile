@@ -4,7 +4,7 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 RETROFIT := $(BIN)/python -m examples.retrofit
 
-.PHONY: setup demo docs model test test-all check format clean
+.PHONY: setup demo docs model test test-all faults faults-full check format clean
 
 setup: $(INSTALLED)
 
@@ -48,6 +48,14 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -q -n 2 --dist loadfile -m ""
+
+# What may go wrong from outside, done on purpose; ends in a table of what survived. The first takes some minutes, the
+# second hours. Rows that this machine can't run are named.
+faults: setup
+	$(BIN)/python -m tests.faults --json build/faults.json
+
+faults-full: setup
+	$(BIN)/python -m tests.faults --full --json build/faults-full.json
 
 check: setup
 	$(BIN)/ruff format --check .
