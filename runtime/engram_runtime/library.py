@@ -16,7 +16,7 @@ from engram_runtime.cpu import TILE_FLAGS, cpu_flags, machine, request_tiles
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import ALIGNMENT_BYTES, MOST_THREADS
 from engram_runtime.manifest import DECODER, DRAFT_HEAD, contained_path
-from engram_runtime.strict_json import Fields, read_json_object
+from engram_runtime.strict_json import Fields, read_json_object, version_error
 from engram_runtime.table_spec import TableSpec
 
 LIBRARY_FOLDER = "lib"
@@ -245,7 +245,7 @@ def row_function(table: TableSpec) -> str:
 
 def _check_version(fields: Fields) -> None:
     if (found := fields.count("version")) != LIBRARY_INFO_VERSION:
-        raise BundleError(f"library has version {found}, this runtime reads {LIBRARY_INFO_VERSION}; compile again")
+        raise version_error("library has", found, LIBRARY_INFO_VERSION, "compile again")
 
 
 def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:

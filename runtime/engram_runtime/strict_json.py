@@ -49,6 +49,12 @@ def parse_json_object(text: bytes | str, where: str) -> dict[str, Any]:
     return value
 
 
+def version_error(what: str, found: int, newest: int, older: str) -> BundleError:
+    """Return what is said of a format version that isn't read; ``older`` is what to do about one of the past."""
+    advice = older if found < newest else "it needs a newer engram-edge"
+    return BundleError(f"{what} version {found}, this runtime reads {newest}; {advice}")
+
+
 def parse_facts(metadata: Mapping[str, str] | None, key: str, advice: str) -> "Fields":
     """Return the JSON object under a key of a safetensors file's metadata.
 

@@ -12,7 +12,7 @@ from typing import Self
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.library import LibraryInfo
 from engram_runtime.new_file import new_file
-from engram_runtime.strict_json import Fields, read_json_object
+from engram_runtime.strict_json import Fields, read_json_object, version_error
 from engram_runtime.trust.state import own_file, own_folder
 
 FOLDER, VERSION = "libraries", 1
@@ -37,7 +37,7 @@ class LibraryRecord:
         """Parse a file; raises BundleError naming the key."""
         fields = Fields(read_json_object(path), str(path))
         if (found := fields.count("version")) != VERSION:
-            raise BundleError(f"{path} has version {found}, this runtime reads {VERSION}")
+            raise version_error(f"{path} has", found, VERSION, "make it again")
         record = cls(
             digest=path.name,
             how=fields.take("how", str),

@@ -12,7 +12,7 @@ from typing import Self
 
 from engram_runtime.errors import BundleError, RequestError, TargetError
 from engram_runtime.new_file import new_file
-from engram_runtime.strict_json import Fields, read_json_object
+from engram_runtime.strict_json import Fields, read_json_object, version_error
 from engram_runtime.trust.state import own_file, own_folder, state_folder
 
 try:
@@ -41,7 +41,7 @@ class Signature:
         """Parse a file; raises BundleError naming the key."""
         fields = Fields(read_json_object(path), str(path))
         if (found := fields.count("version")) != VERSION:
-            raise BundleError(f"{path} has version {found}, this runtime reads {VERSION}; sign again")
+            raise version_error(f"{path} has", found, VERSION, "sign again")
         key, signature = fields.take("key", str), fields.take("signature", str)
         fields.finish()
         if not KEY_ID.fullmatch(key) or not SIGNATURE.fullmatch(signature):
