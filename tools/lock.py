@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "locks"
-EXTRAS = ("export", "compile", "ort", "serve", "ray")
+EXTRAS = ("export", "compile", "ort", "serve", "ray", "sign")
 GROUPS = ("dev", "docs")
 PYTHON = "3.11.5"  # pymdown-extensions, of the group docs, asks for it
 HEAD = "# Written by `make lock` from pyproject.toml, locks/extra.in and locks/uv.toml: change those.\n"
