@@ -360,7 +360,9 @@ def test_json_is_read_strictly(text: bytes, message: str) -> None:
 
 @pytest.mark.parametrize("text", [b'{"a":' * 100_000, b"[" * 1_000_000, b"\xff", b"", b"{"])
 def test_what_is_no_json_is_refused(text: bytes) -> None:
-    with pytest.raises(ApiError, match="the body is not valid JSON: "):
+    with pytest.raises(
+        ApiError, match=r"the body is not (valid JSON: |UTF-8: byte 0 is wrong; send a JSON object in UTF-8$)"
+    ):
         parse_body(text)
 
 

@@ -51,9 +51,11 @@ BODIES: dict[str, Callable[[], bytes]] = {  # each within a megabyte, which is w
     "a prompt beyond the context": lambda: _message("ab " * ENGINE.context),
     "token ids beyond the context": lambda: _completion([97] * 300_000),
     "lists in lists": lambda: _with("metadata", b"[" * 400_000 + b"]" * 400_000),
-    "many lists": lambda: _with("metadata", b"[" + b"[]," * 300_000 + b"1]"),
+    "many lists": lambda: _with("stop", b"[" + b"[]," * 300_000 + b"1]"),
     "many objects": lambda: _with("stop", b"[" + b"{}," * 300_000 + b"1]"),
     "many keys": lambda: json.dumps({f"k{number}": 1 for number in range(70_000)}).encode(),
+    "many wrong token ids": lambda: _completion([None] * 190_000),
+    "many wrong prompts": lambda: _completion([[""]] * 160_000),
     "many numbers": lambda: _with("logit_bias", b"[" + b"1," * 450_000 + b"1]"),
     "many messages": lambda: json.dumps(
         {"model": "toy", "messages": [{"role": "user", "content": "a"}] * 20_000}

@@ -1,6 +1,8 @@
 """How much, how long and how many the server takes of anything that comes from outside."""
 
 MAX_BODY_BYTES = 1 << 20
+MAX_HELD_BYTES = 16 << 20  # of all bodies that are read or worked on
+LARGE_BODY_BYTES = 64 << 10  # beyond which one waits for others of its size
 MAX_HEADER_BYTES = 16 << 10
 MAX_HEADERS = 64
 MAX_CONNECTIONS = 512
