@@ -103,7 +103,8 @@ def _in_child(work: Callable[[], None]) -> int:
         try:
             bound_memory()
             errors = os.fdopen(os.dup(2), "w")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native panics say there what the exception says as well
+            for number in (1, 2):  # where native code says what its exceptions say as well
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             work()
             code = 0
         finally:
