@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.spared import spare_repetitions
 from tests.workshop import Workshop
 
 from engram_export import cli as export_cli
 from engram_runtime import cli as runtime_cli
+
+spare_repetitions()
 
 HOMES = ("XDG_STATE_HOME", "XDG_RUNTIME_DIR")  # of the developer's own records, keys and locks
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # which has been given what the first process has
@@ -39,6 +42,12 @@ class Outcome:
 Command = Callable[..., Outcome]
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of this run that all its processes have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if IS_WORKER else own
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give all tests and what they start folders of their own for what belongs to a user."""
     if not IS_WORKER:
@@ -51,8 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Tiny checkpoints and bundles, each made once."""
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+    """Tiny checkpoints and bundles, each made once, by whichever process needs it first."""
+    return Workshop(shared_folder(tmp_path_factory) / "workshop")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Compile a bundle for a target: lower, build, and put library, weights and runtime into ``lib/<target>/``."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
-from engram_runtime.new_folder import move_into_place
+from engram_runtime.new_file import flush
+from engram_runtime.new_folder import staged_place
 from engram_runtime.trust.records import COMPILED, keep_record
 from engram_targets import CpuProfile, GpuProfile, NpuProfile, Profile
 
@@ -80,16 +80,13 @@ def compile_bundle(
     """
     started = time.monotonic()
     folder = bundle.file(LIBRARY_FOLDER) / profile.name
-    scratch = folder.with_name(f".{profile.name}.partial-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    weights = bundle.manifest.entry(bundle.manifest.decoder.weights)
+    folder.parent.mkdir(exist_ok=True)
+    flush(bundle.path)
+    with staged_place(folder, "compiled to", weights.bytes) as scratch:
         info = _build(bundle, profile, scratch, report, blocks)
         (scratch / LIBRARY_INFO_NAME).write_bytes(info.to_bytes())
         keep_record(info, COMPILED, folder)  # first: without a record it would be there and not run
-        move_into_place(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return CompileResult(
         folder=folder,
         target=profile.name,
