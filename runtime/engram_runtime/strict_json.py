@@ -24,14 +24,18 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
     Raises:
         BundleError: no such file, larger than ``max_bytes``, not JSON, not an object, or a key twice.
     """
+    return parse_json_object(read_json_bytes(path, max_bytes=max_bytes), str(path))
+
+
+def read_json_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return what a file of JSON holds; raises BundleError where it can't be read or is larger than ``max_bytes``."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise BundleError(f"{path} holds {size} bytes, at most {max_bytes} are allowed")
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path} can't be read: {error.strerror}") from error
-    return parse_json_object(text, str(path))
 
 
 def parse_json_object(text: bytes | str, where: str) -> dict[str, Any]:
