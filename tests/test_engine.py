@@ -24,7 +24,7 @@ from tests.toy_serving import (
     toy_tokenizer,
 )
 
-from engram_runtime.errors import RequestError, TableError, VerificationError
+from engram_runtime.errors import NumericError, RequestError, TableError
 from engram_runtime.memory import FreeMemory
 from engram_runtime.parallel import group as groups
 from engram_runtime.sampling import SamplingOptions
@@ -388,6 +388,6 @@ def test_logits_that_are_not_finite_fail_their_text(monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             patch.setattr(toy_serving, "LOGITS", np.full_like(LOGITS, np.nan))
             engine.submit([asked(1)], broken := Told())
-            assert type(broken.error()) is VerificationError
+            assert type(broken.error()) is NumericError
         engine.submit([asked(1)], told := Told())
         assert len(told.generation().token_ids) == 3

@@ -20,6 +20,8 @@ from engram_runtime.keyers import Keyer
 from engram_runtime.manifest import DRAFT_HEAD, FileEntry, Manifest
 from engram_runtime.strict_json import parse_json_object, read_json_bytes
 from engram_runtime.table_spec import RowRange
+from engram_runtime.trust.levels import LOCALLY, Trust
+from engram_runtime.trust.manifest import check_manifest, checked_files
 
 MANIFEST_NAME = "engram.json"
 MODEL_CARD = "README.md"  # for people: nothing here reads it
@@ -39,33 +41,43 @@ IDENTITY_BYTES = 64 << 10  # holds a safetensors header, which names every tenso
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A folder whose manifest is sound and whose files have the sizes it states."""
+    """A folder whose manifest is sound and whose files have the sizes it states; ``trust`` is what was asked of it."""
 
     path: Path
     manifest: Manifest
+    trust: Trust = LOCALLY
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, trust: Trust = LOCALLY) -> Self:
         """Read the manifest and check that every file is there; contents are checked by `verify_digests`.
 
+        Args:
+            trust: with more than local trust, the contents of all files but tables are checked here.
+
         Raises:
-            BundleError: not a bundle, of another version, or a file is missing, a link or of another size.
+            BundleError: not a bundle, of another version, or a file is missing, a link or of another size; or it is not
+                what ``trust`` asks for, nor its files this user's or root's alone to change.
+            TargetError: a signature is asked for and is not by a key that is trusted here.
         """
         if not (path / MANIFEST_NAME).is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with engram-export")
-        data = read_json_bytes(path / MANIFEST_NAME)
-        raw = parse_json_object(data, str(path / MANIFEST_NAME))
+        text = read_json_bytes(path / MANIFEST_NAME)
+        raw = parse_json_object(text, str(path / MANIFEST_NAME))
         is_sealed = raw.get("format_version") != UNSEALED_VERSION
         seal = raw.pop(SEAL, None) if is_sealed else None
         try:
-            bundle = cls(path, Manifest.from_dict(raw))
+            bundle = cls(path, Manifest.from_dict(raw), trust)
             if is_sealed:
-                _check_seal(data, seal)
+                _check_seal(text, seal)
         except BundleError as error:
             raise BundleError(f"{path / MANIFEST_NAME}: {error}") from error
         for entry in bundle.manifest.files:
             bundle._check_file(entry)
         bundle._refuse_unlisted()
+        if trust.strict:
+            digest = hashlib.sha256(text).hexdigest()
+            check_manifest(path / MANIFEST_NAME, bundle.manifest, digest, trust)
+            bundle.verify_digests(only=checked_files(bundle.manifest))
         return bundle
 
     def file(self, relative: str) -> Path:

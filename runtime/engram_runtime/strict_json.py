@@ -28,7 +28,7 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
 
 
 def read_json_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Return what a file of JSON holds; raises BundleError where it can't be read or is larger than ``max_bytes``."""
+    """Return the bytes of a file; raises BundleError where there is none, or it is larger than ``max_bytes``."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
@@ -47,6 +47,12 @@ def parse_json_object(text: bytes | str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BundleError(f"{where} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def version_error(what: str, found: int, newest: int, older: str) -> BundleError:
+    """Return what is said of a format version that isn't read; ``older`` is what to do about one of the past."""
+    advice = older if found < newest else "it needs a newer engram-edge"
+    return BundleError(f"{what} version {found}, this runtime reads {newest}; {advice}")
 
 
 def parse_facts(metadata: Mapping[str, str] | None, key: str, advice: str) -> "Fields":

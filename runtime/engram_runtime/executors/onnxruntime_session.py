@@ -1,6 +1,7 @@
 """Executor on onnxruntime's CPU provider: the graph as it was exported, states bound in place."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, RequestError, TargetError
 from engram_runtime.executor import State, StepInputs
+from engram_runtime.forking import check_process
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, ROWS
 
 try:
@@ -42,6 +44,7 @@ class OnnxRuntimeExecutor:
         """Open the decoder; ``open_graph`` is called once for the name of each graph that is bound."""
         self._session = functools.cache(open_graph)
         self._session(DECODER)
+        self._process = os.getpid()
         self.threads = threads
 
     def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
@@ -54,14 +57,16 @@ class OnnxRuntimeExecutor:
 
     def bind(self, states: Mapping[str, State], graph: str = DECODER) -> "OnnxRuntimeStep":
         """See `Executor.bind`."""
-        return OnnxRuntimeStep(self._session(graph), states)
+        return OnnxRuntimeStep(self._session(graph), states, self._process)
 
 
 class OnnxRuntimeStep:
     """The session with one sequence's states as inputs and, the same memory, as outputs."""
 
-    def __init__(self, session: "ort.InferenceSession", states: Mapping[str, State]) -> None:
+    def __init__(self, session: "ort.InferenceSession", states: Mapping[str, State], process: int) -> None:
+        """Bind the session, which belongs to a process."""
         self._session = session
+        self._process = process
         self._binding = session.io_binding()
         others = {"logits", *(f"next.{name}" for name in states)}
         self._names = [output.name for output in session.get_outputs() if output.name not in others]
@@ -78,6 +83,7 @@ class OnnxRuntimeStep:
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`."""
+        check_process(self._process)
         binding = self._binding
         binding.bind_cpu_input("token_ids", inputs.token_ids)
         binding.bind_cpu_input("position", np.array([inputs.position], dtype=np.int64))

@@ -74,8 +74,6 @@ def _strings(value: object) -> object:
 
 
 MAX_STOP, MAX_STOP_CHARS = 8, 256
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOP),
-    BeforeValidator(_strings),
-]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+SeveralStops = Annotated[list[StopString], Field(max_length=MAX_STOP)]
+StopStrings = Annotated[SeveralStops, BeforeValidator(_strings, json_schema_input_type=StopString | SeveralStops)]

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -28,6 +28,7 @@ from engram_runtime.server.guard import CLIENT_LEFT, Guard, error_response
 from engram_runtime.server.limits import WORKER_THREADS
 from engram_runtime.server.metrics import Metrics
 from engram_runtime.server.models import Models
+from engram_runtime.server.openapi import openapi_document
 from engram_runtime.serving.engine_protocol import Engine
 
 PAGE = Path(__file__).parent / "page"
@@ -58,7 +59,12 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
     async def tell_metrics(request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    routes += [Route(HEALTH, health), Route("/metrics", tell_metrics)]
+    document = JSONResponse(openapi_document()).body
+
+    async def tell_routes(request: Request) -> Response:
+        return Response(document, media_type="application/json")
+
+    routes += [Route(HEALTH, health), Route("/metrics", tell_metrics), Route("/openapi.json", tell_routes)]
     app = Starlette(
         routes=routes,
         exception_handlers={
@@ -69,6 +75,7 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
         },
         lifespan=_few_threads,
     )
+    app.router.redirect_slashes = False
     return Guard(
         app,
         access=access,
@@ -93,8 +100,10 @@ def _page_routes() -> list[Route]:
 
 
 def _page_file(file: Path) -> Callable[[Request], Awaitable[Response]]:
+    content = file.read_bytes()
+
     async def serve(request: Request) -> Response:
-        return FileResponse(file, headers=PAGE_HEADERS, media_type=PAGE_TYPES[file.suffix])
+        return Response(content, headers=PAGE_HEADERS, media_type=PAGE_TYPES[file.suffix])
 
     return serve
 

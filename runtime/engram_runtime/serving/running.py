@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.drafting.opening import Decoding
-from engram_runtime.errors import EngramError
+from engram_runtime.errors import EngramError, NumericError
 from engram_runtime.parallel.sessions import JointSessions
 from engram_runtime.serving.alone import Alone
 from engram_runtime.serving.events import SiteReading
@@ -200,6 +200,8 @@ class RunningTexts:
         except EngramError as error:
             for each in of:
                 self._release(each)
+                if isinstance(error, NumericError):  # or another text might go on from what this one computed
+                    each.slot.session.trim(len(each.slot.session))
                 each.text.fail(error)
 
     def _finish(self, each: _Running, reason: str) -> None:

@@ -1,0 +1,75 @@
+"""What runs the rows of faults: a row that crashes, hangs or raises is a row that wasn't survived."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests import bad_rows
+from tests.faults.rows import Placed, place, placed_rows
+from tests.faults.runner import Result, run_rows
+from tests.faults.table import table, write_json
+
+HANGS_AFTER_S = 3
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Result]:
+    placed = [Placed(row, bad_rows.__name__) for row in bad_rows.ROWS]
+    shown: list[Result] = []
+    found = run_rows(placed, lambda row: row.quick, HANGS_AFTER_S, shown.append)
+    assert sorted(shown, key=lambda result: place(result.name)) == found
+    return {result.name: result for result in found}
+
+
+def test_what_survived_is_counted(results: dict[str, Result]) -> None:
+    assert [(result.tried, result.survived) for result in results.values()] == [
+        (3, 3),
+        (3, 2),
+        (3, 0),
+        (3, 0),
+        (3, 0),
+        (0, 0),
+    ]
+    assert [name for name, result in results.items() if result.passed] == ["A1", "D1"]
+
+
+def test_a_bad_end_is_named(results: dict[str, Result]) -> None:
+    assert results["A2"].failures == ("seed 7",)
+    assert results["A10"].failures[0].startswith("ended by SIGSEGV; its last lines:\n")
+    assert "Fatal Python error: Segmentation fault" in results["A10"].failures[0]
+    assert results["B1"].failures[0].startswith("ended with exit code 1; its last lines:\n")
+    assert results["B1"].failures[0].endswith("KeyError: 'tables'")
+    assert results["C1 hang"].failures[0].startswith("hung: killed after 3 s; its last lines:\n")
+    assert results["D1"].reason == "needs a disk that lies"
+
+
+def test_what_a_row_started_ends_with_it(results: dict[str, Result]) -> None:
+    assert results["C1 hang"].seconds >= HANGS_AFTER_S
+    commands = (each.read_bytes() for each in Path("/proc").glob("[0-9]*/cmdline") if each.exists())
+    assert not any(b"4242.25" in command for command in commands)
+
+
+def test_the_table_has_every_row_and_then_what_was_not_survived(results: dict[str, Result]) -> None:
+    text = table(list(results.values()))
+    assert text.splitlines()[0].split() == ["row", "fault", "tried", "survived", "figure", "limit", "s"]
+    assert [line.split()[0] for line in text.splitlines()[1:7]] == ["A1", "A2", "A10", "B1", "C1", "D1"]
+    assert "not run: needs a disk that lies" in text
+    assert "A2: 1 not survived\nseed 7\n" in text
+    assert text.endswith("5 rows: 5 of 15 faults survived; 1 rows can't run here")
+
+
+def test_the_file_repeats_the_results(results: dict[str, Result], tmp_path: Path) -> None:
+    write_json(tmp_path / "faults.json", "quick", list(results.values()))
+    written = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))
+    assert [(row["name"], row["tried"], row["survived"]) for row in written["rows"]] == [
+        (result.name, result.tried, result.survived) for result in results.values()
+    ]
+
+
+def test_names_of_rows_are_letter_number_word_and_different() -> None:
+    names = [placed.row.name for placed in placed_rows()]
+    assert len(set(names)) == len(names)
+    assert [place(name) for name in names] == sorted(place(name) for name in names)
+    assert sorted(["A10", "A9", "A9 b"], key=place) == ["A9", "A9 b", "A10"]
+    with pytest.raises(ValueError, match="'E1' is no name of a row"):
+        place("E1")
