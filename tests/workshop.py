@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-import itertools
+import fcntl
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -75,12 +76,14 @@ def tiny_profile(**changes: Any) -> CpuProfile:
 
 
 class Workshop:
-    """Makes each checkpoint, bundle and library once; a test that changes one works on a copy of it."""
+    """Makes each checkpoint, bundle and library once; a test that changes one works on a copy of it.
+
+    Processes that run tests at once have one workshop, in one folder: what one makes the others wait for.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._made: dict[str, Path] = {}
-        self._numbers = itertools.count()
+        root.mkdir(exist_ok=True)
 
     def checkpoint(self, model: TinyModel, *sites: TinySite) -> Path:
         """Return a checkpoint with sites in its own config."""
@@ -94,7 +97,8 @@ class Workshop:
 
     def family(self, family: TinyFamily) -> Path:
         """Return a checkpoint of a family with experts."""
-        return self._once(f"{family}", "checkpoint", lambda folder: save_family(folder, family))
+        key = f"{family}".replace(f"{family.rewrite}", family.rewrite.__qualname__)
+        return self._once(key, "checkpoint", lambda folder: save_family(folder, family))
 
     def site_folder(self, model: TinyModel, site: TinySite) -> Path:
         """Return a folder for ``--engram``."""
@@ -155,12 +159,17 @@ class Workshop:
         return self.compiled(self.bundle(checkpoint, quant="int8"), always_parallel=True)
 
     def _once(self, key: str, name: str, make: Callable[[Path], object]) -> Path:
-        if key not in self._made:
-            folder = self._root / str(next(self._numbers))
-            folder.mkdir()
-            make(folder / name)
-            self._made[key] = folder / name
-        return self._made[key]
+        assert " at 0x" not in key, f"{key} is another one in another process"
+        folder = self._root / hashlib.sha256(f"{key} {name}".encode()).hexdigest()[:16]
+        made = folder.with_suffix(".made")
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder / name)
+                made.touch()
+        return folder / name
 
 
 @contextlib.contextmanager

@@ -15,13 +15,13 @@ from engram_runtime.bench.bundle_runner import TVM
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.loading import Loading, loading_options
 from engram_runtime.errors import RequestError, TargetError
-from engram_runtime.library import find_library
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.server.access import KEY_VARIABLE, access_for, read_keys
 from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS, MOST_SLOTS
 from engram_runtime.serving.worker.process import WorkerProcess
 from engram_runtime.serving.worker.settings import WorkerSettings
 from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.trust.library import trusted_library
 
 DEFAULT_PORT = 8080
 SECRETS = (KEY_VARIABLE,)  # variables of the environment that a worker has no use for
@@ -107,7 +107,7 @@ def serve(
             raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
 
         def opened(name: str, note_pass: Callable[[float], None]) -> RemoteEngine:
-            bundle = Bundle.open(paths[name])
+            bundle = Bundle.open(paths[name], loading.trust)
             tokenizer = TextTokenizer.load(bundle.path)
             tokenizer.sampling_defaults = {**tokenizer.sampling_defaults, **defaults}
             settings = _settings(bundle.path, slots, queue, loading)
@@ -133,6 +133,7 @@ def _settings(path: Path, slots: int, queue: int, loading: Loading) -> WorkerSet
         target=loading.target,
         tables=loading.tables,
         drafts=loading.drafts,
+        trust=loading.trust,
     )
 
 
@@ -156,9 +157,9 @@ def _paths(bundles: Sequence[Path]) -> dict[str, Path]:
 def _check(paths: Iterable[Path], loading: Loading) -> None:
     """Refuse what can't be loaded before anybody is told where to ask."""
     for path in paths:
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, loading.trust)
         if loading.executor == TVM:
-            find_library(bundle, loading.target)
+            trusted_library(bundle, loading.target)
 
 
 def _introduce(url: str, model: str, key_variable: str | None) -> None:

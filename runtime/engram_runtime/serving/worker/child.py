@@ -96,6 +96,7 @@ def open_bundle(settings: WorkerSettings, watch: Watch) -> Iterator[Engine]:
             tables=settings.tables,
             drafts=settings.drafts,
             announce=announce_table,
+            trust=settings.trust,
         ) as engine,
     ):
         yield engine

@@ -6,6 +6,7 @@ from pathlib import Path
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
 from engram_runtime.tables.opening import AUTO_OPTIONS
 from engram_runtime.tables.options import TableOptions
+from engram_runtime.trust.levels import LOCALLY, Trust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,3 +22,4 @@ class WorkerSettings:
     target: str | None = None
     tables: TableOptions = AUTO_OPTIONS
     drafts: DraftOptions = NO_DRAFTS
+    trust: Trust = LOCALLY
