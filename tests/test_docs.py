@@ -173,7 +173,7 @@ def test_the_page_on_the_server_has_its_limits() -> None:
         f"| connections | {limits.MAX_CONNECTIONS} |",
         f"| texts at once, of each model | `--parallel`, {DEFAULT_SLOTS} by default; ",
         f"| waiting requests, of each model | `--queue`, {DEFAULT_QUEUE} by default; ",
-        f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s |",
+        f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s; ",
         f"| time for a text, in the queue included | {DEFAULT_TIME_LIMIT_S:.0f} s; ",
         f"| `n` | 1 | 1 to {MAX_CHOICES} |",
         f"| `stop` | none | {MAX_STOP} texts of {MAX_STOP_CHARS} characters |",
