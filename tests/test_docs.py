@@ -39,7 +39,7 @@ DOCS = ROOT / "docs"
 PAGES = written_pages()
 DOCUMENTS: Mapping[str, str] = {
     path.name: path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+    for path in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
     if path.name not in PAGES
 }
 README = DOCUMENTS["README.md"]
