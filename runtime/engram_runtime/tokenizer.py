@@ -14,6 +14,7 @@ from engram_runtime.detokenise import TextStream, native_errors
 from engram_runtime.errors import BundleError, LengthError, RequestError
 from engram_runtime.strict_json import read_json_object
 from engram_runtime.token_bytes import TokenBytes
+from engram_runtime.tokenizer_growth import check_growth
 
 if TYPE_CHECKING:
     from engram_runtime.chat import ChatTemplate
@@ -172,6 +173,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()  # left from training; it would cut prompts silently
         tokenizer.no_padding()
+    check_growth(tokenizer)
     return tokenizer
 
 

@@ -61,8 +61,8 @@ def _number(layout: str, value: float) -> bytes:
             return struct.pack("<" + layout, float(value))
         except OverflowError:
             return struct.pack("<" + layout, float("inf"))
-    whole = -1 if isinstance(value, float) and not math.isfinite(value) else int(value)
-    return (whole % 2 ** (8 * size)).to_bytes(size, "little")
+    whole: int = -1 if isinstance(value, float) and not math.isfinite(value) else int(value)
+    return (whole % (1 << 8 * size)).to_bytes(size, "little")
 
 
 def _string(text: str | bytes) -> bytes:

@@ -68,6 +68,8 @@ def survey(parser: Parser, count: int) -> Outcome:
         while (first := PROGRESS.unpack(shared)[0]) < count:
             status = _in_child(lambda: _feed(parser, path, min(count, first + BATCH), shared, failures))
             reached, *figures = PROGRESS.unpack(shared)
+            if os.WIFEXITED(status) and status:
+                raise RuntimeError(f"input {reached} of {parser.name} can't be made: see above")
             if status != 0:
                 failures.seek(0, os.SEEK_END)
                 failures.write(f"{parser.name} {reached}: the process ended by {_end(status)}\n")
@@ -102,8 +104,10 @@ def _in_child(work: Callable[[], None]) -> int:
         code = 1
         try:
             bound_memory()
+            os.environ["RUST_BACKTRACE"] = "0"  # reads symbols of tens of megabytes
             errors = os.fdopen(os.dup(2), "w")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native panics say there what the exception says as well
+            for number in (1, 2):  # where native code says what its exceptions say as well
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             work()
             code = 0
         finally:
@@ -122,8 +126,6 @@ def bound_memory() -> None:
 
 
 def _end(status: int) -> str:
-    if not os.WIFSIGNALED(status):
-        return f"exit {os.WEXITSTATUS(status)}"
     number = signal.Signals(os.WTERMSIG(status))
     return f"{number.name}, no answer in {HANG_S} s" if number == signal.SIGALRM else number.name
 

@@ -13,6 +13,7 @@ from engram_runtime.errors import BundleError, RequestError, TargetError
 from engram_runtime.executor import State, StepInputs
 from engram_runtime.forking import check_process
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, ROWS
+from engram_runtime.onnx_places import check_places
 
 try:
     import onnxruntime as ort
@@ -29,6 +30,7 @@ REFUSALS = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
     RuntimeError,
+    UnicodeDecodeError,  # its message quotes a name that isn't UTF-8
 )
 MAX_CHUNK_TOKENS = 256  # bounds the memory of activations during prefill
 
@@ -121,9 +123,12 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> OnnxRunt
     options.log_severity_level = 3
 
     def open_graph(name: str) -> "ort.InferenceSession":
-        path = bundle.graph_file(bundle.manifest.graph(name).file)
+        graph = bundle.manifest.graph(name)
+        path = bundle.graph_file(graph.file)
+        check_places(path, bundle.graph_file(graph.weights))
         try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            # A second try, which would print that it is one, ends as the first did.
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except REFUSALS as error:
             raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
 
