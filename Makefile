@@ -10,13 +10,13 @@ RETROFIT := $(BIN)/python -m examples.retrofit
 
 setup: $(INSTALLED)
 
-# Everything by its hash, and nothing that isn't in the lock. PyPI's torch for Linux needs CUDA's packages as well, 3 GB;
-# where pip finds PyTorch's CPU build, as in CI, it takes that. This project itself is built by what the lock has.
-$(INSTALLED): pyproject.toml locks/development.txt locks/cuda.txt
+# Everything by its hash, and nothing that isn't in a lock. Where pip finds PyTorch's CPU build, as in CI, it takes that:
+# PyPI's for Linux needs CUDA's packages as well, 3 GB. This project itself is built by what the lock has.
+$(INSTALLED): pyproject.toml $(wildcard locks/*.txt)
 	@echo "installing Python packages, 3 GB in $(VENV): this takes some minutes and says nothing"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(LOCKED) -r locks/torch-cpu.txt || $(BIN)/pip install $(LOCKED) -r locks/torch.txt
 	$(BIN)/pip install $(LOCKED) -r locks/development.txt
-	$(BIN)/pip show -q nvidia-cublas 2>/dev/null || $(BIN)/pip show torch | grep -q '^Version: .*+cpu$$' || $(BIN)/pip install $(LOCKED) -r locks/cuda.txt
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -32,7 +32,8 @@ lock: setup $(SUPPLY)/.installed
 
 # Asks PyPI whether advisories are known of anything that is locked; a package it can't ask about is an error.
 audit: $(SUPPLY)/.installed
-	for lock in locks/*.txt; do $(SUPPLY)/bin/pip-audit --strict --disable-pip --require-hashes -r $$lock || exit 1; done
+	for lock in development torch supply; do \
+		$(SUPPLY)/bin/pip-audit --strict --disable-pip --require-hashes -r locks/$$lock.txt || exit 1; done
 
 # The packages of this machine's environment, what each needs and its licence, as CycloneDX.
 sbom: setup $(SUPPLY)/.installed

@@ -265,17 +265,22 @@ def test_an_error_on_purpose_fails_the_texts_of_its_pass_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("kind", [POSITIONAL, RECURRENT])
-def test_texts_that_decode_together_fail_together_and_leave_slots_that_can_be_used(kind: str) -> None:
+def test_of_texts_that_decode_together_the_one_with_damaged_rows_fails_and_leaves_a_slot_that_can_be_used(
+    kind: str,
+) -> None:
     model = Together()
     with engine_of(model, kind, slots=2) as engine:
         told = Told()
-        requests = [asked(1, 2, max_tokens=LONG), asked(1, 3, max_tokens=LONG, logit_bias={42: 1e4})]
+        requests = [asked(1, 2, max_tokens=LONG, logit_bias={42: -1e4}), asked(1, 3, logit_bias={42: 1e4})]
         model.error, model.broken = TableError("rows can't be read"), 42
         engine.submit(requests, told)
-        assert [str(told.error(index)) for index in range(2)] == ["rows can't be read"] * 2
+        assert str(told.error(1)) == "rows can't be read"
+        other = said(told.generation(0))
         model.error = None
         engine.submit([asked(1, 2), asked(1, 3)], again := Told())
         made = [said(again.generation(index)) for index in range(2)]
+    lonely = Session(toy_bundle(kind), TakingTurns(), [])
+    assert other == said_alone(lonely, TOKENIZER, requests[0])
     lonely = Session(toy_bundle(kind), TakingTurns(), [])
     assert made == [said_alone(lonely, TOKENIZER, asked(1, 2)), said_alone(lonely, TOKENIZER, asked(1, 3))]
 

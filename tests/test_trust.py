@@ -3,17 +3,16 @@
 import hashlib
 import json
 import os
-import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.conftest import Command
+from tests.faults.libraries_code import with_illegal_instructions
 from tests.workshop import THREADS, Workshop, copy_folder, tiny_profile
 
 from engram_runtime import LLM, Bundle
-from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, EngramError, RequestError, TargetError
 from engram_runtime.executors import tvm_library
 from engram_runtime.library import LibraryInfo, find_library
@@ -27,8 +26,6 @@ from engram_runtime.trust.records import record_of
 PROMPT = "The tide comes in"
 UNTRUSTED = "was neither compiled by this user here nor signed by a key that is trusted here"
 OTHER = "5" * 64
-ILLEGAL = {"x86_64": b"\x0f\x0b"}  # an instruction that no processor has; elsewhere zeros are none
-LOADED, EXECUTABLE = 1, 1  # ELF's PT_LOAD and PF_X
 
 
 @pytest.fixture
@@ -71,17 +68,6 @@ def replace_code(bundle: Bundle, code: bytes) -> None:
     raw = read_json_object(folder / "compile.json")
     raw["sha256"]["library"] = hashlib.sha256(code).hexdigest()
     (folder / "compile.json").write_text(json.dumps(raw))
-
-
-def crashing(code: bytes) -> bytes:
-    """Return a library that ends whoever loads it, before any of its functions is called."""
-    made = bytearray(code)
-    headers, (size, count) = struct.unpack_from("<Q", code, 32)[0], struct.unpack_from("<HH", code, 54)
-    for place in range(headers, headers + size * count, size):
-        kind, flags, offset, _, _, length = struct.unpack_from("<IIQQQQ", code, place)
-        if kind == LOADED and flags & EXECUTABLE:
-            made[offset : offset + length] = (ILLEGAL.get(machine(), b"\0\0") * length)[:length]
-    return bytes(made)
 
 
 def test_what_was_compiled_here_runs(bundle: Bundle) -> None:
@@ -150,7 +136,7 @@ def test_a_trusted_library_runs_in_a_process_of_its_own_first(bundle: Bundle, st
 
 def test_code_that_ends_its_process_ends_no_other(bundle: Bundle, stranger: Path, command: Command) -> None:
     folder, info = library_of(bundle)
-    replace_code(bundle, crashing((folder / info.library).read_bytes()))
+    replace_code(bundle, with_illegal_instructions((folder / info.library).read_bytes(), 0.0, 1.0))
     assert command("engram", "trust", bundle.path).code == 0
     assert refusal(bundle) == (
         f"library {folder} was ended by signal 4 when it ran in a process of its own; compile the bundle for this "

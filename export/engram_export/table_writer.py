@@ -21,6 +21,7 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
 from engram_runtime.site import Site
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+from engram_runtime.tables.checksums import write_checksums
 from engram_runtime.tables.files import FileTable
 
 SLICE_BYTES = 8 << 20  # of records copied, or of float32 values repacked, at a time
@@ -61,6 +62,11 @@ class TableFile:
         return TensorPlan(RECORDS, "uint8", (self.num_rows, self.record_bytes))
 
     @property
+    def checksums(self) -> Path:
+        """Where its checksums go."""
+        return self.path.with_suffix(".crc32")
+
+    @property
     def rows(self) -> RowRange:
         """The file as the manifest describes it."""
         layout = SafetensorsLayout.of([self.plan], alignment=TABLE_ALIGNMENT)
@@ -70,6 +76,7 @@ class TableFile:
             file=f"{self.path.parent.name}/{self.path.name}",
             external=False,
             offset=layout.offsets[RECORDS],
+            checksums=f"{self.checksums.parent.name}/{self.checksums.name}",
         )
 
 
@@ -136,6 +143,7 @@ def copy_table(
     with open_rows(source) as rows:
         for file in files:
             once(file.path, partial(_copy_rows, rows, file, source.record, progress), progress)
+            sum_up(file, once)
     return WrittenTable(spec=_written_spec(source, keyer, source.record, files), errors=None)
 
 
@@ -157,6 +165,7 @@ def repack_table(
         for file in files:
             facts = once(file.path, partial(_repack_rows, rows, file, source.record, record, progress), progress)
             assert facts is not None
+            sum_up(file, once)
             errors.append(RowErrors(num_rows=file.num_rows, mean=facts["mean"], max=facts["max"]))
     return WrittenTable(spec=_written_spec(source, keyer, record, files), errors=sum(errors[1:], start=errors[0]))
 
@@ -198,6 +207,11 @@ def write_token_map(source: TableSource, folder: Path, once: Once = write_now) -
 
 def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def sum_up(file: TableFile, once: Once = write_now) -> None:
+    """Write the checksums of a file that is finished."""
+    once(file.checksums, partial(write_checksums, file.path, file.checksums), lambda count: None)
 
 
 def _slices(rows: FileTable, file: TableFile, row_bytes: int) -> Iterator[NDArray[np.uint8]]:

@@ -2,6 +2,7 @@
 
     EngramError                exit code 1, never raised itself
     ├── RequestError           2   a prompt, option or token id the model cannot take
+    │   └── LengthError        2   a text of more tokens than are taken
     ├── BundleError            3   a bundle that is damaged, incomplete or of another format
     │   └── TableError         3   a host table that does not hold what its manifest says
     ├── CheckpointError        3   a checkpoint that cannot be exported
@@ -30,6 +31,10 @@ class RequestError(EngramError):
     """A prompt, option or token id the model cannot take."""
 
     exit_code = 2
+
+
+class LengthError(RequestError):
+    """A text of more tokens than are taken."""
 
 
 class BundleError(EngramError):

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engram_runtime.openai_api.fields import TokenId
+from engram_runtime.openai_api.fields import TokenIds
 from engram_runtime.openai_api.generation_body import GenerationBody
 
 MAX_PROMPTS = 16
@@ -13,7 +13,7 @@ MAX_TEXTS = 16
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_LOGPROBS = 5  # OpenAI's
 
-Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
+Prompt = str | Annotated[TokenIds, Field(min_length=1)]
 Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 

@@ -13,6 +13,9 @@ SHOWN_CHARS = 60
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[
+    list[TokenId], Field(fail_fast=True)
+]  # else each of a hundred thousand wrong ones is an error of its own
 
 
 class Fields(BaseModel):

@@ -27,7 +27,7 @@ def require_trial(bundle: Bundle, folder: Path, info: LibraryInfo) -> None:
     name = f"{info.digest}-{_processor()}"
     if own_file(FOLDER, name) is not None:
         return
-    command = [sys.executable, "-m", TRIAL, str(bundle.path), info.target, info.digest]
+    command = [sys.executable, "-P", "-m", TRIAL, str(bundle.path), info.target, info.digest]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=MOST_S)
     except subprocess.TimeoutExpired as error:
