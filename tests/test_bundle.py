@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tests.rows import gathered
 from tests.steps import FunctionStep
 
-from engram_runtime.bundle import Bundle, file_identity, manifest_bytes
+from engram_runtime.bundle import Bundle, file_identity, manifest_bytes, sealed
 from engram_runtime.errors import BundleError, TableError, VerificationError
 from engram_runtime.executor import State, Step, StepInputs
 from engram_runtime.golden import Golden, check_logits, check_tables, record_digest
@@ -104,7 +104,7 @@ def golden_values() -> dict[str, Any]:
 
 def manifest_json(files: Mapping[str, bytes]) -> dict[str, Any]:
     return {
-        "format_version": 2,
+        "format_version": 3,
         "producer": "engram-edge 0.1.0",
         "model": {
             "name": "tiny",
@@ -182,7 +182,7 @@ def write_bundle(folder: Path, **replaced: bytes) -> Path:
 
 
 def write_manifest(folder: Path, raw: dict[str, Any]) -> None:
-    (folder / "engram.json").write_text(json.dumps(raw))
+    (folder / "engram.json").write_bytes(sealed(raw))
 
 
 def change_manifest(folder: Path, *path: str | int, value: object) -> None:
@@ -423,7 +423,7 @@ def test_a_folder_that_is_not_there_is_no_bundle(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(folder: Path) -> None:
     change_manifest(folder, "format_version", value=1)
-    expected = "bundle has format version 1, this runtime reads 2; export it again"
+    expected = "bundle has format version 1, this runtime reads 2 and 3; export it again"
     assert message(folder) == f"{folder / 'engram.json'}: {expected}"
 
 
@@ -682,7 +682,7 @@ def test_whatever_bytes_of_the_manifest_are_changed_the_bundle_is_refused_or_giv
     folder = tmp_path_factory.getbasetemp() / "bytes.engram"
     if not folder.exists():
         write_bundle(folder)
-    data = bytearray(json.dumps(manifest_json(contents())).encode())
+    data = bytearray(json.dumps(manifest_json(contents()) | {"format_version": 2}).encode())  # without a seal
     for position, byte in edits:
         data[int(position * (len(data) - 1))] = byte
     (folder / "engram.json").write_bytes(data)

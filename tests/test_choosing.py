@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engram_runtime.errors import RequestError, VerificationError
+from engram_runtime.errors import NumericError, RequestError
 from engram_runtime.sampling import SamplingOptions, make_sampler
 from engram_runtime.serving.choosing import Chooser
 from engram_runtime.serving.request import TextRequest
@@ -83,7 +83,7 @@ def test_log_probabilities_are_told_only_where_they_are_wanted() -> None:
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
-    with pytest.raises(VerificationError, match="the model produced 1 logits of 5 that are nan or infinite"):
+    with pytest.raises(NumericError, match="the model produced 1 logits of 5 that are nan or infinite"):
         chooser(logit_bias={0: 1.0}, top_logprobs=1)(np.array([0, np.nan, 1, 2, 3], dtype=np.float32), [])
 
 

@@ -18,6 +18,7 @@ from tests.tiny import CONTEXT, HIDDEN, VOCAB, TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, copy_folder, files_of, tiny_profile
 
 from engram_runtime import LLM, Bundle, Generation, SamplingOptions
+from engram_runtime.bundle import sealed
 from engram_runtime.command_line import run_command
 from engram_runtime.commands.chat import HELP
 from engram_runtime.commands.run import summary
@@ -442,7 +443,7 @@ def edit_manifest(bundle: Path, change: Any) -> None:
     path = bundle / "engram.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(sealed(manifest))
 
 
 @pytest.mark.parametrize("name", [*BUNDLE_COMMANDS, "inspect"])

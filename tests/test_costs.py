@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.steps import FunctionStep
 from tests.toy_model import ToyModel, toy_bundle
-from tests.workshop import THREADS, Workshop, copy_folder
+from tests.workshop import THREADS, Workshop, copy_folder, files_of
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.drafting import costs
@@ -66,13 +66,21 @@ def test_of_a_short_context_what_fits_is_measured(context: int) -> None:
     assert len(found.forward_s) == MOST_ROWS
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is measured of tiny models out of the developer's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def bundle(workshop: Workshop, tmp_path: Path) -> Bundle:
     return Bundle.open(copy_folder(workshop.ready().path, tmp_path / "bundle"))
 
 
 def stored(bundle: Bundle, threads: int = THREADS) -> Path:
-    return find_library(bundle)[0] / f"costs.{threads}.json"
+    path = costs.costs_path(find_library(bundle)[1], threads)
+    assert path is not None
+    return path
 
 
 def costs_of(bundle: Bundle, threads: int = THREADS) -> ForwardCosts:
@@ -98,6 +106,7 @@ def test_costs_of_something_else_are_measured_anew(bundle: Bundle, change: dict[
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', "\0"])
 def test_a_damaged_file_is_replaced(bundle: Bundle, text: str) -> None:
+    stored(bundle).parent.mkdir(parents=True)
     stored(bundle).write_text(text)
     found = costs_of(bundle)
     assert ForwardCosts.from_dict(json.loads(stored(bundle).read_text())) == found
@@ -120,9 +129,23 @@ def test_a_file_that_cant_be_is_no_costs(bundle: Bundle, tmp_path: Path, change:
     assert costs.read_costs(path) is None
 
 
-def test_costs_of_a_bundle_that_cant_be_written_are_kept_in_memory(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measuring_writes_nothing_into_the_bundle(bundle: Bundle) -> None:
+    before = files_of(bundle.path)
+    costs_of(bundle)
+    assert files_of(bundle.path) == before
+
+
+def test_a_user_without_a_home_has_costs_measured_each_time(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert min(costs_of(bundle).forward_s) > 0
+
+
+def no_home() -> Path:
+    raise RuntimeError("no home")
+
+
+def test_costs_that_cant_be_written_are_kept_in_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only file system")
 

@@ -19,7 +19,7 @@ from tests.test_profiles import raw_library
 from tests.workshop import Workshop, copy_folder
 
 from engram_runtime import cpu, memory
-from engram_runtime.bundle import Bundle, file_identity
+from engram_runtime.bundle import Bundle, file_identity, manifest_bytes
 from engram_runtime.commands.doctor import doctor, report
 from engram_runtime.doctor import bundle as checks
 from engram_runtime.doctor import install, machine
@@ -476,7 +476,7 @@ def test_golden_values_that_are_missing_or_another_models(bundle: Bundle) -> Non
 
 def test_a_bundle_of_tables_alone_needs_no_library(bundle: Bundle) -> None:
     manifest = dataclasses.replace(bundle.manifest, graphs={})
-    (bundle.path / "engram.json").write_text(json.dumps(manifest.to_dict()))
+    (bundle.path / "engram.json").write_bytes(manifest_bytes(manifest))
     assert findings_of(bundle).keys() >= {"bundle", "table files", "table memory"}
     assert not findings_of(bundle).keys() & {"library", "compiled with", "model memory", "free space"}
 

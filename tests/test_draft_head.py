@@ -20,7 +20,7 @@ from tests.tiny import HIDDEN, TinyModel, TinySite, save_site_folder
 from tests.tiny_draft import BLOCK, DRAFT_VOCAB, draft_tensors, reference_drafts, reference_hidden, save_draft_folder
 from tests.workshop import THREADS, Workshop, bundle_logits, copy_folder, export, open_session, random_ids
 
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, sealed
 from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import load_executor
@@ -279,7 +279,7 @@ def test_drafts_of_another_head_are_found_out(workshop: Workshop, command: Comma
         if entry["path"] == "golden/golden.json":
             entry["bytes"] = path.stat().st_size
             entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "engram.json").write_text(json.dumps(manifest))
+    (folder / "engram.json").write_bytes(sealed(manifest))
     outcome = command("engram", "verify", folder, "--executor", "onnxruntime")
     assert error_line(outcome.err).startswith("engram: drafts differ from those at export: they are ")
 

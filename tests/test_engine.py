@@ -24,7 +24,7 @@ from tests.toy_serving import (
     toy_tokenizer,
 )
 
-from engram_runtime.errors import RequestError, TableError, VerificationError
+from engram_runtime.errors import NumericError, RequestError, TableError
 from engram_runtime.memory import FreeMemory
 from engram_runtime.parallel import group as groups
 from engram_runtime.sampling import SamplingOptions
@@ -265,17 +265,22 @@ def test_an_error_on_purpose_fails_the_texts_of_its_pass_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("kind", [POSITIONAL, RECURRENT])
-def test_texts_that_decode_together_fail_together_and_leave_slots_that_can_be_used(kind: str) -> None:
+def test_of_texts_that_decode_together_the_one_with_damaged_rows_fails_and_leaves_a_slot_that_can_be_used(
+    kind: str,
+) -> None:
     model = Together()
     with engine_of(model, kind, slots=2) as engine:
         told = Told()
-        requests = [asked(1, 2, max_tokens=LONG), asked(1, 3, max_tokens=LONG, logit_bias={42: 1e4})]
+        requests = [asked(1, 2, max_tokens=LONG, logit_bias={42: -1e4}), asked(1, 3, logit_bias={42: 1e4})]
         model.error, model.broken = TableError("rows can't be read"), 42
         engine.submit(requests, told)
-        assert [str(told.error(index)) for index in range(2)] == ["rows can't be read"] * 2
+        assert str(told.error(1)) == "rows can't be read"
+        other = said(told.generation(0))
         model.error = None
         engine.submit([asked(1, 2), asked(1, 3)], again := Told())
         made = [said(again.generation(index)) for index in range(2)]
+    lonely = Session(toy_bundle(kind), TakingTurns(), [])
+    assert other == said_alone(lonely, TOKENIZER, requests[0])
     lonely = Session(toy_bundle(kind), TakingTurns(), [])
     assert made == [said_alone(lonely, TOKENIZER, asked(1, 2)), said_alone(lonely, TOKENIZER, asked(1, 3))]
 
@@ -388,6 +393,6 @@ def test_logits_that_are_not_finite_fail_their_text(monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             patch.setattr(toy_serving, "LOGITS", np.full_like(LOGITS, np.nan))
             engine.submit([asked(1)], broken := Told())
-            assert type(broken.error()) is VerificationError
+            assert type(broken.error()) is NumericError
         engine.submit([asked(1)], told := Told())
         assert len(told.generation().token_ids) == 3

@@ -229,7 +229,7 @@ def _set(index: int, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.update(version=9), "{path} has version 9, this runtime reads 1; compile again"),
+        (lambda raw: raw.update(version=9), "{path} has version 9, this runtime reads 1; it needs a newer engram-edge"),
         (lambda raw: raw.update(more=1), "program.json has unknown keys ['more']; it may need a newer engram-edge"),
         (
             _set(1, [0, 1, 1]),

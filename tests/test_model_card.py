@@ -16,7 +16,7 @@ from tests.workshop import Workshop, copy_folder, export
 from engram_export.checkpoint import license_name, open_checkpoint
 from engram_export.model_card import HIDDEN, code, front_matter, published_name
 from engram_export.verify import Verification
-from engram_runtime.bundle import MANIFEST_NAME, MODEL_CARD, Bundle
+from engram_runtime.bundle import MANIFEST_NAME, MODEL_CARD, Bundle, sealed
 from engram_runtime.errors import BundleError
 from examples import demo
 
@@ -104,7 +104,7 @@ def test_a_bundle_of_before_there_were_cards_opens(exported: Exported, tmp_path:
     (bundle / MODEL_CARD).unlink()
     manifest = json.loads((bundle / MANIFEST_NAME).read_text())
     manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != MODEL_CARD]
-    (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (bundle / MANIFEST_NAME).write_bytes(sealed(manifest))
     assert "card" not in command("engram", "inspect", bundle, "--json").json
 
 

@@ -1,5 +1,6 @@
 """Bodies of requests: what is asked of the engine for them, and that nothing out of range gets there."""
 
+import json
 import contextlib
 import math
 from collections.abc import Mapping
@@ -349,6 +350,11 @@ def test_arguments_of_a_call_are_an_object(engine: ScriptedEngine) -> None:
         (b'{"a": NaN}', "the body is not valid JSON: NaN is not a JSON number; send a JSON object in UTF-8"),
         (b'{"a": 1, "a": 2}', "the body is not valid JSON: key 'a' stands twice; send a JSON object in UTF-8"),
         (b'{"a": "\\ud800"}', "the body has half of a surrogate pair, wanted whole characters"),
+        (b'{"a": [' + b"[]," * 40_000 + b"1]}", "the body has 40002 objects and lists, wanted at most 32768"),
+        (
+            json.dumps({f"k{number}": 1 for number in range(5000)}).encode(),
+            "the body has an object of 5000 keys, wanted at most 4096",
+        ),
         (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "the body is nested more than 64 levels deep; flatten it"),
     ],
 )
@@ -358,9 +364,22 @@ def test_json_is_read_strictly(text: bytes, message: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("text", [b'{"a":' * 100_000, b"[" * 1_000_000, b"\xff", b"", b"{"])
-def test_what_is_no_json_is_refused(text: bytes) -> None:
+def test_brackets_in_texts_are_no_lists() -> None:
+    body = {"a": "[{" * 40_000 + '"'}
+    assert parse_body(json.dumps(body)) == body
+
+
+@pytest.mark.parametrize("text", [b'{"a": "' + b'\\"' * 400_000 + b"[" * 40_000, b'"' + b'\\"[' * 300_000])
+def test_a_text_that_doesn_t_end_is_read_in_linear_time(text: bytes) -> None:
     with pytest.raises(ApiError, match="the body is not valid JSON: "):
+        parse_body(text)
+
+
+@pytest.mark.parametrize("text", [b'{"a":' * 10_000, b"[" * 30_000, b"\xff", b"", b"{"])
+def test_what_is_no_json_is_refused(text: bytes) -> None:
+    with pytest.raises(
+        ApiError, match=r"the body is not (valid JSON: |UTF-8: byte 0 is wrong; send a JSON object in UTF-8$)"
+    ):
         parse_body(text)
 
 

@@ -224,7 +224,11 @@ def facts(**changes: object) -> dict[str, str]:
 SOUND = {"row_ids": np.array([1, 4]), "records": records(1, FORMATS["int8"])[:2]}
 BAD_FILES: dict[str, tuple[dict[str, NDArray[Any]], dict[str, str], str]] = {
     "no-facts": (SOUND, {}, "its metadata has no 'engram_overlay'; make one with engram tables diff"),
-    "version": (SOUND, facts(format_version=3), "it has format version 3, this runtime reads 2; make it again"),
+    "version": (
+        SOUND,
+        facts(format_version=3),
+        "it has format version 3, this runtime reads 2; it needs a newer engram-edge",
+    ),
     "others": (SOUND, facts(others="none"), "its other rows are 'none', expected 'table' or 'zero'; make it again"),
     "unknown-key": (
         SOUND,

@@ -28,6 +28,7 @@ from engram_compilers.pack.folder import PackOptions, newest_glibc, pack_cpu
 from engram_compilers.pack.library import current_library, ready_library
 from engram_compilers.pack.packages import MODULES, Wheel, find_wheels, requirements
 from engram_runtime import LLM, Bundle
+from engram_runtime.bundle import sealed
 from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.new_folder import new_folder
@@ -319,7 +320,9 @@ def test_overlays_say_what_they_need_beside(packed: Path, box: Box, tmp_path: Pa
 
 def test_a_packed_library_of_another_bundle_is_refused(packed: Path, command: Command, tmp_path: Path) -> None:
     bundle = copy_folder(packed / "bundle", tmp_path / "bundle")
-    edit(bundle / "engram.json", lambda facts: facts["omitted"][0].update(sha256=DIGEST))
+    manifest = json.loads((bundle / "engram.json").read_text())
+    manifest["omitted"][0]["sha256"] = DIGEST
+    (bundle / "engram.json").write_bytes(sealed(manifest))
     done = command("engram", "run", bundle, PROMPT)
     assert (done.code, done.out) == (4, "")
     assert done.err == (

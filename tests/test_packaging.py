@@ -28,13 +28,14 @@ PACKAGES = list(FOLDERS)
 # What neither a device nor `import engram_runtime` has to do with.
 HEAVY = ["torch", "onnx", "tvm", "transformers", "matplotlib", "gguf", "ml_dtypes", "onnxscript", "onnx_ir"]
 ENGINES = {
+    "cryptography": "engram_runtime.trust.signature",
     "onnxruntime": "engram_runtime.executors.onnxruntime_session",
     "pyopencl": "engram_runtime.gpu.opencl",
     "ray": "engram_runtime.batch.ray_pipeline",
     "tvm_ffi": "engram_runtime.executors.tvm_library",
 }
 NPU_EXECUTOR = "engram_runtime.npu.executor"  # which imports that of tvm_ffi
-OWN_EXTRAS = ("ort", "opencl", "plot", "serve", "ray")  # of the runtime
+OWN_EXTRAS = ("ort", "opencl", "plot", "serve", "sign", "ray")  # of the runtime
 # Of distributions whose modules are called otherwise.
 IMPORT_NAMES = {"apache-tvm-ffi": "tvm_ffi", "prometheus-client": "prometheus_client"}
 # Names of modules that are imported when a command asks for them, the only way to point upwards.
@@ -136,7 +137,7 @@ def test_the_runtime_loads_neither_heavy_packages_nor_those_above_it() -> None:
         watched=[*HEAVY, *above("engram_runtime"), *ENGINES],
     )
     found = {module: roots for module, roots in loads.items() if roots}
-    assert (found, errors) == ({ENGINES[name]: [name] for name in ("onnxruntime", "pyopencl")}, {})
+    assert (found, errors) == ({ENGINES[name]: [name] for name in ("cryptography", "onnxruntime", "pyopencl")}, {})
 
 
 def test_every_module_of_the_runtime_can_be_imported_where_nothing_else_is_installed() -> None:
@@ -152,6 +153,7 @@ def test_what_runs_on_a_missing_engine_says_how_to_install_it() -> None:
     _, errors = import_all("engram_runtime", missing=[*HEAVY, *ENGINES])
     lacks_tvm_ffi = "TargetError: the tvm executor needs apache-tvm-ffi: pip install engram-edge"
     assert errors == {
+        ENGINES["cryptography"]: "TargetError: signatures need cryptography: pip install 'engram-edge[sign]'",
         ENGINES["onnxruntime"]: (
             "TargetError: the onnxruntime executor needs onnxruntime: pip install 'engram-edge[ort]'"
         ),

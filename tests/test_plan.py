@@ -33,7 +33,7 @@ from engram_runtime.planning.machine import Disk, Machine, kind_of_disk, place_o
 from engram_runtime.planning.money import Prices
 from engram_runtime.planning.need import FITS, FROM_DISK, WONT_FIT, Need, judge_memory
 from engram_runtime.planning.onnx_nodes import node_numbers
-from engram_runtime.planning.outline import EXPERTS, Outline, Table, tables_on
+from engram_runtime.planning.outline import EXPERTS, Outline, Table, layers_before, tables_on
 from engram_runtime.planning.plan import make_plan, pages_of
 from engram_runtime.planning.speed import CACHE_SHARE, WEIGHT_SHARE, decode_s
 from engram_runtime.tables.policy import TableFacts
@@ -147,7 +147,7 @@ def test_experts_a_token_reads_stand_in_the_graph(workshop: Workshop, tmp_path: 
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(graph.read_bytes()[:-7])
     broken.write_bytes(b"\x3b" + b"{}")
-    with pytest.raises(BundleError, match=f"{broken} is not an ONNX file; export the bundle again"):
+    with pytest.raises(BundleError, match=f"{broken} is not an ONNX file: field 7 is of kind 3; export"):
         node_numbers(broken, EXPERT_OPERATORS, "k")
 
 
@@ -370,3 +370,8 @@ def test_every_kind_of_disk_says_where_its_figures_come_from() -> None:
     assert [facts.reads_per_s for facts in DISKS.values()] == sorted(
         (facts.reads_per_s for facts in DISKS.values()), reverse=True
     )
+
+
+def test_a_site_whose_number_is_no_layers_is_read_at_the_input() -> None:
+    assert layers_before("layer_3", 12) == 0.25
+    assert layers_before("layer_" + "9" * 5000, 12) == 0.0  # int() refuses so many digits

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers.generation import logits_process as reference
 
-from engram_runtime.errors import RequestError, VerificationError
+from engram_runtime.errors import NumericError, RequestError
 from engram_runtime.sampling import SamplingOptions, distribution, make_sampler
 
 
@@ -160,7 +160,7 @@ def test_a_sampler_leaves_the_logits_as_they_are() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_refused(temperature: float) -> None:
     logits = np.array([1, np.nan, np.inf, -np.inf, 2], dtype=np.float32)
-    with pytest.raises(VerificationError) as caught:
+    with pytest.raises(NumericError) as caught:
         make_sampler(SamplingOptions(temperature=temperature))(logits, [])
     assert str(caught.value) == (
         "the model produced 3 logits of 5 that are nan or infinite, wanted finite numbers; "

@@ -20,6 +20,7 @@ from tests.tiny import save_tokenizer
 
 from engram_runtime.errors import RequestError, TableError
 from engram_runtime.openai_api.errors import ApiError
+from engram_runtime.openai_api.job import prepare
 from engram_runtime.openai_api.respond import respond
 from engram_runtime.server import protocol
 from engram_runtime.server.access import Access, access_for, read_keys
@@ -289,7 +290,10 @@ def test_every_route_but_health_and_the_page_needs_a_key(engine: ScriptedEngine)
 
 OPEN_PATHS = {"/health", "/", "/api.js", "/icon.svg", "/page.css", "/page.js", "/reply.js"}
 ROUTES = [
-    *(("GET", path) for path in (*OPEN_PATHS, "/v1/models", "/v1/models/scripted", "/metrics", "/none")),
+    *(
+        ("GET", path)
+        for path in (*OPEN_PATHS, "/v1/models", "/v1/models/scripted", "/metrics", "/openapi.json", "/none")
+    ),
     *(("POST", path) for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize", "/none")),
 ]
 
@@ -351,6 +355,7 @@ def test_no_text_of_a_request_is_logged(engine: ScriptedEngine, url: str, caplog
     caplog.set_level("INFO", "engram_runtime")
     httpx2.post(f"{url}{CHAT}", json={**BODY, "messages": [{"role": "user", "content": "a secret"}]})
     httpx2.get(f"{url}/secret?secret")
+    until(lambda: len([record for record in caplog.records if record.name.startswith("engram")]) == 2)
     logged = [record.getMessage() for record in caplog.records if record.name.startswith("engram")]
     lines = [json.loads(line) for line in logged]
     assert [(line["route"], line["status"]) for line in lines] == [(CHAT, 200), (OTHER_ROUTE, 404)]
@@ -381,3 +386,18 @@ def test_a_response_that_is_cancelled_ends_its_text(engine: ScriptedEngine, paus
 
     asyncio.run(leave())
     until(lambda: engine.load.running == 0)
+
+
+def test_a_schema_s_multiple_that_is_no_number_is_refused_by_the_grammar(tokenizer: TextTokenizer) -> None:
+    body = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "integer", "multipleOf": True}}}
+    job = prepare(
+        {"scripted": ScriptedEngine(tokenizer, lambda request: TEXT)}, CHAT, {**BODY, "response_format": body}
+    )
+    assert "multipleOf" in str(job.requests[0].grammar)
+
+
+def test_the_openapi_document_has_every_route_but_the_page_s_files(url: str) -> None:
+    document = httpx2.get(f"{url}/openapi.json").json()
+    routes = {path.replace("scripted", "{model}") for _, path in ROUTES} - (OPEN_PATHS - {"/", "/health"}) - {"/none"}
+    assert set(document["paths"]) == routes
+    assert set(document["components"]["schemas"]["ChatBody"]["required"]) == {"model", "messages"}

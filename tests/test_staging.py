@@ -1,5 +1,6 @@
 """Staged folders: whole at their place or not there at all, whatever happens in between."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from engram_export.staging import staged_folder
+from engram_runtime import new_folder
 from engram_runtime.bundle import Bundle
+from engram_runtime.disk_space import check_space
 from engram_runtime.errors import BundleError, RequestError
+from engram_runtime.exchange import exchange
 
 # An export that has written half of its files when it waits to be killed.
 HALF_AN_EXPORT = """
@@ -76,6 +80,18 @@ def killed_export(out: Path) -> None:
 
 def refuse_to_write() -> None:
     raise AssertionError("a finished file is written again")
+
+
+def killed_at(place: Path) -> Callable[[Path], None]:
+    def flush(path: Path) -> None:
+        if path == place:
+            raise StoppedError
+
+    return flush
+
+
+def cannot_swap(one: Path, other: Path) -> bool:
+    return False
 
 
 def opens(folder: Path) -> bool:
@@ -166,10 +182,68 @@ def test_a_bundle_is_put_back_if_its_replacement_cannot_be_moved(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refusing)
+    monkeypatch.setattr(new_folder, "exchange", cannot_swap)
     with pytest.raises(PermissionError):
         export(tmp_path / "out", replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert tree(tmp_path / "out") == OLD
+
+
+def test_a_bundle_is_replaced_where_names_cannot_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(new_folder, "exchange", cannot_swap)
+    write_bundle(tmp_path / "out", "old")
+    export(tmp_path / "out", replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tree(tmp_path / "out") == NEW
+
+
+def test_names_are_swapped_in_one_step(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "one", "old")
+    write_bundle(tmp_path / "other", "new")
+    if exchange(tmp_path / "one", tmp_path / "other"):
+        assert (tree(tmp_path / "one"), tree(tmp_path / "other")) == (NEW, OLD)
+    else:
+        assert (tree(tmp_path / "one"), tree(tmp_path / "other")) == (OLD, NEW)
+
+
+def test_names_that_are_not_there_cannot_be_swapped(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        exchange(tmp_path / "one", tmp_path / "other")
+    assert caught.value.filename == str(tmp_path / "one")
+
+
+def test_the_old_bundle_is_whole_until_the_new_name_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may take back the new name, and then the old bundle must be there."""
+    write_bundle(tmp_path / "out", "old")
+    found = []
+    monkeypatch.setattr(new_folder, "flush", lambda path: found.append(tree(path)) if path == tmp_path else None)
+    export(tmp_path / "out", replace=True)
+    (at_the_end,) = found
+    assert {f".out.partial/bundle/{name}": text for name, text in OLD.items()}.items() <= at_the_end.items()
+
+
+def test_a_bundle_that_was_replaced_when_the_export_was_killed_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(text: str) -> None:
+        with staged_folder(tmp_path / "out", "same", replace=True) as journal:
+            write_bundle(journal.folder, text)
+            for name in ("engram.json", "graph/decoder.onnx"):
+                journal.once(journal.folder / name, lambda: None, lambda count: None)
+
+    noted("old")
+    monkeypatch.setattr(new_folder, "flush", killed_at(tmp_path))
+    with pytest.raises(StoppedError):
+        noted("new")
+    monkeypatch.undo()
+    assert tree(tmp_path / "out") == NEW
+    assert tree(tmp_path / ".out.partial" / "bundle") == OLD
+    with staged_folder(tmp_path / "out", "same", replace=True) as journal:
+        assert (journal.kept, tree(journal.folder)) == (frozenset(), {})
+        write_bundle(journal.folder, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -233,7 +307,45 @@ def test_a_refused_export_keeps_what_a_killed_one_had_finished(tmp_path: Path) -
 
 def test_two_exports_to_one_place_are_refused(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "out", "same", replace=False) as journal:
-        expected = f"{tmp_path / 'out'} is being exported to by another process; wait for it or choose another place"
+        place, who = tmp_path / "out", os.getpid()
+        expected = f"{place} is being exported to by process {who}; wait for it or choose another place"
         assert refusal(tmp_path / "out", replace=True) == expected
         write_bundle(journal.folder, "new")
     assert tree(tmp_path / "out") == NEW
+
+
+def no_space(folder: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_nothing_and_says_what_is_needed(tmp_path: Path) -> None:
+    killed_export(tmp_path / "out")
+    with (
+        pytest.raises(RequestError) as caught,
+        staged_folder(tmp_path / "out", "same", replace=False, num_bytes=12345) as journal,
+    ):
+        no_space(journal.folder)
+    assert str(caught.value) == (
+        f"no space to write {tmp_path / 'out'}: at least 12,345 bytes are needed, no space left on device; free some "
+        f"or choose another place"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    killed_export(tmp_path / "out")
+    needed = 1 << 60
+    with pytest.raises(RequestError) as caught, staged_folder(tmp_path / "out", "same", replace=False) as journal:
+        check_space(tmp_path / "out", needed)
+    start = f"no space to write {tmp_path / 'out'}: at least {needed:,} bytes are needed, "
+    assert str(caught.value).startswith(start)
+    assert tree(journal.folder) == {"whole": "whole"}  # for when there is space
+
+
+def test_a_write_that_fails_is_said_to_be_at_the_place(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="Input/output error") as caught,
+        staged_folder(tmp_path / "out", "same", replace=False),
+    ):
+        raise OSError(errno.EIO, "Input/output error")
+    assert caught.value.filename == str(tmp_path / "out")

@@ -47,7 +47,8 @@ from engram_runtime.tables.decoding import SHARED_FROM_ROWS, NumpyRowDecoder, Ro
 from engram_runtime.tables.mapped import MappedTable
 from engram_runtime.tables.memory import ResidentTable
 from engram_runtime.tables.pread import PreadTable
-from engram_runtime.tables.record_files import Locate, can_lease
+from engram_runtime.tables.record_file import can_lease
+from engram_runtime.tables.record_files import Locate
 from engram_runtime.tables.regions import allocate_huge, reserve
 from engram_runtime.tables.residency import BLOCK_ROWS, PAGE, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct, distinct

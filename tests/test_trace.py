@@ -161,7 +161,10 @@ def change_part(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 DAMAGE = {
-    "version": (change(format_version=2), "it has format version 2, this runtime reads 1; record it again"),
+    "version": (
+        change(format_version=2),
+        "it has format version 2, this runtime reads 1; it needs a newer engram-edge",
+    ),
     "tokens": (change(tokens=2), "row ids of site layer_1 are I32 [1, 2], expected int32 [2, 2]"),
     "too many": (
         change(tokens=10**12),

@@ -27,6 +27,7 @@ from engram_runtime.sampling import make_sampler
 from engram_runtime.tables.opening import AUTO_OPTIONS
 from engram_runtime.tracing.recorder import ACCEPTED, EXPERTS, READY, TOKENS, Recorder
 from engram_runtime.tracing.timeline import DRAFT, GRAPH, HASH, LANES, READ, SAMPLE, VERIFY, WAIT, Timeline
+from engram_runtime.trust.levels import LOCALLY
 
 PROMPT = "The tide comes in"
 Event = dict[str, Any]
@@ -208,7 +209,13 @@ def say_and_fail(llm: LLM) -> None:
 
 def test_a_run_that_fails_leaves_its_trace(bundle: Path, tmp_path: Path) -> None:
     loading = Loading(
-        executor="tvm", threads=THREADS, target=None, tables_on=True, tables=AUTO_OPTIONS, drafts=NO_DRAFTS
+        executor="tvm",
+        threads=THREADS,
+        target=None,
+        tables_on=True,
+        tables=AUTO_OPTIONS,
+        drafts=NO_DRAFTS,
+        trust=LOCALLY,
     )
     path = tmp_path / "trace.json"
     with pytest.raises(RequestError), click.Context(click.Command("run")), loading.load(bundle, path) as llm:

@@ -17,7 +17,7 @@ from tests.tiny import TinyModel, TinySite
 from tests.tiny_gemma import save_gemma
 from tests.workshop import Workshop, copy_folder, export, open_session
 
-from engram_runtime.bundle import MANIFEST_NAME, Bundle
+from engram_runtime.bundle import MANIFEST_NAME, Bundle, sealed
 from engram_runtime.errors import BundleError
 from engram_runtime.keyer_spec import NgramKeyerSpec
 from engram_runtime.keyers import NO_ROW
@@ -224,7 +224,7 @@ def test_a_bundle_without_site_outputs_runs_but_is_not_explained(
     path = copy_folder(tiny_bundle(workshop).path, tmp_path / "old")
     raw = json.loads((path / MANIFEST_NAME).read_text())
     del raw["graphs"]["decoder"]["outputs"][1:]
-    (path / MANIFEST_NAME).write_text(json.dumps(raw))
+    (path / MANIFEST_NAME).write_bytes(sealed(raw))
     assert command("engram", "run", path, TEXT, *HERE, "--max-tokens", 2).code == 0
     outcome = command("engram", "tables", "why", path, TEXT, *HERE)
     assert (outcome.code, outcome.err) == (

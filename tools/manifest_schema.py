@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from engram_runtime.bundle import SEAL
 from engram_runtime.keyer_spec import NgramKeyerSpec, TokenKeyerSpec
 from engram_runtime.manifest import (
     AXIS_NAMES,
@@ -79,7 +80,7 @@ KEYS: Mapping[type, Mapping[str, Schema]] = {
         "factor": whole(r"0x1\.[0-9a-f]{13}p[+-][0-9]+"),
     },
     TablePart: {"row_bytes": SIZE},
-    RowRange: {"num_rows": SIZE},
+    RowRange: {"num_rows": SIZE, "checksums": {"anyOf": [PATH, NULL]}},
     NgramKeyerSpec: {
         "kind": {"const": NgramKeyerSpec.KIND},
         "orders": array(integers(1, 16), minItems=1, uniqueItems=True),
@@ -97,7 +98,7 @@ KEYS: Mapping[type, Mapping[str, Schema]] = {
 GRAPH_NAMES = whole(rf"({DECODER}|{DRAFT_HEAD}|site\.[\s\S]*)")
 EXTERNAL_ROWS = {
     "if": {"properties": {"external": {"const": True}}},
-    "then": {"properties": {"file": {"pattern": "^/"}, "identity": TEXT}},
+    "then": {"properties": {"file": {"pattern": "^/"}, "identity": TEXT, "checksums": NULL}},
     "else": {"properties": {"file": PATH, "identity": NULL}},
 }
 
@@ -106,10 +107,15 @@ def manifest_schema() -> Schema:
     """Return the schema of a manifest of `FORMAT_VERSION`."""
     manifest = object_schema(Manifest)
     manifest["properties"]["graphs"]["propertyNames"] = GRAPH_NAMES
-    manifest["properties"] |= {"format_version": {"const": FORMAT_VERSION}, "extensions": {"type": "object"}}
+    manifest["properties"] |= {
+        "format_version": {"const": FORMAT_VERSION},
+        "extensions": {"type": "object"},
+        SEAL: whole("[0-9a-f]{64}"),
+    }
     manifest["required"] = sorted(manifest["properties"].keys() - {"draft_vocabulary", "omitted"})
     parts = {kind.__name__: object_schema(kind) for kind in KEYS if kind is not Manifest}
     parts[RowRange.__name__] |= EXTERNAL_ROWS
+    parts[RowRange.__name__]["required"].remove("checksums")
     return {"$schema": DIALECT, "title": "engram.json", **manifest, "$defs": {**parts, **VALUES}}
 
 

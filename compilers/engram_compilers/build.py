@@ -1,7 +1,5 @@
 """Compile a bundle for a target: lower, build, and put library, weights and runtime into ``lib/<target>/``."""
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,7 +12,9 @@ from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
-from engram_runtime.new_folder import move_into_place
+from engram_runtime.new_file import flush
+from engram_runtime.new_folder import staged_place
+from engram_runtime.trust.records import COMPILED, keep_record
 from engram_targets import CpuProfile, GpuProfile, NpuProfile, Profile
 
 try:
@@ -75,18 +75,18 @@ def compile_bundle(
         CompileError: the graph has an operator or a use of one that has no lowering, the target is C sources or a
             processor that LLVM doesn't know, there is no linker for it, or TVM's runtime library for it can't be
             downloaded.
+        OSError: this user's state folder, which is to say that the library was compiled here, can't be written.
+        TargetError: others can write to the state folder.
     """
     started = time.monotonic()
     folder = bundle.file(LIBRARY_FOLDER) / profile.name
-    scratch = folder.with_name(f".{profile.name}.partial-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    weights = bundle.manifest.entry(bundle.manifest.decoder.weights)
+    folder.parent.mkdir(exist_ok=True)
+    flush(bundle.path)
+    with staged_place(folder, "compiled to", weights.bytes) as scratch:
         info = _build(bundle, profile, scratch, report, blocks)
-        (scratch / LIBRARY_INFO_NAME).write_text(json.dumps(info.to_dict()), encoding="utf-8")
-        move_into_place(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / LIBRARY_INFO_NAME).write_bytes(info.to_bytes())
+        keep_record(info, COMPILED, folder)  # first: without a record it would be there and not run
     return CompileResult(
         folder=folder,
         target=profile.name,
@@ -94,6 +94,15 @@ def compile_bundle(
         library_bytes=(folder / info.library).stat().st_size,
         weights_bytes=info.weights_bytes,
     )
+
+
+def remove_libraries(bundle: Bundle) -> None:
+    """Throw away all that lies where a bundle's libraries do, whoever made it."""
+    folder = bundle.file(LIBRARY_FOLDER)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _build(bundle: Bundle, profile: Profile, folder: Path, report: Report, blocks: Blocks) -> LibraryInfo:

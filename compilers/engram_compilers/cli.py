@@ -20,15 +20,19 @@ from engram_targets.fitting import misfit
     "--target", default="native", show_default=True, help="Target, or a profile's .toml file; native is this machine."
 )
 @click.option("--cache", type=click.Choice(CACHE_DTYPES), help="Dtype of keys and values; the target's by default.")
+@click.option("--rebuild", is_flag=True, help="Throw away all libraries in BUNDLE first, of all targets and makers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def compile_command(bundle: Path, target: str, cache: str | None, as_json: bool) -> None:
+def compile_command(bundle: Path, target: str, cache: str | None, rebuild: bool, as_json: bool) -> None:
     """Compile BUNDLE for a target into its lib folder."""
-    from engram_compilers.build import compile_bundle
+    from engram_compilers.build import compile_bundle, remove_libraries
 
     profile = load_profile(target)
     if cache is not None:
         profile = dataclasses.replace(profile, cache_dtype=cache)
-    result = compile_bundle(Bundle.open(bundle), profile, _report, _measured_blocks(profile))
+    opened = Bundle.open(bundle)
+    if rebuild:
+        remove_libraries(opened)
+    result = compile_bundle(opened, profile, _report, _measured_blocks(profile))
     if as_json:
         click.echo(
             json.dumps(

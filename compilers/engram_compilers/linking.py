@@ -94,7 +94,7 @@ def linker(mtriple: str) -> list[str]:
         return [str(system_compiler())]
     if importlib.util.find_spec("ziglang") is None:
         raise CompileError(f"no C compiler to link with for {mtriple}: install gcc or clang, or pip install ziglang")
-    return [sys.executable, "-m", "ziglang", "cc", "-target", zig_target(mtriple)]
+    return [sys.executable, "-P", "-m", "ziglang", "cc", "-target", zig_target(mtriple)]
 
 
 def links_by_ziglang(mtriple: str) -> bool:

@@ -13,6 +13,12 @@ from numpy.typing import NDArray
 
 from engram_runtime.errors import BundleError, CompileError
 
+MOST_AXES, MOST_VALUES = 8, 1 << 48  # of a tensor
+MOST_DIGITS = 18
+WEIGHT_KINDS = "biuf"  # of numpy's own dtypes: what a weights file holds
+# Whatever onnx's helpers raise on a file that isn't what it says.
+GRAPH_FAILURES = (DecodeError, AttributeError, LookupError, NotImplementedError, OverflowError, TypeError, ValueError)
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -61,32 +67,46 @@ class OnnxModel:
     def read(self, weight: Weight) -> NDArray[Any]:
         """Return a weight as a view of the mapped file, rows of one as a fresh array."""
         if weight.rows_of is not None:
-            whole, ids = weight.rows_of
-            chosen: NDArray[Any] = self.read(whole)[self.read(ids)]
-            return chosen
+            return self._read_rows(*weight.rows_of)
         dtype = np.dtype(weight.dtype)
         size = int(np.prod(weight.shape, dtype=np.int64)) * dtype.itemsize
         return self.data[weight.offset : weight.offset + size].view(dtype).reshape(weight.shape)
+
+    def _read_rows(self, whole: Weight, ids: Weight) -> NDArray[Any]:
+        values, places = self.read(whole), self.read(ids)
+        if places.size and not 0 <= places.min() <= places.max() < len(values):
+            raise CompileError(
+                f"rows {places.min()} to {places.max()} of weight {whole.name} are taken, it has {len(values)}; "
+                f"export the bundle again"
+            )
+        chosen: NDArray[Any] = values[places]
+        return chosen
 
 
 def read_onnx_model(graph: Path, weights_file: Path) -> OnnxModel:
     """Read a graph whose external data all lies in ``weights_file``.
 
     Raises:
-        CompileError: a weight lies in another file or outside this one.
+        BundleError: it is not an ONNX graph, or one of its constants isn't what it says.
+        CompileError: a weight lies in another file or outside this one, or can't be read there.
     """
     try:
-        model = onnx.load(graph, load_external_data=False)
-    except DecodeError as error:
+        return _read(onnx.load(graph, load_external_data=False), weights_file)
+    except GRAPH_FAILURES as error:
         raise BundleError(f"{graph} is not an ONNX graph: {error}; export the bundle again") from error
+
+
+def _read(model: onnx.ModelProto, weights_file: Path) -> OnnxModel:
     data = np.memmap(weights_file, dtype=np.uint8, mode="r")
     constants: dict[str, NDArray[Any]] = {}
     weights: dict[str, Weight] = {}
     for tensor in model.graph.initializer:
+        if tensor.name in constants or tensor.name in weights:
+            raise ValueError(f"initialiser {tensor.name!r} stands twice")
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             weights[tensor.name] = _weight(tensor, weights_file.name, len(data))
         else:
-            constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            constants[tensor.name] = onnx.numpy_helper.to_array(_checked(tensor))
     return OnnxModel(
         nodes=tuple(_node(node) for node in model.graph.node),
         constants=constants,
@@ -97,15 +117,25 @@ def read_onnx_model(graph: Path, weights_file: Path) -> OnnxModel:
 
 def _weight(tensor: onnx.TensorProto, file_name: str, file_bytes: int) -> Weight:
     place = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(_checked(tensor).data_type)
+    if dtype.kind not in WEIGHT_KINDS:
+        raise CompileError(f"weight {tensor.name} is of {dtype.name}, which isn't compiled; export the bundle again")
     size = math.prod(tensor.dims) * dtype.itemsize
     offset = place.get("offset", "")
-    inside = offset.isdigit() and place.get("length") == str(size) and int(offset) + size <= file_bytes
+    whole = offset.isascii() and offset.isdigit() and len(offset) <= MOST_DIGITS
+    inside = whole and place.get("length") == str(size) and int(offset) + size <= file_bytes
     if place.get("location") != file_name or not inside:
         raise CompileError(
             f"weight {tensor.name} of {size} bytes is said to lie at {place}, outside {file_name} of {file_bytes} bytes"
         )
     return Weight(tensor.name, dtype.name, tuple(tensor.dims), int(offset))
+
+
+def _checked(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """Return a tensor whose dimensions numpy can take."""
+    if len(tensor.dims) > MOST_AXES or min(tensor.dims, default=0) < 0 or math.prod(tensor.dims) > MOST_VALUES:
+        raise ValueError(f"tensor {tensor.name!r} has the shape {list(tensor.dims)[: MOST_AXES + 1]}")
+    return tensor
 
 
 def _node(node: onnx.NodeProto) -> Node:

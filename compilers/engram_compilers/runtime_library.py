@@ -93,7 +93,7 @@ def _download(wheel: RuntimeWheel, folder: Path) -> Path:
     """Let pip download a wheel, from where this user's pip is set to, and check its digest."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries=1"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries=1"]
     command += ["--no-deps", "--only-binary=:all:", "--require-hashes", f"--platform={wheel.platform}"]
     command += [f"--dest={folder}", f"--requirement={requirements}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

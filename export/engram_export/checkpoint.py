@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")  # a bare name: no folder, no parent
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")  # a bare name: no folder, no parent
 MAX_JSON_BYTES = 64 << 20  # tokenizer.json of a 260 000 token vocabulary is 35 MB
 CARD_FILE, MAX_FRONT_MATTER_BYTES = "README.md", 64 << 10
 FRONT_MATTER = re.compile(r"---\r?\n(.*?\n)---\r?$", re.DOTALL | re.MULTILINE)
@@ -211,13 +211,17 @@ def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None
         return _decode(file, read_small_file(file, MAX_TEMPLATE_BYTES))
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        templates = [entry.get("template") for entry in template if _is_default(entry)]
+        template = templates[-1] if templates else None
     if template is not None and not isinstance(template, str):
         raise CheckpointError(
             f"'chat_template' in {folder / 'tokenizer_config.json'} is not a string; correct the file"
         )
     return template
+
+
+def _is_default(entry: object) -> bool:
+    return isinstance(entry, dict) and entry.get("name") == "default"
 
 
 def _decode(path: Path, data: bytes) -> str:

@@ -13,6 +13,7 @@ import click
 
 from engram_runtime.command_line import run_command
 from engram_runtime.errors import TargetError
+from engram_runtime.workplace import workplace
 
 if TYPE_CHECKING:
     from engram_export.calibration_report import CalibrationReport
@@ -128,7 +129,6 @@ def export(
     """Export CHECKPOINT, a Hugging Face folder or a GGUF file, to a bundle."""
     try:
         from engram_export.pipeline import ExportOptions, export_bundle
-        from engram_export.staging import workplace
         from engram_export.tables_only import export_tables
     except ModuleNotFoundError as error:
         raise TargetError(f"engram-export needs {error.name}: pip install 'engram-edge[export]'") from error

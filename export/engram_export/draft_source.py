@@ -39,7 +39,7 @@ QWEN = {
     "norm": "norm",
 }
 DEEPSEEK = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "fc": "eh_proj", "norm": "shared_head.norm"}
-DEEPSEEK_LAYER = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
+DEEPSEEK_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.eh_proj\.weight")
 FC_INPUT = ("norm(embedding of token t+1)", "norm(hidden t)")
 
 

@@ -82,6 +82,8 @@ class EngramConfig:
         if len(layers) != 1:
             raise CheckpointError(f"an engram block is for layers {list(layers)}, expected one; write a block for each")
         base = fields.count("layer_index_base") if fields.given("layer_index_base") else 0
+        if layers[0] < base:
+            raise CheckpointError(f"the engram block is for layer {layers[0]}, layers are counted from {base}")
         keyer = _keyer(fields, hashing)
         if fields.given("row_dtype"):
             fields.take("row_dtype", str)  # says in words what the table's tensors say themselves

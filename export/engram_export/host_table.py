@@ -146,7 +146,7 @@ def numbered_tensors(names: Iterable[str], pattern: str, count: int) -> list[str
         CheckpointError: a number is missing or beyond the last.
     """
     before, after = map(re.escape, pattern.split("{}"))
-    form = re.compile(f"{before}(0|[1-9][0-9]*){after}")
+    form = re.compile(f"{before}(0|[1-9][0-9]{{0,17}}){after}")
     found = {int(match[1]) for name in names if (match := form.fullmatch(name))}
     if missing := sorted(set(range(count)) - found):
         raise CheckpointError(f"the checkpoint lacks {pattern.format(missing[0])}, one of {count}; it is incomplete")

@@ -10,17 +10,24 @@ from typing import Any, BinaryIO
 
 from engram_runtime.bundle import file_identity, file_sha256
 from engram_runtime.errors import BundleError
+from engram_runtime.new_file import flush
 
+VERSION = 2  # of the journal itself
 Facts = Mapping[str, float] | None  # what is worth keeping of how a file was made
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedFile:
-    """A file that is whole and on the disk; ``path`` is relative to the folder being written."""
+    """A file that is whole and on the disk; ``path`` is relative to the folder being written.
+
+    By its ``inode`` it is told from a file of the bundle that was replaced, whose place it has if the export was
+    stopped before that was removed.
+    """
 
     path: str
     bytes: int
+    inode: int
     sha256: str
     facts: Facts
 
@@ -46,7 +53,7 @@ class Journal:
         _remove_others(folder, self.kept)
         folder.mkdir(exist_ok=True)
         stream.truncate(0)
-        self._append({"fingerprint": fingerprint}, *map(asdict, self._finished.values()))
+        self._append({"fingerprint": fingerprint, "version": VERSION}, *map(asdict, self._finished.values()))
 
     @property
     def is_empty(self) -> bool:
@@ -60,8 +67,11 @@ class Journal:
             progress(self._finished[name].bytes)
         else:
             facts = write()
-            _flush(path)
-            file = FinishedFile(path=name, bytes=path.stat().st_size, sha256=file_sha256(path), facts=facts)
+            flush(path)
+            status = path.stat()
+            file = FinishedFile(
+                path=name, bytes=status.st_size, inode=status.st_ino, sha256=file_sha256(path), facts=facts
+            )
             self._append(asdict(file))
             self._finished[name] = file
         return self._finished[name].facts
@@ -83,6 +93,11 @@ class Journal:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Size of the files an interrupted export had finished."""
+        return sum(self._finished[path].bytes for path in self.kept)
 
     def _append(self, *lines: Mapping[str, Any]) -> None:
         self._stream.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
@@ -108,17 +123,17 @@ def _read_lines(stream: BinaryIO, fingerprint: str) -> list[FinishedFile] | None
         first, *others = [json.loads(line) for line in stream.read().split(b"\n")[:-1]]
     except ValueError:  # nothing there, or damaged
         return None
-    return [FinishedFile(**line) for line in others] if first == {"fingerprint": fingerprint} else None
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    if first != {"fingerprint": fingerprint, "version": VERSION}:
+        return None
+    return [FinishedFile(**line) for line in others]
 
 
 def _is_whole(folder: Path, file: FinishedFile) -> bool:
     path = folder / file.path
-    return path.is_file() and path.stat().st_size == file.bytes
+    if not path.is_file():
+        return False
+    status = path.stat()
+    return (status.st_size, status.st_ino) == (file.bytes, file.inode)
 
 
 def _remove_others(folder: Path, kept: frozenset[str]) -> None:

@@ -49,6 +49,7 @@ from engram_export.verify import (
     verify_tokens,
 )
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
+from engram_runtime.disk_space import check_space
 from engram_runtime.errors import CheckpointError
 from engram_runtime.manifest import FileEntry, GraphSpec, Manifest, ModelInfo
 from engram_runtime.table_spec import TableSpec
@@ -113,8 +114,12 @@ def export_bundle(options: ExportOptions, reporter: Reporter) -> Verification:
     check_kept(options.quant, plan)
     token_ids = verify_tokens(source.checkpoint, source.architecture.text.vocab_size, source.context_length)
     check_scales(source.tables, reporter)
-    with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
+    place = staged_folder(
+        options.out, export_fingerprint(options), replace=options.replace, num_bytes=plan.bundle_bytes
+    )
+    with place as journal:
         reporter.plan(plan)
+        check_space(options.out, plan.bundle_bytes - journal.kept_bytes)
         report_resumption(journal, reporter)
         calibrated = calibrate(source, chosen, text, journal, reporter)
         reporter.step("tracing the graph")

@@ -45,6 +45,11 @@ class ExportPlan:
     tokenizer: bool
     sites: tuple[SitePlan, ...]
 
+    @property
+    def bundle_bytes(self) -> int:
+        """Least size of the bundle: its weights, and the tables that will be in it."""
+        return self.weights_bytes + (0 if self.tables_mode == "reference" else self.tables_bytes)
+
 
 def plan_export(
     source: ModelSource,

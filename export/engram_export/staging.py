@@ -1,36 +1,39 @@
 """Write a folder beside its place and rename it there when it is whole; what an interruption leaves is resumed."""
 
 import contextlib
-import fcntl
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from engram_export.journal import Journal
 from engram_runtime.bundle import MANIFEST_NAME
-from engram_runtime.errors import EngramError, RequestError
+from engram_runtime.disk_space import FULL, written_to
+from engram_runtime.errors import EngramError
 from engram_runtime.new_folder import check_new_folder, flush_tree, move_into_place, restore_replaced
-
-JOURNAL_FILE, STAGED_FOLDER = "journal.jsonl", "bundle"
+from engram_runtime.workplace import STAGED_FOLDER, locked_workplace, workplace
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Journal]:
+def staged_folder(out: Path, fingerprint: str, *, replace: bool, num_bytes: int | None = None) -> Iterator[Journal]:
     """Yield the journal of a folder that becomes ``out`` on success.
 
-    An `EngramError` leaves nothing, as it would come again, unless a file could not be read. What else interrupts
-    leaves the finished files beside ``out`` for the next export with the same fingerprint; any other removes them.
+    An `EngramError` leaves nothing, as it would come again, unless a file could not be read; nor does a full disk,
+    which others need. What else interrupts leaves the finished files beside ``out`` for the next export with the same
+    fingerprint; any other removes them.
+
+    Args:
+        num_bytes: what will be in it, at least.
 
     Raises:
-        RequestError: ``out`` is being exported to, exists and is not a bundle, or is one and ``replace`` is False.
+        RequestError: ``out`` is being exported to, exists and is not a bundle, or is one and ``replace`` is False, or
+            there is no space.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out) as stream:
+    with locked_workplace(out, "exported to") as stream, written_to(out, num_bytes):
+        folder = workplace(out) / STAGED_FOLDER
+        if not folder.exists():
+            stream.truncate(0)  # it was moved to its place
         restore_replaced(out)
         check_new_folder(out, MANIFEST_NAME, "a bundle", replace=replace)
-        journal = Journal(stream, workplace(out) / STAGED_FOLDER, fingerprint)
+        journal = Journal(stream, folder, fingerprint)
         try:
             yield journal
             flush_tree(journal.folder)
@@ -44,40 +47,6 @@ def staged_folder(out: Path, fingerprint: str, *, replace: bool) -> Iterator[Jou
 
 def _comes_again(error: BaseException) -> bool:
     """Return whether the same export would end the same way; a file that can't be read may be readable later."""
-    return isinstance(error, EngramError) and not isinstance(error.__cause__, OSError)
-
-
-def workplace(out: Path) -> Path:
-    """Return the folder beside ``out`` that holds an unfinished export and its journal."""
-    return out.with_name(f".{out.name}.partial")
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[BinaryIO]:
-    """Yield the journal, locked as long as this process lives; an empty one is removed with all that is beside it."""
-    folder = workplace(out)
-    folder.mkdir(exist_ok=True)
-    path = folder / JOURNAL_FILE
-    with path.open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _busy(out) from error
-        if not _is_at(path, stream):
-            raise _busy(out)  # it was removed by the export that held the lock until now
-        try:
-            yield stream
-        finally:
-            if os.fstat(stream.fileno()).st_size == 0:
-                shutil.rmtree(folder / STAGED_FOLDER, ignore_errors=True)
-                path.unlink()  # the last to go: until then no other export can begin
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-
-
-def _is_at(path: Path, stream: BinaryIO) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
-
-
-def _busy(out: Path) -> RequestError:
-    return RequestError(f"{out} is being exported to by another process; wait for it or choose another place")
+    if isinstance(error, EngramError):
+        return not isinstance(error.__cause__, OSError)
+    return isinstance(error, OSError) and error.errno in FULL

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engram_export.host_table import TableSource
 from engram_export.journal import Facts
 from engram_export.repack import PAYLOADS, RowErrors, check_rows, encode_rows, repacked_format
-from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter
+from engram_export.weights_file import TABLE_ALIGNMENT, SafetensorsWriter, check_finite
 from engram_runtime.bundle import file_identity
 from engram_runtime.errors import RequestError
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
@@ -21,11 +21,13 @@ from engram_runtime.records import RecordFormat
 from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
 from engram_runtime.site import Site
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+from engram_runtime.tables.checksums import write_checksums
 from engram_runtime.tables.files import FileTable
 
 SLICE_BYTES = 8 << 20  # of records copied, or of float32 values repacked, at a time
 FILE_BYTES = 4 << 30  # of records in a file: what is lost when an export is interrupted stays small
 RECORDS = "records"
+INTEGER_PAYLOADS = ("int8", "int4")
 Progress = Callable[[int], None]
 
 
@@ -60,6 +62,11 @@ class TableFile:
         return TensorPlan(RECORDS, "uint8", (self.num_rows, self.record_bytes))
 
     @property
+    def checksums(self) -> Path:
+        """Where its checksums go."""
+        return self.path.with_suffix(".crc32")
+
+    @property
     def rows(self) -> RowRange:
         """The file as the manifest describes it."""
         layout = SafetensorsLayout.of([self.plan], alignment=TABLE_ALIGNMENT)
@@ -69,6 +76,7 @@ class TableFile:
             file=f"{self.path.parent.name}/{self.path.name}",
             external=False,
             offset=layout.offsets[RECORDS],
+            checksums=f"{self.checksums.parent.name}/{self.checksums.name}",
         )
 
 
@@ -126,11 +134,16 @@ def write_now(path: Path, write: Callable[[], Facts], progress: Progress) -> Fac
 def copy_table(
     source: TableSource, keyer: KeyerSpec, folder: Path, progress: Progress, once: Once = write_now
 ) -> WrittenTable:
-    """Copy a table into ``folder``, payload and scales of a row together."""
+    """Copy a table into ``folder``, payload and scales of a row together.
+
+    Raises:
+        CheckpointError: a value that is not finite, with its row and column.
+    """
     files = table_files(source, source.record, folder)
     with open_rows(source) as rows:
         for file in files:
-            once(file.path, partial(_copy_rows, rows, file, progress), progress)
+            once(file.path, partial(_copy_rows, rows, file, source.record, progress), progress)
+            sum_up(file, once)
     return WrittenTable(spec=_written_spec(source, keyer, source.record, files), errors=None)
 
 
@@ -152,6 +165,7 @@ def repack_table(
         for file in files:
             facts = once(file.path, partial(_repack_rows, rows, file, source.record, record, progress), progress)
             assert facts is not None
+            sum_up(file, once)
             errors.append(RowErrors(num_rows=file.num_rows, mean=facts["mean"], max=facts["max"]))
     return WrittenTable(spec=_written_spec(source, keyer, record, files), errors=sum(errors[1:], start=errors[0]))
 
@@ -195,6 +209,11 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def sum_up(file: TableFile, once: Once = write_now) -> None:
+    """Write the checksums of a file that is finished."""
+    once(file.checksums, partial(write_checksums, file.path, file.checksums), lambda count: None)
+
+
 def _slices(rows: FileTable, file: TableFile, row_bytes: int) -> Iterator[NDArray[np.uint8]]:
     """Yield the checkpoint's records of a file's rows; ``row_bytes`` is what a row takes while it is worked on."""
     step = max(1, SLICE_BYTES // row_bytes)
@@ -202,8 +221,18 @@ def _slices(rows: FileTable, file: TableFile, row_bytes: int) -> Iterator[NDArra
         yield rows.read_rows(file.first_row + start, min(step, file.num_rows - start))
 
 
-def _copy_rows(rows: FileTable, file: TableFile, progress: Progress) -> None:
-    write_table_file(file, _slices(rows, file, file.record_bytes), progress)
+def _copy_rows(rows: FileTable, file: TableFile, record: RecordFormat, progress: Progress) -> None:
+    write_table_file(file, _finite_slices(rows, file, record), progress)
+
+
+def _finite_slices(rows: FileTable, file: TableFile, record: RecordFormat) -> Iterator[NDArray[np.uint8]]:
+    """Yield the checkpoint's records of a file's rows; raises CheckpointError where a value is not finite."""
+    first_row = file.first_row
+    for block in _slices(rows, file, 4 * record.columns):
+        if record.payload not in INTEGER_PAYLOADS:  # of those, scales alone can be anything, and were checked
+            check_finite("the table's rows", first_row, record.decode(block))
+        first_row += len(block)
+        yield block
 
 
 def _repack_rows(

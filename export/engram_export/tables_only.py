@@ -34,6 +34,7 @@ from engram_export.staging import staged_folder
 from engram_export.table_writer import WrittenTable, check_table_options, written_format
 from engram_export.weights_file import WEIGHTS_ALIGNMENT, SafetensorsWriter
 from engram_runtime.bundle import Bundle
+from engram_runtime.disk_space import check_space
 from engram_runtime.errors import CheckpointError, RequestError
 from engram_runtime.manifest import SITE_GRAPH, GraphSpec, Manifest, ModelInfo
 from engram_runtime.safetensors_layout import SafetensorsLayout
@@ -51,9 +52,13 @@ def export_tables(options: ExportOptions, reporter: Reporter) -> list[SiteVerifi
     source = read_tables_source(open_checkpoint(options.checkpoint))
     chosen = site_format(options.quant)
     check_scales([site.table for site in source.sites], reporter)
-    with staged_folder(options.out, export_fingerprint(options), replace=options.replace) as journal:
-        plan = plan_tables(source, chosen, options)
+    plan = plan_tables(source, chosen, options)
+    place = staged_folder(
+        options.out, export_fingerprint(options), replace=options.replace, num_bytes=plan.bundle_bytes
+    )
+    with place as journal:
         reporter.plan(plan)
+        check_space(options.out, plan.bundle_bytes - journal.kept_bytes)
         report_resumption(journal, reporter)
         graphs = write_graphs(source, chosen, journal, reporter)
         tables = [site.table for site in source.sites]

@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, normalizers
 
+from engram_runtime.detokenise import native_errors
+from engram_runtime.errors import CheckpointError
+
 LONE_SPACE = "\ue000"  # stands for a token that is one space while the ends are stripped
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
 
@@ -26,11 +29,16 @@ NORMALIZER = normalizers.Sequence(
 
 
 def compress_vocabulary(tokenizer_json: bytes) -> NDArray[np.int32]:
-    """Return ``[V]``: raw id -> compressed id, numbered in the order the keys are first seen."""
-    tokenizer = Tokenizer.from_buffer(tokenizer_json)
+    """Return ``[V]``: raw id -> compressed id, numbered in the order the keys are first seen.
+
+    Raises:
+        CheckpointError: the tokenizer can't be used.
+    """
     known: dict[str, int] = {}
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    return np.array([known.setdefault(_key(tokenizer, raw), len(known)) for raw in range(size)], dtype=np.int32)
+    with native_errors(CheckpointError, "the tokenizer can't be used"):
+        tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        size = tokenizer.get_vocab_size(with_added_tokens=True)
+        return np.array([known.setdefault(_key(tokenizer, raw), len(known)) for raw in range(size)], dtype=np.int32)
 
 
 def _key(tokenizer: Tokenizer, raw_id: int) -> str:

@@ -9,10 +9,29 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.errors import CheckpointError
 from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
 
 WEIGHTS_ALIGNMENT = 64
 TABLE_ALIGNMENT = 64 << 10  # covers pages of 4, 16 and 64 KiB
+
+
+def check_finite(name: str, first_row: int, values: NDArray[Any]) -> None:
+    """Refuse values that are not finite numbers, whose first axis begins at a row of a tensor; integers are.
+
+    Raises:
+        CheckpointError: naming the tensor and the place of the first one.
+    """
+    # A sum is finite wherever all are, unless it overflows, and takes no memory.
+    if values.dtype.kind in "iub" or np.isfinite(values.sum(dtype=np.float32)):
+        return
+    sound = np.isfinite(values)
+    if not sound.all():
+        row, *place = np.argwhere(~np.atleast_1d(sound))[0].tolist()
+        found = np.atleast_1d(values)[row, *place]
+        raise CheckpointError(
+            f"{name} is {found} at {[first_row + row, *place]}, expected finite numbers; download the checkpoint again"
+        )
 
 
 class SafetensorsWriter:
@@ -28,14 +47,24 @@ class SafetensorsWriter:
         os.ftruncate(self._file, len(layout.header) + sum(plan.bytes for plan in plans))
 
     def write(self, name: str, values: NDArray[Any]) -> None:
-        """Write a planned tensor; its shape and dtype must be the planned ones."""
+        """Write a planned tensor; its shape and dtype must be the planned ones.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        check_finite(name, 0, values)
         plan = self._missing.pop(name)
         if values.shape != plan.shape or values.dtype != np.dtype(plan.dtype):
             raise ValueError(f"{name} is {values.dtype} {values.shape}, planned was {plan.dtype} {plan.shape}")
         self.write_at(self.offsets[name], values)
 
     def write_rows(self, name: str, start: int, values: NDArray[Any]) -> None:
-        """Write rows of a planned tensor from row ``start`` on; the last rows complete it."""
+        """Write rows of a planned tensor from row ``start`` on; the last rows complete it.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        check_finite(name, start, values)
         plan = self._missing[name]
         row_bytes = plan.bytes // plan.shape[0]
         self.write_at(self.offsets[name] + start * row_bytes, values)

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import re
+import reprlib
 import stat
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +18,10 @@ from engram_runtime.errors import BundleError, TableError
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.keyers import Keyer
 from engram_runtime.manifest import DRAFT_HEAD, FileEntry, Manifest
-from engram_runtime.strict_json import read_json_object
+from engram_runtime.strict_json import parse_json_object, read_json_bytes
 from engram_runtime.table_spec import RowRange
+from engram_runtime.trust.levels import LOCALLY, Trust
+from engram_runtime.trust.manifest import check_manifest, checked_files
 
 MANIFEST_NAME = "engram.json"
 MODEL_CARD = "README.md"  # for people: nothing here reads it
@@ -29,33 +33,51 @@ OPTIONAL_FILES = (
     "chat_template.jinja",
     "golden/golden.json",
 )
+SEAL = "sha256"  # the manifest's last key: the digest of its file, in which 64 zeros stand for it; since version 3
+UNSEALED_VERSION = 2
+NO_DIGEST = "0" * 64
 IDENTITY_BYTES = 64 << 10  # holds a safetensors header, which names every tensor and its place
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A folder whose manifest is sound and whose files have the sizes it states."""
+    """A folder whose manifest is sound and whose files have the sizes it states; ``trust`` is what was asked of it."""
 
     path: Path
     manifest: Manifest
+    trust: Trust = LOCALLY
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, trust: Trust = LOCALLY) -> Self:
         """Read the manifest and check that every file is there; contents are checked by `verify_digests`.
 
+        Args:
+            trust: with more than local trust, the contents of all files but tables are checked here.
+
         Raises:
-            BundleError: not a bundle, of another version, or a file is missing, a link or of another size.
+            BundleError: not a bundle, of another version, or a file is missing, a link or of another size; or it is not
+                what ``trust`` asks for, nor its files this user's or root's alone to change.
+            TargetError: a signature is asked for and is not by a key that is trusted here.
         """
         if not (path / MANIFEST_NAME).is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with engram-export")
-        raw = read_json_object(path / MANIFEST_NAME)
+        text = read_json_bytes(path / MANIFEST_NAME)
+        raw = parse_json_object(text, str(path / MANIFEST_NAME))
+        is_sealed = raw.get("format_version") != UNSEALED_VERSION
+        seal = raw.pop(SEAL, None) if is_sealed else None
         try:
-            bundle = cls(path, Manifest.from_dict(raw))
+            bundle = cls(path, Manifest.from_dict(raw), trust)
+            if is_sealed:
+                _check_seal(text, seal)
         except BundleError as error:
             raise BundleError(f"{path / MANIFEST_NAME}: {error}") from error
         for entry in bundle.manifest.files:
             bundle._check_file(entry)
         bundle._refuse_unlisted()
+        if trust.strict:
+            digest = hashlib.sha256(text).hexdigest()
+            check_manifest(path / MANIFEST_NAME, bundle.manifest, digest, trust)
+            bundle.verify_digests(only=checked_files(bundle.manifest))
         return bundle
 
     def file(self, relative: str) -> Path:
@@ -107,7 +129,7 @@ class Bundle:
         """
         head, relative = self.manifest.graph(DRAFT_HEAD), self.manifest.draft_vocabulary
         assert relative is not None  # see `Manifest.check`
-        values = np.fromfile(self.file(relative), dtype="<i4").astype(np.int64)
+        values = np.frombuffer(self.read_checked(relative), dtype="<i4").astype(np.int64)
         vocab_size, expected = self.manifest.model.vocab_size, head.outputs[0].shape[-1]
         if len(values) != expected:
             raise BundleError(f"{relative} holds {len(values)} ids, the draft head has {expected} logits; export again")
@@ -116,6 +138,23 @@ class Bundle:
                 f"{relative} holds ids {values.min()} to {values.max()}, expected 0 to {vocab_size - 1}; export again"
             )
         return values
+
+    def read_checked(self, relative: str) -> bytes:
+        """Return what a file holds; for small ones, on which what is computed depends.
+
+        Raises:
+            BundleError: it can't be read, or its contents are not those the manifest states.
+        """
+        listed = {entry.path: entry for entry in self.manifest.files}
+        try:
+            data = self.file(relative).read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"{self.file(relative)} can't be read: {error.strerror}; export the bundle again"
+            ) from error
+        if relative in listed:  # where nothing is, the bundle is being exported
+            _check_digest(listed[relative], hashlib.sha256(data).hexdigest())
+        return data
 
     def verify_digests(
         self, progress: Callable[[int], None] = lambda count: None, *, only: Container[str] | None = None
@@ -128,9 +167,7 @@ class Bundle:
         for entry in self.manifest.files:
             if only is not None and entry.path not in only:
                 continue
-            found = file_sha256(self.file(entry.path), progress)
-            if found != entry.sha256:
-                raise BundleError(f"{entry.path} has SHA-256 {found}, the manifest says {entry.sha256}; export again")
+            _check_digest(entry, file_sha256(self.file(entry.path), progress))
 
     def _refuse_unlisted(self) -> None:
         """Refuse a file this runtime would read although the manifest does not vouch for it."""
@@ -147,7 +184,7 @@ class Bundle:
                 f"token map {relative} holds {size} bytes, a vocabulary of {vocab_size} needs {4 * vocab_size}; "
                 f"export again"
             )
-        values = np.fromfile(self.file(relative), dtype="<i4", count=vocab_size).astype(np.int64)
+        values = np.frombuffer(self.read_checked(relative), dtype="<i4").astype(np.int64)
         if (smallest := values.min()) < 0:
             raise BundleError(
                 f"token map {relative} maps token {values.argmin()} to {smallest}, expected ids from 0; export again"
@@ -190,4 +227,29 @@ def file_identity(path: Path) -> str:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the bytes of ``engram.json``."""
-    return (json.dumps(manifest.to_dict(), indent=1) + "\n").encode()
+    return sealed(manifest.to_dict())
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """Return the bytes of a manifest's file from the JSON object it holds, with a seal of them as its last key."""
+    others = {key: value for key, value in manifest.items() if key != SEAL}
+    data = (json.dumps(others | {SEAL: NO_DIGEST}, indent=1) + "\n").encode()
+    return _reseal(data, NO_DIGEST, hashlib.sha256(data).hexdigest())
+
+
+def _reseal(data: bytes, seal: str, other: str) -> bytes:
+    before, _, after = data.rpartition(seal.encode())
+    return before + other.encode() + after
+
+
+def _check_seal(data: bytes, seal: object) -> None:
+    """Refuse a manifest that isn't as it was written, to the last bit."""
+    if not isinstance(seal, str) or not re.fullmatch("[0-9a-f]{64}", seal):
+        raise BundleError(f"manifest.{SEAL} is {reprlib.repr(seal)}, expected 64 hexadecimal digits; export again")
+    if (found := hashlib.sha256(_reseal(data, seal, NO_DIGEST)).hexdigest()) != seal:
+        raise BundleError(f"the manifest has SHA-256 {found}, it says {seal}: it was damaged or changed; export again")
+
+
+def _check_digest(entry: FileEntry, found: str) -> None:
+    if found != entry.sha256:
+        raise BundleError(f"{entry.path} has SHA-256 {found}, the manifest says {entry.sha256}; export again")

@@ -14,7 +14,7 @@ from engram_runtime.errors import BundleError, RequestError
 # Whatever running someone else's template can raise.
 TEMPLATE_FAILURES = (
     *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
-    *(RecursionError, SyntaxError, TypeError, ValueError),
+    *(NameError, RecursionError, SyntaxError, TypeError, ValueError),  # {{ 1e999 }} becomes the name inf
 )
 
 

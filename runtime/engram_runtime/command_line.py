@@ -3,6 +3,7 @@
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 
 import click
 
@@ -11,10 +12,15 @@ from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError
 
 def run_command(command: click.Command, name: str) -> None:
     """Run a click command; errors a user can act on become one line on stderr and their exit code, warnings a line."""
+    run(command, name)
+
+
+def run(program: Callable[[], object], name: str) -> None:
+    """Run a program as `run_command` does a command."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show_warning, name)
-            command()
+            program()
     except EngramError as error:
         _fail(f"{name}: {error}", error.exit_code)
     except OSError as error:

@@ -1,5 +1,7 @@
 """A compiled library of a bundle, ``lib/<target>/``: what it was made from, what it needs, how it is called."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +16,7 @@ from engram_runtime.cpu import TILE_FLAGS, cpu_flags, machine, request_tiles
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import ALIGNMENT_BYTES, MOST_THREADS
 from engram_runtime.manifest import DECODER, DRAFT_HEAD, contained_path
-from engram_runtime.strict_json import Fields, read_json_object
+from engram_runtime.strict_json import Fields, read_json_object, version_error
 from engram_runtime.table_spec import TableSpec
 
 LIBRARY_FOLDER = "lib"
@@ -183,6 +185,15 @@ class LibraryInfo:
         """Return the JSON form that `from_dict` reads."""
         return {"version": LIBRARY_INFO_VERSION, **asdict(self)}
 
+    def to_bytes(self) -> bytes:
+        """Return the bytes of ``compile.json``."""
+        return json.dumps(self.to_dict()).encode()
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of `to_bytes`, and so of all the library's files: by it a library is known to be trusted."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def misfit(self) -> str | None:
         """Say why this machine can't run the library, or None if it can."""
         if self.device in GPUS:
@@ -234,7 +245,7 @@ def row_function(table: TableSpec) -> str:
 
 def _check_version(fields: Fields) -> None:
     if (found := fields.count("version")) != LIBRARY_INFO_VERSION:
-        raise BundleError(f"library has version {found}, this runtime reads {LIBRARY_INFO_VERSION}; compile again")
+        raise version_error("library has", found, LIBRARY_INFO_VERSION, "compile again")
 
 
 def _forward_pass(counts: tuple[int, ...]) -> tuple[int, int]:
@@ -291,6 +302,12 @@ def find_library(bundle: Bundle, target: str | None = None) -> tuple[Path, Libra
     if unknown := sorted(set(info.float16_states) - states):
         raise TargetError(f"library {path} has states {unknown} this bundle lacks; {mend}")
     return path, info
+
+
+def library_infos(bundle: Bundle) -> list[tuple[Path, LibraryInfo]]:
+    """Return folder and description of all libraries of a bundle; raises BundleError where one is damaged."""
+    paths = _info_paths(bundle).values()
+    return [(path.parent, LibraryInfo.from_dict(read_json_object(path))) for path in paths]
 
 
 def library_device(bundle: Bundle, target: str | None) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engram_runtime.bundle import Bundle
 from engram_runtime.drafting.opening import open_decoding, recorded
 from engram_runtime.drafting.options import NO_DRAFTS, DraftOptions
-from engram_runtime.errors import RequestError
+from engram_runtime.errors import NumericError, RequestError
 from engram_runtime.executor import added, load_executor
 from engram_runtime.generation import Generation, GrowingText
 from engram_runtime.parallel.beam import Beam, beam_search
@@ -26,6 +26,7 @@ from engram_runtime.tables.options import TableOptions
 from engram_runtime.tables.policy import TableChoice
 from engram_runtime.tokenizer import TextTokenizer
 from engram_runtime.tracing.recorder import Recorder
+from engram_runtime.trust.levels import LOCALLY, Trust
 
 DEFAULT_MAX_TOKENS = 256
 GREEDY = SamplingOptions()
@@ -49,6 +50,7 @@ class LLM:
         tables: TableOptions = AUTO_OPTIONS,
         drafts: DraftOptions = NO_DRAFTS,
         announce: Announce = silently,
+        trust: Trust = LOCALLY,
     ) -> None:
         """Open and load a bundle.
 
@@ -61,14 +63,15 @@ class LLM:
             drafts: who drafts tokens that a forward pass verifies, several at once; the text stays the same, unless
                 they are asked for unverified. Samples and beams are drawn without.
             announce: see `engram_runtime.session.open_sites`.
+            trust: what is asked of who made the bundle and its library.
 
         Raises:
             BundleError: the bundle or an overlay is damaged, or the overlay is for another table.
-            TargetError: the executor can't run it on this machine.
+            TargetError: the executor can't run it on this machine, or may not.
             RequestError: no such executor, not a positive number of threads, no room for resident tables, or no head
                 or mask to draft with.
         """
-        self.bundle = Bundle.open(Path(bundle))
+        self.bundle = Bundle.open(Path(bundle), trust)
         self.executor = load_executor(executor, self.bundle, threads=threads, target=target)
         self._decoding = open_decoding(self.bundle, self.executor, drafts)
         self.session = Session.open(self.bundle, self.executor, options=tables, tables_on=tables_on, announce=announce)
@@ -100,6 +103,7 @@ class LLM:
         Raises:
             RequestError: an empty prompt, one beyond the context, or an id outside the vocabulary.
             TableError: a table's file no longer holds its rows; what can be read is served as before.
+            NumericError: a logit is not a finite number.
         """
         for _ in self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
             pass
@@ -133,7 +137,7 @@ class LLM:
             max_tokens=max_tokens,
             end_ids=self.tokenizer.eos_token_ids,
         )
-        with contextlib.closing(tokens):
+        with contextlib.closing(tokens), self._forgetting_numbers():
             for token_id in tokens:
                 last = time.perf_counter()
                 first = first if text.token_ids else last
@@ -230,6 +234,15 @@ class LLM:
         shared = common_length(self.session.token_ids, prompt_ids[:-1])
         again = self.session.trim(len(self.session) - shared)
         return self.session.prefill(prompt_ids[shared:]), again + len(prompt_ids) - shared
+
+    @contextlib.contextmanager
+    def _forgetting_numbers(self) -> Iterator[None]:
+        """Have the next prompt computed anew where what this one computed is no numbers."""
+        try:
+            yield
+        except NumericError:
+            self.session.trim(len(self.session))
+            raise
 
     def close(self) -> None:
         """Close the tables."""

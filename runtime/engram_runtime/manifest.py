@@ -1,4 +1,4 @@
-"""The manifest ``engram.json``, format version 2: what a bundle says about itself. No floats, no unknown keys."""
+"""The manifest ``engram.json``, format version 3: what a bundle says about itself. No floats, no unknown keys."""
 
 import math
 import reprlib
@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from engram_runtime.errors import BundleError
 from engram_runtime.strict_json import Fields
-from engram_runtime.table_spec import TableSpec
+from engram_runtime.table_spec import RowRange, TableSpec, checksums_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READ_VERSIONS = (2, FORMAT_VERSION)  # version 2 has no seal and no checksums of tables
 AXIS_NAMES = ("T", "R")
 STATE_KINDS = ("positional", "window", "recurrent")
 MAX_STATE_VALUES = 1 << 34  # 64 GiB of float32; a cache of a million positions is 4 GiB
@@ -220,6 +221,9 @@ class Manifest:
             del facts["draft_vocabulary"]
         if not self.omitted:
             del facts["omitted"]
+        for rows in (rows for table in facts["tables"] for part in table["parts"] for rows in part["ranges"]):
+            if rows["checksums"] is None:
+                del rows["checksums"]
         return {"format_version": FORMAT_VERSION, **facts, "extensions": {}}
 
     @property
@@ -262,10 +266,20 @@ class Manifest:
         _refuse_twice([table.site for table in self.tables], "table site")
         for table in self.tables:
             table.keyer.check_vocabulary(self.model.vocab_size)
+            for rows in table.ranges:
+                self._check_checksums(rows)
         for name, graph in self.graphs.items():
             _refuse_twice([state.name for state in graph.states], "state")
             self._check_graph(name, graph)
         self._check_draft_parts()
+
+    def _check_checksums(self, rows: RowRange) -> None:
+        """Refuse checksums that are not one for each block of their file."""
+        if rows.checksums is None:
+            return
+        expected = checksums_bytes(self.entry(rows.file).bytes)
+        if (found := self.entry(rows.checksums).bytes) != expected:
+            raise BundleError(f"checksums {rows.checksums} hold {found} bytes, those of {rows.file} take {expected}")
 
     def _check_draft_parts(self) -> None:
         """Refuse some parts of a draft head without the others."""
@@ -373,9 +387,10 @@ def _check_site_graph(name: str, graph: GraphSpec, table: TableSpec) -> None:
 
 
 def _check_version(version: int) -> None:
-    if version != FORMAT_VERSION:
+    if version not in READ_VERSIONS:
         advice = "export it again" if version < FORMAT_VERSION else "it needs a newer engram-edge"
-        raise BundleError(f"bundle has format version {version}, this runtime reads {FORMAT_VERSION}; {advice}")
+        versions = " and ".join(map(str, READ_VERSIONS))
+        raise BundleError(f"bundle has format version {version}, this runtime reads {versions}; {advice}")
 
 
 def contained_path(path: str) -> str:

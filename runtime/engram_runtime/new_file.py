@@ -1,11 +1,14 @@
 """Files that are written whole or not at all, and never in place of another one unasked."""
 
 import contextlib
+import fcntl
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from engram_runtime.disk_space import written_to
 from engram_runtime.errors import RequestError
 
 
@@ -27,15 +30,44 @@ def check_place(path: Path, *, replace: bool) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
-    """Yield a file that is at ``path`` once it is whole; raises what `check_place` does."""
+    """Yield a file that is at ``path`` once it is whole and on disk.
+
+    Raises:
+        RequestError: there is no space, or as `check_place`.
+    """
     check_place(path, replace=replace)
+    _remove_left(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with scratch.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        with written_to(path):
+            with scratch.open("wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+            flush(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
+        raise
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what processes that were killed left of this file; those that still write hold a lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk; the error of a disk that fails names it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        error.filename = str(path)
         raise

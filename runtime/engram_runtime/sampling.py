@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.errors import RequestError, VerificationError
+from engram_runtime.errors import NumericError, RequestError
 
 Sampler = Callable[[NDArray[np.float32], Sequence[int]], int]
 """Takes logits ``[V]`` and the token ids so far, prompt included; returns the next token id."""
@@ -50,7 +50,7 @@ def make_sampler(options: SamplingOptions) -> Sampler:
     """Compose penalty, temperature, top_k, top_p, min_p and draw, in this order.
 
     The sampler of a temperature above 0 owns a random generator: make one per sequence, use it from one thread.
-    It raises VerificationError if a logit is not finite.
+    It raises NumericError if a logit is not finite.
     """
     rng = np.random.Generator(np.random.PCG64(options.seed))
 
@@ -70,10 +70,10 @@ def _require(name: str, value: float | None, valid: bool, wanted: str) -> None:
 
 
 def finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the logits; raises VerificationError if one is not finite."""
+    """Return the logits; raises NumericError if one is not finite."""
     sound = np.isfinite(logits)
     if not sound.all():
-        raise VerificationError(
+        raise NumericError(
             f"the model produced {logits.size - np.count_nonzero(sound)} logits of {logits.size} that are nan or "
             "infinite, wanted finite numbers; check the bundle, or export it with a wider dtype"
         )

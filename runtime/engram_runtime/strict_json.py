@@ -24,14 +24,18 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
     Raises:
         BundleError: no such file, larger than ``max_bytes``, not JSON, not an object, or a key twice.
     """
+    return parse_json_object(read_json_bytes(path, max_bytes=max_bytes), str(path))
+
+
+def read_json_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the bytes of a file; raises BundleError where there is none, or it is larger than ``max_bytes``."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise BundleError(f"{path} holds {size} bytes, at most {max_bytes} are allowed")
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path} can't be read: {error.strerror}") from error
-    return parse_json_object(text, str(path))
 
 
 def parse_json_object(text: bytes | str, where: str) -> dict[str, Any]:
@@ -43,6 +47,12 @@ def parse_json_object(text: bytes | str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BundleError(f"{where} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def version_error(what: str, found: int, newest: int, older: str) -> BundleError:
+    """Return what is said of a format version that isn't read; ``older`` is what to do about one of the past."""
+    advice = older if found < newest else "it needs a newer engram-edge"
+    return BundleError(f"{what} version {found}, this runtime reads {newest}; {advice}")
 
 
 def parse_facts(metadata: Mapping[str, str] | None, key: str, advice: str) -> "Fields":

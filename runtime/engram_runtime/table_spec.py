@@ -9,13 +9,17 @@ from engram_runtime.keyer_spec import KeyerSpec, parse_keyer
 from engram_runtime.records import RecordFormat
 from engram_runtime.strict_json import Fields
 
+CHECKSUM_BLOCK_BYTES = 4096  # of a file for each checksum; benchmarks/block_checksums.py says why
+CHECKSUM_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRange:
     """Consecutive rows in one file: row i of the part lies at ``offset + (i - first_row) * row_bytes``.
 
     ``file`` is a path inside the bundle, or an absolute path where ``external`` (tables read in place); ``identity``
-    then tells whether it is still the same file, see `engram_runtime.bundle.file_identity`.
+    then tells whether it is still the same file, see `engram_runtime.bundle.file_identity`. ``checksums`` is the
+    file of its checksums, see `engram_runtime.tables.checksums`; external files and those of version 2 have none.
     """
 
     first_row: int
@@ -24,6 +28,7 @@ class RowRange:
     external: bool
     offset: int
     identity: str | None = None
+    checksums: str | None = None
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Self:
@@ -35,12 +40,15 @@ class RowRange:
             external=fields.take("external", bool),
             offset=fields.count("offset"),
             identity=fields.optional_text("identity"),
+            checksums=fields.take("checksums", str) if fields.given("checksums") else None,
         )
         fields.finish()
         if rows.external != PurePosixPath(rows.file).is_absolute():
             raise BundleError(f"table file {rows.file} must be absolute if external and relative if not")
         if rows.external != (rows.identity is not None):
             raise BundleError(f"table file {rows.file} must have an identity if external and none if not")
+        if rows.external and rows.checksums is not None:
+            raise BundleError(f"table file {rows.file} is external and must have no checksums")
         return rows
 
 
@@ -94,7 +102,9 @@ class TableSpec:
     @property
     def files(self) -> tuple[str, ...]:
         """Files of the bundle that the table needs."""
-        return (*self.keyer.files, *(rows.file for rows in self.ranges if not rows.external))
+        own = [rows for rows in self.ranges if not rows.external]
+        checksums = [rows.checksums for rows in own if rows.checksums is not None]
+        return (*self.keyer.files, *(rows.file for rows in own), *checksums)
 
     def check(self) -> None:
         """Refuse a table whose rows, records and keyer disagree."""
@@ -106,6 +116,14 @@ class TableSpec:
             )
         for index, part in enumerate(self.parts):
             self._check_rows(index, part)
+        self._check_checksums()
+
+    def _check_checksums(self) -> None:
+        """Refuse a file that has its checksums in two places."""
+        found: dict[str, str | None] = {}
+        for rows in self.ranges:
+            if found.setdefault(rows.file, rows.checksums) != rows.checksums:
+                raise BundleError(f"table file {rows.file} has checksums {rows.checksums} and {found[rows.file]}")
 
     def _check_rows(self, index: int, part: TablePart) -> None:
         """Refuse row ranges with gaps, overlaps or missing rows: the reader finds rows by bisection."""
@@ -118,3 +136,8 @@ class TableSpec:
             reached += rows.num_rows
         if reached != self.num_rows:
             raise BundleError(f"part {index} of table {self.site} has {reached} rows, expected {self.num_rows}")
+
+
+def checksums_bytes(num_bytes: int) -> int:
+    """Return the size of the checksums of a file of so many bytes."""
+    return -(-num_bytes // CHECKSUM_BLOCK_BYTES) * CHECKSUM_BYTES

@@ -11,14 +11,16 @@ from tokenizers import Encoding, Tokenizer
 
 from engram_runtime.chat_limits import MAX_PROMPT_CHARS, MAX_TEMPLATE_BYTES
 from engram_runtime.detokenise import TextStream, native_errors
-from engram_runtime.errors import BundleError, RequestError
+from engram_runtime.errors import BundleError, LengthError, RequestError
 from engram_runtime.strict_json import read_json_object
 from engram_runtime.token_bytes import TokenBytes
+from engram_runtime.tokenizer_growth import check_growth
 
 if TYPE_CHECKING:
     from engram_runtime.chat import ChatTemplate
 
 MAX_TOKENIZER_BYTES = 64 << 20  # tokenizer.json of a 260 000 token vocabulary is 35 MB
+PART_CHARS = 32 << 10  # counted at a time, where it matters whether there are too many tokens
 SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -60,14 +62,30 @@ class TextTokenizer:
             template_source=_read_template(folder / "chat_template.jinja", config),
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, most_tokens: int | None = None) -> list[int]:
         """Return the ids of a text; special tokens written out in the text become those tokens.
 
         Args:
             text: at most ``MAX_PROMPT_CHARS`` characters.
             add_special_tokens: let ``tokenizer.json`` add what it wants around a text, such as a BOS.
+            most_tokens: how many are of use; a text of twice as many is refused while it is read, as each takes some
+                two hundred bytes and a million of them a second. Fewer may still be more than these.
+
+        Raises:
+            LengthError: it has more than twice ``most_tokens``.
+            RequestError: it is too long, has half of a surrogate pair, or the tokenizer can't take it.
         """
+        if most_tokens is not None:
+            self._require_tokens(text, most_tokens)
         return self._encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _require_tokens(self, text: str, most: int) -> None:
+        """Count the tokens of a long text part by part, which adds a few where it is cut."""
+        count = 0
+        for start in range(0, len(text), PART_CHARS) if len(text) > PART_CHARS else ():
+            count += len(self._encode(text[start : start + PART_CHARS], add_special_tokens=False))
+            if count > 2 * most:
+                raise LengthError(f"the prompt has more than {count} tokens, wanted at most {most}; shorten it")
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], NDArray[np.int64]]:
         """Return the ids of a text as `encode` does, and how many bytes of its UTF-8 each of them adds.
@@ -99,14 +117,20 @@ class TextTokenizer:
         return self._token_bytes(token_id)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        most_tokens: int | None = None,
     ) -> list[int]:
         """Return the ids of a chat up to where the model's answer begins; the template writes the special tokens.
 
         Args:
             messages, tools: see `engram_runtime.chat.ChatTemplate.render`.
+            most_tokens: see `encode`.
         """
-        return self.encode(self.chat_template.render(messages, tools=tools), add_special_tokens=False)
+        text = self.chat_template.render(messages, tools=tools)
+        return self.encode(text, add_special_tokens=False, most_tokens=most_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of a sequence; ids without a text are left out."""
@@ -149,6 +173,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()  # left from training; it would cut prompts silently
         tokenizer.no_padding()
+    check_growth(tokenizer)
     return tokenizer
 
 

@@ -118,7 +118,8 @@ def options(platforms: Sequence[str], python: str) -> list[str]:
 def _pip(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     # A dry run installs nothing, but pip wants a target where the platform is another one.
     target = ["--target=."] if command == "install" else []
-    line = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", command, *target, *arguments]
+    # -P: no pip.py of the folder where the command is given.
+    line = [sys.executable, "-P", "-m", "pip", "--quiet", "--disable-pip-version-check", command, *target, *arguments]
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 

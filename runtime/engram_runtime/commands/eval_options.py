@@ -17,11 +17,13 @@ from engram_runtime.commands.options import (
     reading_options,
     target_option,
     threads_option,
+    trust_options,
 )
 from engram_runtime.drafting.options import NO_DRAFTS
 from engram_runtime.evaluation.texts import Windows
 from engram_runtime.llm import LLM
 from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.trust.levels import Trust
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -44,6 +46,7 @@ def scoring_options(command: Command) -> Command:
         table_ram: int | None,
         overlays: tuple[Path, ...],
         tables: str = "on",
+        trust: Trust,
         **others: Any,
     ) -> Any:
         loading = Loading(
@@ -53,11 +56,12 @@ def scoring_options(command: Command) -> Command:
             tables_on=tables == "on",
             tables=read_options(tables, table_io, table_ram, overlays),
             drafts=NO_DRAFTS,
+            trust=trust,
         )
         return command(loading=loading, **others)
 
     added: Any = with_loading
-    for option in (overlay_option, reading_options, threads_option, target_option):
+    for option in (trust_options, overlay_option, reading_options, threads_option, target_option):
         added = option(added)
     return cast(Command, added)
 

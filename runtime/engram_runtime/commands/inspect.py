@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from engram_runtime.bundle import MANIFEST_NAME, MODEL_CARD, Bundle
+from engram_runtime.bundle import MANIFEST_NAME, MODEL_CARD, Bundle, file_sha256
 from engram_runtime.commands.options import json_option
 from engram_runtime.errors import TargetError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
@@ -59,7 +59,10 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             }
             for table in manifest.tables
         ],
-        "libraries": [{"target": info.target, "fits here": info.misfit() is None} for info in infos],
+        "sha256": file_sha256(bundle.path / MANIFEST_NAME),
+        "libraries": [
+            {"target": info.target, "fits here": info.misfit() is None, "sha256": info.digest} for info in infos
+        ],
     }
 
 

@@ -18,12 +18,14 @@ from engram_runtime.commands.options import (
     table_options,
     target_option,
     threads_option,
+    trust_options,
 )
 from engram_runtime.drafting.options import DraftOptions
 from engram_runtime.llm import LLM
 from engram_runtime.new_file import check_place, new_file
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tracing.recorder import Recorder
+from engram_runtime.trust.levels import Trust
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -38,6 +40,7 @@ class Loading:
     tables_on: bool
     tables: TableOptions
     drafts: DraftOptions
+    trust: Trust
 
     @contextlib.contextmanager
     def load(self, bundle: Path, trace: Path | None = None) -> Iterator[LLM]:
@@ -60,6 +63,7 @@ class Loading:
             tables=self.tables,
             drafts=self.drafts,
             announce=announce_table,
+            trust=self.trust,
         ) as llm:
             if trace is None:
                 yield llm
@@ -90,6 +94,7 @@ def loading_options(command: Command) -> Command:
         threads: int | None,
         target: str | None,
         drafts: DraftOptions,
+        trust: Trust,
         **others: Any,
     ) -> Any:
         loading = Loading(
@@ -99,11 +104,20 @@ def loading_options(command: Command) -> Command:
             tables_on=tables == "on",
             tables=read_options(tables, table_io, table_ram, overlays),
             drafts=drafts,
+            trust=trust,
         )
         return command(loading=loading, **others)
 
     added: Any = with_loading
-    for option in (overlay_option, table_options, threads_option, target_option, executor_option, draft_options):
+    for option in (
+        trust_options,
+        overlay_option,
+        table_options,
+        threads_option,
+        target_option,
+        executor_option,
+        draft_options,
+    ):
         added = option(added)
     return cast(Command, added)
 

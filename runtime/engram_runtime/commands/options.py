@@ -15,6 +15,7 @@ from engram_runtime.sampling import SamplingOptions
 from engram_runtime.sizes import parse_size
 from engram_runtime.tables.opening import AUTO_OPTIONS
 from engram_runtime.tables.options import TABLE_IO, TableOptions
+from engram_runtime.trust.levels import LEVELS, LOCAL, parse_trust
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -140,6 +141,38 @@ def _number_or_auto(text: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is neither a number nor {AUTO}") from error
+
+
+def trust_options(command: Command) -> Command:
+    """Add ``--trust`` and ``--sha256``, which the command gets as ``trust``, `Trust`."""
+
+    @functools.wraps(command)
+    def with_trust(*, trust: str, digests: tuple[str, ...], **others: Any) -> Any:
+        return command(trust=parse_trust(trust, digests), **others)
+
+    added: Any = with_trust
+    for option in reversed(
+        [
+            click.option(
+                "--trust",
+                type=click.Choice(LEVELS),
+                default=LOCAL,
+                show_default=True,
+                help="local runs machine code that this user compiled here or trusts, see engram trust; signed asks "
+                "for signatures of bundle and code by a trusted key.",
+            ),
+            click.option(
+                "--sha256",
+                "digests",
+                multiple=True,
+                metavar="DIGEST",
+                help="Run this manifest alone, and machine code of this digest whoever made it; engram inspect shows "
+                "both, each is given by an option of its own.",
+            ),
+        ]
+    ):
+        added = option(added)
+    return cast(Command, added)
 
 
 def sampling_options(command: Command) -> Command:

@@ -16,12 +16,12 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.loading import Loading, loading_options
 from engram_runtime.errors import RequestError, TargetError
-from engram_runtime.library import find_library
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.serving.engine_protocol import Engine
 from engram_runtime.serving.opening import open_engine
 from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS, MOST_SLOTS, EngineOptions
 from engram_runtime.tables.policy import TableChoice
+from engram_runtime.trust.library import trusted_library
 
 DEFAULT_PORT = 8080
 SAMPLING_KINDS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
@@ -123,6 +123,7 @@ def serve(
             tables=loading.tables,
             drafts=loading.drafts,
             announce=announce,
+            trust=loading.trust,
         ) as engine:
             engine.tokenizer.sampling_defaults = {**engine.tokenizer.sampling_defaults, **defaults}
             yield engine
@@ -148,9 +149,9 @@ def _paths(bundles: Sequence[Path]) -> dict[str, Path]:
 def _check(paths: Iterable[Path], loading: Loading) -> None:
     """Refuse what can't be loaded before anybody is told where to ask."""
     for path in paths:
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, loading.trust)
         if loading.executor == TVM:
-            find_library(bundle, loading.target)
+            trusted_library(bundle, loading.target)
 
 
 def _introduce(url: str, model: str, key_variable: str | None) -> None:

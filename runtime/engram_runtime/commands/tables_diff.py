@@ -10,6 +10,7 @@ import click
 from engram_runtime.bundle import Bundle
 from engram_runtime.commands.options import force_option, json_option
 from engram_runtime.commands.tables_options import only_table
+from engram_runtime.tables.checksums import read_checksums
 from engram_runtime.tables.difference import check_comparable, different_rows
 from engram_runtime.tables.files import FileTable
 from engram_runtime.tables.overlay_file import OverlaySpec, write_overlay_blocks
@@ -29,8 +30,8 @@ def diff(first: Path, second: Path, out: Path, site: str | None, force: bool, as
     specs = OverlaySpec.of(bundles[0], tables[0]), OverlaySpec.of(bundles[1], tables[1])
     check_comparable(*specs)
     with (
-        FileTable(tables[0], bundles[0].table_path) as before,
-        FileTable(tables[1], bundles[1].table_path) as after,
+        FileTable(tables[0], bundles[0].table_path, checksums=read_checksums(bundles[0], tables[0])) as before,
+        FileTable(tables[1], bundles[1].table_path, checksums=read_checksums(bundles[1], tables[1])) as after,
         click.progressbar(length=tables[0].num_rows, label="comparing", file=sys.stderr) as bar,
     ):
         blocks = different_rows(before, after, (specs[0].record, specs[1].record), tables[0].num_rows, bar.update)

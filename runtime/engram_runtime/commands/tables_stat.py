@@ -15,6 +15,7 @@ from engram_runtime.lens.shares import format_share
 from engram_runtime.lens.table_stats import table_stats
 from engram_runtime.sizes import format_size
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.checksums import read_checksums
 from engram_runtime.tables.files import FileTable
 
 BAR = 40  # characters of the longest bar
@@ -48,7 +49,7 @@ def stat(bundle: Path, site: str | None, rows: int | None, as_json: bool) -> Non
 def _stat(bundle: Bundle, spec: TableSpec, rows: int | None) -> dict[str, Any]:
     total = spec.num_rows if rows is None else min(rows, spec.num_rows)
     with (
-        FileTable(spec, bundle.table_path) as table,
+        FileTable(spec, bundle.table_path, checksums=read_checksums(bundle, spec)) as table,
         click.progressbar(length=total, label=f"reading {spec.site}", file=sys.stderr) as bar,
     ):
         return table_stats(spec, table, rows, bar.update).to_dict()

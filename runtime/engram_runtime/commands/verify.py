@@ -19,6 +19,7 @@ from engram_runtime.commands.options import (
     table_options,
     target_option,
     threads_option,
+    trust_options,
 )
 from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import RequestError, TargetError
@@ -28,6 +29,7 @@ from engram_runtime.library import find_library, verify_library
 from engram_runtime.manifest import DECODER
 from engram_runtime.session import Session, close_sites, open_sites
 from engram_runtime.tables.options import TableOptions
+from engram_runtime.trust.levels import Trust
 
 CHECKPOINT_PARITY = "engram_export.parity"  # needs the export extra; only asked for with --against
 DECODER_OPTIONS = ("executor", "threads", "target", "tables")
@@ -44,6 +46,7 @@ DECODER_OPTIONS = ("executor", "threads", "target", "tables")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to compare on.  [default: a built-in one]")
 @click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens to compare on.")
 @table_options
+@trust_options
 @json_option
 def verify(
     bundle: Path,
@@ -56,6 +59,7 @@ def verify(
     tables: str,
     table_io: str,
     table_ram: int | None,
+    trust: Trust,
     as_json: bool,
 ) -> None:
     """Check BUNDLE: every file's digest, the golden rows, logits and drafts, and a checkpoint with --against.
@@ -65,7 +69,7 @@ def verify(
     if against is None and text is not None:
         raise RequestError("--text is compared on with --against CHECKPOINT only; give both or neither")
     reading = read_options(tables, table_io, table_ram)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, trust)
     tables_only = DECODER not in opened.manifest.graphs and against is None
     if tables_only:
         _refuse_decoder_options()

@@ -18,6 +18,7 @@ from engram_runtime.sizes import format_seconds, format_size
 from engram_runtime.tables.disk import AT_ONCE, DiskFacts, disk_facts, remembered_facts
 from engram_runtime.tables.place import MEMORY, Place, place_of
 from engram_runtime.tables.policy import UNSAFE_TO_MAP
+from engram_runtime.trust.library import UNTRUSTED, mend, reason
 
 LIBRARY_SHARE = 1.2  # of the graphs' weights: packed ones, machine code and TVM's runtime
 SPARE_FILES = 64  # beside those of tables
@@ -58,6 +59,7 @@ def decoder_findings(bundle: Bundle, decoder: GraphSpec) -> Iterator[Finding]:
         yield Finding.of_error("library", error)
         return
     yield library(bundle, folder, info)
+    yield trusted(bundle, folder, info)
     yield compiled_with(bundle, info, installed_version(TVM_FFI))
     yield model_memory(info.weights_bytes, state_bytes(decoder.states, info.float16_states), free_memory())
 
@@ -169,6 +171,17 @@ def compiled_with(bundle: Bundle, info: LibraryInfo, version: str | None) -> Fin
         return Finding("compiled with", "ok", info.compiler)
     detail = f"{info.compiler}; {TVM_FFI} {version} is installed"
     return Finding("compiled with", "warn", detail, f"engram compile {bundle.path}")
+
+
+def trusted(bundle: Bundle, folder: Path, info: LibraryInfo) -> Finding:
+    """Check that this user may run a library."""
+    try:
+        why = reason(bundle, folder, info)
+    except (TargetError, BundleError) as error:
+        return Finding.of_error("trust", error)
+    if why is not None:
+        return Finding("trust", "ok", f"{folder.name} is {why}")
+    return Finding("trust", "fail", f"{folder.name} {UNTRUSTED}", mend(bundle, info))
 
 
 def model_memory(weights: int, caches: int, free: FreeMemory) -> Finding:

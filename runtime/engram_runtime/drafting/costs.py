@@ -1,4 +1,4 @@
-"""What forward passes of several rows cost on this machine: measured once, and kept beside the compiled library."""
+"""What forward passes of several rows cost on this machine: measured once, and kept in the user's cache."""
 
 import contextlib
 import hashlib
@@ -18,13 +18,14 @@ from engram_runtime.cpu import available_cpus, cpu_flags, physical_memory
 from engram_runtime.draft_head import DraftHead
 from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.executor import Executor
-from engram_runtime.library import Compiled
+from engram_runtime.library import Compiled, LibraryInfo
 from engram_runtime.manifest import DRAFT_HEAD
 from engram_runtime.new_file import new_file
 from engram_runtime.session import Session
 from engram_runtime.strict_json import Fields, read_json_object
+from engram_runtime.user_cache import cache_folder
 
-VERSION = 2
+FOLDER, VERSION = "costs", 2
 MEASURED_ROWS = (1, 2, 4, 8, 16)  # forward passes between them are taken to lie on lines between them
 MOST_ROWS = 24
 DEPTH = 64  # tokens before those of a pass
@@ -78,18 +79,28 @@ class ForwardCosts:
 def forward_costs(bundle: Bundle, executor: Executor) -> ForwardCosts:
     """Return the costs that were stored for this machine, library and number of threads, or measure and store them.
 
-    Where the bundle can't be written, and for an executor without a library, they are measured each time.
+    Where this user has no cache, and for an executor without a library, they are measured each time.
     """
     if not isinstance(executor, Compiled):
         return measure(bundle, executor, library="")
-    path, digest = executor.folder / f"costs.{executor.threads}.json", executor.info.sha256["library"]
-    stored = read_costs(path)
+    digest = executor.info.sha256["library"]
+    path = costs_path(executor.info, executor.threads)
+    stored = None if path is None else read_costs(path)
     current = (digest, executor.threads, _machine())
     if stored is not None and (stored.library, stored.threads, stored.machine) == current:
         return stored
     costs = measure(bundle, executor, library=digest)
-    write_costs(path, costs)
+    if path is not None:
+        write_costs(path, costs)
     return costs
+
+
+def costs_path(info: LibraryInfo, threads: int) -> Path | None:
+    """Return the file for a library and a number of threads, or None where this user has no folder for caches."""
+    try:
+        return cache_folder() / FOLDER / f"{info.sha256['library'][:32]}.{threads}.json"
+    except OSError:
+        return None
 
 
 def read_costs(path: Path) -> ForwardCosts | None:
@@ -102,8 +113,10 @@ def read_costs(path: Path) -> ForwardCosts | None:
 
 def write_costs(path: Path, costs: ForwardCosts) -> None:
     """Keep costs for the next process where that is possible."""
-    with contextlib.suppress(OSError, RequestError), new_file(path, replace=True) as file:
-        file.write((json.dumps(costs.to_dict(), indent=1) + "\n").encode())
+    with contextlib.suppress(OSError, RequestError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, replace=True) as file:
+            file.write((json.dumps(costs.to_dict(), indent=1) + "\n").encode())
 
 
 def measure(bundle: Bundle, executor: Executor, *, library: str, clock: Clock = time.perf_counter) -> ForwardCosts:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.sampling import finite
 from engram_runtime.session import Session
 
 
@@ -17,8 +18,8 @@ def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return ``[T]`` losses of targets ``[T]`` under ``[T, V]`` logits, in nats."""
-    losses: NDArray[np.float64] = -log_probabilities(logits)[np.arange(len(targets)), targets]
+    """Return ``[T]`` losses of targets ``[T]`` under ``[T, V]`` logits, in nats; raises what `finite` does."""
+    losses: NDArray[np.float64] = -log_probabilities(finite(logits))[np.arange(len(targets)), targets]
     return losses
 
 

@@ -1,6 +1,7 @@
 """Executor on onnxruntime's CPU provider: the graph as it was exported, states bound in place."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,9 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
 from engram_runtime.errors import BundleError, RequestError, TargetError
 from engram_runtime.executor import State, StepInputs
+from engram_runtime.forking import check_process
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, ROWS
+from engram_runtime.onnx_places import check_places
 
 try:
     import onnxruntime as ort
@@ -27,6 +30,7 @@ REFUSALS = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
     RuntimeError,
+    UnicodeDecodeError,  # its message quotes a name that isn't UTF-8
 )
 MAX_CHUNK_TOKENS = 256  # bounds the memory of activations during prefill
 
@@ -42,6 +46,7 @@ class OnnxRuntimeExecutor:
         """Open the decoder; ``open_graph`` is called once for the name of each graph that is bound."""
         self._session = functools.cache(open_graph)
         self._session(DECODER)
+        self._process = os.getpid()
         self.threads = threads
 
     def chunks(self, count: int, spare: int = 0) -> Sequence[int]:
@@ -54,14 +59,16 @@ class OnnxRuntimeExecutor:
 
     def bind(self, states: Mapping[str, State], graph: str = DECODER) -> "OnnxRuntimeStep":
         """See `Executor.bind`."""
-        return OnnxRuntimeStep(self._session(graph), states)
+        return OnnxRuntimeStep(self._session(graph), states, self._process)
 
 
 class OnnxRuntimeStep:
     """The session with one sequence's states as inputs and, the same memory, as outputs."""
 
-    def __init__(self, session: "ort.InferenceSession", states: Mapping[str, State]) -> None:
+    def __init__(self, session: "ort.InferenceSession", states: Mapping[str, State], process: int) -> None:
+        """Bind the session, which belongs to a process."""
         self._session = session
+        self._process = process
         self._binding = session.io_binding()
         others = {"logits", *(f"next.{name}" for name in states)}
         self._names = [output.name for output in session.get_outputs() if output.name not in others]
@@ -78,6 +85,7 @@ class OnnxRuntimeStep:
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`."""
+        check_process(self._process)
         binding = self._binding
         binding.bind_cpu_input("token_ids", inputs.token_ids)
         binding.bind_cpu_input("position", np.array([inputs.position], dtype=np.int64))
@@ -115,9 +123,12 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> OnnxRunt
     options.log_severity_level = 3
 
     def open_graph(name: str) -> "ort.InferenceSession":
-        path = bundle.graph_file(bundle.manifest.graph(name).file)
+        graph = bundle.manifest.graph(name)
+        path = bundle.graph_file(graph.file)
+        check_places(path, bundle.graph_file(graph.weights))
         try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            # A second try, which would print that it is one, ends as the first did.
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except REFUSALS as error:
             raise BundleError(f"onnxruntime {ort.__version__} refuses {path}: {error}") from error
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,17 +22,19 @@ from engram_runtime.executors.padding import chunk_sizes, padded_inputs
 from engram_runtime.executors.tvm_batch import TvmBatchStep, batch_sizes
 from engram_runtime.executors.tvm_pool import LibraryPool
 from engram_runtime.executors.tvm_rows import TvmRowDecoder
+from engram_runtime.forking import check_process
 from engram_runtime.library import (
     AWAIT_ROWS,
     LibraryInfo,
     PackedTensor,
     batch_function,
-    find_library,
     pass_function,
     row_function,
 )
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.trust.code import checked_code
+from engram_runtime.trust.library import trusted_library
 
 
 @contextlib.contextmanager
@@ -108,6 +111,7 @@ class TvmExecutor:
         self.folder = folder
         self.info = info
         self.threads = threads
+        self.process = os.getpid()
         self._told = told
         self.expert_bytes_read = 0  # by all steps so far; the other weights are read whole by each step
         self.experts_read: int | None = 0 if info.expert_bytes else None
@@ -118,7 +122,7 @@ class TvmExecutor:
         self._unread: Sequence[Any] = ()
         self._row_functions = {table.site: row_function(table) for table in tables}
         self._sizes = sorted({tokens for tokens, _ in info.passes})
-        self._module = module = load_module(folder / info.library)
+        self._module = module = load_module(folder / info.library, info.sha256["library"])
         self.pool = LibraryPool(module.get_function("use_threads", query_imports=True), threads)
         self._machine_code = module["vm_load_executable"]()
         self._machine_code["vm_initialization"](CPU_DEVICE, 0, POOLED_ALLOCATOR)
@@ -243,8 +247,10 @@ class TvmStep:
             own: arguments of this pass between those and the fixed ones.
 
         Raises:
+            ForkError: another process loaded the library.
             TargetError: threads or memory are lacking; and what waiting for rows raises.
         """
+        check_process(self._executor.process)
         _running.step, self._failure = self, None
         try:
             logits, *others = self._forward_pass(before, rows, after, own)
@@ -318,21 +324,26 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> TvmExecu
     """Load the library for a target, or for this machine, with its profile's number of threads unless told otherwise.
 
     Raises:
-        TargetError: no library fits, or it can't be loaded.
+        TargetError: no library fits, or it may not or can't be loaded.
     """
-    folder, info = find_library(bundle, target)
-    load_tvm_runtime(runtime_library(folder, info))
+    return open_library(bundle, *trusted_library(bundle, target), threads=threads)
+
+
+def open_library(bundle: Bundle, folder: Path, info: LibraryInfo, *, threads: int | None) -> TvmExecutor:
+    """Load a library that may be."""
+    load_tvm_runtime(folder, info)
     threads = threads or info.threads or min(available_cores(), MOST_THREADS)
     told = {name: graph.told_outputs for name, graph in bundle.manifest.graphs.items()}
     return TvmExecutor(folder, info, bundle.manifest.tables, threads=threads, told=told)
 
 
-def load_module(path: Path) -> Any:
-    """Open a compiled library; raises TargetError where it can't be loaded."""
-    try:
-        return tvm_ffi.load_module(str(path), keep_module_alive=False)  # executors hold what they use
-    except (RuntimeError, OSError) as error:
-        raise TargetError(f"library {path} can't be loaded: {error}; compile it again") from error
+def load_module(path: Path, sha256: str) -> Any:
+    """Open a compiled library; raises TargetError where it is another one or can't be loaded."""
+    with checked_code(path, sha256) as code:
+        try:
+            return tvm_ffi.load_module(str(code), keep_module_alive=False)  # executors hold what they use
+        except (RuntimeError, OSError) as error:
+            raise TargetError(f"library {path} can't be loaded: {error}; compile it again") from error
 
 
 def runtime_library(folder: Path, info: LibraryInfo) -> Path:
@@ -364,14 +375,22 @@ def _installed_runtime() -> Path | None:
     return next(folder.glob("libtvm_runtime.*"), None)
 
 
-def load_tvm_runtime(path: Path) -> None:
-    """Load TVM's runtime library into the process unless it is there already."""
+def load_tvm_runtime(folder: Path, info: LibraryInfo) -> None:
+    """Load TVM's runtime library for a compiled one into the process unless it is there already.
+
+    Raises:
+        TargetError: there is none, it isn't what was compiled, or it can't be loaded.
+    """
     if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is not None:
         return
-    try:
-        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        raise TargetError(f"TVM's runtime {path} can't be loaded: {error}; compile the bundle again") from error
+    path = runtime_library(folder, info)
+    with contextlib.ExitStack() as opened:
+        is_own = info.runtime is not None and path == folder / info.runtime  # else a package's that is installed
+        code = opened.enter_context(checked_code(path, info.sha256["runtime"])) if is_own else path
+        try:
+            ctypes.CDLL(str(code), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise TargetError(f"TVM's runtime {path} can't be loaded: {error}; compile the bundle again") from error
 
 
 def map_weights(path: Path, info: LibraryInfo) -> list[Any]:

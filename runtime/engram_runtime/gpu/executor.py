@@ -1,6 +1,7 @@
 """Executor on a library for a GPU: weights and caches lie on the device, tables and windows with the host."""
 
 import mmap
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,11 +15,14 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.executor import State, StepInputs
 from engram_runtime.executors.padding import chunk_sizes, padded_inputs
+from engram_runtime.forking import check_process
 from engram_runtime.gpu.device import Buffer, Device
 from engram_runtime.gpu.plan import Plan, read_plan
 from engram_runtime.gpu.running import BoundPass, Memory
-from engram_runtime.library import LibraryInfo, find_library, pass_function
+from engram_runtime.library import LibraryInfo, pass_function
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, GraphSpec
+from engram_runtime.trust.code import checked_text
+from engram_runtime.trust.library import trusted_library
 
 
 class GpuExecutor:
@@ -44,6 +48,7 @@ class GpuExecutor:
         self.folder = folder
         self.info = info
         self.device = device
+        self.process = os.getpid()
         self.caches_on = device.name
         self.float16_states = info.float16_states
         self.experts_read: int | None = 0 if info.expert_bytes else None
@@ -130,6 +135,7 @@ class GpuStep:
 
     def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See `Step`; a pass that is smaller than all that were compiled is padded."""
+        check_process(self._executor.process)
         self._count, rows = len(inputs.token_ids), len(inputs.logit_rows)
         size = min(size for size in self._sizes if size >= self._count)
         if size > self._count:
@@ -180,10 +186,14 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> GpuExecu
         BundleError: the library is damaged.
         TargetError: there is no library or no device, or the device can't run it.
     """
+    return open_library(bundle, *trusted_library(bundle, target), threads=threads)
+
+
+def open_library(bundle: Bundle, folder: Path, info: LibraryInfo, *, threads: int | None) -> GpuExecutor:
+    """Load a library that may be; its kernels are what is built for the device."""
     from engram_runtime.gpu.opencl import open_device
 
-    folder, info = find_library(bundle, target)
     assert info.commands is not None
     plan = read_plan(folder / info.commands)
-    device = open_device((folder / info.library).read_text(encoding="utf-8"), plan.most_threads)
-    return GpuExecutor(device, folder, info, plan, bundle.manifest.graphs)
+    source = checked_text(folder / info.library, info.sha256["library"])
+    return GpuExecutor(open_device(source, plan.most_threads), folder, info, plan, bundle.manifest.graphs)

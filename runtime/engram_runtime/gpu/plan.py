@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from engram_runtime.errors import BundleError
 from engram_runtime.library import ITEM_BYTES
-from engram_runtime.strict_json import Fields, read_json_object
+from engram_runtime.strict_json import Fields, read_json_object, version_error
 
 PLAN_VERSION = 1
 ALIGNMENT_BYTES = 512  # of what shares a buffer; OpenCL's devices ask for up to so many
@@ -159,7 +159,7 @@ def read_plan(path: Path) -> Plan:
     """Read a plan; raises BundleError for what can't be one."""
     fields = Fields(read_json_object(path, max_bytes=MOST_PLAN_BYTES), path.name)
     if (version := fields.count("version")) != PLAN_VERSION:
-        raise BundleError(f"{path} has version {version}, this runtime reads {PLAN_VERSION}; compile again")
+        raise version_error(f"{path} has", version, PLAN_VERSION, "compile again")
     plan = Plan(
         temporary_bytes=fields.count("temporary_bytes"),
         passes={

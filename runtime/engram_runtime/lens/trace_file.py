@@ -19,7 +19,7 @@ from engram_runtime.keyers import NO_ROW
 from engram_runtime.lens.trace import Trace, TraceSite
 from engram_runtime.new_file import new_file
 from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
-from engram_runtime.strict_json import parse_facts
+from engram_runtime.strict_json import parse_facts, version_error
 
 FORMAT_VERSION = 1
 FACTS = "engram_trace"  # key of the metadata
@@ -80,7 +80,7 @@ def _read(file: Any) -> Trace:
     facts = parse_facts(file.metadata(), FACTS, "make one with engram tables trace")
     version = facts.count("format_version")
     if version != FORMAT_VERSION:
-        raise BundleError(f"it has format version {version}, this runtime reads {FORMAT_VERSION}; record it again")
+        raise version_error("it has format", version, FORMAT_VERSION, "record it again")
     tokens = facts.count("tokens", least=1)
     model, text, command = (facts.take(name, str) for name in ("model", "text", "command"))
     sites = tuple(TraceSite.from_fields(item) for item in facts.objects("sites"))

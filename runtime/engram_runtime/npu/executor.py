@@ -25,15 +25,15 @@ from engram_runtime.executors.tvm_library import (
     let_call,
     load_tvm_runtime,
     running_step,
-    runtime_library,
 )
-from engram_runtime.library import LibraryInfo, find_library
+from engram_runtime.library import LibraryInfo
 from engram_runtime.manifest import DECODER
 from engram_runtime.npu.commands_file import MULTIPLY, MULTIPLY_EXPERTS, CommandsFile, read_commands
 from engram_runtime.npu.device import Program
 from engram_runtime.npu.devices import open_device
 from engram_runtime.npu.ledger import Ledger, RowsWait
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.trust.library import trusted_library
 
 PLANES = 2  # of a row that goes to experts
 
@@ -64,7 +64,7 @@ class NpuExecutor(TvmExecutor):
         self.programs: Sequence[Program] = [device.load(stream) for stream in commands.streams]
         _check_own(folder, info)
         self.ledger = Ledger(commands.layers)
-        load_tvm_runtime(runtime_library(folder, info))
+        load_tvm_runtime(folder, info)
         super().__init__(folder, info, tables, threads=threads, told=told)
 
     def make_step(self, forward: Mapping[tuple[int, int], Any], fixed: Sequence[Any], graph: str) -> "NpuStep":
@@ -178,7 +178,11 @@ def load(bundle: Bundle, *, threads: int | None, target: str | None) -> NpuExecu
     Raises:
         TargetError: there is none, its commands are missing or of another accelerator, or it can't be loaded.
     """
-    folder, info = find_library(bundle, target)
+    return open_library(bundle, *trusted_library(bundle, target), threads=threads)
+
+
+def open_library(bundle: Bundle, folder: Path, info: LibraryInfo, *, threads: int | None) -> NpuExecutor:
+    """Load a library that may be."""
     assert info.commands is not None
     commands = read_commands(folder / info.commands)
     threads = threads or info.threads or min(available_cores(), MOST_THREADS)

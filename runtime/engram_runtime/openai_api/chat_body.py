@@ -29,7 +29,14 @@ def _joined(content: object) -> object:
     return "\n".join(texts)
 
 
-Content = Annotated[str, BeforeValidator(_joined)]
+class TextPart(Fields):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
 
 class CalledFunction(Fields):

@@ -28,8 +28,10 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
-def encode_messages(tokenizer: TextTokenizer, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
-    """Return the ids of a chat up to where the answer begins.
+def encode_messages(
+    tokenizer: TextTokenizer, messages: Sequence[Message], tools: Sequence[Tool], *, most_tokens: int
+) -> list[int]:
+    """Return the ids of a chat up to where the answer begins; ``most_tokens`` as for `TextTokenizer.encode`.
 
     A template that knows nothing of tools, or writes calls in another way than `grammars.answer_grammar` demands them,
     gets tools, calls and their results as text.
@@ -40,9 +42,10 @@ def encode_messages(tokenizer: TextTokenizer, messages: Sequence[Message], tools
     """
     described = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
     if tokenizer.chat_template.describes_tools:
-        return tokenizer.encode_chat([_message(message) for message in messages], tools=described or None)
+        told = [_message(message) for message in messages]
+        return tokenizer.encode_chat(told, tools=described or None, most_tokens=most_tokens)
     plain = [_plain_message(message) for message in messages]
-    return tokenizer.encode_chat(_with_tools_text(plain, described))
+    return tokenizer.encode_chat(_with_tools_text(plain, described), most_tokens=most_tokens)
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engram_runtime.openai_api.fields import TokenId
+from engram_runtime.openai_api.fields import TokenIds
 from engram_runtime.openai_api.generation_body import GenerationBody
 
 MAX_PROMPTS = 16
@@ -13,7 +13,8 @@ MAX_TEXTS = 16
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_LOGPROBS = 5  # OpenAI's
 
-Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
+Prompt = str | Annotated[TokenIds, Field(min_length=1)]
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
 def _prompts(value: object) -> object:
@@ -30,7 +31,7 @@ class CompletionBody(GenerationBody):
         "best_of": "ask for n choices with logprobs and choose",
     }
 
-    prompt: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
+    prompt: Annotated[Prompts, BeforeValidator(_prompts, json_schema_input_type=Prompt | Prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from engram_runtime.errors import EngramError, RequestError
+from engram_runtime.errors import EngramError, LengthError, NumericError, RequestError
 from engram_runtime.serving.engine_protocol import BusyError, EngineError
 
 BAD_REQUEST, UNAUTHORISED, NOT_FOUND, TOO_LARGE, TOO_MANY = 400, 401, 404, 413, 429
@@ -50,8 +50,12 @@ def as_api_error(error: EngramError) -> ApiError:
             return error
         case BusyError():
             return ApiError(str(error), status=TOO_MANY, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
+        case LengthError():
+            return ApiError(str(error), code="context_length_exceeded")
         case RequestError():
             return ApiError(str(error))
+        case NumericError():
+            return ApiError(str(error), status=INTERNAL, code="numeric_error")
         case EngineError():
             return ApiError(str(error), status=UNAVAILABLE, code="engine_failed")
         case _:

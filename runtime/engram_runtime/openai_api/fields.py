@@ -13,6 +13,9 @@ SHOWN_CHARS = 60
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[
+    list[TokenId], Field(fail_fast=True)
+]  # else each of a hundred thousand wrong ones is an error of its own
 
 
 class Fields(BaseModel):
@@ -74,8 +77,6 @@ def _strings(value: object) -> object:
 
 
 MAX_STOP, MAX_STOP_CHARS = 8, 256
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOP),
-    BeforeValidator(_strings),
-]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+SeveralStops = Annotated[list[StopString], Field(max_length=MAX_STOP)]
+StopStrings = Annotated[SeveralStops, BeforeValidator(_strings, json_schema_input_type=StopString | SeveralStops)]

@@ -70,7 +70,7 @@ def _prepare_chat(engines: Engines, raw: Mapping[str, Any]) -> Job:
     body = ChatBody.parse(raw)
     engine = find_engine(engines, body.model)
     tools = body.callable_tools
-    prompt_ids = encode_messages(engine.tokenizer, body.messages, tools)
+    prompt_ids = encode_messages(engine.tokenizer, body.messages, tools, most_tokens=engine.context_length)
     param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     max_tokens = token_limit(len(prompt_ids), body.asked_tokens, engine, prompt_param="messages", param=param)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -124,7 +124,8 @@ def _answer(
 
 
 def _prompt_ids(prompt: str | list[int], engine: Engine) -> tuple[int, ...]:
-    token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    most = engine.context_length
+    token_ids = engine.tokenizer.encode(prompt, most_tokens=most) if isinstance(prompt, str) else prompt
     if not token_ids:
         raise ApiError("the prompt is empty, wanted at least one token", param="prompt", code="invalid_value")
     check_token_ids(token_ids, engine, "prompt")

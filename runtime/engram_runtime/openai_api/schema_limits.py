@@ -23,7 +23,7 @@ def check_schema(schema: Mapping[str, Any]) -> None:
             f"string may have to match all of them; wanted at most {MAX_COMBINED} of them then",
             code="invalid_json_schema",
         )
-    multiples = [_whole(value) for key, value in parts if key == "multipleOf" and isinstance(value, int | float)]
+    multiples = [_whole(value) for key, value in parts if key == "multipleOf" and type(value) in (int, float)]
     if sum(multiples) > MAX_MULTIPLES or math.lcm(*multiples) > MAX_MULTIPLES:
         raise ApiError(
             f"the values of multipleOf in a schema, without decimal points, have a sum or a common multiple above "

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from engram_runtime.openai_api.chat_body import MAX_MESSAGES, Message
-from engram_runtime.openai_api.fields import Body, Name, TokenId
+from engram_runtime.openai_api.fields import Body, Name, TokenIds
 
 
 class TokenizeBody(Body):
@@ -27,4 +27,4 @@ class DetokenizeBody(Body):
     """Tokens, special ones included."""
 
     model: Name | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

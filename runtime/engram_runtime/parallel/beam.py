@@ -50,7 +50,7 @@ def beam_search(
 
     Raises:
         RequestError: a width, a number of tokens or a penalty out of range, or more of them than memory is free for.
-        VerificationError: a logit is not finite.
+        NumericError: a logit is not finite.
     """
     _check(width, max_tokens, length_penalty)
     require_memory(session, width, max_tokens)

@@ -1,6 +1,7 @@
 """Forward passes over blocks of tokens of several sequences, with their rows on the way."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from engram_runtime.activity import Values
 from engram_runtime.executor import BatchInputs, PendingRows, empty_rows
+from engram_runtime.forking import check_process
 from engram_runtime.parallel.rows import JointRows
 from engram_runtime.parallel.steps import JointStep
 from engram_runtime.session import Session
@@ -37,6 +39,7 @@ class JointPasses:
         self._read = session.sites if session.tables_on else ()
         self._width = session.model.hidden_size if session.takes_embeddings else None
         self._rows = JointRows(self._read)
+        self._process = os.getpid()
 
     def run(
         self,
@@ -52,8 +55,10 @@ class JointPasses:
             histories: what the sequences hold.
 
         Raises:
+            ForkError: this process was forked from the one that began.
             TableError: a table's file no longer holds its rows.
         """
+        check_process(self._process)
         of_each = [
             (place, len(history) + k)
             for place, history, block in zip(places, histories, blocks, strict=True)
@@ -83,8 +88,9 @@ class JointPasses:
         return None if self._width is None else np.zeros((count, self._width), dtype=np.float32)
 
     def close(self) -> None:
-        """End its thread, once however often it is called."""
-        self._rows.close()
+        """End its thread, once however often it is called; a forked process has none."""
+        if os.getpid() == self._process:
+            self._rows.close()
 
 
 def _joined(told: Sequence[Mapping[str, Values]]) -> Mapping[str, Values]:

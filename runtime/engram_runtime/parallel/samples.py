@@ -81,7 +81,7 @@ def draw_samples(
 
     Raises:
         RequestError: no memory is free for so many samples of so many tokens, or the drafter proposes what is no token.
-        VerificationError: a logit is not finite.
+        NumericError: a logit is not finite.
     """
     require_memory(session, len(sampling), max_tokens)
     drafter = drafter or SiblingLookup()

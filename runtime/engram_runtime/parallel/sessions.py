@@ -34,12 +34,15 @@ class JointSessions:
     """Decodes with some of several sessions at once where the executor can, else one after the other.
 
     Each of them can be used by itself in between, from the same thread; close it before them.
+
+    Attributes:
+        at_once: whether the executor can.
     """
 
     def __init__(self, sessions: Sequence[Session]) -> None:
         """Take sessions of one bundle and executor."""
         self._sessions = sessions
-        self._batches = isinstance(sessions[0].executor, Batching)
+        self.at_once = isinstance(sessions[0].executor, Batching)
         self._passes = JointPasses(sessions[0])
         self._step: JointStep | None = None  # bound when it is first needed
 
@@ -51,7 +54,7 @@ class JointSessions:
                 before the one that failed where they take turns.
         """
         sessions = [self._sessions[place] for place in places]
-        if len(places) == 1 or not self._batches:
+        if len(places) == 1 or not self.at_once:
             return _joined([_decoded(*each) for each in zip(sessions, token_ids, strict=True)])
         step = self._step = self._step or JointStep(sessions[0].executor, [each.states for each in self._sessions])
         for session in sessions:

@@ -16,7 +16,7 @@ WHOLE = (DENSE, HEAD)  # what every token reads whole; of an embedding and of ro
 FLOAT_BYTES, HALF_BYTES = 4, 2
 OWN_LAYER = re.compile(r"layers\.(\d+)\.mixer\.")
 CACHES = ("key.", "value.")  # the states that a profile may keep in float16
-SITE_LAYER = re.compile(r"layer_(\d+)")
+SITE_LAYER = re.compile(r"layer_([0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

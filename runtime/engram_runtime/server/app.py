@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -22,12 +22,13 @@ from engram_runtime.openai_api.job import PREPARATIONS, Engines, find_engine
 from engram_runtime.openai_api.json_body import parse_body
 from engram_runtime.openai_api.token_body import DetokenizeBody, TokenizeBody
 from engram_runtime.server.access import Access
-from engram_runtime.server.body import read_body
+from engram_runtime.server.body import Bodies
 from engram_runtime.server.generating import Generating
 from engram_runtime.server.guard import CLIENT_LEFT, Guard, error_response
 from engram_runtime.server.limits import WORKER_THREADS
 from engram_runtime.server.metrics import Metrics
 from engram_runtime.server.models import Models
+from engram_runtime.server.openapi import openapi_document
 from engram_runtime.serving.engine_protocol import Engine
 
 PAGE = Path(__file__).parent / "page"
@@ -40,6 +41,7 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
 }
 HEALTH = "/health"
+MOST_COUNTED = 1 << 17  # tokens of a text, whatever the model's context; twice as many are 50 MB while they are counted
 
 
 def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
@@ -48,8 +50,9 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
     Without a key, where there are keys, only ``/health`` and the page's files are served: they hold nothing of the
     models, and a browser can't send a key when it opens a page.
     """
-    routes = [*_page_routes(), *_model_routes(models), *_token_routes(models)]
-    generating = Generating(models, metrics)
+    bodies = Bodies()
+    routes = [*_page_routes(), *_model_routes(models), *_token_routes(models, bodies)]
+    generating = Generating(models, metrics, bodies)
     routes += [Route(path, generating, methods=["POST"]) for path in PREPARATIONS]
 
     async def health(request: Request) -> Response:
@@ -58,7 +61,12 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
     async def tell_metrics(request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    routes += [Route(HEALTH, health), Route("/metrics", tell_metrics)]
+    document = JSONResponse(openapi_document()).body
+
+    async def tell_routes(request: Request) -> Response:
+        return Response(document, media_type="application/json")
+
+    routes += [Route(HEALTH, health), Route("/metrics", tell_metrics), Route("/openapi.json", tell_routes)]
     app = Starlette(
         routes=routes,
         exception_handlers={
@@ -69,6 +77,7 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
         },
         lifespan=_few_threads,
     )
+    app.router.redirect_slashes = False
     return Guard(
         app,
         access=access,
@@ -93,8 +102,10 @@ def _page_routes() -> list[Route]:
 
 
 def _page_file(file: Path) -> Callable[[Request], Awaitable[Response]]:
+    content = file.read_bytes()
+
     async def serve(request: Request) -> Response:
-        return FileResponse(file, headers=PAGE_HEADERS, media_type=PAGE_TYPES[file.suffix])
+        return Response(content, headers=PAGE_HEADERS, media_type=PAGE_TYPES[file.suffix])
 
     return serve
 
@@ -119,7 +130,7 @@ def _model_routes(models: Models) -> list[Route]:
     return [Route("/v1/models", list_models), Route("/v1/models/{model}", retrieve_model)]
 
 
-def _token_routes(models: Models) -> list[Route]:
+def _token_routes(models: Models, bodies: Bodies) -> list[Route]:
     def route(path: str, answer: Callable[[Engines, Mapping[str, Any]], dict[str, Any]]) -> Route:
         def from_bytes(body: bytes) -> dict[str, Any]:
             raw = parse_body(body)
@@ -129,7 +140,8 @@ def _token_routes(models: Models) -> list[Route]:
                 raise as_api_error(error) from error
 
         async def endpoint(request: Request) -> Response:
-            return JSONResponse(await to_thread.run_sync(from_bytes, await read_body(request)))
+            async with bodies.read(request) as body:
+                return JSONResponse(await to_thread.run_sync(from_bytes, body, limiter=bodies.lane(body)))
 
         return Route(path, endpoint, methods=["POST"])
 
@@ -140,9 +152,10 @@ def _tokenize(engines: Engines, raw: Mapping[str, Any]) -> dict[str, Any]:
     body = TokenizeBody.parse(raw)
     engine = _one_engine(engines, body.model)
     if body.messages is not None:
-        tokens = encode_messages(engine.tokenizer, body.messages, [])
+        tokens = encode_messages(engine.tokenizer, body.messages, [], most_tokens=MOST_COUNTED)
     else:
-        tokens = engine.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        special = body.add_special_tokens
+        tokens = engine.tokenizer.encode(body.prompt or "", add_special_tokens=special, most_tokens=MOST_COUNTED)
     return {"count": len(tokens), "max_model_len": engine.context_length, "tokens": tokens}
 
 

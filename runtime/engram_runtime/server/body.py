@@ -1,32 +1,72 @@
-"""Bodies of requests, counted as they come."""
+"""Bodies of requests, counted as they come: each of them, and all that are held at a time."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from anyio import CapacityLimiter
 from starlette.requests import Request
 
-from engram_runtime.openai_api.errors import TOO_LARGE, ApiError
-from engram_runtime.server.limits import MAX_BODY_BYTES
+from engram_runtime.openai_api.errors import TOO_LARGE, UNAVAILABLE, ApiError
+from engram_runtime.server.limits import LARGE_BODY_BYTES, MAX_BODY_BYTES, MAX_HELD_BYTES
+
+RETRY_S = 1.0
 
 
-async def read_body(request: Request) -> bytes:
-    """Return a request's body.
+class Bodies:
+    """The bodies that a server holds.
 
-    Raises:
-        ApiError: it has more than ``MAX_BODY_BYTES``, whatever its headers say.
-        ClientDisconnect: the client went away before its end.
+    Reading and tokenising a large one takes a hundred milliseconds and tens of megabytes, so that these wait for one
+    another and nobody waits for them.
     """
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
-        raise _too_large()
-    pieces: list[bytes] = []
-    size = 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > MAX_BODY_BYTES:
+
+    def __init__(self) -> None:
+        self._held_bytes = 0
+        self._lane = CapacityLimiter(1)
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Yield a request's body, which counts until the end of the block.
+
+        Raises:
+            ApiError: it has more than ``MAX_BODY_BYTES``, whatever its headers say, or all of them together have more
+                than ``MAX_HELD_BYTES``.
+            ClientDisconnect: the client went away before its end.
+        """
+        announced = request.headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
             raise _too_large()
-        pieces.append(piece)
-    return b"".join(pieces)
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async for piece in request.stream():
+                size += len(piece)
+                self._held_bytes += len(piece)
+                if size > MAX_BODY_BYTES:
+                    raise _too_large()
+                if self._held_bytes > MAX_HELD_BYTES:
+                    raise _too_many()
+                pieces.append(piece)
+            whole = b"".join(pieces)
+            pieces.clear()
+            yield whole
+        finally:
+            self._held_bytes -= size
+
+    def lane(self, body: bytes) -> CapacityLimiter | None:
+        """Return what limits how many bodies of this size are worked on at once, None for the limit of all threads."""
+        return self._lane if len(body) > LARGE_BODY_BYTES else None
 
 
 def _too_large() -> ApiError:
     return ApiError(
         f"the body has more than {MAX_BODY_BYTES} bytes; shorten it", status=TOO_LARGE, code="request_too_large"
+    )
+
+
+def _too_many() -> ApiError:
+    return ApiError(
+        f"the requests under way have more than {MAX_HELD_BYTES} bytes together; ask again",
+        status=UNAVAILABLE,
+        code="server_busy",
+        retry_after_s=RETRY_S,
     )

@@ -15,7 +15,7 @@ from engram_runtime.openai_api.job import Job, prepare
 from engram_runtime.openai_api.json_body import parse_body
 from engram_runtime.openai_api.mailbox import Mailbox
 from engram_runtime.openai_api.respond import asked, take
-from engram_runtime.server.body import read_body
+from engram_runtime.server.body import Bodies
 from engram_runtime.server.metrics import Metrics
 from engram_runtime.server.models import Models
 
@@ -26,18 +26,20 @@ END = b"data: [DONE]\n\n"
 class Generating:
     """An ASGI application for ``/v1/chat/completions`` and ``/v1/completions``; a client that leaves ends its texts."""
 
-    def __init__(self, models: Models, metrics: Metrics) -> None:
+    def __init__(self, models: Models, metrics: Metrics, bodies: Bodies) -> None:
         self._models = models
+        self._bodies = bodies
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        body = await read_body(request)
+        async with self._bodies.read(request) as body:
+            job = await to_thread.run_sync(self._prepare, request.url.path, body, limiter=self._bodies.lane(body))
+            del body
         refused: ApiError | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_until_disconnect, receive, tasks.cancel_scope.cancel)
             try:
-                job = await to_thread.run_sync(self._prepare, request.url.path, body)
                 async with asked(job, client=scope["state"]["client"]) as mailbox:
                     await (self._stream if job.stream else self._whole)(job, mailbox, scope, receive, send)
             except ApiError as error:  # here, as a task group would make a group of it

@@ -31,7 +31,7 @@ class Guard:
     def __init__(
         self, app: ASGIApp, *, access: Access, metrics: Metrics, open_paths: frozenset[str], routes: frozenset[str]
     ) -> None:
-        self._app = app
+        self.app = app
         self._access = access
         self._metrics = metrics
         self._open_paths = open_paths
@@ -39,7 +39,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         started = time.perf_counter()
         request_id = secrets.token_hex(8)
@@ -72,7 +72,7 @@ class Guard:
         self._access.check_host(headers)
         client = "" if scope["path"] in self._open_paths else self._access.client(headers)
         scope["state"]["client"] = client or (scope["client"] or ("",))[0]
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = scope["path"] if scope["path"] in self._routes else OTHER_ROUTE

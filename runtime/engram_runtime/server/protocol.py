@@ -1,11 +1,12 @@
 """HTTP/1.1 with deadlines: uvicorn has none for receiving a request, nor for a client that stops reading."""
 
 import asyncio
+import socket
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from engram_runtime.server.limits import BODY_S, HEADERS_S, STALLED_READER_S
+from engram_runtime.server.limits import BODY_S, HEADERS_S, SEND_BUFFER_BYTES, STALLED_READER_S
 
 RECEIPT_S = {h11.IDLE: HEADERS_S, h11.SEND_BODY: BODY_S}  # by what the client is about to send
 
@@ -19,6 +20,7 @@ class DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._watch_receipt()
 
     def data_received(self, data: bytes) -> None:

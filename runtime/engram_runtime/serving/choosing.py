@@ -54,7 +54,7 @@ class Chooser:
 
         Raises:
             RequestError: the grammar takes more work than is allowed.
-            VerificationError: a logit is not finite.
+            NumericError: a logit is not finite.
         """
         token_id = self._sample(self._changed(logits), token_ids)
         self.choices.append(self._choice(logits, token_id))

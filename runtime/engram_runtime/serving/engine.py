@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from engram_runtime.bundle import Bundle, manifest_bytes
 from engram_runtime.drafting.opening import Decoding
 from engram_runtime.errors import EngramError
 from engram_runtime.executor import Executor
+from engram_runtime.forking import check_process
 from engram_runtime.generation import GrowingText
 from engram_runtime.parallel.group import require_memory
 from engram_runtime.sequences import require_room, require_vocabulary
@@ -80,6 +82,7 @@ class BundleEngine:
         self.vocab_size = bundle.manifest.model.vocab_size
         generates = manifest_bytes(bundle.manifest) + f"{executor.name} {options.tables_on} {[*overlays]}".encode()
         self.fingerprint = hashlib.sha256(generates).hexdigest()[:12]
+        self._process = os.getpid()
         self._sites = sites
         self._options = options
         self._grammars = Grammars(bundle.path / "tokenizer.json", tokenizer.eos_token_ids)
@@ -101,6 +104,7 @@ class BundleEngine:
     @property
     def load(self) -> Load:
         """See `Engine.load`."""
+        check_process(self._process)
         with self._changed:
             waiting = len(self._queue)
         slots = self._running.slots
@@ -108,6 +112,7 @@ class BundleEngine:
 
     def submit(self, requests: Sequence[TextRequest], tell: Tell, *, client: str = "") -> Ticket:
         """See `Engine.submit`; a grammar is read here, which takes a while where it is the first one or large."""
+        check_process(self._process)
         job = Job(client, tell, time.perf_counter())
         with self._changed:
             self._check_open()  # before the work that grammars are
@@ -121,6 +126,7 @@ class BundleEngine:
 
     def cancel(self, job: Job) -> None:
         """See `Ticket.cancel`."""
+        check_process(self._process)
         job.cancelled = True
         with self._changed:
             self._queue.remove_job(job)
@@ -128,12 +134,18 @@ class BundleEngine:
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more jobs and wait until all texts have ended; returns whether they have by then."""
+        check_process(self._process)
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: self._closed or not self._has_texts(), timeout_s)
 
     def close(self) -> None:
-        """End texts and thread, once however often it is called; not to be called by what is told of a text."""
+        """End texts and thread, once however often it is called; not to be called by what is told of a text.
+
+        A forked process has neither, and does nothing.
+        """
+        if os.getpid() != self._process:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -15,6 +15,7 @@ from engram_runtime.session import UNLOADED, close_sites, open_sites
 from engram_runtime.tables.opening import AUTO_OPTIONS, Announce, silently
 from engram_runtime.tables.options import TableOptions
 from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.trust.levels import LOCALLY, Trust
 
 
 @contextlib.contextmanager
@@ -28,6 +29,7 @@ def open_engine(
     tables: TableOptions = AUTO_OPTIONS,
     drafts: DraftOptions = NO_DRAFTS,
     announce: Announce = silently,
+    trust: Trust = LOCALLY,
 ) -> Iterator[BundleEngine]:
     """Yield an engine on a bundle; texts that run at the end fail. The arguments are those of `engram_runtime.llm.LLM`.
 
@@ -43,7 +45,7 @@ def open_engine(
             f"drafter {APPROXIMATE_MASK!r} says its guesses unverified, so that a text would depend on what runs "
             f"beside it; choose {MASK!r}"
         )
-    bundle = Bundle.open(Path(path))
+    bundle = Bundle.open(Path(path), trust)
     loaded = load_executor(executor, bundle, threads=threads, target=target)
     decoding = None if drafts.drafter == NONE else open_decoding(bundle, loaded, drafts)
     tokenizer = TextTokenizer.load(bundle.path)

@@ -1,6 +1,7 @@
 """The texts that grow together: each turn takes all of them a token further, and one prompt a pass."""
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.drafting.opening import Decoding
-from engram_runtime.errors import EngramError
+from engram_runtime.errors import EngramError, NumericError
 from engram_runtime.parallel.sessions import JointSessions
 from engram_runtime.serving.alone import Alone
 from engram_runtime.serving.events import SiteReading
@@ -20,6 +21,8 @@ from engram_runtime.serving.slots import Slot, Slots
 from engram_runtime.serving.text import Text
 from engram_runtime.serving.usage import PassMeter, since
 from engram_runtime.session import Session
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 32  # texts whose seconds tell how long the next ones may take
 
@@ -177,20 +180,28 @@ class RunningTexts:
             self._finish(each, reason)
 
     def _decode(self) -> None:
-        """Have the slots take the pending tokens."""
+        """Have the slots take the pending tokens; where that fails for all at once, each by itself shows whose it is."""
         going = [(each, each.pending) for each in self._running if each.pending is not None]
-        if not going:
-            return
-        with self._failing([each for each, _ in going]):
-            self._meter.begin()
-            decoded = self._joint.decode([each.slot.place for each, _ in going], [token_id for _, token_id in going])
-            took = self._meter.end()
-            self._watch(StepFigures(took.seconds, texts=len(going), prompt_tokens=0))
-            for row, (each, _) in enumerate(going):
-                each.logits, each.pending = decoded.logits[row], None
-                each.text.usage.add_pass(took, decoded.row_ids, row)
-                if each.text.request.activity:
-                    each.sites = readings(decoded.activity, decoded.row_ids, row)
+        if len(going) > 1 and self._joint.at_once:
+            try:
+                return self._take(going)
+            except EngramError as error:
+                log.info("a pass of %d texts failed, now they go one by one: %s", len(going), error)
+        for each, token_id in going:
+            with self._failing([each]):
+                self._take([(each, token_id)])
+
+    def _take(self, going: Sequence[tuple[_Running, int]]) -> None:
+        """Run a pass over a token of each of some texts."""
+        self._meter.begin()
+        decoded = self._joint.decode([each.slot.place for each, _ in going], [token_id for _, token_id in going])
+        took = self._meter.end()
+        self._watch(StepFigures(took.seconds, texts=len(going), prompt_tokens=0))
+        for row, (each, _) in enumerate(going):
+            each.logits, each.pending = decoded.logits[row], None
+            each.text.usage.add_pass(took, decoded.row_ids, row)
+            if each.text.request.activity:
+                each.sites = readings(decoded.activity, decoded.row_ids, row)
 
     @contextlib.contextmanager
     def _failing(self, of: Sequence[_Running]) -> Iterator[None]:
@@ -200,6 +211,8 @@ class RunningTexts:
         except EngramError as error:
             for each in of:
                 self._release(each)
+                if isinstance(error, NumericError):  # or another text might go on from what this one computed
+                    each.slot.session.trim(len(each.slot.session))
                 each.text.fail(error)
 
     def _finish(self, each: _Running, reason: str) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.tables.record_files import CLOSED
+from engram_runtime.tables.record_file import CLOSED
 
 WILL_NEED = 3  # reads are begun, nothing is waited for
 POPULATE_READ = 22  # pages are there when it returns; what can't be read is an error and no SIGBUS; Linux 5.14

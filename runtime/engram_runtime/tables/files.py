@@ -8,18 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.checksums import UNCHECKED, Checksums
 from engram_runtime.tables.decoding import NumpyRowDecoder
 from engram_runtime.tables.pread import PreadTable
-from engram_runtime.tables.record_files import Locate, Read, RecordFiles
+from engram_runtime.tables.record_file import Read
+from engram_runtime.tables.record_files import Locate, RecordFiles
 
 
 class FileTable(PreadTable):
     """A table that is read, decoded by numpy, whose records can be had as they are."""
 
-    def __init__(self, spec: TableSpec, locate: Locate, *, read: Read = os.preadv) -> None:
+    def __init__(
+        self, spec: TableSpec, locate: Locate, *, checksums: Checksums = UNCHECKED, read: Read = os.preadv
+    ) -> None:
         """See `PreadTable`."""
         decoder = NumpyRowDecoder(spec.record, [part.row_bytes for part in spec.parts])
-        super().__init__(spec, decoder, RecordFiles(spec, locate, read))
+        super().__init__(spec, decoder, RecordFiles(spec, locate, read, checksums))
 
     def read_rows(self, first: int, count: int) -> NDArray[np.uint8]:
         """Return ``[count, record_bytes]`` records of consecutive rows, which must be in the table."""

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.tables.advice import POPULATE_READ, WILL_NEED, Advice, MemoryAdvice
+from engram_runtime.tables.checksums import UNCHECKED, Checksums
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import SHARED_FROM_ROWS, RowDecoder
 from engram_runtime.tables.pread import PreadTable
-from engram_runtime.tables.record_files import FileWanted, Locate, Read, RecordFiles
+from engram_runtime.tables.record_file import FileWanted, Read
+from engram_runtime.tables.record_files import Locate, RecordFiles
 from engram_runtime.tables.regions import map_files
 from engram_runtime.tables.residency import BLOCK_ROWS, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import count_distinct
@@ -25,7 +27,8 @@ from engram_runtime.tables.store import check_row_ids, closed
 class MappedTable:
     """A table mapped read-only, all its files side by side.
 
-    Before rows are copied from the map their pages, unless known to be in memory, are read with the errors of reads.
+    Before rows are copied from the map their pages, unless known to be in memory, are read with the errors of reads and
+    held against their checksums.
     Its files are leased: a program that would truncate one waits, and from then on the table is read as `PreadTable`
     does. A page that was evicted and can't be read again still kills the process with SIGBUS, and so does, where the
     system grants no lease, a truncation in the microseconds between the look at the size and the copy: `PreadTable`
@@ -38,6 +41,7 @@ class MappedTable:
         locate: Locate,
         decoder: RowDecoder,
         *,
+        checksums: Checksums = UNCHECKED,
         read: Read = os.preadv,
         open_advice: Callable[[], Advice] = MemoryAdvice,
     ) -> None:
@@ -50,7 +54,7 @@ class MappedTable:
         self._decode = decoder
         self.counters = TableCounters()
         with contextlib.ExitStack() as opened:
-            self._files = RecordFiles(spec, locate, read)
+            self._files = RecordFiles(spec, locate, read, checksums)
             opened.callback(self._files.close)
             self._files.expect_random_reads()
             self._memory = map_files(self._files)
@@ -131,24 +135,36 @@ class MappedTable:
             self._residency.mark(pages[unknown], REQUESTED)
 
     def _bring_in(self, row_ids: NDArray[np.int64], addresses: NDArray[np.int64]) -> int:
-        """Wait until the rows ``[N]`` at ``[parts, N]`` are in memory; returns how many differ.
+        """Wait until the rows ``[N]`` at ``[parts, N]`` are in memory, and check them; returns how many differ.
 
         Raises:
             TableError: the file no longer holds them.
+            FileWanted: see `RecordFile.check`.
         """
         ranges = self._residency.ranges(addresses, self._base)
         self._advise(ranges, WILL_NEED)  # all at once, even if requested: a request may be long ago
         count, pages = count_distinct(row_ids), self._residency.pages(addresses)  # while the disk works
         self._residency.mark(pages, PRESENT)
-        populated = 0
+        is_known = False
         try:
-            populated = self._advise(ranges, POPULATE_READ)
+            if not (is_populated := self._advise(ranges, POPULATE_READ) == len(ranges)):
+                self._read(addresses)
+            self._files.check(addresses)
+            self._check_blocks(addresses)
+            is_known = is_populated
         finally:  # the wait may be interrupted
-            if populated != len(ranges):
+            if not is_known:
                 self._residency.mark(pages, UNKNOWN)
-        if populated != len(ranges):
-            self._read(addresses)
         return count
+
+    def _check_blocks(self, addresses: NDArray[np.int64]) -> None:
+        """Hold the blocks in which rows at ``[parts, N]`` lie against their checksums."""
+        memory = self._memory.data
+        begins = self._residency.blocks(addresses)
+        for begin, (file, offset) in zip(begins.tolist(), self._files.places(begins), strict=True):
+            if file.is_checked:
+                _, end = file.blocks(offset, 1)
+                file.check_blocks(memory[begin : begin + end - offset], offset)
 
     def _read(self, addresses: NDArray[np.int64]) -> None:
         """Read rows that the map didn't give: that leaves them in memory, or tells what is wrong, and where."""

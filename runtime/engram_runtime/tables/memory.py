@@ -1,12 +1,14 @@
 """A table held in memory."""
 
+import math
 from collections.abc import Callable
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.table_spec import TableSpec
+from engram_runtime.table_spec import CHECKSUM_BLOCK_BYTES, TableSpec
+from engram_runtime.tables.checksums import UNCHECKED, Checksums
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
 from engram_runtime.tables.record_files import Locate, RecordFiles
@@ -35,21 +37,30 @@ class ResidentTable:
         self.counters = TableCounters()
 
     @classmethod
-    def load(cls, spec: TableSpec, locate: Locate, decoder: RowDecoder, *, progress: Progress = no_progress) -> Self:
-        """Read a table's files; ``progress`` is told of the bytes of each piece.
+    def load(
+        cls,
+        spec: TableSpec,
+        locate: Locate,
+        decoder: RowDecoder,
+        *,
+        checksums: Checksums = UNCHECKED,
+        progress: Progress = no_progress,
+    ) -> Self:
+        """Read a table's files and hold all of it against checksums; ``progress`` is told the bytes of each piece.
 
         They stay in the page cache as well, until something needs that memory: the next process loads the table from
         there.
 
         Raises:
-            TableError: a file is missing, too short or can't be read, or there is no memory.
+            TableError: a file is missing, too short, damaged or can't be read, or there is no memory.
         """
         record_bytes = spec.record.record_bytes
-        files = RecordFiles(spec, locate)
+        files = RecordFiles(spec, locate, checksums=checksums)
         try:
             memory = allocate_huge(spec.num_rows * record_bytes)
             records = memory.reshape(spec.num_rows, record_bytes)
-            step = max(1, READ_BYTES // record_bytes)
+            whole_blocks = CHECKSUM_BLOCK_BYTES // math.gcd(CHECKSUM_BLOCK_BYTES, record_bytes)  # so many rows have
+            step = max(1, READ_BYTES // record_bytes // whole_blocks) * whole_blocks
             for start in range(0, spec.num_rows, step):
                 piece = records[start : start + step]
                 files.read_rows(start, piece)

@@ -1,13 +1,15 @@
 """How a bundle's tables are opened."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Protocol
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.memory import free_memory
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.checksums import Checksums, read_checksums
 from engram_runtime.tables.decoding import NumpyRowDecoder, RowDecoder
 from engram_runtime.tables.disk import disk_facts
 from engram_runtime.tables.mapped import MappedTable
@@ -16,17 +18,25 @@ from engram_runtime.tables.options import MMAP, PREAD, RESIDENT, UNREAD, TableOp
 from engram_runtime.tables.place import place_of
 from engram_runtime.tables.policy import Room, TableChoice, TableFacts, choose, table_room
 from engram_runtime.tables.pread import PreadTable
-from engram_runtime.tables.record_files import Locate, can_lease
+from engram_runtime.tables.record_file import can_lease
+from engram_runtime.tables.record_files import Locate
 from engram_runtime.tables.store import TableStore
 from engram_runtime.tables.zeros import ZeroTable
 
 Announce = Callable[[TableChoice], Progress]  # told of a table before it is opened; the other of its loading
 
 AUTO_OPTIONS = TableOptions()
-STORES: dict[str, Callable[[TableSpec, Locate, RowDecoder], TableStore]] = {  # that load nothing
-    MMAP: MappedTable,
-    PREAD: PreadTable.open,
-}
+
+
+class OpenStore(Protocol):
+    """What opens a table without loading it."""
+
+    def __call__(
+        self, spec: TableSpec, locate: Locate, decoder: RowDecoder, /, *, checksums: Checksums
+    ) -> TableStore: ...
+
+
+STORES: Mapping[str, OpenStore] = {MMAP: MappedTable, PREAD: PreadTable.open}
 
 
 def silently(choice: TableChoice) -> Progress:
@@ -102,11 +112,13 @@ def open_table(
 
     Raises:
         TableError: a file is missing, too short, or no longer the one that the bundle refers to.
+        BundleError: the checksums are damaged.
     """
     if io == UNREAD:
         return ZeroTable()
     if decoder is None:
         decoder = NumpyRowDecoder(spec.record, [part.row_bytes for part in spec.parts])
+    checksums = read_checksums(bundle, spec)
     if io == RESIDENT:
-        return ResidentTable.load(spec, bundle.table_path, decoder, progress=progress)
-    return STORES[io](spec, bundle.table_path, decoder)
+        return ResidentTable.load(spec, bundle.table_path, decoder, checksums=checksums, progress=progress)
+    return STORES[io](spec, bundle.table_path, decoder, checksums=checksums)

@@ -25,7 +25,7 @@ from engram_runtime.new_file import new_file
 from engram_runtime.records import RecordFormat
 from engram_runtime.safetensors_layout import SafetensorsLayout, TensorPlan
 from engram_runtime.sizes import format_size
-from engram_runtime.strict_json import Fields, parse_facts
+from engram_runtime.strict_json import Fields, parse_facts, version_error
 from engram_runtime.table_spec import TableSpec
 
 FORMAT_VERSION = 2  # version 1 is read as well: its overlays leave others to the table
@@ -72,7 +72,7 @@ class OverlaySpec:
         """Parse and check."""
         version = fields.count("format_version")
         if not 1 <= version <= FORMAT_VERSION:
-            raise BundleError(f"it has format version {version}, this runtime reads {FORMAT_VERSION}; make it again")
+            raise version_error("it has format", version, FORMAT_VERSION, "make it again")
         spec = cls(
             site=fields.take("site", str),
             num_rows=fields.count("num_rows", least=1),

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.table_spec import TableSpec
+from engram_runtime.tables.checksums import UNCHECKED, Checksums
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.decoding import RowDecoder
-from engram_runtime.tables.record_files import Locate, Read, RecordFiles
+from engram_runtime.tables.record_file import BlockReader, Read
+from engram_runtime.tables.record_files import Locate, RecordFiles
 from engram_runtime.tables.residency import BLOCK_ROWS, PRESENT, REQUESTED, UNKNOWN, Residency
 from engram_runtime.tables.row_ids import distinct
 from engram_runtime.tables.store import check_row_ids
@@ -21,7 +23,8 @@ STAGING_BYTES = 4 << 20  # of records read before they are decoded, unless a sin
 class PreadTable:
     """A table read record by record with `os.preadv`.
 
-    It is the store that no damage to a file can kill: what a file no longer gives is a `TableError`, each time.
+    It is the store that no damage to a file can kill: what a file no longer gives is a `TableError`, each time. Rows
+    that may come from the disk are read with the blocks they lie in, and those are held against their checksums.
     """
 
     def __init__(self, spec: TableSpec, decoder: RowDecoder, files: RecordFiles) -> None:
@@ -42,13 +45,21 @@ class PreadTable:
         self._staged = part_bytes[:, None], begins[:, None]
 
     @classmethod
-    def open(cls, spec: TableSpec, locate: Locate, decoder: RowDecoder, *, read: Read = os.preadv) -> Self:
+    def open(
+        cls,
+        spec: TableSpec,
+        locate: Locate,
+        decoder: RowDecoder,
+        *,
+        checksums: Checksums = UNCHECKED,
+        read: Read = os.preadv,
+    ) -> Self:
         """Open every file once; ``locate`` tells where on this machine the file of a range is.
 
         Raises:
             TableError: a file is missing or too short.
         """
-        return cls(spec, decoder, RecordFiles(spec, locate, read))
+        return cls(spec, decoder, RecordFiles(spec, locate, read, checksums))
 
     def gather(self, row_ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """See `TableStore.gather`. Each distinct row of a block is read once, in file order."""
@@ -87,8 +98,9 @@ class PreadTable:
                 waiting.append((row, file, buffer, offset))
         if not waiting:
             return 0
+        reader = BlockReader()
         for _, file, buffer, offset in waiting:
-            file.read_into(buffer, offset)
+            reader.read_into(file, buffer, offset)
         self._residency.mark(pages, PRESENT)
         return len({row for row, *_ in waiting})
 

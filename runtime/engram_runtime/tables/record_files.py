@@ -1,145 +1,27 @@
 """The files of a table's records, laid out as one range of addresses."""
 
-import contextlib
-import errno
-import fcntl
 import os
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import TableError
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+from engram_runtime.tables.checksums import UNCHECKED, Checksums
+from engram_runtime.tables.record_file import Read, RecordFile
 
 ALIGNMENT_BYTES = 65536  # of a file's first address: a multiple of every page size
-CLOSED = -1  # no file has this number
 Locate = Callable[[RowRange], Path]
-
-
-class Read(Protocol):
-    """What reads files: `os.preadv`, or a double of it."""
-
-    def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int, flags: int = 0, /) -> int:
-        """Fill buffers from a place in a file and return how many bytes that were, 0 at its end."""
-        ...
-
-
-class FileWanted(Exception):
-    """Another program waits to change a leased file, whose path is the only argument."""
-
-
-class RecordFile:
-    """A file of records, open for reading at any place; its byte i has address ``start + i``."""
-
-    def __init__(self, path: Path, start: int, num_bytes: int, read: Read) -> None:
-        self.path = path
-        self.start = start
-        self.num_bytes = num_bytes  # as far as its records go
-        self._read = read
-        self._leased = False
-        try:
-            # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise TableError(f"table file {path} can't be opened: {error.strerror}; export the bundle again") from error
-        if (size := os.fstat(self.descriptor).st_size) < num_bytes:
-            self.close()
-            raise TableError(f"table file {path} holds {size} bytes, its rows need {num_bytes}; export it again")
-
-    def lease(self) -> bool:
-        """Make programs that would write to the file or truncate it wait; returns whether the system grants that.
-
-        They wait until `end_lease`, but not longer than /proc/sys/fs/lease-break-time, 45 s as a rule. It is granted to
-        the owner of a file that nobody has open for writing, see fcntl(2).
-        """
-        try:
-            fcntl.fcntl(self.descriptor, fcntl.F_SETSIG, signal.SIGURG)  # ignored, where SIGIO would end the process
-            fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        except OSError:
-            return False
-        self._leased = True
-        return True
-
-    def end_lease(self) -> None:
-        """Let others change the file."""
-        if self._leased:
-            self._leased = False
-            with contextlib.suppress(BlockingIOError):  # its time was over, so that the system has ended it
-                fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-
-    def check(self) -> None:
-        """Raise TableError if the file has become shorter than its records; a leased one can't before it is wanted.
-
-        Raises:
-            FileWanted: another program waits to change it, until `end_lease` or its time is over.
-            OSError: the file was closed.
-        """
-        if self._leased:
-            if fcntl.fcntl(self.descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
-                raise FileWanted(self.path)
-            return
-        # A third of what fstat costs; nothing here reads from where the descriptor stands.
-        if os.lseek(self.descriptor, 0, os.SEEK_END) < self.num_bytes:
-            raise TableError(f"table file {self.path} ends before byte {self.num_bytes}: it was truncated")
-
-    def read_if_cached(self, buffer: memoryview, offset: int) -> bool:
-        """Fill a buffer of bytes if that takes no waiting, else return False."""
-        try:
-            return self._read(self.descriptor, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise self._unreadable(offset, error) from error
-            return False  # on such a file system nothing tells what is in memory
-
-    def announce(self, offset: int, num_bytes: int) -> None:
-        """Ask the disk for bytes that are about to be read."""
-        os.posix_fadvise(self.descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer of bytes from a place in the file."""
-        while buffer:
-            try:
-                count = self._read(self.descriptor, [buffer], offset)
-            except OSError as error:
-                raise self._unreadable(offset, error) from error
-            if count == 0:
-                raise TableError(f"table file {self.path} ends before byte {offset + len(buffer)}: it was truncated")
-            buffer, offset = buffer[count:], offset + count
-
-    def _unreadable(self, offset: int, error: OSError) -> Exception:
-        if self.descriptor == CLOSED:
-            return error
-        return TableError(f"table file {self.path} can't be read at {offset}: {error.strerror}")
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        # Closing twice would close whatever file has been given the number since.
-        if self.descriptor != CLOSED:
-            os.close(self.descriptor)
-            self.descriptor = CLOSED
-
-
-def can_lease(path: Path) -> bool:
-    """Return whether the system grants this process a lease of a file, see `RecordFile.lease`."""
-    try:
-        file = RecordFile(path, 0, 0, os.preadv)
-    except TableError:
-        return False
-    granted = file.lease()
-    file.close()
-    return granted
 
 
 class RecordFiles:
     """All files of a table, each at addresses of its own, so that a place of any of them is one number."""
 
-    def __init__(self, spec: TableSpec, locate: Locate, read: Read = os.preadv) -> None:
+    def __init__(
+        self, spec: TableSpec, locate: Locate, read: Read = os.preadv, checksums: Checksums = UNCHECKED
+    ) -> None:
         """Open every file once; ``locate`` tells where on this machine the file of a range is.
 
         Raises:
@@ -149,17 +31,17 @@ class RecordFiles:
         self.num_bytes = 0  # of the addresses
         self.files: list[RecordFile] = []
         try:
-            by_key = self._open(spec, locate, read)
+            by_key = self._open(spec, locate, read, checksums)
         except TableError:
             self.close()
             raise
         self._starts = np.array([file.start for file in self.files], dtype=np.int64)
         self._parts = [_PartPlaces(part, [by_key[_key(rows)].start for rows in part.ranges]) for part in spec.parts]
 
-    def _open(self, spec: TableSpec, locate: Locate, read: Read) -> "dict[_Key, RecordFile]":
+    def _open(self, spec: TableSpec, locate: Locate, read: Read, checksums: Checksums) -> "dict[_Key, RecordFile]":
         opened: dict[_Key, RecordFile] = {}
         for rows, num_bytes in _bytes_needed(spec).values():
-            file = RecordFile(locate(rows), self.num_bytes, num_bytes, read)
+            file = RecordFile(locate(rows), self.num_bytes, num_bytes, read, checksums.get(rows.file))
             self.num_bytes += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             self.files.append(file)
             opened[_key(rows)] = file
@@ -213,7 +95,7 @@ class RecordFiles:
     def _read_run(self, out: NDArray[np.uint8], address: int) -> None:
         data = out.reshape(-1) if out.flags.c_contiguous else np.empty(out.size, dtype=np.uint8)
         ((file, offset),) = self.places(np.array([address]))
-        file.read_into(data.data, offset)
+        file.read_checked(data.data, offset)
         if not out.flags.c_contiguous:
             out[...] = data.reshape(out.shape)
 

@@ -1,4 +1,4 @@
-"""Which pages of a table's files are in memory, as far as is known without asking the kernel."""
+"""Which pages of a table's files are in memory and were checked, as far as is known without asking the kernel."""
 
 import mmap
 import time
@@ -7,38 +7,47 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_runtime.table_spec import CHECKSUM_BLOCK_BYTES
 from engram_runtime.tables.regions import reserve
 
 PAGE = mmap.PAGESIZE
-PAGE_BITS = PAGE.bit_length() - 1
+KNOWN = CHECKSUM_BLOCK_BYTES  # bytes known or not together: those that are checked together, at most a page
+KNOWN_BITS = KNOWN.bit_length() - 1
 BLOCK_ROWS = 4096  # are asked for while those before are waited for: their pages, 32 MiB, are in memory together
 MOST_AGE_S = 60.0  # kernels that page idle memory out do so after a minute or more
 UNKNOWN, REQUESTED, PRESENT = range(3)
 
 
 class Residency:
-    """A byte for each page: nothing known, asked for, or seen in memory.
+    """A byte for each 4 KiB, called a page: nothing known, asked for, or seen in memory and found to be sound.
 
     The bytes are zeros of the system's that take memory only where they are written, a page for 16 MiB of the table,
     and none after `forget`. They may be wrong, as the kernel takes pages back unasked: that costs time, never rows.
+    What was forgotten is checked again when it is wanted again.
     """
 
     def __init__(self, num_bytes: int, part_bytes: Sequence[int]) -> None:
         """Know nothing of ``num_bytes`` of memory that hold records whose parts have ``part_bytes``."""
-        self._map = reserve(-(-num_bytes // PAGE))
+        self._map = reserve(-(-num_bytes // KNOWN))
         self._states = np.frombuffer(self._map, dtype=np.uint8)
         self._part_bytes = np.array(part_bytes, dtype=np.int64)[:, None]
         self._since = time.perf_counter()
         # A row whose first, second and last page are known is known: others hold no byte of any other row.
-        second = [PAGE] if max(part_bytes) > PAGE else []  # otherwise the second page is the last one
+        second = [KNOWN] if max(part_bytes) > KNOWN else []  # otherwise the second page is the last one
         probes = [[min(byte, size - 1) for byte in (0, *second, size)] for size in part_bytes]
         self._probes = np.array(probes, dtype=np.int64)[:, :, None]
 
     def pages(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return ``[probes, N]`` pages that tell whether rows are there, of the addresses ``[parts, N]`` of rows."""
         touched: NDArray[np.int64] = addresses[:, None] + self._probes
-        touched >>= PAGE_BITS
+        touched >>= KNOWN_BITS
         return touched.reshape(self._probes.size, -1)
+
+    def blocks(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``[B]`` addresses, ascending, of all pages that hold rows at ``[parts, N]``."""
+        first, last = addresses >> KNOWN_BITS, (addresses + self._part_bytes - 1) >> KNOWN_BITS
+        more = np.arange(1 + (last - first).max(initial=0))[:, None, None]
+        return np.unique(np.minimum(first + more, last)) << KNOWN_BITS
 
     def states(self, pages: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return what is known of pages."""

@@ -1,0 +1,81 @@
+"""The folder beside a place where one process at a time makes what will be there."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from engram_runtime.errors import RequestError
+
+JOURNAL_FILE, STAGED_FOLDER = "journal.jsonl", "bundle"
+
+
+def workplace(out: Path) -> Path:
+    """Return the folder beside ``out`` that holds what isn't finished."""
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextlib.contextmanager
+def locked_workplace(out: Path, doing: str) -> Iterator[BinaryIO]:
+    """Have the workplace of ``out`` to oneself; yields its journal, open for reading and appending.
+
+    The lock ends with the process, whatever ends it, and is seen by all who share the disk. A workplace whose journal
+    is empty at the end is removed with all that is in it.
+
+    Args:
+        doing: what others are told happens to ``out``, as ``exported to``.
+
+    Raises:
+        RequestError: another process has it.
+    """
+    folder = workplace(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / JOURNAL_FILE
+    with path.open("a+b") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _busy(out, doing, holder(stream)) from error
+        if not _is_at(path, stream):
+            raise _busy(out, doing, None)  # it was removed by the process that held the lock until now
+        try:
+            yield stream
+        finally:
+            if os.fstat(stream.fileno()).st_size == 0:
+                clear(out)
+                path.unlink()  # the last to go: until then no other process can begin
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def clear(out: Path) -> None:
+    """Remove what was made in the workplace of ``out``; a file that can't be removed stays."""
+    for made in workplace(out).iterdir():
+        if made.name != JOURNAL_FILE:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def holder(file: BinaryIO) -> int | None:
+    """Return the id of the process that has locked a file, or None where this system doesn't tell."""
+    status = os.fstat(file.fileno())
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return None
+    found = (line.split() for line in lines)  # "1: FLOCK ADVISORY WRITE 812 fe:00:1234 0 EOF"
+    return next(
+        (int(words[4]) for words in found if words[1] == "FLOCK" and words[5] == place and words[4] > "0"), None
+    )
+
+
+def _is_at(path: Path, stream: BinaryIO) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+
+
+def _busy(out: Path, doing: str, process: int | None) -> RequestError:
+    who = "another process" if process is None else f"process {process}"
+    return RequestError(f"{out} is being {doing} by {who}; wait for it or choose another place")

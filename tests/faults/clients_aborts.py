@@ -1,0 +1,213 @@
+"""Row D5: clients that leave at any time, beside others that check their texts."""
+
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+from tests.faults.clients_expected import Known, known_texts
+from tests.faults.clients_http import CHAT, Client, connected, deltas
+from tests.faults.requests_toy import ToyEngine
+from tests.faults.row import Outcome, Row
+from tests.served import served
+
+from engram_runtime.serving.engine import BundleEngine
+from engram_runtime.serving.engine_protocol import Tell, Ticket
+from engram_runtime.serving.events import Event, Token
+from engram_runtime.serving.request import TextRequest
+
+ENGINE = ToyEngine(queue=64, pass_s=0.001, drafts=3)
+LEAVING, CHECKING = 10, 2  # clients at once
+FREED_S = 0.1  # beside the pass that runs
+LONGEST_S = 0.03  # that a client waits before it leaves
+KINDS = ("in the body", "at once", "after a time", "after the head", "in the text")
+
+
+class Watched:
+    """An engine that notes what each text was at when its client left.
+
+    Attributes:
+        left_in: how many texts were left in which phase.
+        open: jobs that were submitted and that nobody has left.
+    """
+
+    def __init__(self, engine: BundleEngine) -> None:
+        self.engine = engine
+        self.left_in: Counter[str] = Counter()
+        self.open: set[Ticket] = set()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.engine, name)
+
+    def submit(self, requests: Sequence[TextRequest], tell: Tell, *, client: str = "") -> Ticket:
+        """See `Engine.submit`."""
+        events: list[Event] = []
+
+        def watch(index: int, event: Event) -> None:
+            events.append(event)
+            tell(index, event)
+
+        ticket = _WatchedTicket(self, self.engine.submit(requests, watch, client=client), events)
+        self.open.add(ticket)
+        return ticket
+
+
+class _WatchedTicket:
+    def __init__(self, watched: Watched, ticket: Ticket, events: list[Event]) -> None:
+        self._watched, self._ticket, self._events = watched, ticket, events
+
+    def cancel(self) -> None:
+        events = list(self._events)
+        if not events or isinstance(events[-1], Token):
+            self._watched.left_in[self._phase(events)] += 1
+        self._ticket.cancel()
+        self._watched.open.discard(self)
+
+    def _phase(self, events: Sequence[Event]) -> str:
+        engine = self._watched.engine
+        job = self._ticket.job  # type: ignore[attr-defined]
+        if any(text.job is job for text in list(engine._queue)):
+            return "queued"
+        if not events:
+            return "prefill"
+        return "decode" if engine._running._alone is None else "speculative step"
+
+
+def aborts(count: int) -> Outcome:
+    """Leave so many times: four fifths in a crowd, the rest one by one, when texts are drafted."""
+    random = Random("D5")
+    known = known_texts(200, random, engine=ENGINE)
+    with TemporaryDirectory() as folder, ENGINE.open(Path(folder)) as opened:
+        watched = Watched(opened)
+        with served(watched) as url:  # type: ignore[arg-type]
+            asyncio.run(_check_once(url, known[0]))  # what is opened once and stays
+            before = _descriptors()
+            failures, checked, freed = asyncio.run(_run(url, watched, known, count))
+        slow = [seconds for seconds in freed if seconds > FREED_S + ENGINE.pass_s]
+        failures += [f"freed after {seconds:.3f} s" for seconds in slow[len(freed) // 100 :]]
+        failures += [f"{opened.load} at the end"] * ((opened.load.running, opened.load.waiting) != (0, 0))
+        failures += ["slots are busy at the end"] * (len(opened._running.slots.free) != ENGINE.slots)
+        after = _descriptors()
+        failures += [f"{after - before} descriptors more"] * (after > before)
+    phases = ", ".join(f"{times:,} {phase}" for phase, times in sorted(watched.left_in.items()))
+    figure = f"left: {phases}; {checked:,} texts beside them equal; freed in {statistics.median(freed) * 1e3:.1f} ms"
+    return Outcome(tried=count, survived=count - len(failures), figure=figure, failures=tuple(failures[:10]))
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def _run(url: str, watched: Watched, known: Sequence[Known], count: int) -> tuple[list[str], int, list[float]]:
+    failures: list[str] = []
+    crowd = count * 4 // 5
+    numbers = iter(range(crowd))
+    done = asyncio.Event()
+    checkers = [asyncio.create_task(_keep_checking(url, known, failures, done)) for _ in range(CHECKING)]
+    await asyncio.gather(*(_keep_leaving(url, known, numbers, failures) for _ in range(LEAVING)))
+    done.set()
+    checked = sum(await asyncio.gather(*checkers))
+    await _until_idle(watched)
+    streams = [each for each in known if each.stream and len(each.text) > 8]
+    freed = [await _leave_alone(url, watched, streams, number, failures) for number in range(crowd, count)]
+    return failures, checked, freed
+
+
+async def _keep_leaving(url: str, known: Sequence[Known], numbers: Iterator[int], failures: list[str]) -> None:
+    for number in numbers:
+        fault = await _leave(url, known, Random(f"D5 {number}"))
+        if fault is not None:
+            failures.append(f"client {number}: {fault}")
+
+
+async def _leave(url: str, known: Sequence[Known], random: Random) -> str | None:
+    """Ask for a text and leave before its end; returns what was wrong with what came until then."""
+    wanted = random.choice(known)
+    kind = random.choice(KINDS)
+    async with connected(url) as client:
+        if kind == "in the body":
+            cut = random.randrange(len(wanted.body))
+            client.writer.write(client.head("POST", CHAT, len(wanted.body)) + wanted.body[:cut])
+            await asyncio.sleep(random.choice((0, random.random() * LONGEST_S)))
+            return None
+        await client.send("POST", CHAT, wanted.body)
+        if kind == "after a time":
+            await asyncio.sleep(random.random() * LONGEST_S)
+        if kind in ("after the head", "in the text"):
+            return await _read_some(client, wanted, random.randrange(12) if kind == "in the text" else 0)
+    return None
+
+
+async def _read_some(client: Client, wanted: Known, count: int) -> str | None:
+    """Read the head and so many pieces of an answer; returns what was wrong with them."""
+    reply = await client.reply()
+    if reply.status != 200:
+        return f"status {reply.status}"
+    if "content-length" in reply.headers:
+        return None
+    text = ""
+    pieces = client.pieces(reply)
+    for _ in range(count):
+        piece = await anext(pieces, b"")
+        text += "".join(deltas(event) for event in piece.split(b"\n\n"))
+    return None if wanted.text.startswith(text) else f"{text!r} isn't the beginning of {wanted.text!r}"
+
+
+async def _keep_checking(url: str, known: Sequence[Known], failures: list[str], done: asyncio.Event) -> int:
+    """Ask for one text after the other until the crowd has left; returns how many there were."""
+    checked = 0
+    while not done.is_set():
+        wanted = known[checked % len(known)]
+        if (text := await _check_once(url, wanted)) != wanted.text:
+            failures.append(f"a text beside is {text!r}, wanted {wanted.text!r}")
+        checked += 1
+    return checked
+
+
+async def _check_once(url: str, wanted: Known) -> str:
+    async with connected(url) as client:
+        reply, body = await client.ask("POST", CHAT, wanted.body)
+    if "content-length" not in reply.headers:
+        return "".join(deltas(event) for event in body.split(b"\n\n"))
+    told = json.loads(body)
+    text: str = told["choices"][0]["message"]["content"] if reply.status == 200 else f"{reply.status} {told}"
+    return text
+
+
+async def _leave_alone(url: str, watched: Watched, known: Sequence[Known], number: int, failures: list[str]) -> float:
+    """Leave in the midst of a text when nobody else is there; returns the seconds until none runs."""
+    random = Random(f"D5 {number}")
+    wanted = random.choice(known)
+    async with connected(url) as client:
+        await client.send("POST", CHAT, wanted.body)
+        fault = await _read_some(client, wanted, random.randrange(6))
+    if fault is not None:
+        failures.append(f"client {number}, alone: {fault}")
+    return await _until_idle(watched)
+
+
+async def _until_idle(watched: Watched) -> float:
+    began = time.perf_counter()
+    while watched.open or watched.engine.load.running or watched.engine.load.waiting:
+        await asyncio.sleep(0.0005)
+        if time.perf_counter() - began > 10:
+            break
+    return time.perf_counter() - began
+
+
+ROWS = (
+    Row(
+        name="D5",
+        fault="clients leave while the body is read, queued, in prefill, in decode and in a speculative step",
+        expected="slots free within a step and 100 ms, 0 texts of others changed, descriptors +0",
+        quick=10_000,
+        full=100_000,
+        run=aborts,
+    ),
+)
