@@ -2,8 +2,8 @@
 
     python benchmarks/block_checksums.py FOLDER [--gib 1] [--tokens 400] [--hashes DIR]
 
-FOLDER is to lie on a disk; DIR holds xxhash, google-crc32c and blake3 (`pip install --target DIR ...`), which are left out
-where they are missing. Everything that is compared is measured in turn, round by round; medians are printed.
+FOLDER is to lie on a disk; DIR holds xxhash, google-crc32c and blake3 (`pip install --target DIR ...`), which are left
+out where they are missing. What is compared is measured in turn, round by round; medians are printed.
 """
 
 import argparse
