@@ -51,11 +51,11 @@ def test_what_a_row_started_ends_with_it(results: dict[str, Result]) -> None:
 
 def test_the_table_has_every_row_and_then_what_was_not_survived(results: dict[str, Result]) -> None:
     text = table(list(results.values()))
-    assert text.splitlines()[0].split() == ["row", "fault", "tried", "survived", "figure", "limit", "s"]
+    assert text.splitlines()[0].split() == ["row", "fault", "tried", "survived", "figure", "limit", "s", "cpu", "s"]
     assert [line.split()[0] for line in text.splitlines()[1:7]] == ["A1", "A2", "A10", "B1", "C1", "D1"]
     assert "not run: needs a disk that lies" in text
     assert "A2: 1 not survived\nseed 7\n" in text
-    assert text.endswith("5 rows: 5 of 15 faults survived; 1 rows can't run here")
+    assert "\n5 rows: 5 of 15 faults survived; 1 rows can't run here; " in text
 
 
 def test_the_file_repeats_the_results(results: dict[str, Result], tmp_path: Path) -> None:
