@@ -8,6 +8,7 @@ from tests import bad_rows
 from tests.faults.rows import Placed, place, placed_rows
 from tests.faults.runner import Result, run_rows
 from tests.faults.table import table, write_json
+from tools.security_page import figures_text
 
 HANGS_AFTER_S = 3
 
@@ -64,6 +65,16 @@ def test_the_file_repeats_the_results(results: dict[str, Result], tmp_path: Path
     assert [(row["name"], row["tried"], row["survived"]) for row in written["rows"]] == [
         (result.name, result.tried, result.survived) for result in results.values()
     ]
+
+
+def test_the_page_has_what_ran_as_a_table_and_names_the_rest(results: dict[str, Result], tmp_path: Path) -> None:
+    write_json(tmp_path / "faults.json", "quick", list(results.values()))
+    lines = figures_text(json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))).splitlines()
+    assert lines[0].startswith("`make faults` on 20")
+    assert lines[0].endswith(": 5 of 15 faults survived.")
+    assert "| A1 | a fault | 3 | 3 | 0.1 s | nothing |" in lines
+    assert "| A2 | a fault | 3 | **2** |  | nothing |" in lines
+    assert lines[-1] == "- D1, a fault: needs a disk that lies"
 
 
 def test_names_of_rows_are_letter_number_word_and_different() -> None:
