@@ -8,16 +8,22 @@ from tests import bad_rows
 from tests.faults.rows import Placed, place, placed_rows
 from tests.faults.runner import Result, run_rows
 from tests.faults.table import table, write_json
+
 from tools.security_page import figures_text
 
-HANGS_AFTER_S = 3
+HANGS_AFTER_S, ORDINARY_LIMIT_S = 3, 100
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Result]:
     placed = [Placed(row, bad_rows.__name__) for row in bad_rows.ROWS]
     shown: list[Result] = []
-    found = run_rows(placed, lambda row: row.quick, HANGS_AFTER_S, shown.append)
+    # Ordinary rows may take long to start on a machine that others use.
+    hanging = [each for each in placed if each.row.run is bad_rows.hangs]
+    ordinary = [each for each in placed if each.row.run is not bad_rows.hangs]
+    limits = ((ordinary, ORDINARY_LIMIT_S), (hanging, HANGS_AFTER_S))
+    runs = [run_rows(rows, lambda row: row.quick, limit_s, shown.append) for rows, limit_s in limits]
+    found = sorted([*runs[0], *runs[1]], key=lambda result: place(result.name))
     assert sorted(shown, key=lambda result: place(result.name)) == found
     return {result.name: result for result in found}
 
