@@ -39,7 +39,7 @@ DOCS = ROOT / "docs"
 PAGES = written_pages()
 DOCUMENTS: Mapping[str, str] = {
     path.name: path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+    for path in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
     if path.name not in PAGES
 }
 README = DOCUMENTS["README.md"]
@@ -56,7 +56,7 @@ def found(pattern: str) -> list[str]:
 ROWS = re.findall(r"^\| `(engram[^`]*)` \|", README, re.MULTILINE)  # of the table of commands
 LINES = found(r"^(?:    \$ )?(engram(?:-export)? [^#\n]*)$")  # in blocks of code
 SPANS = found(r"`(engram(?:-export)? [^`\n]*)`")
-OPTIONS = found(r"`(--[a-z-]+)[^`\n]*`")
+OPTIONS = found(r"`(--[a-z0-9-]+)[^`\n]*`")
 PATHS = found(r"`((?:assets|benchmarks|compilers|docs|examples|export|runtime|targets|tests|tools)/[\w./-]+)`")
 LINKS = re.findall(r"\]\(([^)#:]+)\)", README)
 

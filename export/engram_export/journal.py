@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from engram_runtime.bundle import file_identity, file_sha256
 from engram_runtime.errors import BundleError
+from engram_runtime.manifest import contained_path
 from engram_runtime.new_file import flush
+from engram_runtime.strict_json import Fields, parse_json_object
 
 VERSION = 2  # of the journal itself
 Facts = Mapping[str, float] | None  # what is worth keeping of how a file was made
@@ -30,6 +32,19 @@ class FinishedFile:
     inode: int
     sha256: str
     facts: Facts
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Self:
+        """Parse a line; raises BundleError for one that no export wrote."""
+        file = cls(
+            path=contained_path(fields.take("path", str)),
+            bytes=fields.count("bytes"),
+            inode=fields.count("inode"),
+            sha256=fields.take("sha256", str),
+            facts=dict(fields.fields("facts").remaining()) if fields.given("facts") else None,
+        )
+        fields.finish()
+        return file
 
 
 class Journal:
@@ -117,15 +132,15 @@ def fingerprint(options: Mapping[str, str], files: Iterable[Path]) -> str:
 
 
 def _read_lines(stream: BinaryIO, fingerprint: str) -> list[FinishedFile] | None:
-    """Return the files of a journal, or None where it is another export's; a line cut short ends it."""
+    """Return the files of a journal, or None where it is another export's or damaged; a line cut short ends it."""
     stream.seek(0)
     try:
-        first, *others = [json.loads(line) for line in stream.read().split(b"\n")[:-1]]
-    except ValueError:  # nothing there, or damaged
+        first, *others = [parse_json_object(line, "a line") for line in stream.read().split(b"\n")[:-1]] or [{}]
+        if first != {"fingerprint": fingerprint, "version": VERSION}:
+            return None
+        return [FinishedFile.from_fields(Fields(line, "a line")) for line in others]
+    except BundleError:
         return None
-    if first != {"fingerprint": fingerprint, "version": VERSION}:
-        return None
-    return [FinishedFile(**line) for line in others]
 
 
 def _is_whole(folder: Path, file: FinishedFile) -> bool:

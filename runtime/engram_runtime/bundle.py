@@ -61,6 +61,7 @@ class Bundle:
         """
         if not (path / MANIFEST_NAME).is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with engram-export")
+        plain_file(path, MANIFEST_NAME)
         text = read_json_bytes(path / MANIFEST_NAME)
         raw = parse_json_object(text, str(path / MANIFEST_NAME))
         is_sealed = raw.get("format_version") != UNSEALED_VERSION
@@ -192,19 +193,31 @@ class Bundle:
         return values
 
     def _check_file(self, entry: FileEntry) -> None:
-        for parent in list(Path(entry.path).parents)[:-1]:
-            if self.file(parent.as_posix()).is_symlink():
-                raise BundleError(f"{parent} in bundle {self.path} is a link; bundles hold plain files only")
-        try:
-            status = self.file(entry.path).lstat()
-        except OSError as error:
-            raise BundleError(f"bundle {self.path} lacks {entry.path}: {error.strerror}; export it again") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{entry.path} in bundle {self.path} is not a plain file")
+        status = plain_file(self.path, entry.path)
         if status.st_size != entry.bytes:
             raise BundleError(
                 f"{entry.path} holds {status.st_size} bytes, the manifest says {entry.bytes}; export the bundle again"
             )
+
+
+def plain_file(folder: Path, relative: str) -> os.stat_result:
+    """Return the status of a file of a bundle; neither it nor a folder that it is in may be a link.
+
+    Hard links are no links here: caches and ``cp -l`` make them, and they lead nowhere that a path could be changed to.
+
+    Raises:
+        BundleError: there is no such file, a link leads to it, or it is no plain file.
+    """
+    try:
+        for parent in list(Path(relative).parents)[:-1]:
+            if stat.S_ISLNK((folder / parent).lstat().st_mode):
+                raise BundleError(f"{parent} in bundle {folder} is a link; bundles hold plain files only")
+        status = (folder / relative).lstat()
+    except OSError as error:
+        raise BundleError(f"bundle {folder} lacks {relative}: {error.strerror}; export it again") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{relative} in bundle {folder} is not a plain file")
+    return status
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:

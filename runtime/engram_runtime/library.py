@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from engram_runtime.bundle import Bundle, file_sha256
+from engram_runtime.bundle import Bundle, file_sha256, plain_file
 from engram_runtime.cpu import TILE_FLAGS, cpu_flags, machine, request_tiles
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.executor import ALIGNMENT_BYTES, MOST_THREADS
@@ -333,7 +333,11 @@ def _mend(bundle: Bundle, target: str) -> str:
 
 def _info_paths(bundle: Bundle) -> dict[str, Path]:
     """Return the descriptions of a bundle's libraries by target."""
+    if bundle.file(LIBRARY_FOLDER).is_symlink():
+        raise BundleError(f"{LIBRARY_FOLDER} in bundle {bundle.path} is a link; bundles hold plain files only")
     found = sorted(bundle.file(LIBRARY_FOLDER).glob(f"[!.]*/{LIBRARY_INFO_NAME}"))
+    for path in found:
+        plain_file(bundle.path, path.relative_to(bundle.path).as_posix())
     return {path.parent.name: path for path in found}
 
 

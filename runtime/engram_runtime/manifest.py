@@ -263,6 +263,7 @@ class Manifest:
             if path not in listed:
                 raise BundleError(f"manifest refers to {path!r}, which is not among its files")
         _refuse_twice([*paths, *omitted], "file")
+        _refuse_twice([path.casefold() for path in (*paths, *omitted)], "file (upper case aside)")
         _refuse_twice([table.site for table in self.tables], "table site")
         for table in self.tables:
             table.keyer.check_vocabulary(self.model.vocab_size)

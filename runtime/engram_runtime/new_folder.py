@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def restore_replaced(out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             folder.rename(out)
+
+
+def make_read_only(folder: Path) -> None:
+    """Let nobody change the files in a folder by mistake; who owns it can still remove and replace them.
+
+    Files that have another name elsewhere are left as they are.
+    """
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            path.chmod(0o444)
 
 
 def flush_tree(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """JSON read strictly: bounded size, no duplicate keys, every key accounted for, one error class."""
 
 import json
+import os
 import re
 import reprlib
+import stat
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -28,12 +30,19 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
 
 
 def read_json_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Return the bytes of a file; raises BundleError where there is none, or it is larger than ``max_bytes``."""
+    """Return the bytes of a file; raises BundleError where there is none, or it is larger than ``max_bytes``.
+
+    A device or a pipe, which may have no end, is not read.
+    """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise BundleError(f"{path} holds {size} bytes, at most {max_bytes} are allowed")
-        return path.read_bytes()
+        # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{path} is not a plain file")
+            if status.st_size > max_bytes:
+                raise BundleError(f"{path} holds {status.st_size} bytes, at most {max_bytes} are allowed")
+            return file.read(max_bytes)
     except OSError as error:
         raise BundleError(f"{path} can't be read: {error.strerror}") from error
 

@@ -1,0 +1,328 @@
+"""A3: damaged files of the project's own formats: overlays, traces, command streams, profiles, batches, journals."""
+
+import json
+import random
+import tomllib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tests.faults.parsers_checkpoint import damaged_safetensors
+from tests.faults.parsers_mutators import NUMBERS, blind, damage_document, damage_json
+from tests.faults.parsers_survey import Parser, joined, scratch, survey
+from tests.faults.row import Outcome, Row
+from tests.test_bundle import MAP, token_map, write_bundle
+
+from engram_export.journal import Journal
+from engram_runtime.batch.lines import index_lines, read_lines
+from engram_runtime.batch.request import MAX_LINE_BYTES, parse_request, request_key
+from engram_runtime.batch.result import result_key
+from engram_runtime.bundle import Bundle
+from engram_runtime.errors import BundleError, EngramError, RequestError, TableError, TargetError
+from engram_runtime.lens.trace import Trace, TraceSite
+from engram_runtime.lens.trace_file import read_trace, write_trace
+from engram_runtime.npu import isa
+from engram_runtime.npu.commands_file import CommandsFile, read_commands
+from engram_runtime.npu.device import Geometry, Product
+from engram_runtime.npu.devices import open_device
+from engram_runtime.npu.dot_engine import DotEngine
+from engram_runtime.npu.geometry import SystolicArray
+from engram_runtime.tables.overlay_file import OverlaySpec, read_overlay, write_overlay
+from engram_targets.profile import load_profile, profile_names
+
+CORPUS = Path(__file__).parent / "corpus"
+# The devices and the product that the streams of the corpus are for.
+SMALL = SystolicArray(
+    **{"rows": 32, "columns": 8, "weight_bytes": 512, "input_bytes": 128, "accumulator_bytes": 256},
+    **{"dma_bytes_per_cycle": 4, "dma_latency_cycles": 10, "clock_hz": 10**6},
+)
+DOTS = DotEngine(lanes=3, width=5, registers=2, input_bytes=100, dma_bytes_per_cycle=4, clock_hz=10**6)
+PRODUCT = Product(rows=2, inputs=40, outputs=12, weights="int8")
+DEVICES: dict[str, Geometry] = {"systolic": SMALL, "dot-engine": DOTS}
+NUM_ROWS, FINGERPRINT, JOURNALED = 36, "f" * 64, b"a table"
+REQUEST = {
+    "custom_id": "request-1",
+    "method": "POST",
+    "url": "/v1/chat/completions",
+    "body": {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4},
+}
+RESULT = {"id": "batch_req_1", "custom_id": None, "response": {"status_code": 200, "body": {}}, "error": None}
+
+
+def _made(write: Callable[[Path], object]) -> bytes:
+    """Return the bytes of a file that a function writes."""
+    with scratch() as folder:
+        write(folder / "made")
+        return (folder / "made").read_bytes()
+
+
+def _parts(safetensors: bytes) -> tuple[bytes, bytes]:
+    end = 8 + int.from_bytes(safetensors[:8], "little")
+    return safetensors[8:end], safetensors[end:]
+
+
+def _damaged_facts(rng: random.Random, sound: bytes, key: str) -> bytes:
+    """Return a safetensors file with a damaged header, data, or facts in its metadata."""
+    header, data = _parts(sound)
+    if rng.random() < 0.5:
+        return damaged_safetensors(rng, header, data)
+    document = json.loads(header)
+    facts = document["__metadata__"][key]
+    document["__metadata__"][key] = damage_json(rng, facts.encode()).decode("utf-8", "replace")
+    text = json.dumps(document).encode()
+    data = blind(rng, data) if rng.random() < 0.2 else data
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def _bundle(path: Path) -> Bundle:
+    folder = path.parent / "bundle"
+    return Bundle.open(folder if folder.exists() else write_bundle(folder))
+
+
+@cache
+def sound_overlay() -> bytes:
+    """Return an overlay of three rows of the small bundle's table."""
+
+    def write(path: Path) -> None:
+        bundle = _bundle(path)
+        spec = OverlaySpec.of(bundle, bundle.manifest.tables[0])
+        records = np.zeros((3, spec.record.record_bytes), dtype=np.uint8)
+        write_overlay(path, spec, np.array([0, 5, NUM_ROWS - 1], dtype=np.int64), records)
+
+    return _made(write)
+
+
+@cache
+def sound_trace() -> bytes:
+    """Return a trace of four tokens of the small bundle."""
+
+    def write(path: Path) -> None:
+        bundle = _bundle(path)
+        site = TraceSite.of(bundle, bundle.manifest.tables[0])
+        rows = np.array([site.first_rows] * 4, dtype=site.dtype)
+        trace = Trace(model="tiny", text="t", command="c", sites=(site,), row_ids={site.site: rows})
+        write_trace(path, trace)
+
+    return _made(write)
+
+
+def _use_trace(path: Path) -> None:
+    trace = read_trace(path)
+    for site in trace.sites:
+        sum(block.sum() for block in trace.blocks(site))
+        trace.counts(site)
+
+
+def _damaged_stream(rng: random.Random, sound: bytes) -> bytes:
+    if rng.random() < 0.5:
+        return blind(rng, sound)
+    data = bytearray(sound)
+    for _ in range(rng.choice((1, 1, 2))):
+        size = rng.choice((1, 2, 4))
+        at = rng.randrange(0, len(data) - size + 1, size)
+        data[at : at + size] = (rng.choice(NUMBERS) % 2 ** (8 * size)).to_bytes(size, "little")
+    if rng.random() < 0.3:  # commands left out, doubled or moved
+        commands = [data[at : at + 16] for at in range(isa.HEADER.itemsize, len(data), 16)]
+        rng.shuffle(commands)
+        data[isa.HEADER.itemsize :] = b"".join(commands[: rng.randint(0, len(commands))])
+    return bytes(data)
+
+
+def _use_stream(path: Path, geometry: Geometry) -> None:
+    device = open_device(geometry)
+    device.load(path.read_bytes())
+
+
+def _stream_parser(name: str, geometry: Geometry) -> Parser:
+    sound = (CORPUS / f"{name}.stream").read_bytes()
+    return Parser(
+        name=f"{name} stream",
+        damaged=lambda rng: _damaged_stream(rng, sound),
+        use=lambda path: _use_stream(path, geometry),
+        refusals=(TargetError,),
+        sound=sound,
+    )
+
+
+def _sound_commands() -> bytes:
+    stream = (CORPUS / "systolic.stream").read_bytes()
+    return CommandsFile(SMALL, [stream, stream], ["layers.0", "layers.1"]).to_bytes()
+
+
+def _damaged_commands(rng: random.Random) -> bytes:
+    sound = _sound_commands()
+    end = 16 + int.from_bytes(sound[8:16], "little")
+    if rng.random() < 0.3:
+        return blind(rng, sound)
+    header = damage_json(rng, sound[16:end])
+    length = rng.choice(NUMBERS) % 2**64 if rng.random() < 0.1 else len(header)
+    return sound[:8] + length.to_bytes(8, "little") + header + sound[end:]
+
+
+def _use_commands(path: Path) -> None:
+    file = read_commands(path)
+    device = open_device(file.geometry)
+    for stream in file.streams:
+        device.load(stream)
+
+
+@cache
+def _profiles() -> dict[str, bytes]:
+    from importlib import resources
+
+    folder = resources.files("engram_targets") / "profiles"
+    return {name: (folder / f"{name}.toml").read_bytes() for name in profile_names()}
+
+
+def _damaged_profile(rng: random.Random) -> bytes:
+    text = rng.choice(list(_profiles().values()))
+    if rng.random() < 0.5:
+        return blind(rng, text)
+    return _toml(damage_document(rng, tomllib.loads(text.decode()))).encode("utf-8", "replace")
+
+
+def _toml(document: dict[str, Any]) -> str:
+    """Return a document as TOML: tables inline, for what has no spelling there a text."""
+    return "".join(f"{json.dumps(str(key))} = {_toml_value(value)}\n" for key, value in document.items())
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {_toml_value(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return '"null"' if value is None else json.dumps(value)
+
+
+def _use_batch(path: Path) -> None:
+    with path.open("rb") as file:
+        for line in read_lines(file, MAX_LINE_BYTES):
+            str(parse_request(line))
+        file.seek(0)
+        len(index_lines(path, read_lines(file, MAX_LINE_BYTES), request_key))
+
+
+def _use_results(path: Path) -> None:
+    with path.open("rb") as file:
+        len(index_lines(path, read_lines(file, MAX_LINE_BYTES), result_key))
+
+
+def _use_journal(path: Path) -> None:
+    folder = path.parent / "export"
+    folder.mkdir(exist_ok=True)
+    (folder / "table").write_bytes(JOURNALED)
+    with path.open("r+b") as stream:
+        journal = Journal(stream, folder, FINGERPRINT)
+        journal.once(folder / "table", lambda: {"rows": (folder / "table").write_bytes(JOURNALED)}, lambda count: None)
+
+
+def _sound_journal() -> bytes:
+    lines = [
+        {"fingerprint": FINGERPRINT, "version": 2},
+        {"path": "table", "bytes": len(JOURNALED), "inode": 1, "sha256": "0" * 64, "facts": {"rows": 1.5}},
+        {"path": "b", "bytes": 1, "inode": 2, "sha256": "0" * 64, "facts": None},
+    ]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def _damaged_lines(rng: random.Random, sound: bytes) -> bytes:
+    lines = sound.splitlines(keepends=True)
+    if rng.random() < 0.3:
+        return blind(rng, sound)
+    at = rng.randrange(len(lines))
+    lines[at] = damage_json(rng, lines[at]) + rng.choice((b"\n", b"\n", b"", b"\r\n\n"))
+    return b"".join(lines)
+
+
+def _use_token_map(path: Path) -> None:
+    bundle = _bundle(path)
+    sound = token_map().tobytes()
+    bundle.file(MAP).write_bytes(path.read_bytes())
+    try:
+        bundle.keyer(bundle.manifest.tables[0].keyer).row_ids([], np.arange(50, dtype=np.int64))
+    finally:
+        bundle.file(MAP).write_bytes(sound)
+
+
+def _parser(
+    name: str,
+    sound: bytes,
+    damaged: Callable[[random.Random, bytes], bytes],
+    use: Callable[[Path], object],
+    *refusals: type[EngramError],
+) -> Parser:
+    return Parser(name=name, damaged=lambda rng: damaged(rng, sound), use=use, refusals=refusals, sound=sound)
+
+
+OVERLAY = _parser(
+    "overlay",
+    sound_overlay(),
+    lambda rng, sound: _damaged_facts(rng, sound, "engram_overlay"),
+    read_overlay,
+    TableError,
+)
+STREAMS = tuple(_stream_parser(name, geometry) for name, geometry in DEVICES.items())
+BATCH = b"".join(json.dumps(REQUEST).encode() + b"\n" for _ in range(3))
+OTHERS = (
+    _parser(
+        "trace", sound_trace(), lambda rng, sound: _damaged_facts(rng, sound, "engram_trace"), _use_trace, TableError
+    ),
+    _parser("commands", _sound_commands(), lambda rng, sound: _damaged_commands(rng), _use_commands, TargetError),
+    Parser(
+        name="profile",
+        damaged=_damaged_profile,
+        use=lambda path: load_profile(str(path)),
+        refusals=(TargetError,),
+        sound=_profiles()["x86-64-v3"],
+        file="mine.toml",
+    ),
+    _parser("batch", BATCH, _damaged_lines, _use_batch),
+    _parser("results", json.dumps(RESULT).encode() + b"\n", _damaged_lines, _use_results, BundleError),
+    _parser("journal", _sound_journal(), _damaged_lines, _use_journal, BundleError, RequestError),
+    _parser("token map", token_map().tobytes(), blind, _use_token_map, BundleError),
+)
+
+
+def overlays(count: int) -> Outcome:
+    """Damage overlays."""
+    return survey(OVERLAY, count)
+
+
+def command_streams(count: int) -> Outcome:
+    """Damage command streams of both accelerators."""
+    return joined(*(survey(parser, count // len(STREAMS)) for parser in STREAMS))
+
+
+def others(count: int) -> Outcome:
+    """Damage files of the other formats, ``count`` in all."""
+    return joined(*(survey(parser, count // len(OTHERS)) for parser in OTHERS))
+
+
+ROWS = (
+    Row(
+        name="A3 overlay",
+        fault="an overlay with a damaged header, facts, row ids or records",
+        expected="TableError, or rows; at most 1 s and 64 MiB",
+        quick=10_000,
+        full=200_000,
+        run=overlays,
+    ),
+    Row(
+        name="A3 streams",
+        fault="command streams of both accelerators, damaged in fields, commands or bytes",
+        expected="TargetError, or a stream that runs to its end; at most 1 s and 64 MiB",
+        quick=10_000,
+        full=200_000,
+        run=command_streams,
+    ),
+    Row(
+        name="A3 others",
+        fault="traces, files of commands, profiles, batches and their results, journals, token maps; each damaged",
+        expected="the format's own error, or what it holds; at most 1 s and 64 MiB",
+        quick=10_000,
+        full=200_000,
+        run=others,
+    ),
+)
