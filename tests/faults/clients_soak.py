@@ -36,7 +36,9 @@ async def _measure(server: Running, known: Sequence[Known], seconds: int) -> Out
     await _text(server.url, known[0])
     idle, began = server.descriptors, time.perf_counter()
     clients = [_keep_visiting(server.url, known, place, began + seconds, done, failures) for place in range(CLIENTS)]
-    memory, *_ = await asyncio.gather(_sampled(server, seconds), *clients)
+    sampling = asyncio.create_task(_sampled(server, seconds))
+    await asyncio.gather(*clients)
+    memory = await sampling
     await asyncio.sleep(1)  # for what is closed a moment later
     most = (1 + MOST_DRIFT) * memory[0] + NOISE_MIB
     failures += [f"memory grew to {memory[-1]:.1f} MiB, wanted at most {most:.1f}: {memory}"] * (memory[-1] > most)
