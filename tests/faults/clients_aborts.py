@@ -104,7 +104,7 @@ def aborts_in_worker(count: int) -> Outcome:
 
 def _aborts(watched: Watched, count: int, freed_s: float) -> Outcome:
     known = known_texts(200, Random("D5"), engine=ENGINE)
-    with served(watched) as url:  # type: ignore[arg-type]
+    with served(watched) as url:
         asyncio.run(_check_once(url, known[0]))  # what is opened once and stays
         before = _descriptors()
         failures, checked, freed = asyncio.run(_run(url, watched, known, count))
