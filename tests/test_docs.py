@@ -174,7 +174,7 @@ def test_the_page_on_the_server_has_its_limits() -> None:
         f"| connections | {limits.MAX_CONNECTIONS} |",
         f"| texts at once, of each model | `--parallel`, {DEFAULT_SLOTS} by default; ",
         f"| waiting requests, of each model | `--queue`, {DEFAULT_QUEUE} by default; ",
-        f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s |",
+        f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s; ",
         f"| time for a text, in the queue included | {DEFAULT_TIME_LIMIT_S:.0f} s; ",
         f"| objects and lists of a body, keys of an object | {MAX_CONTAINERS:,}, {MAX_KEYS:,} |",
         f"| all bodies under way | {limits.MAX_HELD_BYTES >> 20} MiB; beyond that 503 with `Retry-After`. Those above "

@@ -27,7 +27,7 @@ def staged_folder(out: Path, fingerprint: str, *, replace: bool, num_bytes: int 
         RequestError: ``out`` is being exported to, exists and is not a bundle, or is one and ``replace`` is False, or
             there is no space.
     """
-    with locked_workplace(out, "exported to") as stream, written_to(out, num_bytes):
+    with written_to(out, num_bytes), locked_workplace(out, "exported to") as stream:
         folder = workplace(out) / STAGED_FOLDER
         if not folder.exists():
             stream.truncate(0)  # it was moved to its place

@@ -57,7 +57,7 @@ def staged_place(out: Path, doing: str, num_bytes: int | None = None) -> Iterato
     Raises:
         RequestError: another process writes there, or there is no space.
     """
-    with locked_workplace(out, doing) as journal, written_to(out, num_bytes):
+    with written_to(out, num_bytes), locked_workplace(out, doing) as journal:
         journal.truncate(0)  # what an interrupted export noted is of no use to anything else
         restore_replaced(out)
         clear(out)
