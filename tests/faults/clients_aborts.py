@@ -233,7 +233,7 @@ ROWS = (
         name="D5 worker",
         fault="the same with the engine in a worker, over its connection",
         expected="slots free within a step and 100 ms, 0 texts of others changed, descriptors +0",
-        quick=2_000,
+        quick=1_000,
         full=100_000,
         run=aborts_in_worker,
     ),
