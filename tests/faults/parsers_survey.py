@@ -73,6 +73,7 @@ def survey(parser: Parser, count: int) -> Outcome:
             if status != 0:
                 failures.seek(0, os.SEEK_END)
                 failures.write(f"{parser.name} {reached}: the process ended by {_end(status)}\n")
+                failures.flush()  # or the next child would have it as well
                 shared[:] = PROGRESS.pack(reached + 1, *figures)
         failures.seek(0)
         lines = failures.read().splitlines()
@@ -132,7 +133,7 @@ def _end(status: int) -> str:
 
 def _feed(parser: Parser, path: Path, stop: int, shared: mmap.mmap, failures: IO[str]) -> None:
     parser.use(_sound_again(parser, path))  # what a child makes once for all inputs is not theirs
-    usual = _peak_bytes()
+    usual = peak_bytes()
     for index in range(PROGRESS.unpack(shared)[0], stop):
         _, taken, micros, growth = PROGRESS.unpack(shared)
         shared[:] = PROGRESS.pack(index, taken, micros, growth)
@@ -162,7 +163,7 @@ def _try(parser: Parser, path: Path, usual: int) -> tuple[bool, float, int, str]
         parser.use(path)
     seconds = time.process_time() - begun
     signal.alarm(0)
-    grown = max(0, _peak_bytes() - usual)
+    grown = max(0, peak_bytes() - usual)
     wrong = _wrong(parser, caught.error)
     if not wrong and seconds > MOST_CPU_S:
         wrong = f"it took {seconds:.1f} s"
@@ -194,7 +195,7 @@ def _wrong(parser: Parser, error: BaseException | None) -> str:
     return f"an error of {len(text)} characters: {text[:100]}" if len(text) > MOST_TEXT else ""
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Return the most memory this process held since it was last asked to forget that."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
