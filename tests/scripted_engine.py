@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from engram_runtime.drafting.statistics import DraftStatistics
 from engram_runtime.errors import EngramError
 from engram_runtime.generation import Generation, GrowingText
-from engram_runtime.serving.engine_protocol import BusyError, Load, Tell
+from engram_runtime.serving.engine_protocol import FAILED, BusyError, Health, Load, Tell
 from engram_runtime.serving.events import Failed, Finished, SiteReading, Token
 from engram_runtime.serving.request import TextRequest
 from engram_runtime.tables.counters import TableCounters
@@ -50,6 +50,10 @@ class ScriptedEngine:
         self._script = script
         self._running = 0
         self._lock = threading.Lock()
+
+    @property
+    def health(self) -> Health:
+        return Health() if self.failure is None else Health(status=FAILED, since=0.0, reason=str(self.failure))
 
     @property
     def load(self) -> Load:

@@ -42,7 +42,7 @@ from engram_targets import load_cpu_profile
 Array = NDArray[Any]
 
 OUTPUTS = 41  # two whole tiles and one of 9 outputs
-ROWS = [1, 2, 4, 7, 17]
+ROWS = [1, 2, 7, 17]
 TOKENS, EXPERTS, TOP_K = 5, 3, 2
 FAMILIES = {
     "aarch64-dotprod": neon_dotprod,

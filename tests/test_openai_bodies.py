@@ -1,7 +1,7 @@
 """Bodies of requests: what is asked of the engine for them, and that nothing out of range gets there."""
 
-import json
 import contextlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path

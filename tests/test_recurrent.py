@@ -1,7 +1,7 @@
 """Gated delta rule and causal convolution: both faces, onnxruntime in place, kernels, lowering, and going back."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # to
 # Key heads, value heads, key and value dimensions.
 HEADS = {"of whole blocks": (2, 4, 32, 64), "of vectors": (1, 3, 18, 48), "with an edge": (2, 2, 7, 21)}
 CONVS = {"plain": (160, 4, 1), "dilated": (40, 4, 3), "of an edge": (9, 2, 3)}  # channels, taps, dilation
-SIZES = [1, 2, 3, 5, 9, 64, 70]  # tokens of a call
+USUAL_SIZES = [1, 2, 5, 9, 64]  # tokens of a call
+SIZES = [*USUAL_SIZES, *(pytest.param(tokens, marks=pytest.mark.exhaustive) for tokens in (3, 70))]
 
 
 def unit_rows(*shape: int, seed: int) -> Array:
@@ -222,13 +223,14 @@ def test_onnxruntime_runs_the_nodes_in_place(tokens: int) -> None:
 
 
 @cache
-def delta_kernels(name: str) -> dict[int, Callable[..., None]]:
-    return compile_kernels({n: recurrent.gated_delta(n, *HEADS[name], HEADS[name][2] ** -0.5) for n in SIZES})
+def delta_kernel(name: str, tokens: int) -> Callable[..., None]:
+    kernel = recurrent.gated_delta(tokens, *HEADS[name], HEADS[name][2] ** -0.5)
+    return compile_kernels({0: kernel})[0]
 
 
 @cache
-def conv_kernels(name: str, activation: str) -> dict[int, Callable[..., None]]:
-    return compile_kernels({n: recurrent.causal_conv(n, *CONVS[name], ACTIVATIONS[activation]) for n in SIZES})
+def conv_kernel(name: str, activation: str, tokens: int) -> Callable[..., None]:
+    return compile_kernels({0: recurrent.causal_conv(tokens, *CONVS[name], ACTIVATIONS[activation])})[0]
 
 
 def run_delta(kernel: Callable[..., None], inputs: Sequence[Array]) -> list[Array]:
@@ -245,7 +247,7 @@ def run_conv(kernel: Callable[..., None], inputs: Sequence[Array]) -> list[Array
 @pytest.mark.parametrize("tokens", SIZES)
 def test_the_gated_delta_kernel_is_its_numpy_statement(tokens: int, name: str) -> None:
     inputs = delta_inputs(tokens, HEADS[name])
-    for found, expected in zip(run_delta(delta_kernels(name)[tokens], inputs), delta_statement(inputs), strict=True):
+    for found, expected in zip(run_delta(delta_kernel(name, tokens), inputs), delta_statement(inputs), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
@@ -255,7 +257,7 @@ def test_the_gated_delta_kernel_is_its_numpy_statement(tokens: int, name: str) -
 def test_the_convolution_kernel_is_its_numpy_statement(tokens: int, activation: str, name: str) -> None:
     inputs = conv_inputs(tokens, CONVS[name])
     expected, expected_window = conv_statement(inputs, CONVS[name][2], activation)
-    found, window = run_conv(conv_kernels(name, activation)[tokens], inputs)
+    found, window = run_conv(conv_kernel(name, activation, tokens), inputs)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
     assert same_bits(window, expected_window.astype(np.float32))
 
@@ -263,14 +265,14 @@ def test_the_convolution_kernel_is_its_numpy_statement(tokens: int, activation: 
 def test_a_head_that_forgets_everything_keeps_only_the_last_token() -> None:
     inputs = delta_inputs(9, HEADS["of vectors"])
     inputs[3], inputs[4] = np.full_like(inputs[3], -200), np.ones_like(inputs[4])
-    _, state = run_delta(delta_kernels("of vectors")[9], inputs)
+    _, state = run_delta(delta_kernel("of vectors", 9), inputs)
     key, value = inputs[1][-1], inputs[2][-1].reshape(3, 1, 48)
     assert same_bits(state, (key[:, None] * value)[None])
 
 
 def in_pieces(
     run: Callable[[Callable[..., None], Sequence[Array]], list[Array]],
-    kernels: Mapping[int, Callable[..., None]],
+    kernel: Callable[[int], Callable[..., None]],
     inputs: Sequence[Array],
     sizes: Sequence[int],
     cut: Sequence[bool],
@@ -279,13 +281,13 @@ def in_pieces(
     state, outs, start = inputs[-1], [], 0
     for size in sizes:
         piece = [x[start : start + size] if has_tokens else x for x, has_tokens in zip(inputs[:-1], cut, strict=True)]
-        out, state = run(kernels[size], [*piece, state])
+        out, state = run(kernel(size), [*piece, state])
         outs.append(out)
         start += size
     return [np.concatenate(outs), state]
 
 
-PIECES = st.lists(st.sampled_from(SIZES), min_size=1, max_size=6)
+PIECES = st.lists(st.sampled_from(USUAL_SIZES), min_size=1, max_size=6)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -293,8 +295,9 @@ PIECES = st.lists(st.sampled_from(SIZES), min_size=1, max_size=6)
 @given(sizes=PIECES)
 def test_gated_delta_in_pieces_is_token_by_token(name: str, sizes: list[int]) -> None:
     inputs, tokens = delta_inputs(sum(sizes), HEADS[name]), [True] * 5
-    found = in_pieces(run_delta, delta_kernels(name), inputs, sizes, tokens)
-    expected = in_pieces(run_delta, delta_kernels(name), inputs, [1] * sum(sizes), tokens)
+    kernel = partial(delta_kernel, name)
+    found = in_pieces(run_delta, kernel, inputs, sizes, tokens)
+    expected = in_pieces(run_delta, kernel, inputs, [1] * sum(sizes), tokens)
     assert [same_bits(f, e) for f, e in zip(found, expected, strict=True)] == [True] * 2
 
 
@@ -303,8 +306,9 @@ def test_gated_delta_in_pieces_is_token_by_token(name: str, sizes: list[int]) ->
 @given(sizes=PIECES)
 def test_a_convolution_in_pieces_is_token_by_token(name: str, sizes: list[int]) -> None:
     inputs, tokens = conv_inputs(sum(sizes), CONVS[name]), [True, False]
-    found = in_pieces(run_conv, conv_kernels(name, "silu"), inputs, sizes, tokens)
-    expected = in_pieces(run_conv, conv_kernels(name, "silu"), inputs, [1] * sum(sizes), tokens)
+    kernel = partial(conv_kernel, name, "silu")
+    found = in_pieces(run_conv, kernel, inputs, sizes, tokens)
+    expected = in_pieces(run_conv, kernel, inputs, [1] * sum(sizes), tokens)
     assert [same_bits(f, e) for f, e in zip(found, expected, strict=True)] == [True] * 2
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from tests.workshop import THREADS, Workshop, copy_folder
 
 from engram_runtime import LLM, SamplingOptions
 from engram_runtime.bundle import Bundle
-from engram_runtime.serving.opening import open_engine
-from engram_runtime.serving.options import EngineOptions
+from engram_runtime.serving.worker.process import WorkerProcess
+from engram_runtime.serving.worker.remote import RemoteEngine
+from engram_runtime.serving.worker.settings import WorkerSettings
+from engram_runtime.tokenizer import TextTokenizer
 
 MODEL = "tiny"
 CONTEXT = 1024
@@ -49,7 +52,9 @@ def bundle(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def url(bundle: Path) -> Iterator[str]:
-    with open_engine(bundle, options=EngineOptions(slots=4), threads=THREADS) as engine, served(engine) as address:
+    settings = WorkerSettings(path=bundle, executor="tvm", slots=4, queue=16, threads=THREADS)
+    opened, tokenizer = Bundle.open(bundle), TextTokenizer.load(bundle)
+    with RemoteEngine(opened, tokenizer, settings, WorkerProcess) as engine, served(engine) as address:
         yield address
 
 
@@ -260,7 +265,24 @@ KEY = "0123456789abcdef"
 COMMAND = "from engram_runtime.cli import main; main()"
 
 
-def test_the_command_says_where_it_listens_and_ends_at_sigterm(bundle: Path) -> None:
+def worker_of(pid: int) -> int:
+    """Return the only process that a process has started."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def asked_until_it_answers(client: openai.OpenAI) -> ChatCompletion:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return asked(client)
+        except openai.InternalServerError as error:  # of any status from 500 on
+            if error.status_code not in (502, 503) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def test_the_command_says_where_it_listens_outlives_its_worker_and_ends_at_sigterm(bundle: Path) -> None:
     options = ["--port", "0", "--parallel", "2", "--threads", "1", "--temperature", "0", "--verbose"]
     with subprocess.Popen(
         [sys.executable, "-c", COMMAND, "serve", str(bundle), *options],
@@ -277,7 +299,10 @@ def test_the_command_says_where_it_listens_and_ends_at_sigterm(bundle: Path) -> 
         assert httpx2.get(f"{url}/health").json() == {"status": "ok"}
         assert httpx2.get(f"{url}/v1/models").status_code == 401
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-            assert asked(client, seed=1).choices == asked(client, seed=2).choices
+            whole = asked(client, seed=1).choices
+            assert asked(client, seed=2).choices == whole
+            os.kill(worker_of(process.pid), signal.SIGKILL)
+            assert asked_until_it_answers(client).choices == whole
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
         assert process.returncode == 0

@@ -179,7 +179,8 @@ def test_health_says_loading_ok_and_failed(engine: ScriptedEngine) -> None:
         assert httpx2.get(f"{url}/health").json() == {"status": "ok"}
         engine.failure = RequestError("a defect")
         answer = httpx2.get(f"{url}/health")
-        assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+        trouble = {"status": "failed", "since": 0.0, "reason": "a defect", "restarts": 0}
+        assert (answer.status_code, answer.json()) == (503, {"status": "failed", "models": {"scripted": trouble}})
         answer = httpx2.post(f"{url}{CHAT}", json=BODY)
         assert (answer.status_code, error_of(answer)["message"]) == (503, "model 'scripted' has failed: a defect")
 

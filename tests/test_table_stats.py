@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from tests.conftest import Command
 from tests.small_tables import as_bytes, row_format
 from tests.tiny import TinyModel
-from tests.workshop import Workshop
+from tests.workshop import Workshop, copy_folder
 
 from engram_export.repack import RowErrors, encode_rows, repacked_format
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec, TokenKeyerSpec
@@ -279,7 +278,7 @@ def test_a_bundle_without_tables_has_no_statistics(workshop: Workshop, command: 
 
 def test_a_table_that_is_cut_short_is_named(workshop: Workshop, tmp_path: Path, command: Command) -> None:
     bundle = tmp_path / "bundle"
-    shutil.copytree(workshop.uncompiled().path, bundle)
+    copy_folder(workshop.uncompiled().path, bundle)
     (table,) = (bundle / "tables").glob("*.safetensors")
     table.write_bytes(table.read_bytes()[:-1])
     assert command("engram", "tables", "stat", bundle).code == 3

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tests.conftest import Command
 from tests.test_deepseek_v41 import TOKENS, expected_rows, export, read
 from tests.tiny import VOCAB, edit_config
 from tests.tiny_deepseek import LAYERS, ROW_DIM, TinyDeepseek, edit_tensors, save_deepseek
-from tests.workshop import SilentReporter, export_options
+from tests.workshop import SilentReporter, copy_folder, export_options
 
 from engram_export.formats import FLOAT
 from engram_export.pipeline import export_bundle
@@ -72,7 +71,7 @@ def test_int8_sites_and_repacked_rows_stay_close(tiny: TinyDeepseek, tmp_path: P
 
 def test_a_graph_that_is_not_its_site_is_refused(exported: tuple[TinyDeepseek, Bundle], tmp_path: Path) -> None:
     checkpoint, bundle = exported
-    copy = Bundle(Path(shutil.copytree(bundle.path, tmp_path / "bundle")), bundle.manifest)
+    copy = Bundle(copy_folder(bundle.path, tmp_path / "bundle"), bundle.manifest)
     path, entry = SafetensorsFile(copy.file(bundle.manifest.graphs["site.layer_1"].weights)).locate("gain")
     data = bytearray(path.read_bytes())
     data[entry.start : entry.stop] = bytes(entry.stop - entry.start)

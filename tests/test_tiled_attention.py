@@ -18,6 +18,13 @@ CASES = [
     pytest.param((8, 1, 128, 128, 40), id="window"),
     pytest.param((2, 1, 256, 130, 7), id="wide"),
 ]
+EVERY_CASE_AND_DTYPE = [
+    pytest.param(
+        *case.values, dtype, id=f"{case.id}, {dtype}", marks=[pytest.mark.exhaustive] if (at + wide) % 2 else []
+    )
+    for at, case in enumerate(CASES)
+    for wide, dtype in enumerate(("float16", "float32"))
+]
 TOKENS = [16, 33]
 Case = tuple[int, int, int, int, int | None]
 
@@ -53,9 +60,8 @@ def attend(case: Case, dtype: str, q: Array, position: int) -> Array:
     )[-1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), EVERY_CASE_AND_DTYPE)
 def test_tokens_at_once_are_tokens_one_by_one(case: Case, tokens: int, dtype: str) -> None:
     q: Any = floats(tokens, case[0] * case[2])
     alone = [attend(case, dtype, q[t : t + 1], POSITION + t) for t in range(tokens)]

@@ -212,6 +212,8 @@ def stepwise_logits(bundle: Bundle, token_ids: Sequence[int], executor: str) -> 
 def copy_folder(source: Path, target: Path) -> Path:
     """Copy a checkpoint or bundle that a test is going to damage."""
     shutil.copytree(source, target)
+    for path in target.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o200)  # files of a bundle can't be written
     return target
 
 

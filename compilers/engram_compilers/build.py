@@ -13,7 +13,7 @@ from engram_runtime.errors import CompileError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo, graph_digest
 from engram_runtime.manifest import DECODER, DRAFT_HEAD
 from engram_runtime.new_file import flush
-from engram_runtime.new_folder import staged_place
+from engram_runtime.new_folder import make_read_only, staged_place
 from engram_runtime.trust.records import COMPILED, keep_record
 from engram_targets import CpuProfile, GpuProfile, NpuProfile, Profile
 
@@ -86,6 +86,7 @@ def compile_bundle(
     with staged_place(folder, "compiled to", weights.bytes) as scratch:
         info = _build(bundle, profile, scratch, report, blocks)
         (scratch / LIBRARY_INFO_NAME).write_bytes(info.to_bytes())
+        make_read_only(scratch)
         keep_record(info, COMPILED, folder)  # first: without a record it would be there and not run
     return CompileResult(
         folder=folder,

@@ -8,7 +8,7 @@ from engram_export.journal import Journal
 from engram_runtime.bundle import MANIFEST_NAME
 from engram_runtime.disk_space import FULL, written_to
 from engram_runtime.errors import EngramError
-from engram_runtime.new_folder import check_new_folder, flush_tree, move_into_place, restore_replaced
+from engram_runtime.new_folder import check_new_folder, flush_tree, make_read_only, move_into_place, restore_replaced
 from engram_runtime.workplace import STAGED_FOLDER, locked_workplace, workplace
 
 
@@ -27,7 +27,7 @@ def staged_folder(out: Path, fingerprint: str, *, replace: bool, num_bytes: int 
         RequestError: ``out`` is being exported to, exists and is not a bundle, or is one and ``replace`` is False, or
             there is no space.
     """
-    with locked_workplace(out, "exported to") as stream, written_to(out, num_bytes):
+    with written_to(out, num_bytes), locked_workplace(out, "exported to") as stream:
         folder = workplace(out) / STAGED_FOLDER
         if not folder.exists():
             stream.truncate(0)  # it was moved to its place
@@ -36,6 +36,7 @@ def staged_folder(out: Path, fingerprint: str, *, replace: bool, num_bytes: int 
         journal = Journal(stream, folder, fingerprint)
         try:
             yield journal
+            make_read_only(journal.folder)
             flush_tree(journal.folder)
             move_into_place(journal.folder, out)
             stream.truncate(0)

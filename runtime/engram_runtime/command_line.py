@@ -19,7 +19,7 @@ def run(program: Callable[[], object], name: str) -> None:
     """Run a program as `run_command` does a command."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = functools.partial(_show_warning, name)
+            warnings.showwarning = functools.partial(show_warning, name)
             program()
     except EngramError as error:
         _fail(f"{name}: {error}", error.exit_code)
@@ -28,7 +28,7 @@ def run(program: Callable[[], object], name: str) -> None:
         _fail(f"{name}: {reason}", OS_ERROR_EXIT_CODE)
 
 
-def _show_warning(name: str, message: Warning | str, *where: object, **more: object) -> None:
+def show_warning(name: str, message: Warning | str, *where: object, **more: object) -> None:
     click.echo(f"{name}: {message}", err=True)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def staged_place(out: Path, doing: str, num_bytes: int | None = None) -> Iterato
     Raises:
         RequestError: another process writes there, or there is no space.
     """
-    with locked_workplace(out, doing) as journal, written_to(out, num_bytes):
+    with written_to(out, num_bytes), locked_workplace(out, doing) as journal:
         journal.truncate(0)  # what an interrupted export noted is of no use to anything else
         restore_replaced(out)
         clear(out)
@@ -74,6 +75,17 @@ def restore_replaced(out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             folder.rename(out)
+
+
+def make_read_only(folder: Path) -> None:
+    """Let nobody change the files in a folder by mistake; who owns it can still remove and replace them.
+
+    Files that have another name elsewhere are left as they are.
+    """
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            path.chmod(0o444)
 
 
 def flush_tree(folder: Path) -> None:

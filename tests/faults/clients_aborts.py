@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import statistics
 import time
 from collections import Counter
@@ -101,7 +100,7 @@ def aborts(count: int) -> Outcome:
 
 
 def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def _run(url: str, watched: Watched, known: Sequence[Known], count: int) -> tuple[list[str], int, list[float]]:

@@ -1,4 +1,4 @@
-"""A client of HTTP/1.1 on asyncio that can do all a bad one does: stop in the middle, read slowly, leave at any time."""
+"""A client of HTTP/1.1 that can do all a bad one does: stop in the middle, read slowly, leave at any time."""
 
 import asyncio
 import json

@@ -5,7 +5,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -106,7 +106,7 @@ def _late(seconds: Sequence[float]) -> float:
 async def _asking_while(work: Any, url: str, known: Sequence[Known], failures: list[str]) -> list[float]:
     """Ask for texts until work is done; returns the seconds that each took."""
     task = asyncio.ensure_future(work)
-    took = []
+    took: list[float] = []
     while not task.done():
         wanted = known[len(took) % len(known)]
         began = time.perf_counter()
@@ -193,7 +193,7 @@ def main() -> None:
 ROWS = (
     Row(
         name="D3",
-        fault="bodies of a hundred megabytes, prompts beyond the context, a million of one character, deep and wide JSON",
+        fault="a hundred megabytes, prompts beyond the context, a million of one character, deep and wide JSON",
         expected="400 or 413; memory +64 MiB at most; another client's p99 at most 1.5 times that beside other load",
         quick=6,
         full=1000,

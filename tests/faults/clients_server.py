@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +42,7 @@ class Running:
     @property
     def descriptors(self) -> int:
         """How many files and sockets are open."""
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self._family())
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self._family())
 
     @property
     def threads(self) -> int:

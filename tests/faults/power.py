@@ -1,4 +1,4 @@
-"""What may be on a disk after a power cut: a model of a file system that keeps only what was synced, and some of the rest.
+"""What may be on a disk after a power cut: all that was synced, and some of the rest.
 
 Files and folders are numbered, as inodes are. A change is a name in a folder, a file's size or a piece of its contents;
 it is safe once what holds it was synced, and until then it may be there or not, whatever came before or after it. A

@@ -251,6 +251,7 @@ def random_request(random: Random) -> Asked:
         mutate(random, body)
     if random.random() < 0.85:
         return Asked(method="POST", path=path, body=spelled(random, body))
-    headers = [*LOCAL * (random.random() < 0.8), *random.choices(HEADERS, k=random.choice((0, 1, 2, 5, 70)))]
+    local = LOCAL if random.random() < 0.8 else []
+    headers = [*local, *random.choices(HEADERS, k=random.choice((0, 1, 2, 5, 70)))]
     body_bytes = spelled(random, body) if random.random() < 0.5 else b""
     return Asked(method=random.choice(METHODS), path=random.choice((*PATHS, path)), headers=headers, body=body_bytes)

@@ -32,12 +32,20 @@ static char armed_path[PATH_MAX], logged_path[PATH_MAX];
 static atomic_long seen;
 static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
 
-#define REAL(name) ((__typeof__(&name))real(#name))
-static void *real(const char *name) {
+/* Looked up before main: dlsym takes a lock, which a fork may find taken. */
+#define NEXT(each) each(chmod) each(close) each(copy_file_range) each(fchmod) each(fchmodat) each(fdatasync) each(fsync) \
+  each(ftruncate64) each(mkdir) each(mkdirat) each(openat) each(pread64) each(preadv64) each(preadv64v2) \
+  each(pwrite64) each(read) each(rmdir) each(unlink) each(unlinkat) each(write) each(writev)
+#define DECLARE(name) static __typeof__(&name) real_##name;
+NEXT(DECLARE)
+#define REAL(name) real_##name
+static void *next(const char *name) {
   void *found = dlsym(RTLD_NEXT, name);
   if (!found) abort();
   return found;
 }
+#define LOOK_UP(name) real_##name = (__typeof__(&name))next(#name);
+__attribute__((constructor)) static void look_up(void) { NEXT(LOOK_UP) }
 
 void shim_arm(int calls, long nth, int error, int sticky, const char *path) {
   armed_calls = 0;

@@ -7,9 +7,16 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from engram_export.formats import WeightFormat
+    from engram_export.onnx_graph import TracedGraph
+    from engram_export.source import ModelSource
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TVM_NUM_THREADS")  # none to lose in a fork
 HANGS_S = 120.0
@@ -44,24 +51,33 @@ def warm_export(root: Path) -> WarmExport:
     To be called before any thread is started.
     """
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"), TOKENIZERS_PARALLELISM="false")
+    import torch
     from tests.tiny import TinyModel, TinySite, add_sites, save_checkpoint
-    from tests.workshop import export, files_of
+    from tests.workshop import export
 
     from engram_export import pipeline
+    from engram_export.graph_writer import trace_graphs
 
+    torch.set_num_threads(1)
     checkpoint = add_sites(save_checkpoint(root / "checkpoint", TinyModel()), TinySite())
     export(checkpoint, root / "old")
-    trace, seen = pipeline.trace_graphs, []
+    trace = trace_graphs
+    seen: list[tuple[ModelSource, WeightFormat]] = []
 
-    def noted(*arguments):  # type: ignore[no-untyped-def]
-        seen.append(arguments)
-        return trace(*arguments)
+    def noted(source: "ModelSource", weights: "WeightFormat") -> "dict[str, TracedGraph]":
+        seen.append((source, weights))
+        return trace(source, weights)
 
-    pipeline.trace_graphs = noted
-    export(checkpoint, root / "new", quant="int8")
+    with mock.patch.object(pipeline, "trace_graphs", noted):
+        export(checkpoint, root / "new", quant="int8")
     traced = trace(*seen[0])  # saving uses it up, which is the forks' to do
-    pipeline.trace_graphs = lambda *arguments: traced
-    return WarmExport(checkpoint=checkpoint, new=files_of(root / "new"), old=root / "old")
+    mock.patch.object(pipeline, "trace_graphs", mock.Mock(return_value=traced)).start()
+    return WarmExport(checkpoint=checkpoint, new=contents(root / "new"), old=root / "old")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the contents of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -80,7 +96,7 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def ended(process: int, limit_s: float = HANGS_S) -> int:
-    """Wait for a process; returns its exit code, negative for a signal. One that hangs is killed."""
+    """Wait for a process; returns its exit code, negative for a signal. One that hangs tells where, and is killed."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         found, status = os.waitpid(process, os.WNOHANG)
@@ -98,10 +114,72 @@ def killed(process: int) -> int:
 
 def whole(folder: Path, *wanted: dict[str, bytes]) -> str:
     """Say what is wrong with a bundle that must open, verify and be one of those wanted; nothing if it is right."""
-    from tests.workshop import files_of
-
     try:
         Bundle.open(folder).verify_digests()
     except BundleError as error:
         return f"{folder.name} does not verify: {error}"
-    return "" if files_of(folder) in wanted else f"{folder.name} verifies and is none of what was exported"
+    return "" if contents(folder) in wanted else f"{folder.name} verifies and is none of what was exported"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmCompile:
+    """A compilation that can be had quickly.
+
+    Attributes:
+        bundle: a bundle without a library.
+        target: what it is compiled for.
+        new, old: files of a library; the old one has another forward pass.
+    """
+
+    bundle: Path
+    target: str
+    new: dict[str, bytes]
+    old: dict[str, bytes]
+
+    def run(self, bundle: Path) -> None:
+        """Compile a copy of the bundle; raises what a compilation does."""
+        _compile(bundle, tokens=(1,))
+
+
+def warm_compile(root: Path) -> WarmCompile:
+    """Import and compile once; the forks have the kernels, of which nothing is written before they are there.
+
+    To be called before any thread is started.
+    """
+    made = warm_export(root)
+    from engram_compilers.kernel_cache import KernelCache, MakeKernel
+    from engram_runtime.library import LIBRARY_FOLDER
+
+    known: dict[str, Any] = {}
+
+    def get(cache: KernelCache, name: str, make: MakeKernel) -> Any:
+        if name not in cache._known:
+            known.setdefault(name, None)
+            known[name] = known[name] or make()
+            cache._known[name] = cache.builder.add_func(known[name], name)
+        return cache._known[name]
+
+    mock.patch.object(KernelCache, "get", get).start()
+    libraries = []
+    for name, tokens in (("old library", (1, 2)), ("new library", (1,))):
+        write_folder(root / name, made.new)
+        _compile(root / name, tokens)
+        (folder,) = (root / name / LIBRARY_FOLDER).iterdir()
+        libraries.append(contents(folder))
+    return WarmCompile(bundle=root / "new", target=folder.name, old=libraries[0], new=libraries[1])
+
+
+def _compile(bundle: Path, tokens: tuple[int, ...]) -> None:
+    from tests.workshop import tiny_profile
+
+    from engram_compilers.build import compile_bundle
+
+    profile = tiny_profile(kernels="portable", decode_tokens=tokens, prefill_tokens=())
+    compile_bundle(Bundle.open(bundle), profile)
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files below a folder that may not exist yet."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from tests.faults.row import Outcome, Row
-from tests.faults.warm import WarmExport, ended, fork, killed, warm_export, whole
+from tests.faults.warm import WarmExport, contents, ended, fork, killed, warm_export, whole
 
 FINISHED_EVERY = 4  # so many kills, one after the other, are made good by an export that is left alone
 
@@ -65,11 +65,9 @@ def _kill_one(warm: WarmExport, out: Path, delay: float, *, replace: bool) -> bo
 
 def _wrong(warm: WarmExport, out: Path, *, replace: bool) -> str:
     """Say what is wrong after a kill: a new place holds nothing or all of it, a replaced one the old or the new."""
-    from tests.workshop import files_of
-
     if not out.exists():
         return "nothing is there any more" if replace else ""
-    return whole(out, warm.new, files_of(warm.old)) if replace else whole(out, warm.new)
+    return whole(out, warm.new, contents(warm.old)) if replace else whole(out, warm.new)
 
 
 def _finish(warm: WarmExport, out: Path) -> str:

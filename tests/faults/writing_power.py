@@ -12,7 +12,7 @@ from tests.faults import shim
 from tests.faults.power import Disk, recorded, states
 from tests.faults.preloaded import preloaded
 from tests.faults.row import Outcome, Row
-from tests.faults.warm import WarmExport, ended, fork, warm_export, whole
+from tests.faults.warm import WarmExport, contents, ended, fork, warm_export, whole
 
 OUT = "out"
 RESUMED_EVERY = 30  # states; from each of these the same export is run once more
@@ -34,13 +34,11 @@ def power_cuts_of_exports(count: int) -> Outcome:
 
 def power_cuts_of_replacements(count: int) -> Outcome:
     """Cut the power of an export that replaces a bundle."""
-    from tests.workshop import files_of
-
     root = Path(tempfile.mkdtemp())
     warm = warm_export(root)
     (root / "place").mkdir()
     shutil.copytree(warm.old, root / "place" / OUT)
-    old = files_of(warm.old)
+    old = contents(warm.old)
     return _cuts(
         "B2 replace",
         count,
@@ -57,12 +55,11 @@ def _record(root: Path, work: Callable[[Path], object]) -> "Iterator[tuple[int, 
     before = {path.relative_to(place).as_posix(): _contents(path) for path in place.rglob("*")}
 
     def noted() -> None:
-        shim.record(log, f"{place}/")
+        shim.record(log, str(place))
         work(place / OUT)
 
     if ended(fork(noted)) != 0:
         raise RuntimeError("what is recorded fails")
-    # The folder itself is synced as well: its name ends what is recorded below it.
     found = recorded(before, shim.changes(log), place, place / OUT)
     return states(found, random.Random("power"))
 

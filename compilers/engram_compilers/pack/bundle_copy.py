@@ -10,6 +10,7 @@ from pathlib import Path
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
 from engram_runtime.manifest import FileEntry, Manifest
+from engram_runtime.new_folder import make_read_only
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
 
 COPY_BLOCK_BYTES = 1 << 22
@@ -44,6 +45,7 @@ def copy_bundle(bundle: Bundle, library: Path, info: LibraryInfo, out: Path, *, 
     (out / MANIFEST_NAME).write_bytes(manifest_bytes(packed))
     for name in (LIBRARY_INFO_NAME, *info.files.values()):
         link_or_copy(library / name, out / LIBRARY_FOLDER / info.target / name)
+    make_read_only(out)
     return packed
 
 

@@ -10,6 +10,7 @@ from typing import BinaryIO, Self
 
 from engram_runtime.batch.lines import Line, LineIndex, index_lines, read_lines
 from engram_runtime.batch.result import BEGINNING, answered, result_key
+from engram_runtime.disk_space import written_to
 from engram_runtime.errors import BundleError, RequestError
 from engram_runtime.new_file import check_place
 
@@ -31,6 +32,7 @@ class OutputFile:
             RequestError: it can't be there, holds anything else, or is being written.
         """
         check_place(path, replace=True)
+        self._path = path
         self._file: BinaryIO = path.open("a+b")
         try:
             _lock(self._file, path)
@@ -41,12 +43,17 @@ class OutputFile:
         self._synced = time.monotonic()
 
     def append(self, text: bytes) -> None:
-        """Write a line, which the system has when this returns; the disk gets it with the first one after `SYNC_S`."""
-        self._file.write(text)
-        self._file.flush()
-        if time.monotonic() - self._synced > SYNC_S:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+        """Write a line, which the system has when this returns; the disk gets it with the first one after `SYNC_S`.
+
+        Raises:
+            RequestError: there is no space for it.
+        """
+        with written_to(self._path):
+            self._file.write(text)
+            self._file.flush()
+            if time.monotonic() - self._synced > SYNC_S:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
 
     def check_belongs(self, batch: LineIndex) -> None:
         """Refuse a file with an answer to a request that is not in the batch."""
@@ -80,7 +87,7 @@ class OutputFile:
 
     def close(self) -> None:
         """Have everything on disk and close it."""
-        with self._file:
+        with written_to(self._path), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 

@@ -13,17 +13,18 @@ import click
 
 from engram_runtime.bench.bundle_runner import TVM
 from engram_runtime.bundle import Bundle
-from engram_runtime.commands.announcing import announce_table
 from engram_runtime.commands.loading import Loading, loading_options
 from engram_runtime.errors import RequestError, TargetError
 from engram_runtime.sampling import SamplingOptions
-from engram_runtime.serving.engine_protocol import Engine
-from engram_runtime.serving.opening import open_engine
-from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS, MOST_SLOTS, EngineOptions
-from engram_runtime.tables.policy import TableChoice
+from engram_runtime.server.access import KEY_VARIABLE, access_for, read_keys
+from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS, MOST_SLOTS
+from engram_runtime.serving.worker.process import WorkerProcess
+from engram_runtime.serving.worker.settings import WorkerSettings
+from engram_runtime.tokenizer import TextTokenizer
 from engram_runtime.trust.library import trusted_library
 
 DEFAULT_PORT = 8080
+SECRETS = (KEY_VARIABLE,)  # variables of the environment that a worker has no use for
 SAMPLING_KINDS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -90,49 +91,56 @@ def serve(
     Answers /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and /metrics; at / is a
     page to chat.
     """
-    try:
-        from engram_runtime.server.access import KEY_VARIABLE, access_for, read_keys
-        from engram_runtime.server.guard import access_log
-        from engram_runtime.server.run import listen, serve_models
-    except ModuleNotFoundError as error:
-        raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
     paths = _paths(bundles)
     _check(paths.values(), loading)
-    access = access_for(host, read_keys(api_key_file, os.environ))
-    context = click.get_current_context()
     defaults = {name: value for name, value in sampling.items() if value is not None}
     SamplingOptions(**defaults)  # type: ignore[arg-type]  # refuses what is out of range
+    access = access_for(host, read_keys(api_key_file, os.environ))
+    with contextlib.ExitStack() as started:
+        # They import what they need while this process does.
+        workers = {name: started.enter_context(contextlib.closing(WorkerProcess(hidden=SECRETS))) for name in paths}
+        try:
+            from engram_runtime.server.guard import access_log
+            from engram_runtime.server.run import listen, serve_models
+            from engram_runtime.serving.worker.remote import RemoteEngine
+        except ModuleNotFoundError as error:
+            raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
 
-    def announce(choice: TableChoice) -> Callable[[int], None]:
-        with context.scope(cleanup=False):  # models are loaded in another thread, and contexts are each thread's own
-            return announce_table(choice)
+        def opened(name: str, note_pass: Callable[[float], None]) -> RemoteEngine:
+            bundle = Bundle.open(paths[name], loading.trust)
+            tokenizer = TextTokenizer.load(bundle.path)
+            tokenizer.sampling_defaults = {**tokenizer.sampling_defaults, **defaults}
+            settings = _settings(bundle.path, slots, queue, loading)
+            return RemoteEngine(
+                bundle, tokenizer, settings, _starter(workers[name]), lambda figures: note_pass(figures.seconds)
+            )
 
-    @contextlib.contextmanager
-    def opened(name: str, note_pass: Callable[[float], None]) -> Iterator[Engine]:
-        with open_engine(
-            paths[name],
-            loading.executor,
-            options=EngineOptions(
-                slots=slots,
-                queue=queue,
-                tables_on=loading.tables_on,
-                watch=lambda figures: note_pass(figures.seconds),
-            ),
-            threads=loading.threads,
-            target=loading.target,
-            tables=loading.tables,
-            drafts=loading.drafts,
-            announce=announce,
-            trust=loading.trust,
-        ) as engine:
-            engine.tokenizer.sampling_defaults = {**engine.tokenizer.sampling_defaults, **defaults}
-            yield engine
+        with listen(host, port) as listener:
+            url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+            _introduce(url, next(iter(paths)), KEY_VARIABLE if access.keys else None)
+            with _request_log(access_log) if verbose else contextlib.nullcontext():
+                serve_models(listener, paths, opened, access, loaded=lambda: click.echo(f"ready: {', '.join(paths)}"))
 
-    with listen(host, port) as listener:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        _introduce(url, next(iter(paths)), KEY_VARIABLE if access.keys else None)
-        with _request_log(access_log) if verbose else contextlib.nullcontext():
-            serve_models(listener, paths, opened, access, loaded=lambda: click.echo(f"ready: {', '.join(paths)}"))
+
+def _settings(path: Path, slots: int, queue: int, loading: Loading) -> WorkerSettings:
+    return WorkerSettings(
+        path=path,
+        executor=loading.executor,
+        slots=slots,
+        queue=queue,
+        tables_on=loading.tables_on,
+        threads=loading.threads,
+        target=loading.target,
+        tables=loading.tables,
+        drafts=loading.drafts,
+        trust=loading.trust,
+    )
+
+
+def _starter(first: WorkerProcess) -> Callable[[], WorkerProcess]:
+    """Return what starts workers, the first of which has been."""
+    started = [first]
+    return lambda: started.pop() if started else WorkerProcess(hidden=SECRETS)
 
 
 def _paths(bundles: Sequence[Path]) -> dict[str, Path]:

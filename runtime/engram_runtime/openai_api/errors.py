@@ -3,11 +3,16 @@
 from typing import Any
 
 from engram_runtime.errors import EngramError, LengthError, NumericError, RequestError
-from engram_runtime.serving.engine_protocol import BusyError, EngineError
+from engram_runtime.serving.engine_protocol import BusyError, EngineError, UnavailableError, WorkerError
 
 BAD_REQUEST, UNAUTHORISED, NOT_FOUND, TOO_LARGE, TOO_MANY = 400, 401, 404, 413, 429
-INTERNAL, UNAVAILABLE = 500, 503
-TYPES = {TOO_MANY: "rate_limit_error", INTERNAL: "server_error", UNAVAILABLE: "server_error"}
+INTERNAL, BAD_GATEWAY, UNAVAILABLE = 500, 502, 503
+TYPES = {
+    TOO_MANY: "rate_limit_error",
+    INTERNAL: "server_error",
+    BAD_GATEWAY: "server_error",
+    UNAVAILABLE: "server_error",
+}
 
 
 class ApiError(EngramError):
@@ -50,6 +55,10 @@ def as_api_error(error: EngramError) -> ApiError:
             return error
         case BusyError():
             return ApiError(str(error), status=TOO_MANY, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
+        case UnavailableError():
+            return ApiError(str(error), status=UNAVAILABLE, code="model_restarting", retry_after_s=error.retry_after_s)
+        case WorkerError():
+            return ApiError(str(error), status=BAD_GATEWAY, code="worker_died")
         case LengthError():
             return ApiError(str(error), code="context_length_exceeded")
         case RequestError():

@@ -23,7 +23,8 @@ def check_schema(schema: Mapping[str, Any]) -> None:
             f"string may have to match all of them; wanted at most {MAX_COMBINED} of them then",
             code="invalid_json_schema",
         )
-    multiples = [_whole(value) for key, value in parts if key == "multipleOf" and type(value) in (int, float)]
+    given = (value for key, value in parts if key == "multipleOf" and not isinstance(value, bool))
+    multiples = [_whole(value) for value in given if isinstance(value, int | float)]
     if sum(multiples) > MAX_MULTIPLES or math.lcm(*multiples) > MAX_MULTIPLES:
         raise ApiError(
             f"the values of multipleOf in a schema, without decimal points, have a sum or a common multiple above "

@@ -46,6 +46,14 @@ class Access:
                 f"pages of {origin[:60]!r} may not ask this server", status=FORBIDDEN, code="origin_not_allowed"
             )
 
+    def admits(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a request has a key, where there are keys."""
+        try:
+            self.client(headers)
+        except ApiError:
+            return False
+        return True
+
     def client(self, headers: Mapping[str, str]) -> str:
         """Return who a key belongs to, empty without keys.
 

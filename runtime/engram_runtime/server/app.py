@@ -27,7 +27,7 @@ from engram_runtime.server.generating import Generating
 from engram_runtime.server.guard import CLIENT_LEFT, Guard, error_response
 from engram_runtime.server.limits import WORKER_THREADS
 from engram_runtime.server.metrics import Metrics
-from engram_runtime.server.models import Models
+from engram_runtime.server.models import SERVING, Models
 from engram_runtime.server.openapi import openapi_document
 from engram_runtime.serving.engine_protocol import Engine
 
@@ -56,7 +56,9 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
     routes += [Route(path, generating, methods=["POST"]) for path in PREPARATIONS]
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": models.status}, 200 if models.status == "ok" else UNAVAILABLE)
+        status = models.status
+        troubles = {"models": models.troubles} if models.troubles and access.admits(request.headers) else {}
+        return JSONResponse({"status": status, **troubles}, 200 if status in SERVING else UNAVAILABLE)
 
     async def tell_metrics(request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -141,7 +143,7 @@ def _token_routes(models: Models, bodies: Bodies) -> list[Route]:
 
         async def endpoint(request: Request) -> Response:
             async with bodies.read(request) as body:
-                return JSONResponse(await to_thread.run_sync(from_bytes, body, limiter=bodies.lane(body)))
+                return JSONResponse(await bodies.work(from_bytes, body))
 
         return Route(path, endpoint, methods=["POST"])
 

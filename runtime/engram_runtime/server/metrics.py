@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engram_runtime.generation import Generation
 from engram_runtime.openai_api.mailbox import Told
-from engram_runtime.server.models import Models
+from engram_runtime.server.models import SERVING, Models
 from engram_runtime.serving.events import Finished, Token
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -74,18 +74,21 @@ class Metrics:
 
 
 class _Loads(Collector):
-    """What engines have to do when they are asked."""
+    """What engines have to do when they are asked, and how they do."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         texts = GaugeMetricFamily("engram_load_texts", "Texts waiting, texts running, slots.", labels=["model", "kind"])
         cached = GaugeMetricFamily("engram_cache_tokens", "Tokens that slots hold.", labels=["model"])
+        up = GaugeMetricFamily("engram_model_up", "Whether a model takes requests.", labels=["model"])
+        restarts = CounterMetricFamily("engram_worker_restarts", "New processes of a model.", labels=["model"])
         for name, engine in dict(self._models.engines).items():
-            load = engine.load
+            load, health = engine.load, engine.health
+            up.add_metric([name], health.status in SERVING)
+            restarts.add_metric([name], health.restarts)
             for kind in ("waiting", "running", "slots"):
                 texts.add_metric([name, kind], getattr(load, kind))
             cached.add_metric([name], load.cached_tokens)
-        yield texts
-        yield cached
+        yield from (texts, cached, up, restarts)

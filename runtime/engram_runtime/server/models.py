@@ -1,10 +1,15 @@
 """The engines a server has, as they come."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
 from engram_runtime.openai_api.errors import UNAVAILABLE, ApiError
-from engram_runtime.serving.engine_protocol import Engine
+from engram_runtime.serving.engine_protocol import DEGRADED, FAILED, OK, RESTARTING, Engine
 
+LOADING = "loading"
+WORSE = (OK, DEGRADED, RESTARTING, FAILED)
+SERVING = frozenset({OK, DEGRADED})
 LOADING_RETRY_S = 5.0
 
 
@@ -35,8 +40,14 @@ class Models:
 
     @property
     def status(self) -> str:
-        """``loading`` until all are loaded, then ``ok``, or ``failed`` once one has died."""
+        """``loading`` until all are loaded, then the worst `Health.status` of them."""
         engines = dict(self.engines)
         if engines.keys() != self._names:
-            return "loading"
-        return "ok" if all(engine.failure is None for engine in engines.values()) else "failed"
+            return LOADING
+        return max((engine.health.status for engine in engines.values()), key=WORSE.index, default=OK)
+
+    @property
+    def troubles(self) -> dict[str, dict[str, Any]]:
+        """How those do that aren't ``ok``, as JSON values."""
+        healths = {name: engine.health for name, engine in dict(self.engines).items()}
+        return {name: asdict(health) for name, health in healths.items() if health.status != OK}

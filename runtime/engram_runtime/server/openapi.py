@@ -81,8 +81,11 @@ def _paths() -> Json:
 
 def _post(summary: str, body: type[Body], required: list[str], *, streams: bool = False) -> Json:
     content = {"application/json": {"schema": {"$ref": _place(body.__name__)}}}
-    told = _object(required) | (EVENTS if streams else {})
-    return {**_get(summary, told), "requestBody": {"required": True, "content": content}}
+    told = _get(summary, _object(required) | (EVENTS if streams else {}))
+    if streams:
+        wrong = {"application/json": {"schema": {"$ref": _place("Error")}}}
+        told["responses"]["502"] = {"description": "The model's process died while it generated", "content": wrong}
+    return {**told, "requestBody": {"required": True, "content": content}}
 
 
 def _get(summary: str, content: Json, error: list[str] | None = None) -> Json:

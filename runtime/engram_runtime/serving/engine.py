@@ -19,7 +19,7 @@ from engram_runtime.generation import GrowingText
 from engram_runtime.parallel.group import require_memory
 from engram_runtime.sequences import require_room, require_vocabulary
 from engram_runtime.serving.choosing import Chooser
-from engram_runtime.serving.engine_protocol import BusyError, EngineError, Load, Tell, Ticket
+from engram_runtime.serving.engine_protocol import FAILED, BusyError, EngineError, Health, Load, Tell, Ticket
 from engram_runtime.serving.grammar import Grammars
 from engram_runtime.serving.options import EngineOptions
 from engram_runtime.serving.queue import FairQueue
@@ -54,6 +54,7 @@ class BundleEngine:
     """
 
     failure: EngramError | None = None
+    _failed_at: float | None = None  # seconds since 1970
 
     def __init__(
         self,
@@ -100,6 +101,13 @@ class BundleEngine:
             self._opened = opened.pop_all()
         self._thread = threading.Thread(target=self._run, name=f"engram-engine {self.name}", daemon=True)
         self._thread.start()
+
+    @property
+    def health(self) -> Health:
+        """See `Health`."""
+        if self.failure is not None:
+            return Health(status=FAILED, since=self._failed_at, reason=str(self.failure))
+        return self._running.health
 
     @property
     def load(self) -> Load:
@@ -188,6 +196,7 @@ class BundleEngine:
                 self._running.turn()
         except BaseException as defect:
             error = EngineError(f"a defect has ended the engine: {defect!r}; start it anew")
+            self._failed_at = time.time()
             self.failure = error.with_traceback(None)
             raise
         finally:

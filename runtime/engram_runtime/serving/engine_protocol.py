@@ -25,6 +25,18 @@ class EngineError(EngramError):
     """A defect has ended the engine, which generates nothing any more."""
 
 
+class UnavailableError(EngramError):
+    """The engine's process is being started anew; ``retry_after_s`` is how long that may take."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class WorkerError(EngramError):
+    """The process that generated a text has died, and the text with it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What an engine has to do at this moment.
@@ -40,6 +52,27 @@ class Load:
     running: int
     slots: int
     cached_tokens: int
+
+
+OK, DEGRADED, RESTARTING, FAILED = "ok", "degraded", "restarting", "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How an engine does.
+
+    Attributes:
+        status: ``ok``; ``degraded`` once rows of a table couldn't be had, which texts that need others survive;
+            ``restarting`` while there is no process that generates; ``failed`` for good, see `Engine.failure`.
+        since: seconds since 1970; None for ``ok``.
+        reason: words; None for ``ok``.
+        restarts: how often its process was started anew.
+    """
+
+    status: str = OK
+    since: float | None = None
+    reason: str | None = None
+    restarts: int = 0
 
 
 class Ticket(Protocol):
@@ -79,6 +112,9 @@ class Engine(Protocol):
         ...
 
     @property
+    def health(self) -> Health: ...
+
+    @property
     def load(self) -> Load: ...
 
     def submit(self, requests: Sequence[TextRequest], tell: Tell, *, client: str = "") -> Ticket:
@@ -91,5 +127,6 @@ class Engine(Protocol):
             BusyError: the queue is full, or the engine is being closed.
             RequestError: a request can't be served, such as a prompt beyond the context or a grammar with an error.
             EngineError: see `failure`.
+            UnavailableError, WorkerError: its process is being started anew, or died while it read the request.
         """
         ...

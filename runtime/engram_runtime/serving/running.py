@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.drafting.opening import Decoding
-from engram_runtime.errors import EngramError, NumericError
+from engram_runtime.errors import EngramError, NumericError, TableError
 from engram_runtime.parallel.sessions import JointSessions
 from engram_runtime.serving.alone import Alone
+from engram_runtime.serving.engine_protocol import DEGRADED, OK, Health
 from engram_runtime.serving.events import SiteReading
 from engram_runtime.serving.figures import StepFigures
 from engram_runtime.serving.readings import prompt_readings, readings
@@ -53,6 +54,7 @@ class RunningTexts:
     Attributes:
         slots: those of all texts.
         took_s: of the last texts that ended.
+        health: ``degraded`` from the first text on that failed by a table.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class RunningTexts:
         """
         self.slots = Slots(sessions)
         self.took_s: deque[float] = deque(maxlen=REMEMBERED)
+        self.health = Health()
         self._joint = JointSessions(sessions)
         self._meter = PassMeter(sessions[0])
         self._context_length = sessions[0].model.context_length
@@ -180,7 +183,7 @@ class RunningTexts:
             self._finish(each, reason)
 
     def _decode(self) -> None:
-        """Have the slots take the pending tokens; where that fails for all at once, each by itself shows whose it is."""
+        """Have the slots take the pending tokens; where that fails at once, each by itself shows whose fault it is."""
         going = [(each, each.pending) for each in self._running if each.pending is not None]
         if len(going) > 1 and self._joint.at_once:
             try:
@@ -209,6 +212,8 @@ class RunningTexts:
         try:
             yield
         except EngramError as error:
+            if isinstance(error, TableError) and self.health.status == OK:
+                self.health = Health(status=DEGRADED, since=time.time(), reason=str(error))
             for each in of:
                 self._release(each)
                 if isinstance(error, NumericError):  # or another text might go on from what this one computed
