@@ -50,7 +50,7 @@ def test_the_survey_sees_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
         refusals=(BundleError,),
         sound=b"0",
     )
-    outcome = survey(parser, 7)
+    outcome = survey((parser, 7))
     told = [re.sub("[.0-9]+ (s|MiB)$", r"N \1", failure) for failure in outcome.failures]
     assert told == [
         "numbers 1: builtins.ValueError: a foreign error",
@@ -82,7 +82,7 @@ def test_known_attacks_are_refused_with_their_own_text(capfd: pytest.CaptureFixt
 
 
 def test_damaged_manifests_are_bundle_errors() -> None:
-    assert survey(MANIFEST, 300).failures == ()
+    assert survey((MANIFEST, 300)).failures == ()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

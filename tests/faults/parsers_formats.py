@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tests.faults.parsers_mutators import NUMBERS, blind, damage_document, damage_json
 from tests.faults.parsers_overlays import TRACE, small_bundle
-from tests.faults.parsers_survey import Parser, joined, survey
+from tests.faults.parsers_survey import Parser, evenly, survey
 from tests.faults.row import Outcome, Row
 from tests.test_bundle import MAP, token_map
 
@@ -210,12 +210,12 @@ OTHERS = (
 
 def command_streams(count: int) -> Outcome:
     """Damage command streams of both accelerators."""
-    return joined(*(survey(parser, count // len(STREAMS)) for parser in STREAMS))
+    return survey(*evenly(count, STREAMS))
 
 
 def others(count: int) -> Outcome:
     """Damage files of the other formats, ``count`` in all."""
-    return joined(*(survey(parser, count // len(OTHERS)) for parser in OTHERS))
+    return survey(*evenly(count, OTHERS))
 
 
 ROWS = (

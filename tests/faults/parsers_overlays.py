@@ -104,7 +104,7 @@ TRACE = Parser(
 
 def overlays(count: int) -> Outcome:
     """Damage overlays."""
-    return survey(OVERLAY, count)
+    return survey((OVERLAY, count))
 
 
 ROWS = (
