@@ -1,5 +1,6 @@
 """The ``engram`` command: one JSON object each, the documented keys, one sentence and an exit code where it fails."""
 
+import hashlib
 import json
 import os
 import sys
@@ -182,9 +183,14 @@ def test_threads_are_the_ones_asked_for(workshop: Workshop, command: Command, ex
     assert command(*line, "--threads", 1).json["threads"] == 1
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_inspect_shows_a_bundle(workshop: Workshop, command: Command) -> None:
     facts = command("engram", "inspect", workshop.ready().path, "--json").json
     manifest = workshop.ready().manifest
+    library = workshop.ready().path / "lib" / tiny_profile().name
     assert facts == {
         "kind": "bundle",
         "card": "README.md",
@@ -208,7 +214,10 @@ def test_inspect_shows_a_bundle(workshop: Workshop, command: Command) -> None:
                 "read": "from the bundle",
             }
         ],
-        "libraries": [{"target": tiny_profile().name, "fits here": True}],
+        "sha256": sha256(workshop.ready().path / "engram.json"),
+        "libraries": [
+            {"target": tiny_profile().name, "fits here": True, "sha256": sha256(library / "compile.json")},
+        ],
     }
 
 

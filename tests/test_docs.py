@@ -20,12 +20,12 @@ from engram_export.verify import Parity
 from engram_runtime.cli import cli
 from engram_runtime.golden import Golden, TableGolden
 from engram_runtime.library import LibraryInfo, PackedTensor
-from engram_runtime.openai_api.chat_body import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, ChatBody
-from engram_runtime.openai_api.completion_body import MAX_LOGPROBS, MAX_PROMPTS, CompletionBody
-from engram_runtime.openai_api.fields import MAX_STOP, MAX_STOP_CHARS
-from engram_runtime.openai_api.generation_body import MAX_CHOICES, GenerationBody
-from engram_runtime.openai_api.json_body import MAX_DEPTH
+from engram_runtime.openai_api.chat_body import ChatBody
+from engram_runtime.openai_api.completion_body import DEFAULT_MAX_TOKENS, MAX_TEXTS, CompletionBody
+from engram_runtime.openai_api.generation_body import GenerationBody
+from engram_runtime.openai_api.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_KEYS
 from engram_runtime.server import limits
+from engram_runtime.server.app import MOST_COUNTED
 from engram_runtime.server.metrics import Metrics
 from engram_runtime.server.models import Models
 from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS
@@ -156,7 +156,8 @@ def test_the_page_on_the_format_names_every_value_there_is_to_choose_from() -> N
 
 @pytest.mark.parametrize("body", [ChatBody, CompletionBody])
 def test_the_page_on_the_server_names_every_field_of_a_request(body: type[GenerationBody]) -> None:
-    assert {*body.model_fields, *body.IGNORED, *body.REFUSED} - spans_of("server.md") == set()
+    assert {*body.IGNORED, *body.REFUSED} - spans_of("server.md") == set()
+    assert {*body.model_fields} - set(re.findall(r"^\| `(\w+)` \|", PAGES["requests.md"], re.MULTILINE)) == set()
 
 
 def test_the_page_on_the_server_names_every_metric() -> None:
@@ -173,15 +174,15 @@ def test_the_page_on_the_server_has_its_limits() -> None:
         f"| connections | {limits.MAX_CONNECTIONS} |",
         f"| texts at once, of each model | `--parallel`, {DEFAULT_SLOTS} by default; ",
         f"| waiting requests, of each model | `--queue`, {DEFAULT_QUEUE} by default; ",
-        f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s |",
+        f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s; ",
         f"| time for a text, in the queue included | {DEFAULT_TIME_LIMIT_S:.0f} s; ",
-        f"| `n` | 1 | 1 to {MAX_CHOICES} |",
-        f"| `stop` | none | {MAX_STOP} texts of {MAX_STOP_CHARS} characters |",
-        f"| `logprobs`, `top_logprobs` | none | {MAX_TOP_LOGPROBS} tokens; "
-        f"for completions `logprobs` is a number to {MAX_LOGPROBS} |",
-        f"| none | {MAX_TOOLS} functions; ",
-        f"| required | {MAX_MESSAGES:,} at most; ",
-        f"up to {MAX_PROMPTS} of either |",
+        f"| objects and lists of a body, keys of an object | {MAX_CONTAINERS:,}, {MAX_KEYS:,} |",
+        f"| all bodies under way | {limits.MAX_HELD_BYTES >> 20} MiB; beyond that 503 with `Retry-After`. Those above "
+        f"{limits.LARGE_BODY_BYTES >> 10} KiB are read one after the other |",
+        f"by the kernel | {limits.SEND_BUFFER_BYTES >> 10} KiB a connection |",
+        f"| text for `/tokenize` | some {MOST_COUNTED:,} tokens |",
+        f"Prompts times `n` make {MAX_TEXTS} texts at most",
+        f"a completion for {DEFAULT_MAX_TOKENS} tokens",
     ]
     assert [row for row in rows if row not in DOCUMENTS["server.md"]] == []
 

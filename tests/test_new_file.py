@@ -7,6 +7,7 @@ import pytest
 
 from engram_runtime.errors import RequestError
 from engram_runtime.new_file import check_place, new_file
+from engram_runtime.workplace import locked_workplace, workplace
 
 
 def names(folder: Path) -> list[str]:
@@ -77,3 +78,45 @@ def test_a_name_alone_is_in_the_folder_one_is_in(tmp_path: Path, monkeypatch: py
     with new_file(Path("a"), replace=False) as file:
         file.write(b"here")
     assert Path("a").read_bytes() == b"here"
+
+
+def test_a_link_in_place_of_the_unfinished_file_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "own").write_bytes(b"mine")
+    place = tmp_path / "shared"
+    place.mkdir()
+    (place / f".a.{os.getpid()}.tmp").symlink_to(tmp_path / "own")
+    with pytest.raises(FileExistsError):
+        interrupted(place / "a", OSError)
+    assert (tmp_path / "own").read_bytes() == b"mine"
+
+
+def test_a_pipe_beside_a_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".a.1.tmp")
+    with new_file(tmp_path / "a", replace=False) as file:
+        file.write(b"whole")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_workplace_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").write_bytes(b"mine")
+    theirs = workplace(tmp_path / "out")
+    theirs.mkdir()
+    (theirs / "journal.jsonl").symlink_to(tmp_path / "own")
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    with pytest.raises(RequestError) as caught:
+        lock(tmp_path / "out")
+    assert str(caught.value) == f"{theirs} is no folder of this user's; remove it or choose another place"
+    assert (tmp_path / "own").read_bytes() == b"mine"
+
+
+def test_a_link_in_place_of_a_workplace_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    workplace(tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RequestError):
+        lock(tmp_path / "out")
+    assert names(tmp_path / "elsewhere") == []
+
+
+def lock(out: Path) -> None:
+    with locked_workplace(out, "exported to"):
+        pass

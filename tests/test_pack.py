@@ -168,6 +168,27 @@ def test_a_box_prints_the_tokens_of_the_bundle(packing: Packing, box: Box) -> No
     assert json.loads(done.stdout)["token_ids"] == list(expected.token_ids)
 
 
+def test_a_box_of_somebody_else_runs_what_was_trusted_there(
+    packing: Packing, box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    line = ("run", "bundle", PROMPT, "--max-tokens", "2", "--json")
+    refused = box.run(packing.folder, *line)
+    folder = Path("bundle", "lib", quick_profile().name)
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        4,
+        "",
+        f"engram: library {folder} was neither compiled by this user here nor signed by a key that is trusted here; if "
+        f"you trust who packed it, run: engram trust bundle --target {quick_profile().name}\n",
+    )
+    digest = hashlib.sha256((packing.folder / folder / "compile.json").read_bytes()).hexdigest()
+    trusted = box.run(packing.folder, "trust", "bundle", "--sha256", digest)
+    assert (trusted.returncode, trusted.stdout) == (0, f"{folder} is trusted: {digest}\n")
+    done = box.run(packing.folder, *line)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 2
+
+
 def test_running_imports_nothing_but_the_named_packages(packed: Path, box: Box) -> None:
     done = box.run(packed, "-c", IMPORTED.format(arguments=["run", "bundle", PROMPT, "--max-tokens", "4"]))
     assert done.returncode == 0, done.stderr
@@ -469,6 +490,9 @@ def test_the_command_packs_the_folder_it_names(
         "target": quick_profile().name,
         "bytes": sum(sizes.values()),
         "parts": parts,
+        "library_sha256": hashlib.sha256(
+            (out / "bundle" / "lib" / quick_profile().name / "compile.json").read_bytes()
+        ).hexdigest(),
     }
     assert command("engram", *line).err == (
         f"engram: {out} is a packed folder already; replace it with --force or choose another place\n"
@@ -480,7 +504,7 @@ def test_a_readme_says_which_box_a_folder_is_for(packed: Path) -> None:
     text = (packed / "README.txt").read_text()
     assert text.startswith(f"checkpoint for {quick_profile().name}: {machine()} with ")
     assert f"\nNeeds Python {PYTHON} and glibc 2." in text
-    assert len(text.splitlines()) == 9
+    assert len(text.splitlines()) == 11
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

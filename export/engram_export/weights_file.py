@@ -22,8 +22,11 @@ def check_finite(name: str, first_row: int, values: NDArray[Any]) -> None:
     Raises:
         CheckpointError: naming the tensor and the place of the first one.
     """
-    # A sum is finite wherever all are, unless it overflows, and takes no memory.
-    if values.dtype.kind in "iub" or np.isfinite(values.sum(dtype=np.float32)):
+    if values.dtype.kind in "iub":
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum(dtype=np.float32)  # finite wherever all are, unless it overflows; it takes no memory
+    if np.isfinite(total):
         return
     sound = np.isfinite(values)
     if not sound.all():

@@ -40,7 +40,7 @@ def new_file(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with written_to(path):
-            with scratch.open("wb") as file:
+            with scratch.open("xb") as file:  # no link of another user's
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
                 file.flush()
@@ -55,9 +55,14 @@ def new_file(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
 def _remove_left(path: Path) -> None:
     """Remove what processes that were killed left of this file; those that still write hold a lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError), left.open("rb") as file:
+        with contextlib.suppress(OSError), open(left, "rb", opener=_open_plain) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
+
+
+def _open_plain(path: str, flags: int) -> int:
+    # A pipe would wait for a writer, a link may lead anywhere.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def flush(path: Path) -> None:

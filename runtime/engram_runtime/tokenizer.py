@@ -14,7 +14,7 @@ from engram_runtime.detokenise import TextStream, native_errors
 from engram_runtime.errors import BundleError, LengthError, RequestError
 from engram_runtime.strict_json import read_json_object
 from engram_runtime.token_bytes import TokenBytes
-from engram_runtime.tokenizer_growth import check_growth
+from engram_runtime.tokenizer_limits import MOST_GROWN_CHARS, check_expressions, text_growth
 
 if TYPE_CHECKING:
     from engram_runtime.chat import ChatTemplate
@@ -49,6 +49,7 @@ class TextTokenizer:
         self.bos_token_id = min(self._token_ids("bos_token", generation_config), default=None)
         self.sampling_defaults = _sampling_defaults(generation_config)
         self._token_bytes = TokenBytes(tokenizer)
+        self._most_chars = min(MAX_PROMPT_CHARS, int(MOST_GROWN_CHARS / text_growth(tokenizer)))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -101,8 +102,8 @@ class TextTokenizer:
         return encoded.ids, np.diff(reached, prepend=0)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
-        if len(text) > MAX_PROMPT_CHARS:
-            raise RequestError(f"the prompt has {len(text)} characters, wanted at most {MAX_PROMPT_CHARS}; shorten it")
+        if len(text) > self._most_chars:
+            raise RequestError(f"the prompt has {len(text)} characters, wanted at most {self._most_chars}; shorten it")
         _require_unicode(text)
         with native_errors(RequestError, "the tokenizer can't take the prompt"):
             # As a batch, since encode() lets no other Python thread run: a second of standstill for a megabyte.
@@ -169,11 +170,11 @@ class TextTokenizer:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     text = _read_text(path, MAX_TOKENIZER_BYTES)
+    check_expressions(text)
     with native_errors(BundleError, f"{path} is not a tokenizer this runtime can read"):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()  # left from training; it would cut prompts silently
         tokenizer.no_padding()
-    check_growth(tokenizer)
     return tokenizer
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -29,10 +30,10 @@ def locked_workplace(out: Path, doing: str) -> Iterator[BinaryIO]:
         doing: what others are told happens to ``out``, as ``exported to``.
 
     Raises:
-        RequestError: another process has it.
+        RequestError: another process or another user has it.
     """
     folder = workplace(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_own(folder)
     path = folder / JOURNAL_FILE
     with path.open("a+b") as stream:
         try:
@@ -49,6 +50,16 @@ def locked_workplace(out: Path, doing: str) -> Iterator[BinaryIO]:
                 path.unlink()  # the last to go: until then no other process can begin
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder, or take one of this user: in one of somebody else a link may lead to this user's own files."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        status = folder.lstat()
+        if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+            raise RequestError(f"{folder} is no folder of this user's; remove it or choose another place") from error
 
 
 def clear(out: Path) -> None:

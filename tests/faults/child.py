@@ -2,11 +2,18 @@
 
 import importlib
 import json
+import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from tests.faults.row import CannotRun, Row
+
+
+def cpu_seconds(whose: int) -> float:
+    """Return what this process or its ended children have computed."""
+    used = resource.getrusage(whose)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -18,6 +25,7 @@ def main() -> None:
         found = asdict(row.run(int(count)))
     except CannotRun as reason:
         found = {"reason": str(reason)}
+    found["cpu_s"] = sum(cpu_seconds(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     Path(path).write_text(json.dumps(found), encoding="utf-8")
 
 

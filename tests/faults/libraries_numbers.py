@@ -21,7 +21,7 @@ from tests.workshop import Workshop, export
 from engram_export.table_writer import copy_table, repack_table
 from engram_export.weights_file import SafetensorsWriter
 from engram_runtime import LLM, Bundle, SamplingOptions
-from engram_runtime.errors import CheckpointError, EngramError, NumericError, TableError
+from engram_runtime.errors import BundleError, CheckpointError, EngramError, NumericError, TableError
 from engram_runtime.library import find_library
 from engram_runtime.safetensors_layout import TensorPlan
 from engram_runtime.sampling import finite, make_sampler
@@ -47,7 +47,7 @@ def not_finite(count: int) -> Outcome:
             "overlay": (overlay_row, TableError),
             "sampler": (logit, NumericError),
             "state": (state_of(bundle), NumericError),
-            "packed weights": (packed_weights_of(bundle), NumericError),
+            "packed weights": (packed_weights_of(bundle), BundleError),
             "table file": (table_file_of(bundle), (NumericError, TableError)),
         }
         for number in range(count):
@@ -130,12 +130,16 @@ def logit(rng: random.Random, place: Path) -> None:
 
 
 def state_of(bundle: Bundle) -> Injection:
-    """Return what spoils a value of what a text has computed so far."""
+    """Return what spoils a value in a cache.
+
+    Not a key: the softmax passes a key over whose score is no number, and nothing computed here is one without its
+    token's logits having been refused.
+    """
 
     def inject(rng: random.Random, place: Path) -> None:
         with LLM(bundle.path, threads=1) as llm:
             llm.session.prefill(PROMPT_IDS)
-            name = rng.choice([spec.name for spec in llm.session.state_specs if spec.rolls_back])
+            name = rng.choice([spec.name for spec in llm.session.state_specs if spec.name.startswith("value")])
             state = llm.session.states[name]
             head, position, column = (rng.randrange(size) for size in (state.shape[1], 4, state.shape[3]))
             state[0, head, position, column] = rng.choice(BAD)
@@ -146,14 +150,16 @@ def state_of(bundle: Bundle) -> Injection:
 
 
 def packed_weights_of(bundle: Bundle) -> Injection:
-    """Return what spoils a tensor of floats of the compiled library, all of it, so that every token meets it."""
+    """Return what spoils a number of the compiled library's scales, gains and biases."""
 
     def inject(rng: random.Random, place: Path) -> None:
         copy = Path(shutil.copytree(bundle.path, place / "bundle"))
         folder, info = find_library(Bundle.open(copy))
         tensor = rng.choice([each for each in info.tensors if each.dtype == "float32"])
+        (folder / info.weights).chmod(0o644)
         weights = np.memmap(folder / info.weights, dtype=np.uint8, mode="r+")
-        weights[tensor.offset : tensor.end].view(np.float32)[:] = rng.choice(BAD)
+        values = weights[tensor.offset : tensor.end].view(np.float32)
+        values[rng.randrange(len(values))] = rng.choice(BAD)
         weights.flush()
         say(copy)
 

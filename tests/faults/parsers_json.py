@@ -1,18 +1,19 @@
 """A1: damaged descriptions in JSON, of a bundle, its libraries, its golden values and what the user's cache keeps."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.faults.parsers_mutators import damage_json
+from tests.faults.parsers_mutators import damage_document, damage_json
 from tests.faults.parsers_survey import Parser, joined, survey
 from tests.faults.row import Outcome, Row
 from tests.test_bundle import GOLDEN, contents, manifest_json, write_bundle
 
 from engram_compilers.tuning import store
-from engram_runtime.bundle import MANIFEST_NAME, Bundle
+from engram_runtime.bundle import MANIFEST_NAME, UNSEALED_VERSION, Bundle, sealed
 from engram_runtime.drafting.costs import MOST_ROWS, VERSION, ForwardCosts
 from engram_runtime.errors import BundleError
 from engram_runtime.golden import Golden
@@ -127,8 +128,23 @@ def _parser(name: str, sound: Any, use: Callable[[Path], object]) -> Parser:
     return Parser(name=name, damaged=lambda rng: damage_json(rng, text), use=use, refusals=(BundleError,), sound=text)
 
 
+def _damaged_manifest(rng: random.Random) -> bytes:
+    """Return a manifest with damaged values and a seal of them, or one of before there were seals, damaged at will."""
+    raw = json.loads(SOUND_MANIFEST)
+    if rng.random() < 0.4:
+        return damage_json(rng, json.dumps(raw | {"format_version": UNSEALED_VERSION}).encode())
+    return sealed(damage_document(rng, raw))
+
+
+SOUND_MANIFEST = json.dumps(manifest_json(contents()))
 SOUND_GOLDEN = contents()[GOLDEN]
-MANIFEST = _parser("manifest", manifest_json(contents()), _use_manifest)
+MANIFEST = Parser(
+    name="manifest",
+    damaged=_damaged_manifest,
+    use=_use_manifest,
+    refusals=(BundleError,),
+    sound=sealed(manifest_json(contents())),
+)
 PARSERS = (
     _parser("golden.json", SOUND_GOLDEN, _use_golden),
     _parser("compile.json", LIBRARY, _use_library),

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.faults.row import Outcome, Row
 from tests.test_bundle import GRAPH, MAP, TABLE, WEIGHTS, write_bundle
 
 from engram_export.checkpoint import open_checkpoint
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, sealed
 from engram_runtime.errors import EngramError
 from engram_runtime.library import find_library
 from engram_runtime.onnx_places import check_places
@@ -104,7 +105,7 @@ def opens_outside(root: Path) -> Iterator[list[str]]:
         noting = False
 
 
-def _try(folder: Path, root: Path, use: Callable[[], object]) -> str:
+def _try(root: Path, use: Callable[[], object]) -> str:
     """Return what is wrong with how a bundle is opened: any error but those of the product, anything read outside."""
     wrong = ""
     with opens_outside(root) as found:
@@ -139,15 +140,15 @@ def _path_in_manifest(keys: Sequence[Any], text: str, folder: Path) -> str:
     for key in keys[:-1]:
         holder = holder[key]
     holder[keys[-1]] = text
-    (root / "engram.json").write_text(json.dumps(raw))
-    return _try(folder, root, lambda: use_bundle(root))
+    (root / "engram.json").write_bytes(sealed(raw))
+    return _try(root, lambda: use_bundle(root))
 
 
 def _path_in_library(key: str, text: str, folder: Path) -> str:
     root, outside = _write(folder)
     raw = {**LIBRARY, key: text.replace("OUTSIDE", str(outside))}
     (root / "lib/any/compile.json").write_text(json.dumps(raw))
-    return _try(folder, root, lambda: find_library(Bundle.open(root), "any"))
+    return _try(root, lambda: find_library(Bundle.open(root), "any"))
 
 
 def _file_in_place(relative: str, place: Place, folder: Path) -> str:
@@ -159,7 +160,7 @@ def _file_in_place(relative: str, place: Place, folder: Path) -> str:
         use_bundle(root)
         find_library(Bundle.open(root), "any")
 
-    return _try(folder, root, use)
+    return _try(root, use)
 
 
 def _path_in_graph(text: str, folder: Path) -> str:
@@ -172,7 +173,7 @@ def _path_in_graph(text: str, folder: Path) -> str:
         tensor.external_data.add(key=key, value=value)
     model = onnx.ModelProto(ir_version=10, graph=onnx.GraphProto(name="g", initializer=[tensor]))
     (root / GRAPH).write_bytes(model.SerializeToString())
-    return _try(folder, root, lambda: check_places(root / GRAPH, root / WEIGHTS))
+    return _try(root, lambda: check_places(root / GRAPH, root / WEIGHTS))
 
 
 def _path_in_index(text: str, folder: Path) -> str:
@@ -184,7 +185,7 @@ def _path_in_index(text: str, folder: Path) -> str:
     (root / "config.json").write_text("{}")
     index = {"weight_map": {"model.norm.weight": text.replace("OUTSIDE", str(outside))}}
     (root / "model.safetensors.index.json").write_text(json.dumps(index))
-    return _try(folder, root, lambda: open_checkpoint(root))
+    return _try(root, lambda: open_checkpoint(root))
 
 
 MANIFEST_KEYS: Sequence[Sequence[Any]] = (
@@ -198,16 +199,13 @@ MANIFEST_KEYS: Sequence[Sequence[Any]] = (
 def _cases() -> list[tuple[str, Callable[[Path], str]]]:
     cases: list[tuple[str, Callable[[Path], str]]] = []
     for keys, text in itertools.product(MANIFEST_KEYS, TEXTS):
-        cases.append((f"{keys[-1]} {text[:40]!r}", lambda folder, k=keys, t=text: _path_in_manifest(k, t, folder)))
+        cases.append((f"{keys[-1]} {text[:40]!r}", partial(_path_in_manifest, keys, text)))
     for key, text in itertools.product(("library", "weights"), TEXTS):
-        cases.append(
-            (f"compile.json {key} {text[:40]!r}", lambda folder, k=key, t=text: _path_in_library(k, t, folder))
-        )
+        cases.append((f"compile.json {key} {text[:40]!r}", partial(_path_in_library, key, text)))
     for relative, place in itertools.product(FILES, PLACES):
-        name = f"{place.__name__.strip('_')} for {relative}"
-        cases.append((name, lambda folder, r=relative, p=place: _file_in_place(r, p, folder)))
-    cases += [(f"location {text[:40]!r}", lambda folder, t=text: _path_in_graph(t, folder)) for text in TEXTS]
-    cases += [(f"shard {text[:40]!r}", lambda folder, t=text: _path_in_index(t, folder)) for text in TEXTS]
+        cases.append((f"{place.__name__.strip('_')} for {relative}", partial(_file_in_place, relative, place)))
+    cases += [(f"location {text[:40]!r}", partial(_path_in_graph, text)) for text in TEXTS]
+    cases += [(f"shard {text[:40]!r}", partial(_path_in_index, text)) for text in TEXTS]
     return cases
 
 

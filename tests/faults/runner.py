@@ -30,6 +30,7 @@ class Result:
         tried, survived, figure, failures: its outcome's. A row that crashed, hung or raised survived nothing.
         reason: why it can't run on this machine; empty where it ran.
         seconds: it took, by the clock.
+        cpu_s: seconds of a core that it and its children took, 0 where it ended badly.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Result:
     failures: tuple[str, ...]
     reason: str
     seconds: float
+    cpu_s: float
 
     @property
     def passed(self) -> bool:
@@ -123,6 +125,7 @@ def line(row: Row, count: int) -> Result:
         failures=(),
         reason="",
         seconds=0,
+        cpu_s=0,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.faults.runner import Result
 
-HEADS = ("row", "fault", "tried", "survived", "figure", "limit", "s")
+HEADS = ("row", "fault", "tried", "survived", "figure", "limit", "s", "cpu s")
 
 
 def table(results: Sequence[Result]) -> str:
@@ -32,6 +32,7 @@ def cells(result: Result) -> tuple[str, ...]:
         figure,
         result.expected,
         f"{result.seconds:.0f}",
+        f"{result.cpu_s:.0f}",
     )
 
 
@@ -46,7 +47,14 @@ def summary(results: Sequence[Result]) -> str:
     run = [result for result in results if not result.reason]
     tried, survived = sum(result.tried for result in run), sum(result.survived for result in run)
     skipped = len(results) - len(run)
-    return f"{len(run)} rows: {survived:,} of {tried:,} faults survived; {skipped} rows can't run here"
+    cpu_s = sum(result.cpu_s for result in results)
+    counts = f"{len(run)} rows: {survived:,} of {tried:,} faults survived; {skipped} rows can't run here"
+    return f"{counts}; {cpu_s:.0f} s of a core"
+
+
+def rounded(result: Result) -> dict[str, float]:
+    """Return the times of a row."""
+    return {"seconds": round(result.seconds, 1), "cpu_s": round(result.cpu_s, 1)}
 
 
 def write_json(path: Path, tier: str, results: Sequence[Result]) -> None:
@@ -56,7 +64,7 @@ def write_json(path: Path, tier: str, results: Sequence[Result]) -> None:
         "tier": tier,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine,
-        "rows": [asdict(result) | {"seconds": round(result.seconds, 1)} for result in results],
+        "rows": [asdict(result) | rounded(result) for result in results],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

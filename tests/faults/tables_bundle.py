@@ -97,7 +97,8 @@ def true_rows(bundle: Bundle) -> NDArray[np.float32]:
     data = np.fromfile(table_file(bundle), dtype=np.uint8, offset=spec.ranges[0].offset)
     records = data.reshape(spec.num_rows, RECORD.record_bytes)
     scales = np.ascontiguousarray(records[:, RECORD.payload_bytes :]).view("<f4")
-    return records[:, : RECORD.payload_bytes].view(np.int8) * scales
+    rows: NDArray[np.float32] = records[:, : RECORD.payload_bytes].view(np.int8) * scales
+    return rows
 
 
 def open_rows(bundle: Bundle, io: str) -> tuple[Gather, Callable[[], None]]:

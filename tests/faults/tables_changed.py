@@ -16,10 +16,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from tests.faults.row import Outcome, Row
-from tests.faults.tables_bundle import IOS, RESIDENT, Gather, open_rows, table_file, true_rows, write_bundle
+from tests.faults.tables_bundle import IOS, Gather, open_rows, table_file, true_rows, write_bundle
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
+from engram_runtime.tables.options import RESIDENT
 
 TABLE_BYTES = 320_000
 LATEST_US = 1500  # of a truncation after the readers were told to go on
@@ -150,7 +151,7 @@ CHANGES: tuple[Callable[[Path, Path], None], ...] = (removed, renamed_over, fold
 
 
 def replaced(count: int) -> Outcome:
-    """Remove or replace a bundle under an open table, some of whose rows were read: all rows must stay what they were."""
+    """Remove or replace a bundle under an open table, some of whose rows were read: all rows must stay as they were."""
     rng, failures = np.random.default_rng(2), []
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_bundle(Path(folder) / "sound", TABLE_BYTES)

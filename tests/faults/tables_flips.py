@@ -11,7 +11,6 @@ from tests.faults.row import Outcome, Row
 from tests.faults.tables_bundle import (
     IOS,
     RECORD,
-    RESIDENT,
     open_records,
     open_rows,
     table_file,
@@ -23,6 +22,7 @@ from tests.faults.tables_changed import read_once
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError, TableError
 from engram_runtime.table_spec import CHECKSUM_BLOCK_BYTES
+from engram_runtime.tables.options import RESIDENT
 
 TABLE_BYTES = 320_000
 RECORDS = "records"  # read one after another

@@ -2,7 +2,7 @@
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -149,7 +149,11 @@ def ids_with_a_wrong_one(rng: random.Random, spec: TableSpec) -> NDArray[np.int6
 def taken(table: TableStore, row_ids: NDArray[np.int64]) -> str:
     """Return what a table took that it should have refused."""
     out = np.full((len(row_ids), RECORD.columns), np.float32(7))
-    for what, ask in (("gathered", lambda: table.gather(row_ids, out)), ("requested", lambda: table.request(row_ids))):
+    asks: Mapping[str, Callable[[], None]] = {
+        "gathered": lambda: table.gather(row_ids, out),
+        "requested": lambda: table.request(row_ids),
+    }
+    for what, ask in asks.items():
         try:
             ask()
         except IndexError:

@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.faults.row import CannotRun, Outcome, Row
-from tests.faults.tables_bundle import IOS, MMAP, PREAD, table_file, write_bundle
+from tests.faults.tables_bundle import IOS, table_file, write_bundle
 from tests.faults.tables_reader import Reading, command
 
 from engram_runtime.bench.cgroup import memory_group
 from engram_runtime.bench.tables_cache import cached_share, evict
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TargetError
+from engram_runtime.tables.options import MMAP, PREAD
 
 TABLE_BYTES, SHARED_BYTES = 512 << 20, 64 << 20
 SPARE_BYTES = 8 << 20  # of the kernel's own that count as a process's

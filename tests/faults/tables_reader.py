@@ -59,7 +59,9 @@ def read(folder: Path, io: str, count: int, fill_bytes: int) -> Reading:
     (spec,) = bundle.manifest.tables
     keyer, table, token_of = bundle.keyer(spec.keyer), open_table(bundle, spec, io), zipf_tokens()
     fill(table_file(bundle), fill_bytes)
-    before, tokens, seconds, pages, checksum = disk_bytes(), [0], [], set(), 0
+    before, tokens, checksum = disk_bytes(), [0], 0
+    seconds: list[float] = []
+    pages: set[int] = set()
     rows = np.empty((spec.keyer.columns, spec.record.columns), dtype=np.float32)
     for _ in range(count):
         began = time.perf_counter()
@@ -93,4 +95,4 @@ def command(bundle: Bundle, io: str, count: int, fill_bytes: int = 0) -> list[st
 
 if __name__ == "__main__":
     folder, io, *numbers = sys.argv[1:]
-    print(json.dumps(asdict(read(Path(folder), io, *map(int, numbers)))))
+    json.dump(asdict(read(Path(folder), io, *map(int, numbers))), sys.stdout)

@@ -7,16 +7,18 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tests.faults.row import Outcome, Row
 from tests.faults.shim import SHORT, Fault, arm, disarm, preloaded, seen
-from tests.faults.tables_bundle import PREAD, RESIDENT, Gather, open_records, open_rows, true_rows, write_bundle
+from tests.faults.tables_bundle import Gather, open_records, open_rows, true_rows, write_bundle
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
+from engram_runtime.tables.options import PREAD, RESIDENT
 
 TABLE_BYTES = 320_000
 BATCH = 48
@@ -123,4 +125,4 @@ ROWS = (
 
 if __name__ == "__main__":
     outcome = inject(int(sys.argv[1]))
-    print(json.dumps({name: getattr(outcome, name) for name in ("tried", "survived", "figure", "failures")}))
+    json.dump(asdict(outcome), sys.stdout)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
-from engram_compilers.pack.folder import PACK_NAME, PackOptions, folder_bytes, pack_cpu
+from engram_compilers.pack.folder import BUNDLE_FOLDER, PACK_NAME, PackOptions, folder_bytes, pack_cpu
 from engram_compilers.pack.packages import PYTHONS
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import RequestError, TargetError
+from engram_runtime.library import library_infos
 from engram_runtime.new_folder import new_folder
 from engram_targets import CProfile, CpuProfile, load_profile, profile_names
 
@@ -58,12 +59,15 @@ def pack_command(
         raise RequestError(f"target {profile.name} takes no --with-graph, --wheels or --python: it is packed as C")
     with new_folder(out, PACK_NAME, PACKED, replace=force) as folder:
         sizes = _pack(opened, profile, options, folder)
-    total = folder_bytes(out)
+    total, digest = folder_bytes(out), _library_digest(out)
     if as_json:
-        click.echo(json.dumps({"folder": str(out), "target": profile.name, "bytes": total, "parts": sizes}))
+        facts = {"folder": str(out), "target": profile.name, "bytes": total, "parts": sizes}
+        click.echo(json.dumps(facts | ({} if digest is None else {"library_sha256": digest})))
     else:
         parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
         click.echo(f"{out}: {parts}; {total / 1e6:.1f} MB in all")
+        if digest is not None:
+            click.echo(f"once, on the box: ./engram trust {BUNDLE_FOLDER} --sha256 {digest}")
 
 
 def packed_targets() -> list[str]:
@@ -81,6 +85,14 @@ def _pack(bundle: Bundle, profile: CpuProfile | CProfile, options: PackOptions, 
     packed = pack_c(bundle, profile, folder, _report)
     (folder / PACK_NAME).write_text(json.dumps({"target": profile.name}, indent=1) + "\n", encoding="utf-8")
     return {"sources": packed.source_bytes, "weights": packed.weights_bytes, "tables": packed.table_bytes}
+
+
+def _library_digest(folder: Path) -> str | None:
+    """Return the digest by which a box can trust the library that was packed, None for a program in C."""
+    if not (folder / BUNDLE_FOLDER).is_dir():
+        return None
+    ((_, info),) = library_infos(Bundle.open(folder / BUNDLE_FOLDER))
+    return info.digest
 
 
 def _report(step: str) -> None:

@@ -11,12 +11,14 @@ TEXT = """\
 {model} for {target}: {machine}{features}.
 Needs Python {pythons}{glibc}. Copy this folder to the box; then, in it, once:
     {install}
-and run it:
+and, as its code runs for nobody who hasn't said so, with the digest that its maker told you:
+    ./engram trust bundle --sha256 DIGEST
+Then run it:
     ./engram run bundle "Once upon a time"
     ./engram chat bundle
 ./engram --help names the other commands; ./engram verify bundle checks every file and, by golden values, that this box
 computes what it must. Machine code takes {library:.1f} MB, weights {weights:.1f} MB, tables {tables:.1f} MB.
-Only run folders whose maker you trust: what is in bundle/lib and in python is code.
+Only trust folders whose maker you trust: what is in bundle/lib and in python is code.
 """
 
 

@@ -57,6 +57,8 @@ except ModuleNotFoundError as error:
     raise TargetError("the tvm executor needs apache-tvm-ffi: pip install engram-edge") from error
 
 NOTHING_TOLD: Mapping[str, Sequence[str]] = {DECODER: ()}
+FLOATS = ("float16", "float32")
+MOST_CHECKED_BYTES = 1 << 22  # of a tensor: those beyond are matrices of floats, whose reading would delay loading
 CPU_DEVICE, POOLED_ALLOCATOR = 1, 2  # DLPack's kDLCPU; AllocatorType::kPooled of TVM's virtual machine
 
 
@@ -397,7 +399,8 @@ def map_weights(path: Path, info: LibraryInfo) -> list[Any]:
     """Map the packed weights, one tensor view each, and let the kernel begin to read them.
 
     Raises:
-        BundleError: the file has another size than stated, or a tensor lies outside it.
+        BundleError: the file has another size than stated, a tensor lies outside it, or a scale, a gain or a bias is
+            not a finite number.
     """
     size = path.stat().st_size if path.is_file() else 0
     if size != info.weights_bytes:
@@ -407,7 +410,21 @@ def map_weights(path: Path, info: LibraryInfo) -> list[Any]:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     mapped.madvise(mmap.MADV_WILLNEED)
     data = np.frombuffer(mapped, dtype=np.uint8)
-    return [as_tensor(_view(data, tensor)) for tensor in info.tensors]
+    views = [_view(data, tensor) for tensor in info.tensors]
+    for tensor, view in zip(info.tensors, views, strict=True):
+        if tensor.dtype in FLOATS and view.nbytes <= MOST_CHECKED_BYTES:
+            _check_finite(path, tensor, view)
+    return [as_tensor(view) for view in views]
+
+
+def _check_finite(path: Path, tensor: PackedTensor, values: NDArray[Any]) -> None:
+    """Refuse values that aren't finite: not all of them would be seen in logits, as gates and int8 codes saturate."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum(dtype=np.float32)
+    if not np.isfinite(total) and not np.isfinite(values).all():
+        raise BundleError(
+            f"packed tensor {tensor.name} in {path} holds numbers that are not finite; compile the bundle again"
+        )
 
 
 def _view(data: NDArray[np.uint8], tensor: PackedTensor) -> NDArray[Any]:

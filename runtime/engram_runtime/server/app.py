@@ -143,7 +143,7 @@ def _token_routes(models: Models, bodies: Bodies) -> list[Route]:
 
         async def endpoint(request: Request) -> Response:
             async with bodies.read(request) as body:
-                return JSONResponse(await to_thread.run_sync(from_bytes, body, limiter=bodies.lane(body)))
+                return JSONResponse(await bodies.work(from_bytes, body))
 
         return Route(path, endpoint, methods=["POST"])
 

@@ -1,27 +1,31 @@
 """Bodies of requests, counted as they come: each of them, and all that are held at a time."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
-from anyio import CapacityLimiter
+from anyio import to_thread
 from starlette.requests import Request
 
 from engram_runtime.openai_api.errors import TOO_LARGE, UNAVAILABLE, ApiError
 from engram_runtime.server.limits import LARGE_BODY_BYTES, MAX_BODY_BYTES, MAX_HELD_BYTES
 
 RETRY_S = 1.0
+Made = TypeVar("Made")
 
 
 class Bodies:
     """The bodies that a server holds.
 
-    Reading and tokenising a large one takes a hundred milliseconds and tens of megabytes, so that these wait for one
-    another and nobody waits for them.
+    Reading and tokenising a large one takes a hundred milliseconds and tens of megabytes. These have a thread of their
+    own, so that nobody else waits for them, and that the allocator, which keeps memory by threads, keeps theirs once.
     """
 
     def __init__(self) -> None:
         self._held_bytes = 0
-        self._lane = CapacityLimiter(1)
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -52,9 +56,11 @@ class Bodies:
         finally:
             self._held_bytes -= size
 
-    def lane(self, body: bytes) -> CapacityLimiter | None:
-        """Return what limits how many bodies of this size are worked on at once, None for the limit of all threads."""
-        return self._lane if len(body) > LARGE_BODY_BYTES else None
+    async def work(self, make: Callable[[bytes], Made], body: bytes) -> Made:
+        """Have a thread make something of a body."""
+        if len(body) > LARGE_BODY_BYTES:
+            return await asyncio.get_running_loop().run_in_executor(self._large, make, body)
+        return await to_thread.run_sync(make, body)
 
 
 def _too_large() -> ApiError:

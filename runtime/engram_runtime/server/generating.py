@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import anyio
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -34,7 +34,7 @@ class Generating:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         async with self._bodies.read(request) as body:
-            job = await to_thread.run_sync(self._prepare, request.url.path, body, limiter=self._bodies.lane(body))
+            job = await self._bodies.work(partial(self._prepare, request.url.path), body)
             del body
         refused: ApiError | None = None
         async with anyio.create_task_group() as tasks:

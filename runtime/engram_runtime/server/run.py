@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from engram_runtime.errors import RequestError
 from engram_runtime.server.access import Access
 from engram_runtime.server.app import create_app
-from engram_runtime.server.limits import DRAIN_S, KEEP_ALIVE_S, MAX_CONNECTIONS, MAX_HEADER_BYTES
+from engram_runtime.server.limits import DRAIN_S, KEEP_ALIVE_S, MAX_HEADER_BYTES
 from engram_runtime.server.loading import Loader
 from engram_runtime.server.metrics import Metrics
 from engram_runtime.server.models import Models
@@ -94,7 +94,6 @@ def make_server(app: ASGIApp) -> Server:
             proxy_headers=False,
             server_header=False,
             backlog=BACKLOG,
-            limit_concurrency=MAX_CONNECTIONS,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=DRAIN_S,

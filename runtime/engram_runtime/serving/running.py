@@ -183,7 +183,7 @@ class RunningTexts:
             self._finish(each, reason)
 
     def _decode(self) -> None:
-        """Have the slots take the pending tokens; where that fails for all at once, each by itself shows whose it is."""
+        """Have the slots take the pending tokens; where that fails at once, each by itself shows whose fault it is."""
         going = [(each, each.pending) for each in self._running if each.pending is not None]
         if len(going) > 1 and self._joint.at_once:
             try:

@@ -40,7 +40,7 @@ class RecordFile:
         self.path = path
         self.start = start
         self.num_bytes = num_bytes  # as far as its records go
-        self._checksums = checksums
+        self._checksums = None if checksums is None else checksums.data  # whose items are Python's integers
         self._read = read
         self._leased = False
         try:
@@ -131,7 +131,7 @@ class RecordFile:
             return
         first = offset // CHECKSUM_BLOCK_BYTES
         count = -(-len(data) // CHECKSUM_BLOCK_BYTES)
-        if wrong := find_wrong_block(data, self._checksums[first : first + count].tolist(), first):
+        if wrong := find_wrong_block(data, self._checksums[first : first + count], first):
             raise TableError(
                 f"table file {self.path} is damaged: block {wrong.number}, {CHECKSUM_BLOCK_BYTES} bytes from byte "
                 f"{wrong.number * CHECKSUM_BLOCK_BYTES} on, has CRC-32 {wrong.found:08x}, not {wrong.expected:08x}; "

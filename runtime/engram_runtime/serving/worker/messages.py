@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError
 
 from engram_runtime import errors
 from engram_runtime.errors import EngramError, RequestError
@@ -182,7 +181,7 @@ def decode_from_worker(frame: bytes) -> FromWorker:
 def _encode(adapter: TypeAdapter[Any], message: object) -> bytes:
     try:
         frame = adapter.dump_json(message)
-    except PydanticSerializationError as error:
+    except ValueError as error:
         raise RequestError(f"the request has text that isn't unicode: {error}; send whole characters") from error
     if len(frame) > MAX_FRAME_BYTES:
         raise RequestError(f"the request makes a message of {len(frame)} bytes, wanted at most {MAX_FRAME_BYTES}")

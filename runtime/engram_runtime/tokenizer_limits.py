@@ -1,12 +1,14 @@
-"""How much longer a tokenizer can make a text: one from a stranger could double it at each of a hundred steps.
+"""What a tokenizer.json of a stranger may ask for: how much longer it makes a text, and how long its expressions are.
 
-The tokenizers library ends the process where memory runs out, so such a tokenizer is refused when it is opened.
+The tokenizers library ends the process where memory runs out, and a text that is doubled at each of a hundred steps
+takes all there is.
 """
 
 import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,28 +16,44 @@ from tokenizers import Tokenizer
 
 from engram_runtime.errors import BundleError
 
-MOST_GROWTH = 4096  # those of published models make at most some hundreds of a byte
+MOST_GROWTH = 1024  # those of published models make at most some hundreds of a byte
+MOST_GROWN_CHARS = 64 << 20  # of a prompt when it has grown as much as it can
+MOST_EXPRESSION_BYTES = 64 << 10  # all together: published ones have 500, and compiling takes 500 times their memory
 NESTED = ("normalizers", "pretokenizers", "decoders", "processors")
 TRIE_SIZE_BYTES = 4  # of a table of SentencePiece: then the trie, then the texts that replace others
+_KEY = "".join(rf"(?:{letter}|\\u{ord(letter):04x})" for letter in "Regex")  # however JSON spells it
+EXPRESSION = re.compile(rf'"{_KEY}"\s*:\s*"((?:[^"\\]|\\.)*)', re.DOTALL)
 
 Step = Mapping[str, Any]
 
 
-def check_growth(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that could make one byte of a text, or of tokens, into more than `MOST_GROWTH`.
+def check_expressions(tokenizer_json: str) -> None:
+    """Refuse a tokenizer, before it is compiled, whose regular expressions are too long; raises BundleError."""
+    size = sum(len(found[1].encode("utf-8", "surrogatepass")) for found in EXPRESSION.finditer(tokenizer_json))
+    if size > MOST_EXPRESSION_BYTES:
+        raise BundleError(
+            f"tokenizer.json has regular expressions of {size} bytes, at most {MOST_EXPRESSION_BYTES} are allowed; "
+            f"give the model's own tokenizer.json"
+        )
+
+
+def text_growth(tokenizer: Tokenizer) -> float:
+    """Return how many bytes a tokenizer could make of one of a text.
 
     Raises:
-        BundleError: naming the parts and by how much.
+        BundleError: more than `MOST_GROWTH`, or it could write so many for one of a token.
     """
-    encoding = [tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor]
-    for name, parts in (("take", encoding), ("write", [tokenizer.decoder])):
+    taking = [tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor]
+    growths = []
+    for name, parts in (("take", taking), ("write", [tokenizer.decoder])):
         steps = [step for part in parts if part is not None for step in _steps(json.loads(part.__getstate__()))]
-        growth = math.prod(_growth(step) for step in steps)
-        if growth > MOST_GROWTH:
+        growths.append(math.prod(_growth(step) for step in steps))
+        if growths[-1] > MOST_GROWTH:
             raise BundleError(
-                f"tokenizer.json has {len(steps)} steps to {name} a text that can make a byte into {growth:.3g}, at "
-                f"most {MOST_GROWTH} are allowed; give the model's own tokenizer.json"
+                f"tokenizer.json has {len(steps)} steps to {name} a text that can make a byte into {growths[-1]:.3g}, "
+                f"at most {MOST_GROWTH} are allowed; give the model's own tokenizer.json"
             )
+    return growths[0]
 
 
 def _steps(step: Step) -> Iterator[Step]:
