@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from tests.test_engine import asked
+from tests.test_engine import asked, engine_away
 from tests.toy_serving import POSITIONAL, Together, Told, toy_bundle, toy_tokenizer
 from tests.workshop import THREADS, Workshop
 
@@ -55,6 +55,17 @@ def test_a_child_asks_nothing_of_its_parents_engine() -> None:
         assert len(told.generation().token_ids) == 3
         for act in (lambda: engine.submit([asked(1)], Told()), lambda: engine.load, lambda: engine.drain(1)):
             assert in_a_child(act) == REFUSED
+        assert in_a_child(ticket.cancel) == REFUSED
+        assert in_a_child(engine.close) == WENT_ON
+        engine.submit([asked(1)], told := Told())
+        assert len(told.generation().token_ids) == 3
+
+
+def test_a_child_asks_nothing_of_its_parents_worker() -> None:
+    with engine_away(Together(), POSITIONAL, EngineOptions()) as engine:
+        ticket = engine.submit([asked(1)], told := Told())
+        assert len(told.generation().token_ids) == 3
+        assert in_a_child(lambda: engine.submit([asked(1)], Told())) == REFUSED
         assert in_a_child(ticket.cancel) == REFUSED
         assert in_a_child(engine.close) == WENT_ON
         engine.submit([asked(1)], told := Told())
