@@ -82,7 +82,8 @@ def test_bodies_are_bounded_together(url: str, monkeypatch: pytest.MonkeyPatch) 
         assert error_of(answer) == (
             503,
             "server_busy",
-            "the requests under way have more than 5000 bytes together, so that none of more than 1500 is taken; ask again",
+            "the requests under way have more than 5000 bytes together, so that none of more than 1500 is taken; "
+            "ask again",
         )
         assert error_of(httpx2.post(f"{url}{CHAT}", json=chat("a" * 1000)))[0] == 400
     while (answer := httpx2.post(f"{url}{CHAT}", json=chat("a" * 2000))).status_code == 503:
