@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
+from engram_compilers.onnx_model import load_onnx
 from engram_export.moe_operators import keep_float_activations
 from engram_export.weight_map import row_slices
 from engram_runtime.bundle import Bundle
@@ -77,9 +78,9 @@ def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:
     """Open a graph whose weights stand in a file beside it.
 
     Raises:
-        BundleError: onnxruntime refuses the graph.
+        BundleError: it is not an ONNX graph, or onnxruntime refuses it.
     """
-    model = onnx.load(path, load_external_data=False)
+    model = load_onnx(path)
     keep_float_activations(model.graph)
     graph = model.graph
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
