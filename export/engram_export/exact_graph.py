@@ -22,6 +22,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.draft_head import Drafted, DraftHead
 from engram_runtime.errors import BundleError
 from engram_runtime.executors.onnxruntime_session import REFUSALS, OnnxRuntimeExecutor
+from engram_runtime.onnx_places import check_places
 from engram_runtime.session import UNLOADED, Session, close_sites, open_sites
 
 
@@ -70,8 +71,13 @@ def exact_drafts(
 
 def open_exact_executor(bundle: Bundle, threads: int) -> OnnxRuntimeExecutor:
     """Open a bundle's graphs as `open_exact_graph` does."""
-    files = bundle.manifest.graph
-    return OnnxRuntimeExecutor(lambda name: open_exact_graph(bundle.file(files(name).file), threads=threads), threads)
+
+    def open_graph(name: str) -> ort.InferenceSession:
+        graph = bundle.manifest.graph(name)
+        check_places(bundle.file(graph.file), bundle.file(graph.weights))
+        return open_exact_graph(bundle.file(graph.file), threads=threads)
+
+    return OnnxRuntimeExecutor(open_graph, threads)
 
 
 def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:
