@@ -36,7 +36,8 @@ class OutputFile:
         self._file: BinaryIO = path.open("a+b")
         try:
             _lock(self._file, path)
-            self.index = self._read(path)
+            with written_to(path):
+                self.index = self._read(path)
         except BaseException:
             self._file.close()
             raise
