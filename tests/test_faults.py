@@ -36,8 +36,9 @@ def test_what_survived_is_counted(results: dict[str, Result]) -> None:
         (3, 0),
         (3, 0),
         (0, 0),
+        (0, 0),
     ]
-    assert [name for name, result in results.items() if result.passed] == ["A1", "D1"]
+    assert [name for name, result in results.items() if result.passed] == ["A1", "D1", "D2"]
 
 
 def test_a_bad_end_is_named(results: dict[str, Result]) -> None:
@@ -48,6 +49,7 @@ def test_a_bad_end_is_named(results: dict[str, Result]) -> None:
     assert results["B1"].failures[0].endswith("KeyError: 'tables'")
     assert results["C1 hang"].failures[0].startswith("hung: killed after 3 s; its last lines:\n")
     assert results["D1"].reason == "needs a disk that lies"
+    assert results["D2"].reason == "takes long, so make faults-full has it"
 
 
 def test_what_a_row_started_ends_with_it(results: dict[str, Result]) -> None:
@@ -59,10 +61,10 @@ def test_what_a_row_started_ends_with_it(results: dict[str, Result]) -> None:
 def test_the_table_has_every_row_and_then_what_was_not_survived(results: dict[str, Result]) -> None:
     text = table(list(results.values()))
     assert text.splitlines()[0].split() == ["row", "fault", "tried", "survived", "figure", "limit", "s", "cpu", "s"]
-    assert [line.split()[0] for line in text.splitlines()[1:7]] == ["A1", "A2", "A10", "B1", "C1", "D1"]
+    assert [line.split()[0] for line in text.splitlines()[1:8]] == ["A1", "A2", "A10", "B1", "C1", "D1", "D2"]
     assert "not run: needs a disk that lies" in text
     assert "A2: 1 not survived\nseed 7\n" in text
-    assert "\n5 rows: 5 of 15 faults survived; 1 rows can't run here; " in text
+    assert "\n5 rows: 5 of 15 faults survived; 2 rows not run; " in text
 
 
 def test_the_file_repeats_the_results(results: dict[str, Result], tmp_path: Path) -> None:
@@ -80,7 +82,10 @@ def test_the_page_has_what_ran_as_a_table_and_names_the_rest(results: dict[str, 
     assert lines[0].endswith(": 5 of 15 faults survived.")
     assert "| A1 | a fault | 3 | 3 | 0.1 s | nothing |" in lines
     assert "| A2 | a fault | 3 | **2** |  | nothing |" in lines
-    assert lines[-1] == "- D1, a fault: needs a disk that lies"
+    assert lines[-2:] == [
+        "- D1, a fault: needs a disk that lies",
+        "- D2, a fault: takes long, so make faults-full has it",
+    ]
 
 
 def test_names_of_rows_are_letter_number_word_and_different() -> None:

@@ -5,12 +5,14 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from tests.test_engine import asked, engine_of
-from tests.toy_serving import Together, Told
+from tests.test_engine import asked, engine_away
+from tests.toy_serving import POSITIONAL, Together, Told, toy_bundle, toy_tokenizer
 from tests.workshop import THREADS, Workshop
 
 from engram_runtime import LLM, SamplingOptions
 from engram_runtime.errors import ForkError
+from engram_runtime.serving.engine import BundleEngine
+from engram_runtime.serving.options import EngineOptions
 
 WATCHDOG_S = 10
 REFUSED, WENT_ON = 3, 4
@@ -48,11 +50,22 @@ def test_a_child_does_not_generate_with_its_parents_model(workshop: Workshop, ex
 
 
 def test_a_child_asks_nothing_of_its_parents_engine() -> None:
-    with engine_of(Together()) as engine:
+    with BundleEngine(toy_bundle(POSITIONAL), Together(), [], toy_tokenizer(), EngineOptions()) as engine:
         ticket = engine.submit([asked(1)], told := Told())
         assert len(told.generation().token_ids) == 3
         for act in (lambda: engine.submit([asked(1)], Told()), lambda: engine.load, lambda: engine.drain(1)):
             assert in_a_child(act) == REFUSED
+        assert in_a_child(ticket.cancel) == REFUSED
+        assert in_a_child(engine.close) == WENT_ON
+        engine.submit([asked(1)], told := Told())
+        assert len(told.generation().token_ids) == 3
+
+
+def test_a_child_asks_nothing_of_its_parents_worker() -> None:
+    with engine_away(Together(), POSITIONAL, EngineOptions()) as engine:
+        ticket = engine.submit([asked(1)], told := Told())
+        assert len(told.generation().token_ids) == 3
+        assert in_a_child(lambda: engine.submit([asked(1)], Told())) == REFUSED
         assert in_a_child(ticket.cancel) == REFUSED
         assert in_a_child(engine.close) == WENT_ON
         engine.submit([asked(1)], told := Told())

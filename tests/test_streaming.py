@@ -188,10 +188,15 @@ def inodes(out: Path) -> dict[str, int]:
     return {line["path"]: (work / "bundle" / line["path"]).stat().st_ino for line in lines}
 
 
-FILES = ["graph/weights.safetensors", "tables/layer_1.token_map.int32", "tables/layer_1-00001-of-00001.safetensors"]
+FILES = [
+    "graph/weights.safetensors",
+    "tables/layer_1.token_map.int32",
+    "tables/layer_1-00001-of-00001.safetensors",
+    "tables/layer_1-00001-of-00001.crc32",
+]
 
 
-@pytest.mark.parametrize(("stage", "finished"), [("weights", 1), ("table layer_1", 3), ("verify", 3), ("digests", 3)])
+@pytest.mark.parametrize(("stage", "finished"), [("weights", 1), ("table layer_1", 4), ("verify", 4), ("digests", 4)])
 def test_a_killed_export_is_resumed_to_the_same_bundle(
     workshop: Workshop, tmp_path: Path, stage: str, finished: int
 ) -> None:

@@ -106,9 +106,9 @@ def test_a_file_that_is_not_what_was_compiled_is_not_loaded(
     bundle: Bundle, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, info = library_of(bundle)
-    monkeypatch.setattr(tvm_library.tvm_ffi, "get_global_func", lambda *_, **__: None)
+    monkeypatch.setattr("tvm_ffi.get_global_func", lambda *_, **__: None)
     monkeypatch.setattr(tvm_library, "_installed_runtime", lambda: None)
-    monkeypatch.setattr(tvm_library.ctypes, "CDLL", lambda *_: None)
+    monkeypatch.setattr("ctypes.CDLL", lambda *_: None)
     path = folder / info.files[part]
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert refusal(bundle) == f"{path} is not what was compiled; compile the bundle again"
@@ -253,7 +253,7 @@ def test_a_run_that_takes_too_long_is_no_run(bundle: Bundle, stranger: Path, mon
         raise subprocess.TimeoutExpired("engram", 1)
 
     folder, info = library_of(bundle)
-    monkeypatch.setattr(trial.subprocess, "run", late)
+    monkeypatch.setattr("subprocess.run", late)
     with pytest.raises(TargetError) as caught:
         trial.require_trial(bundle, folder, info)
     assert str(caught.value) == f"library {folder} had not run after 300 s; compile the bundle again"
@@ -347,7 +347,7 @@ def test_files_that_are_no_keys(bundle: Bundle, key: Path, command: Command) -> 
 def test_the_doctor_says_whose_the_library_is(bundle: Bundle, stranger: Path, command: Command) -> None:
     def said() -> str:
         findings = command("engram", "doctor", bundle.path, "--json").json["findings"]
-        return next(each["detail"] for each in findings if each["name"] == "trust")
+        return str(next(each["detail"] for each in findings if each["name"] == "trust"))
 
     name = library_of(bundle)[0].name
     assert said() == f"{name} {UNTRUSTED}"

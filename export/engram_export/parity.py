@@ -36,7 +36,14 @@ def checkpoint_logits(checkpoint: Path, vocab_size: int) -> Logits:
         CheckpointError: its vocabulary is not of ``vocab_size`` tokens.
     """
     folder, file = (checkpoint.parent, checkpoint.name) if checkpoint.is_file() else (checkpoint, None)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,  # no code of the folder's, and no pickles
+        use_safetensors=None if file else True,
+    )
     if (found := len(model.get_output_embeddings().weight)) != vocab_size:
         raise CheckpointError(
             f"checkpoint {checkpoint} has a vocabulary of {found} tokens, the bundle one of {vocab_size}; give the one "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import click
 
 from engram_runtime.errors import OS_ERROR_EXIT_CODE, EngramError
+from engram_runtime.terminal import harmless
 
 
 def run_command(command: click.Command, name: str) -> None:
@@ -29,9 +30,9 @@ def run(program: Callable[[], object], name: str) -> None:
 
 
 def show_warning(name: str, message: Warning | str, *where: object, **more: object) -> None:
-    click.echo(f"{name}: {message}", err=True)
+    click.echo(harmless(f"{name}: {message}"), err=True)
 
 
 def _fail(message: str, exit_code: int) -> None:
-    click.echo(message, err=True)
+    click.echo(harmless(message), err=True)
     sys.exit(exit_code)

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def show(result: Result) -> None:
         results.append(result)
-        state = "can't run" if result.reason else ("ok" if result.passed else "FAILED")
+        state = "not run" if result.reason else ("ok" if result.passed else "FAILED")
         sys.stderr.write(f"[{len(results)}/{len(rows)}] {result.name} {state}, {result.seconds:.0f} s\n")
 
     limit_s = FULL_LIMIT_S if arguments.full else QUICK_LIMIT_S

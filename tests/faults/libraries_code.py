@@ -147,7 +147,7 @@ def ended_in_trial(qemu: str, box: Path, bundle: Bundle) -> str:
         python = Path(home) / "python"
         python.write_text(f'#!/bin/sh\nexec {qemu} -cpu {box} {sys.executable} "$@"\n')
         python.chmod(0o755)
-        with mock.patch.object(trial.sys, "executable", str(python)):
+        with mock.patch.object(sys, "executable", str(python)):
             try:
                 trial.require_trial(bundle, folder, info)
             except TargetError as error:

@@ -56,7 +56,7 @@ def loaded() -> Iterator[tuple[Mapping[str, tuple[Action, int]], list[Action]]]:
         tvm = opened.enter_context(LLM(bundle.path, threads=2))
         onnx = opened.enter_context(LLM(bundle.path, "onnxruntime", threads=2))
         engine = opened.enter_context(open_engine(bundle.path, options=EngineOptions(slots=2), threads=2))
-        request = TextRequest(prompt_ids=PROMPT_IDS, max_tokens=SAID, sampling=SAMPLING)
+        request = TextRequest(prompt_ids=tuple(PROMPT_IDS), max_tokens=SAID, sampling=SAMPLING)
 
         def ask() -> None:
             ended = threading.Event()

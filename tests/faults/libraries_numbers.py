@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def not_finite(count: int) -> Outcome:
     """Put NaN or infinity somewhere, so many times; an error that says so must come before any token."""
     rng, failures = random.Random("C11"), []
     with compiled_bundle() as bundle, tempfile.TemporaryDirectory() as folder:
-        stages = {
+        stages: dict[str, tuple[Injection, type[EngramError] | tuple[type[EngramError], ...]]] = {
             "weight": (weight, CheckpointError),
             "table row": (table_row, CheckpointError),
             "table scale": (table_scale, CheckpointError),
@@ -55,7 +56,7 @@ def not_finite(count: int) -> Outcome:
             inject, wanted = stages.get(name, (whole_export, CheckpointError))
             place = Path(folder) / str(number)
             place.mkdir()
-            found = error_of(lambda inject=inject, place=place: inject(rng, place))
+            found = error_of(partial(inject, rng, place))
             shutil.rmtree(place)
             if not isinstance(found, wanted):
                 failures.append(f"{number}, {name}: {found!r}")

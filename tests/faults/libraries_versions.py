@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ HEADER_LENGTH_BYTES = 8  # of a safetensors file
 NEWER = "it needs a newer engram-edge"
 UNKNOWN = "it may need a newer engram-edge"
 AHEAD = (1, 2, 10, 2**31, 2**52)  # versions after the newest
-NO_VERSIONS = (-1, 2**53, 10**400, 1.0, True, None, "1", [1], {})
+NO_VERSIONS: tuple[object, ...] = (-1, 2**53, 10**400, 1.0, True, None, "1", [1], {})
 Facts = dict[str, Any]
 
 
@@ -138,10 +139,13 @@ def kept_files() -> Iterator[Case]:
     """Yield the files of older versions, which are read."""
     for path in sorted(KEPT.iterdir()):
         if path.name.startswith("engram."):
-            yield path.name, None, lambda path=path: Manifest.from_dict(json.loads(path.read_text()))
+            yield path.name, None, partial(read_manifest, path)
         else:
-            read: Callable[[Path], object] = read_overlay if path.name.startswith("overlay") else read_trace
-            yield path.name, None, lambda path=path, read=read: read(path)
+            yield path.name, None, partial(read_overlay if path.name.startswith("overlay") else read_trace, path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    return Manifest.from_dict(json.loads(path.read_text()))
 
 
 def changed_files(of: Format, count: int) -> Iterator[Case]:

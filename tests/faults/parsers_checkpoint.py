@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from tests.faults.parsers_mutators import NUMBERS, blind, damage_document, damage_json
-from tests.faults.parsers_survey import Parser, joined, survey
+from tests.faults.parsers_survey import Parser, evenly, survey
 from tests.faults.row import Outcome, Row
 
 from engram_export.checkpoint import open_checkpoint, open_listed
@@ -217,12 +217,12 @@ CONFIGS = (
 
 def safetensors_headers(count: int) -> Outcome:
     """Damage safetensors files as an export reads them."""
-    return survey(SAFETENSORS, count)
+    return survey((SAFETENSORS, count))
 
 
 def configs(count: int) -> Outcome:
     """Damage the configs and the index of a checkpoint, ``count`` times in all."""
-    return joined(*(survey(parser, count // len(CONFIGS)) for parser in CONFIGS))
+    return survey(*evenly(count, CONFIGS))
 
 
 ROWS = (

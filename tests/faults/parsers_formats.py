@@ -1,4 +1,4 @@
-"""A3: damaged files of the project's own formats: overlays, traces, command streams, profiles, batches, journals."""
+"""A3: damaged files of the project's own formats: command streams, profiles, batches, journals and token maps."""
 
 import json
 import random
@@ -9,27 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.faults.parsers_checkpoint import damaged_safetensors
 from tests.faults.parsers_mutators import NUMBERS, blind, damage_document, damage_json
-from tests.faults.parsers_survey import Parser, joined, scratch, survey
+from tests.faults.parsers_overlays import TRACE, small_bundle
+from tests.faults.parsers_survey import Parser, evenly, survey
 from tests.faults.row import Outcome, Row
-from tests.test_bundle import MAP, token_map, write_bundle
+from tests.test_bundle import MAP, token_map
 
 from engram_export.journal import Journal
 from engram_runtime.batch.lines import index_lines, read_lines
 from engram_runtime.batch.request import MAX_LINE_BYTES, parse_request, request_key
 from engram_runtime.batch.result import result_key
-from engram_runtime.bundle import Bundle
-from engram_runtime.errors import BundleError, EngramError, RequestError, TableError, TargetError
-from engram_runtime.lens.trace import Trace, TraceSite
-from engram_runtime.lens.trace_file import read_trace, write_trace
+from engram_runtime.errors import BundleError, EngramError, RequestError, TargetError
 from engram_runtime.npu import isa
 from engram_runtime.npu.commands_file import CommandsFile, read_commands
 from engram_runtime.npu.device import Geometry, Product
 from engram_runtime.npu.devices import open_device
 from engram_runtime.npu.dot_engine import DotEngine
 from engram_runtime.npu.geometry import SystolicArray
-from engram_runtime.tables.overlay_file import OverlaySpec, read_overlay, write_overlay
 from engram_targets.profile import load_profile, profile_names
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -49,70 +45,6 @@ REQUEST = {
     "body": {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4},
 }
 RESULT = {"id": "batch_req_1", "custom_id": None, "response": {"status_code": 200, "body": {}}, "error": None}
-
-
-def _made(write: Callable[[Path], object]) -> bytes:
-    """Return the bytes of a file that a function writes."""
-    with scratch() as folder:
-        write(folder / "made")
-        return (folder / "made").read_bytes()
-
-
-def _parts(safetensors: bytes) -> tuple[bytes, bytes]:
-    end = 8 + int.from_bytes(safetensors[:8], "little")
-    return safetensors[8:end], safetensors[end:]
-
-
-def _damaged_facts(rng: random.Random, sound: bytes, key: str) -> bytes:
-    """Return a safetensors file with a damaged header, data, or facts in its metadata."""
-    header, data = _parts(sound)
-    if rng.random() < 0.5:
-        return damaged_safetensors(rng, header, data)
-    document = json.loads(header)
-    facts = document["__metadata__"][key]
-    document["__metadata__"][key] = damage_json(rng, facts.encode()).decode("utf-8", "replace")
-    text = json.dumps(document).encode()
-    data = blind(rng, data) if rng.random() < 0.2 else data
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def _bundle(path: Path) -> Bundle:
-    folder = path.parent / "bundle"
-    return Bundle.open(folder if folder.exists() else write_bundle(folder))
-
-
-@cache
-def sound_overlay() -> bytes:
-    """Return an overlay of three rows of the small bundle's table."""
-
-    def write(path: Path) -> None:
-        bundle = _bundle(path)
-        spec = OverlaySpec.of(bundle, bundle.manifest.tables[0])
-        records = np.zeros((3, spec.record.record_bytes), dtype=np.uint8)
-        write_overlay(path, spec, np.array([0, 5, NUM_ROWS - 1], dtype=np.int64), records)
-
-    return _made(write)
-
-
-@cache
-def sound_trace() -> bytes:
-    """Return a trace of four tokens of the small bundle."""
-
-    def write(path: Path) -> None:
-        bundle = _bundle(path)
-        site = TraceSite.of(bundle, bundle.manifest.tables[0])
-        rows = np.array([site.first_rows] * 4, dtype=site.dtype)
-        trace = Trace(model="tiny", text="t", command="c", sites=(site,), row_ids={site.site: rows})
-        write_trace(path, trace)
-
-    return _made(write)
-
-
-def _use_trace(path: Path) -> None:
-    trace = read_trace(path)
-    for site in trace.sites:
-        sum(block.sum() for block in trace.blocks(site))
-        trace.counts(site)
 
 
 def _damaged_stream(rng: random.Random, sound: bytes) -> bytes:
@@ -237,7 +169,7 @@ def _damaged_lines(rng: random.Random, sound: bytes) -> bytes:
 
 
 def _use_token_map(path: Path) -> None:
-    bundle = _bundle(path)
+    bundle = small_bundle(path)
     sound = token_map().tobytes()
     bundle.file(MAP).write_bytes(path.read_bytes())
     try:
@@ -256,19 +188,10 @@ def _parser(
     return Parser(name=name, damaged=lambda rng: damaged(rng, sound), use=use, refusals=refusals, sound=sound)
 
 
-OVERLAY = _parser(
-    "overlay",
-    sound_overlay(),
-    lambda rng, sound: _damaged_facts(rng, sound, "engram_overlay"),
-    read_overlay,
-    TableError,
-)
 STREAMS = tuple(_stream_parser(name, geometry) for name, geometry in DEVICES.items())
 BATCH = b"".join(json.dumps(REQUEST).encode() + b"\n" for _ in range(3))
 OTHERS = (
-    _parser(
-        "trace", sound_trace(), lambda rng, sound: _damaged_facts(rng, sound, "engram_trace"), _use_trace, TableError
-    ),
+    TRACE,
     _parser("commands", _sound_commands(), lambda rng, sound: _damaged_commands(rng), _use_commands, TargetError),
     Parser(
         name="profile",
@@ -285,30 +208,17 @@ OTHERS = (
 )
 
 
-def overlays(count: int) -> Outcome:
-    """Damage overlays."""
-    return survey(OVERLAY, count)
-
-
 def command_streams(count: int) -> Outcome:
     """Damage command streams of both accelerators."""
-    return joined(*(survey(parser, count // len(STREAMS)) for parser in STREAMS))
+    return survey(*evenly(count, STREAMS))
 
 
 def others(count: int) -> Outcome:
     """Damage files of the other formats, ``count`` in all."""
-    return joined(*(survey(parser, count // len(OTHERS)) for parser in OTHERS))
+    return survey(*evenly(count, OTHERS))
 
 
 ROWS = (
-    Row(
-        name="A3 overlay",
-        fault="an overlay with a damaged header, facts, row ids or records",
-        expected="TableError, or rows; at most 1 s and 64 MiB",
-        quick=10_000,
-        full=200_000,
-        run=overlays,
-    ),
     Row(
         name="A3 streams",
         fault="command streams of both accelerators, damaged in fields, commands or bytes",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from tests.faults.parsers_mutators import NUMBERS, TEXTS, blind
-from tests.faults.parsers_survey import Parser, joined, survey
+from tests.faults.parsers_survey import Parser, evenly, survey
 from tests.faults.row import Outcome, Row
 from tokenizers import Tokenizer
 
@@ -244,7 +244,7 @@ PARSERS = (_parser("llama", "gpt2"), _parser("qwen3", "llama"))
 
 def ggufs(count: int) -> Outcome:
     """Damage GGUF files."""
-    return joined(*(survey(parser, count // len(PARSERS)) for parser in PARSERS))
+    return survey(*evenly(count, PARSERS))
 
 
 ROWS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from tests.faults.parsers_mutators import damage_document, damage_json
-from tests.faults.parsers_survey import Parser, joined, survey
+from tests.faults.parsers_survey import Parser, evenly, survey
 from tests.faults.row import Outcome, Row
 from tests.test_bundle import GOLDEN, contents, manifest_json, write_bundle
 
@@ -156,12 +156,12 @@ PARSERS = (
 
 def manifests(count: int) -> Outcome:
     """Damage the manifest of a bundle."""
-    return survey(MANIFEST, count)
+    return survey((MANIFEST, count))
 
 
 def descriptions(count: int) -> Outcome:
     """Damage the other descriptions, ``count`` times in all."""
-    return joined(*(survey(parser, count // len(PARSERS)) for parser in PARSERS))
+    return survey(*evenly(count, PARSERS))
 
 
 ROWS = (

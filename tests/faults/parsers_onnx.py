@@ -212,12 +212,12 @@ ONNXRUNTIME = Parser(
 
 def graphs(count: int) -> Outcome:
     """Damage ONNX files as the compilers read them."""
-    return survey(ONNX, count)
+    return survey((ONNX, count))
 
 
 def sessions(count: int) -> Outcome:
     """Damage ONNX files that onnxruntime opens."""
-    return survey(ONNXRUNTIME, count)
+    return survey((ONNXRUNTIME, count))
 
 
 ROWS = (

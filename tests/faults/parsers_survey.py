@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +54,35 @@ class Parser:
     file: str = "file"
 
 
-def survey(parser: Parser, count: int) -> Outcome:
-    """Give a parser ``count`` damaged files.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What came of a parser's files: how many were taken, the most seconds and bytes one took, what went wrong."""
+
+    taken: int
+    seconds: float
+    grown: int
+    wrong: Sequence[str]
+
+
+def survey(*shares: tuple[Parser, int]) -> Outcome:
+    """Give each parser so many damaged files.
 
     One survives where it is taken or refused by the right error, in `MOST_CPU_S` and with `MOST_GROWTH_BYTES` more
     memory at most; the sound file must be taken.
     """
+    found = [_survey(parser, count) for parser, count in shares]
+    tried, wrong = sum(count for _, count in shares), [each for one in found for each in one.wrong]
+    seconds, grown = max(each.seconds for each in found), max(each.grown for each in found)
+    figure = f"{sum(each.taken for each in found)} taken, at most {seconds:.2f} s and {grown / 2**20:.0f} MiB"
+    return Outcome(tried=tried, survived=tried - len(wrong), figure=figure, failures=tuple(wrong[:SHOWN]))
+
+
+def evenly(count: int, parsers: Sequence[Parser]) -> list[tuple[Parser, int]]:
+    """Return the parsers with as many files each as make ``count`` in all, or a few more."""
+    return [(parser, -(-count // len(parsers))) for parser in parsers]
+
+
+def _survey(parser: Parser, count: int) -> _Found:
     shared = mmap.mmap(-1, PROGRESS.size)
     with scratch() as folder, tempfile.TemporaryFile("w+") as failures:
         path = folder / parser.file
@@ -73,27 +96,17 @@ def survey(parser: Parser, count: int) -> Outcome:
             if status != 0:
                 failures.seek(0, os.SEEK_END)
                 failures.write(f"{parser.name} {reached}: the process ended by {_end(status)}\n")
+                failures.flush()  # or the next child would have it as well
                 shared[:] = PROGRESS.pack(reached + 1, *figures)
         failures.seek(0)
         lines = failures.read().splitlines()
-    _, taken, micros, growth = PROGRESS.unpack(shared)
-    figure = f"{taken} taken, at most {micros / 1e6:.2f} s and {growth / 2**20:.0f} MiB"
-    return Outcome(tried=count, survived=count - len(lines), figure=figure, failures=tuple(lines[:SHOWN]))
+    _, taken, micros, grown = PROGRESS.unpack(shared)
+    return _Found(taken=taken, seconds=micros / 1e6, grown=grown, wrong=lines)
 
 
 def input_of(parser: Parser, index: int) -> bytes:
     """Return an input by its number, which failures name."""
     return parser.damaged(random.Random(f"{parser.name} {index}"))
-
-
-def joined(*outcomes: Outcome) -> Outcome:
-    """Return the outcome of several surveys as one."""
-    return Outcome(
-        tried=sum(each.tried for each in outcomes),
-        survived=sum(each.survived for each in outcomes),
-        figure="; ".join(dict.fromkeys(each.figure for each in outcomes)),
-        failures=tuple(failure for each in outcomes for failure in each.failures)[:SHOWN],
-    )
 
 
 def _in_child(work: Callable[[], None]) -> int:
@@ -132,7 +145,7 @@ def _end(status: int) -> str:
 
 def _feed(parser: Parser, path: Path, stop: int, shared: mmap.mmap, failures: IO[str]) -> None:
     parser.use(_sound_again(parser, path))  # what a child makes once for all inputs is not theirs
-    usual = _peak_bytes()
+    usual = peak_bytes()
     for index in range(PROGRESS.unpack(shared)[0], stop):
         _, taken, micros, growth = PROGRESS.unpack(shared)
         shared[:] = PROGRESS.pack(index, taken, micros, growth)
@@ -162,7 +175,7 @@ def _try(parser: Parser, path: Path, usual: int) -> tuple[bool, float, int, str]
         parser.use(path)
     seconds = time.process_time() - begun
     signal.alarm(0)
-    grown = max(0, _peak_bytes() - usual)
+    grown = max(0, peak_bytes() - usual)
     wrong = _wrong(parser, caught.error)
     if not wrong and seconds > MOST_CPU_S:
         wrong = f"it took {seconds:.1f} s"
@@ -194,7 +207,7 @@ def _wrong(parser: Parser, error: BaseException | None) -> str:
     return f"an error of {len(text)} characters: {text[:100]}" if len(text) > MOST_TEXT else ""
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Return the most memory this process held since it was last asked to forget that."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.parsers_mutators import NUMBERS, TEXTS, damage_json
-from tests.faults.parsers_survey import Parser, joined, survey
+from tests.faults.parsers_survey import Parser, survey
 from tests.faults.row import Outcome, Row
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -165,8 +165,7 @@ BESIDE = (_beside("tokenizer_config.json", CONFIG), _beside("generation_config.j
 
 def tokenizers(count: int) -> Outcome:
     """Damage tokenizers, and a tenth as often what stands beside them and what an export reads."""
-    others = (survey(parser, count // 10) for parser in (EXPORTED, *BESIDE))
-    return joined(survey(TOKENIZER, count), *others)
+    return survey((TOKENIZER, count), *((parser, count // 10) for parser in (EXPORTED, *BESIDE)))
 
 
 ROWS = (

@@ -101,7 +101,7 @@ ROWS = (
         name="D1 schemathesis",
         fault="what schemathesis makes of the OpenAPI document, sound or broken in one place",
         expected="answers as documented, 0 of 5xx, unsound bodies refused",
-        quick=1_000,
+        quick=600,
         full=50_000,
         run=schema_cases,
     ),

@@ -1,5 +1,6 @@
 """A model of a few lines behind the whole server: byte tokens, a chat template, grammars, and a drafter if wanted."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from tests.steps import FunctionStep
 from tests.test_manifest import sound_manifest
 from tests.toy_model import Scripted
 from tests.toy_serving import FunctionBatchStep, Logits
+from tests.toy_worker import ThreadWorker
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engram_runtime.bundle import Bundle
@@ -21,7 +23,11 @@ from engram_runtime.drafting.schedule import Always
 from engram_runtime.executor import BatchInputs, State, Step, StepInputs
 from engram_runtime.manifest import DECODER, Manifest
 from engram_runtime.serving.engine import BundleEngine
+from engram_runtime.serving.engine_protocol import Engine
 from engram_runtime.serving.options import EngineOptions
+from engram_runtime.serving.worker.child import Watch
+from engram_runtime.serving.worker.remote import RemoteEngine
+from engram_runtime.serving.worker.settings import WorkerSettings
 from engram_runtime.tokenizer import TextTokenizer
 
 CONTEXT, MODULUS = 256, 8191  # its multiples by 31 are exact in float32
@@ -160,6 +166,22 @@ class ToyEngine:
         with BundleEngine(bundle, Hashing(self.pass_s), [], tokenizer, options, decoding=decoding) as engine:
             engine.name = "toy"
             yield engine
+
+    @contextmanager
+    def open_in_worker(self, folder: Path) -> Iterator[tuple[RemoteEngine, BundleEngine]]:
+        """Yield one behind all that the server's process and a worker say to each other, and that one in the worker."""
+        with contextlib.ExitStack() as opened:
+            engine = opened.enter_context(self.open(folder))
+
+            @contextmanager
+            def opening(settings: WorkerSettings, watch: Watch) -> Iterator[Engine]:
+                yield engine
+
+            settings = WorkerSettings(path=folder, executor="toy", slots=self.slots, queue=self.queue)
+            bundle, tokenizer = toy_bundle(folder, self.context), engine.tokenizer
+            remote = RemoteEngine(bundle, tokenizer, settings, lambda: ThreadWorker(opening))
+            remote.name = engine.name
+            yield opened.enter_context(remote), engine
 
     def quick(self) -> "ToyEngine":
         """Return one of the same texts whose passes take no time."""

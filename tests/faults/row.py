@@ -33,7 +33,7 @@ class Row:
         name: letter and number, as ``A1``; rows of one number are told apart by a word after it, ``A3 onnx``.
         fault: what is done.
         expected: what must come of it.
-        quick, full: how many faults the two tiers make.
+        quick, full: how many faults the two tiers make; a tier with 0 leaves the row out.
         run: makes so many faults; raises `CannotRun`. It runs in a process of its own, which mustn't end by a signal.
     """
 

@@ -18,6 +18,7 @@ from tests.faults.rows import Placed
 
 AT_ONCE = 2  # CI has two cores
 LAST_LINES = 12  # of what a row that ended badly has said
+LEFT_TO_FULL = "takes long, so make faults-full has it"  # of rows that make 0 faults in the quick tier
 OWN_FOLDERS = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "TMPDIR")
 
 
@@ -58,7 +59,9 @@ def run_rows(
         living: set[int] = set()
 
         def run_one(placed: Placed) -> Result:
-            result = run_row(placed, count_of(placed.row), limit_s, folder, living)
+            count = count_of(placed.row)
+            left = replace(line(placed.row, 0), reason=LEFT_TO_FULL)
+            result = run_row(placed, count, limit_s, folder, living) if count else left
             show(result)
             return result
 

@@ -48,7 +48,7 @@ def summary(results: Sequence[Result]) -> str:
     tried, survived = sum(result.tried for result in run), sum(result.survived for result in run)
     skipped = len(results) - len(run)
     cpu_s = sum(result.cpu_s for result in results)
-    counts = f"{len(run)} rows: {survived:,} of {tried:,} faults survived; {skipped} rows can't run here"
+    counts = f"{len(run)} rows: {survived:,} of {tried:,} faults survived; {skipped} rows not run"
     return f"{counts}; {cpu_s:.0f} s of a core"
 
 

@@ -84,8 +84,9 @@ def _deaths(
     if restarts != count:
         failures.append(f"{restarts} workers were started for {count} deaths")
     told = ", ".join(f"{number} x {status}" for status, number in sorted(others.counts.items()))
+    median_s, longest = statistics.median(recovered_s), max(recovered_s)
     figure = (
-        f"{how}; {_stretched(allowed_s)}answers again after {statistics.median(recovered_s):.1f} s, at most {max(recovered_s):.1f} s; "
+        f"{how}; answers again after {median_s:.1f} s, at most {longest:.1f} s{_stretched(allowed_s)}; "
         f"others were told {told}, the slowest after {others.slowest_s:.1f} s"
     )
     failures += others.failures
@@ -94,7 +95,7 @@ def _deaths(
 
 def _stretched(allowed_s: float) -> str:
     """Say so where times are those of a machine that others use."""
-    return "" if allowed_s == LONGEST_S else f"up to {allowed_s:.0f} s allowed, as others use this machine; "
+    return "" if allowed_s == LONGEST_S else f" (up to {allowed_s:.0f} allowed, as others use this machine)"
 
 
 def _until_recovered(url: str) -> float:

@@ -12,6 +12,7 @@ from engram_runtime.errors import RequestError, TableError
 from engram_runtime.generation import Generation
 from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
+from engram_runtime.terminal import harmless, show
 
 HELP = """/help   show this
 /reset  forget the conversation
@@ -70,12 +71,12 @@ def _answer(llm: LLM, messages: list[dict[str, str]], text: str, max_tokens: int
     try:
         for piece in llm.chat([*messages, question], max_tokens=max_tokens, sampling=options):
             pieces.append(piece)
-            click.echo(piece, nl=False)
+            show(piece, nl=False)
     except RequestError as error:
-        click.echo(f"{error}; /reset begins anew", err=True)
+        click.echo(harmless(f"{error}; /reset begins anew"), err=True)
         return
     except TableError as error:
-        click.echo(error, err=True)
+        click.echo(harmless(str(error)), err=True)
         return
     click.echo()
     messages += [question, {"role": "assistant", "content": "".join(pieces)}]

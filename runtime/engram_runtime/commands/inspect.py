@@ -13,6 +13,7 @@ from engram_runtime.errors import TargetError
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
 from engram_runtime.manifest import DRAFT_HEAD, Manifest
 from engram_runtime.strict_json import read_json_object
+from engram_runtime.terminal import show
 
 CHECKPOINT_INSPECTION = "engram_export.inspection"  # needs the export extra; only asked for on checkpoints
 
@@ -86,8 +87,8 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 def _print(facts: dict[str, Any], indent: str = "") -> None:
     for key, value in facts.items():
         if isinstance(value, list):
-            click.echo(f"{indent}{key}")
+            show(f"{indent}{key}")
             for item in value:
-                click.echo(f"{indent}  " + ", ".join(f"{name} {part}" for name, part in item.items()))
+                show(f"{indent}  " + ", ".join(f"{name} {part}" for name, part in item.items()))
         else:
-            click.echo(f"{indent}{key:14}{value:,}" if isinstance(value, int) else f"{indent}{key:14}{value}")
+            show(f"{indent}{key:14}{value:,}" if isinstance(value, int) else f"{indent}{key:14}{value}")

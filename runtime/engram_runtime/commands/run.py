@@ -17,6 +17,7 @@ from engram_runtime.llm import LLM
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.policy import TableChoice
+from engram_runtime.terminal import show
 
 
 @click.command()
@@ -58,7 +59,7 @@ def run(
 
 def _print_text(llm: LLM, prompt: str, request: Mapping[str, Any]) -> None:
     for piece in llm.stream(prompt, **request):
-        click.echo(piece, nl=False)
+        show(piece, nl=False)
     assert llm.last is not None
     click.echo()
     click.echo(summary(llm.last), err=True)

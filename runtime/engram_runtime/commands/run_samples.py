@@ -14,6 +14,7 @@ from engram_runtime.llm import LLM
 from engram_runtime.parallel.group import MOST_SEQUENCES
 from engram_runtime.parallel.samples import SCORERS, Sample, best_of
 from engram_runtime.sampling import SamplingOptions
+from engram_runtime.terminal import show
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -69,7 +70,7 @@ def print_samples(
         click.echo(json.dumps({**found, "seconds": round(seconds, 3), **figures}))
         return
     for each in samples if chosen is None else [chosen]:
-        click.echo(each.text)
+        show(each.text)
         click.echo(summary(each), err=True)
     tokens = sum(len(each.token_ids) for each in samples)
     click.echo(f"[{count} samples, {tokens} tokens in {seconds:.2f} s]", err=True)

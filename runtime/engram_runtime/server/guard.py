@@ -77,6 +77,8 @@ class Guard:
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = scope["path"] if scope["path"] in self._routes else OTHER_ROUTE
         self._metrics.requests.labels(route, status).inc()
+        if not access_log.isEnabledFor(logging.INFO):
+            return
         figures = {
             "request_id": request_id,
             "client": scope.get("state", {}).get("client"),

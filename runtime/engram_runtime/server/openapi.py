@@ -19,7 +19,8 @@ BODIES: Mapping[str, type[Body]] = {
     "/detokenize": DetokenizeBody,
 }
 API_VERSION = "1"
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT: Json = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+EVENTS = {"text/event-stream": {"schema": EVENT}}
 PLAIN = {"text/plain; version=1.0.0; charset=utf-8": {"schema": {"type": "string"}}}
 ERROR: Json = {
     "type": "object",

@@ -1,7 +1,6 @@
 """Messages of any size between two processes: their length in 4 bytes, then so many bytes."""
 
 import contextlib
-import select
 import socket
 import struct
 import threading
@@ -12,6 +11,7 @@ from engram_runtime.errors import EngramError
 MAX_FRAME_BYTES = 16 << 20  # 64 prompts of 32 thousand tokens; a finished text of as many is a fortieth
 READ_BYTES = 64 << 10
 LENGTH = struct.Struct("<I")
+TIMEVAL = struct.Struct("@ll")
 
 
 class ProtocolError(EngramError):
@@ -24,22 +24,25 @@ class FrameReader:
     def __init__(self, connection: socket.socket) -> None:
         """Begin at a frame's first byte."""
         self._connection = connection
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
+        self._timeout_s = 0.0
         self._received = memoryview(bytearray(READ_BYTES))
         self._buffer = bytearray()
 
     def receive(self, timeout_s: float) -> list[bytes]:
-        """Return the frames that have come, none where none was whole within the time.
+        """Return the frames that have come, none where none was whole within the time, more than 0.
 
         Raises:
             EOFError: the other side has closed the connection, or died.
             ProtocolError: a frame is longer than `MAX_FRAME_BYTES`.
         """
-        if not self._poll.poll(timeout_s * 1e3):
-            return []
+        if timeout_s != self._timeout_s:  # by the socket itself, as the reader is woken once a token
+            self._timeout_s = timeout_s
+            seconds, microseconds = divmod(round(timeout_s * 1e6), 1_000_000)
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEVAL.pack(seconds, microseconds))
         try:
             count = self._connection.recv_into(self._received)
+        except BlockingIOError:
+            return []
         except ConnectionError as error:
             raise EOFError from error
         if not count:

@@ -1,12 +1,14 @@
 """One life of a worker, as the server sees it: what goes to it and what comes from it."""
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engram_runtime.errors import EngramError, RequestError
+from engram_runtime.forking import check_process
 from engram_runtime.serving.engine_protocol import BusyError, Tell, UnavailableError, WorkerError
 from engram_runtime.serving.events import Event, Failed
 from engram_runtime.serving.figures import StepFigures
@@ -53,6 +55,7 @@ class Link:
             watch: told of each forward pass, by the thread that is in `run`.
         """
         self.state: State | None = None
+        self._process = os.getpid()
         self._worker = worker
         self._vocab_size = vocab_size
         self._watch = watch
@@ -118,6 +121,7 @@ class Link:
 
     def cancel(self, job: RemoteJob) -> None:
         """See `engram_runtime.serving.engine_protocol.Ticket.cancel`."""
+        check_process(self._process)
         job.cancelled = True
         with self._lock:
             known = self._jobs.pop(job.number, None)

@@ -154,6 +154,8 @@ FromWorker = Opened | Accepted | Refused | Said | Ended | Lost | Beat
 _CONFIG = ConfigDict(strict=True, ser_json_inf_nan="constants")
 _TO_WORKER: TypeAdapter[Any] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")], config=_CONFIG)
 _FROM_WORKER: TypeAdapter[Any] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")], config=_CONFIG)
+# By itself, as it is written once a token; None as a dataclass alone takes no configuration.
+_SAID: TypeAdapter[Any] = TypeAdapter(Said | None, config=_CONFIG)
 
 
 def encode_to_worker(message: ToWorker) -> bytes:
@@ -169,7 +171,7 @@ def decode_to_worker(frame: bytes) -> ToWorker:
 
 def encode_from_worker(message: FromWorker) -> bytes:
     """Return a message as bytes; see `encode_to_worker`."""
-    return _encode(_FROM_WORKER, message)
+    return _encode(_SAID if isinstance(message, Said) else _FROM_WORKER, message)
 
 
 def decode_from_worker(frame: bytes) -> FromWorker:

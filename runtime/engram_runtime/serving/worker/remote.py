@@ -1,6 +1,7 @@
 """An engine in another process, which is started anew whenever it dies."""
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Self
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import EngramError
+from engram_runtime.forking import check_process
 from engram_runtime.serving.engine_protocol import (
     FAILED,
     RESTARTING,
@@ -66,6 +68,7 @@ class RemoteEngine:
         self.tokenizer = tokenizer
         self.context_length = bundle.manifest.model.context_length
         self.vocab_size = bundle.manifest.model.vocab_size
+        self._process = os.getpid()
         self._settings = settings
         self._start = start
         self._watch = watch
@@ -99,6 +102,7 @@ class RemoteEngine:
 
     def submit(self, requests: Sequence[TextRequest], tell: Tell, *, client: str = "") -> Ticket:
         """See `Engine.submit`."""
+        check_process(self._process)
         if self.failure is not None:
             raise EngineError(str(self.failure))
         if self._closed.is_set():
@@ -108,7 +112,9 @@ class RemoteEngine:
         return link.submit(requests, tell, client)
 
     def close(self) -> None:
-        """End the worker, and with it all texts, once however often it is called."""
+        """End the worker, and with it all texts, once however often it is called; nothing in a forked process."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._closed.set()
             latest = self._latest
