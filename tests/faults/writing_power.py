@@ -12,7 +12,9 @@ from tests.faults import shim
 from tests.faults.power import Disk, recorded, states
 from tests.faults.preloaded import preloaded
 from tests.faults.row import Outcome, Row
-from tests.faults.warm import WarmExport, contents, ended, fork, warm_export, whole
+from tests.faults.warm import WarmExport, contents, ended, fork, warm_compile, warm_export, whole, write_folder
+
+from engram_runtime.library import LIBRARY_FOLDER
 
 OUT = "out"
 RESUMED_EVERY = 30  # states; from each of these the same export is run once more
@@ -48,8 +50,33 @@ def power_cuts_of_replacements(count: int) -> Outcome:
     )
 
 
-def _record(root: Path, work: Callable[[Path], object]) -> "Iterator[tuple[int, Disk]]":
-    """Do something that writes to ``root/place/out`` and yield what power cuts would leave of ``root/place``."""
+def power_cuts_of_compilations(count: int) -> Outcome:
+    """Cut the power of a compilation in place of a library."""
+    root = Path(tempfile.mkdtemp())
+    warm = warm_compile(root)
+    library = Path(LIBRARY_FOLDER) / warm.target
+    write_folder(root / "place" / OUT, contents(warm.bundle))
+    write_folder(root / "place" / OUT / library, warm.old)
+
+    def wrong(out: Path) -> str:
+        found = contents(out / library)
+        return "" if found in (warm.old, warm.new) else f"the library holds {sorted(found)}"
+
+    def resumed(place: Path) -> str:
+        code = ended(fork(lambda: warm.run(place / OUT)))
+        if code == 0 and contents(place / OUT / library) == warm.new:
+            return ""
+        return f"the next compilation ends with exit code {code}"
+
+    return _cuts("B2 compile", count, _record(root, warm.run, library), wrong, resumed)
+
+
+def _record(root: Path, work: Callable[[Path], object], made: Path = Path()) -> Iterator[tuple[int, Disk]]:
+    """Do something that writes to ``root/place/out`` and yield what power cuts would leave of ``root/place``.
+
+    Args:
+        made: folder below ``out`` with files that other programs write.
+    """
     place, log = root / "place", root / "log"
     place.mkdir(exist_ok=True)
     before = {path.relative_to(place).as_posix(): _contents(path) for path in place.rglob("*")}
@@ -60,7 +87,7 @@ def _record(root: Path, work: Callable[[Path], object]) -> "Iterator[tuple[int, 
 
     if ended(fork(noted)) != 0:
         raise RuntimeError("what is recorded fails")
-    found = recorded(before, shim.changes(log), place, place / OUT)
+    found = recorded(before, shim.changes(log), place, place / OUT / made)
     return states(found, random.Random("power"))
 
 
@@ -68,7 +95,7 @@ def _contents(path: Path) -> bytes | None:
     return None if path.is_dir() else path.read_bytes()
 
 
-def _cuts(name: str, count: int, found: "Iterator[tuple[int, Disk]]", wrong: Wrong, resumed: Wrong) -> Outcome:
+def _cuts(name: str, count: int, found: Iterator[tuple[int, Disk]], wrong: Wrong, resumed: Wrong) -> Outcome:
     """Look at so many different states, spread over all there are."""
     different = {disk.digest(): (end, disk) for end, disk in found}
     chosen = random.Random(name).sample(list(different.values()), min(count, len(different)))
@@ -119,7 +146,7 @@ ROWS = (
         name="B2",
         fault="power cut in an export: any part of what wasn't synced lost",
         expected=f"nothing there or all of it; {EXPECTED}",
-        quick=1000,
+        quick=500,
         full=20000,
         run=preloaded(power_cuts_of_exports),
     ),
@@ -127,8 +154,16 @@ ROWS = (
         name="B2 replace",
         fault="power cut in an export in place of a bundle",
         expected=f"the old bundle or the new one, whole; {EXPECTED}",
-        quick=1000,
+        quick=500,
         full=20000,
         run=preloaded(power_cuts_of_replacements),
+    ),
+    Row(
+        name="B2 compile",
+        fault="power cut in a compilation in place of a library",
+        expected="the old library or the new one, whole; the next compilation succeeds",
+        quick=300,
+        full=20000,
+        run=preloaded(power_cuts_of_compilations),
     ),
 )
