@@ -64,12 +64,14 @@ model: setup
 	$(RETROFIT) evaluate build/retrofit/model.engram --asset build/retrofit/assets
 	$(RETROFIT) compare build/retrofit/assets/evaluation.json
 
-# Two processes, whole files each: most of the time goes into compiling, and a file's tests share what they compile.
+# Two processes, whole files each, as a file's tests share what they compile; tests/conftest.py says which come first.
+SUITE := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(SUITE)
 
 test-all: setup
-	$(BIN)/pytest -q -n 2 --dist loadfile -m ""
+	$(SUITE) -m ""
 
 # What may go wrong from outside, done on purpose; ends in a table of what survived. The first takes some minutes, the
 # second hours. Rows that this machine can't run are named.

@@ -22,6 +22,29 @@ spare_repetitions()
 
 HOMES = ("XDG_STATE_HOME", "XDG_RUNTIME_DIR")  # of the developer's own records, keys and locks
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # which has been given what the first process has
+# The longest, first: a long file that begins last is waited for by one process alone.
+LONG_FILES = (
+    "test_compile",
+    "test_draft_head",
+    "test_kernels",
+    "test_drafted_bundles",
+    "test_attention",
+    "test_export",
+    "test_group",
+    "test_pack",
+    "test_families",
+    "test_activity",
+    "test_arm_kernels",
+    "test_amx",
+    "test_standalone",
+    "test_streaming",
+    "test_staging",
+    "test_calibration",
+    "test_npu_bundles",
+    "test_gpu_library",
+    "test_c_pack",
+    "test_expert_kernels",
+)
 MAINS = {"engram": runtime_cli.main, "engram-export": export_cli.main}
 
 
@@ -56,6 +79,12 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[name] = str(root / name)
             (root / name).mkdir(mode=0o700)
         config.add_cleanup(lambda: shutil.rmtree(root))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")

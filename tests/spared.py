@@ -10,7 +10,7 @@ import inspect
 import sys
 from types import FrameType, SimpleNamespace
 
-from torch.onnx._internal.exporter._registration import onnxscript_apis
+from torch.onnx._internal import _lazy_import
 from tvm.script.parser.core import parser
 from tvm.tirx.script.parser import entry
 
@@ -35,4 +35,5 @@ def spare_repetitions() -> None:
     bare = SimpleNamespace(**vars(inspect) | {"stack": bare_stack, "getouterframes": bare_frames})
     for module in (entry, parser):
         vars(module)["inspect"] = bare
-    onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
+    operators = vars(_lazy_import)["onnxscript_apis"]
+    operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)

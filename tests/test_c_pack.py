@@ -69,7 +69,7 @@ def c_answer(program: Sequence[str | Path], folder: Path, prompt: Sequence[int],
 @pytest.fixture(scope="module")
 def bundle(workshop: Workshop) -> Bundle:
     """Return an int8 bundle with a site, and a library of portable kernels."""
-    return workshop.compiled(workshop.uncompiled())
+    return workshop.ready()
 
 
 @pytest.fixture(scope="module")

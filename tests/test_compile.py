@@ -41,7 +41,7 @@ from engram_runtime.tables.store import TableStore
 UNTIED = TinyModel(tied=False)
 QWEN = TinyModel(family="qwen3", head_dim=32)
 WINDOW_SITE, PLAIN_SITE = TinySite(), TinySite(convolution=False, gains=False, payload="float16")
-TOKENS = 23  # 8 + 8 + 4 + 2 + 1: every compiled number of tokens takes part
+TOKENS = 23  # 8 + 8 + 4 + 2 + 1: every number of tokens that any of them is compiled for takes part
 
 HAS_VNNI = "avx512_vnni" in cpu_flags()
 needs_avx2 = pytest.mark.skipif(not {"avx2", "fma"} <= cpu_flags(), reason="this machine's processor has no avx2")
@@ -59,11 +59,11 @@ def compiled_bundle(workshop: Workshop, name: str) -> Bundle:
         case "int8":
             return workshop.ready()
         case "int8-vnni":
-            return workshop.compiled(workshop.uncompiled(), "avx512_vnni")
+            return workshop.compiled(workshop.uncompiled(), "avx512_vnni", decode_tokens=(1, 4))
         case "int4":
-            return workshop.compiled(int4_bundle(workshop))
+            return workshop.compiled(int4_bundle(workshop), decode_tokens=(1, 4))
         case "int4-vnni":
-            return workshop.compiled(int4_bundle(workshop), "avx512_vnni")
+            return workshop.compiled(int4_bundle(workshop), "avx512_vnni", decode_tokens=(1, 4))
         case "float":
             return workshop.compiled(workshop.bundle(workshop.checkpoint(QWEN)), NATIVE)
         case "kept-q4_0":

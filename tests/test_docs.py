@@ -177,8 +177,8 @@ def test_the_page_on_the_server_has_its_limits() -> None:
         f"| end | on SIGTERM answers under way have {limits.DRAIN_S} s; ",
         f"| time for a text, in the queue included | {DEFAULT_TIME_LIMIT_S:.0f} s; ",
         f"| objects and lists of a body, keys of an object | {MAX_CONTAINERS:,}, {MAX_KEYS:,} |",
-        f"| all bodies under way | {limits.MAX_HELD_BYTES >> 20} MiB; beyond that 503 with `Retry-After`. Those above "
-        f"{limits.LARGE_BODY_BYTES >> 10} KiB are read one after the other |",
+        f"| all bodies under way | {limits.MAX_HELD_BYTES >> 20} MiB; beyond that those above "
+        f"{limits.LARGE_BODY_BYTES >> 10} KiB get 503 with `Retry-After`. ",
         f"by the kernel | {limits.SEND_BUFFER_BYTES >> 10} KiB a connection |",
         f"| text for `/tokenize` | some {MOST_COUNTED:,} tokens |",
         f"Prompts times `n` make {MAX_TEXTS} texts at most",

@@ -30,6 +30,7 @@ from engram_runtime.errors import BundleError
 from engram_runtime.library import LibraryInfo, graph_digest
 from engram_runtime.memory import FreeMemory
 from engram_runtime.tables import disk, place
+from engram_runtime.trust.records import COMPILED, keep_record
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[1]
@@ -296,6 +297,7 @@ def bundle(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         float16_states=[],
     )
     (folder / "compile.json").write_text(json.dumps(raw))
+    keep_record(LibraryInfo.from_dict(raw), COMPILED, folder)
     for name in ("model.so", "libtvm_runtime.so", "weights.bin"):
         (folder / name).touch()
     return made
@@ -321,6 +323,7 @@ def test_a_healthy_bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_p
         "file system": "ext4 on vda",
         "disk": f"vda, not measured yet; engram doctor {bundle.path} --probe does",
         "library": "any, fits this machine",
+        "trust": "any is compiled here",
         "compiled with": "apache-tvm 0.27, apache-tvm-ffi 0.1.14",
         "table files": "1, all there",
         "table memory": "5.7 KiB in all, 8.0 GiB available",
@@ -478,7 +481,7 @@ def test_a_bundle_of_tables_alone_needs_no_library(bundle: Bundle) -> None:
     manifest = dataclasses.replace(bundle.manifest, graphs={})
     (bundle.path / "engram.json").write_bytes(manifest_bytes(manifest))
     assert findings_of(bundle).keys() >= {"bundle", "table files", "table memory"}
-    assert not findings_of(bundle).keys() & {"library", "compiled with", "model memory", "free space"}
+    assert not findings_of(bundle).keys() & {"library", "trust", "compiled with", "model memory", "free space"}
 
 
 # The command.

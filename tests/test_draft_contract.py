@@ -14,7 +14,9 @@ from tests.workshop import Workshop
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.drafting import head
+from engram_runtime.library import find_library
 from engram_runtime.tokenizer import TextTokenizer
+from engram_runtime.trust.records import COMPILED, keep_record
 from examples.retrofit.prompts import read_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
@@ -71,6 +73,7 @@ def demo() -> Iterator[tuple[Model, list[Request]]]:
     if not DEMO.exists():
         pytest.skip(f"there is no {DEMO}; make demo builds it")
     bundle = Bundle.open(DEMO)
+    keep_record(find_library(bundle)[1], COMPILED, DEMO)  # by make demo; tests have records of their own
     tokenizer = TextTokenizer.load(bundle.path)
     asked = read_prompts()
     texts = [prompt.rendered() for prompt in asked[:: len(asked) // DEMO_PROMPTS][:DEMO_PROMPTS]]

@@ -109,8 +109,17 @@ def test_integers_of_the_folder_are_taken_over(workshop: Workshop) -> None:
         np.testing.assert_array_equal(found[f"{name}.scale"][:, 0][full], scales[full])
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
-@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        ("llama", "none"),
+        ("llama", "int8"),
+        ("llama-untied", "int4"),
+        pytest.param("llama", "int4", marks=pytest.mark.exhaustive),
+        pytest.param("llama-untied", "none", marks=pytest.mark.exhaustive),
+        pytest.param("llama-untied", "int8", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_weights_of_the_model_are_not_stored_twice(workshop: Workshop, name: str, quant: str) -> None:
     bundle = with_head(workshop, MODELS[name], quant=quant)
     graphs = bundle.manifest.graphs
@@ -171,7 +180,7 @@ def test_entries_that_were_trimmed_leave_no_trace(workshop: Workshop, executor: 
     np.testing.assert_array_equal(found.hidden, expected.hidden)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in [*MODELS][:2])])
 def test_compiled_float_heads_give_the_drafts_of_onnxruntime(workshop: Workshop, name: str) -> None:
     bundle, token_ids = workshop.compiled(with_head(workshop, MODELS[name])), random_ids(40)
     hidden = hidden_states(bundle, token_ids)
@@ -184,7 +193,8 @@ def test_compiled_float_heads_give_the_drafts_of_onnxruntime(workshop: Workshop,
 
 
 def test_compiled_bits_dont_depend_on_how_many_entries_come_at_once(workshop: Workshop) -> None:
-    bundle, token_ids = workshop.compiled(with_head(workshop, quant="int8", int8=True)), random_ids(30)
+    plain, token_ids = with_head(workshop, quant="int8", int8=True), random_ids(30)
+    bundle = workshop.compiled(plain, decode_tokens=(1, 4))
     hidden = hidden_states(bundle, token_ids, "tvm")
     with open_session(bundle, "tvm") as session:
         steps = []

@@ -15,7 +15,7 @@ from tests.tiny import TinyModel, TinySite, save_site_folder
 from tests.tiny_draft import BLOCK
 from tests.tiny_families import FAMILIES
 from tests.tiny_gemma import CONFIGS, save_gemma
-from tests.workshop import Workshop, random_ids
+from tests.workshop import SMALL_PASSES, Workshop, random_ids
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.drafting import head
@@ -37,7 +37,9 @@ def with_site_and_head(workshop: Workshop, *, window: bool = True) -> Bundle:
 
     plain = workshop.checkpoint(TinyModel())
     both = workshop._once(f"site and head {window}", "both", make)
-    return workshop.compiled(workshop.bundle(plain, engram=both, quant="int8"), always_parallel=True)
+    return workshop.compiled(
+        workshop.bundle(plain, engram=both, quant="int8"), always_parallel=True, decode_tokens=SMALL_PASSES
+    )
 
 
 def native(workshop: Workshop, checkpoint: Path) -> Bundle:

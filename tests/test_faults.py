@@ -11,6 +11,7 @@ from tests.faults.table import table, write_json
 
 from tools.security_page import figures_text
 
+LAST_ROWS = {"A": 7, "B": 7, "C": 13, "D": 10}
 HANGS_AFTER_S, ORDINARY_LIMIT_S = 3, 100
 
 
@@ -86,6 +87,12 @@ def test_the_page_has_what_ran_as_a_table_and_names_the_rest(results: dict[str, 
         "- D1, a fault: needs a disk that lies",
         "- D2, a fault: takes long, so make faults-full has it",
     ]
+
+
+def test_every_kind_of_fault_has_a_row() -> None:
+    """The table of goals is A1 to A7, B1 to B7, C1 to C13 and D1 to D10."""
+    wanted = {(letter, number) for letter, last in LAST_ROWS.items() for number in range(1, last + 1)}
+    assert wanted - {place(placed.row.name)[:2] for placed in placed_rows()} == set()
 
 
 def test_names_of_rows_are_letter_number_word_and_different() -> None:

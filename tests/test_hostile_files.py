@@ -6,19 +6,26 @@ import os
 import pickle
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from tests.faults import parsers_survey
-from tests.faults.parsers_code import _Bomb
+from tests.faults.parsers_code import Bomb
 from tests.faults.parsers_corpus import EXPECTED, found_texts
 from tests.faults.parsers_json import MANIFEST
 from tests.faults.parsers_paths import opens_outside
 from tests.faults.parsers_survey import Parser, survey
+from tests.test_bundle import GRAPH, write_bundle
 
+from engram_export.exact_graph import open_exact_executor
 from engram_export.journal import Journal
+from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
+from engram_runtime.executors.onnxruntime_session import load
 from engram_runtime.strict_json import read_json_object
 
 
@@ -63,7 +70,7 @@ def test_the_survey_sees_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_trap_for_pickles_springs(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(_Bomb(tmp_path / "executed")))
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "executed")))
     assert (tmp_path / "executed").exists()
 
 
@@ -83,6 +90,25 @@ def test_known_attacks_are_refused_with_their_own_text(capfd: pytest.CaptureFixt
 
 def test_damaged_manifests_are_bundle_errors() -> None:
     assert survey((MANIFEST, 300)).failures == ()
+
+
+@pytest.mark.parametrize("open_executor", [partial(load, target=None), open_exact_executor])
+def test_no_executor_opens_a_graph_whose_weights_lie_elsewhere(
+    tmp_path: Path, open_executor: Callable[..., object]
+) -> None:
+    bundle = Bundle.open(write_bundle(tmp_path / "bundle"))
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in {"location": "../secret", "offset": "0", "length": "16"}.items():
+        tensor.external_data.add(key=key, value=value)
+    graph = bundle.file(GRAPH)
+    graph.write_bytes(onnx.ModelProto(ir_version=10, graph=onnx.GraphProto(initializer=[tensor])).SerializeToString())
+    with pytest.raises(BundleError) as caught:
+        open_executor(bundle, threads=1)
+    place = "{'location': '../secret', 'offset': '0', 'length': '16'}"
+    assert str(caught.value) == (
+        f"{graph} has a tensor said to lie at {place}, outside weights.safetensors of 256 bytes; "
+        f"export the bundle again"
+    )
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

@@ -26,7 +26,7 @@ from engram_runtime.npu.commands_file import CommandsFile, read_commands
 from engram_runtime.npu.device import Cost, Product
 from engram_runtime.npu.executor import NpuExecutor
 from engram_runtime.npu.geometry import SystolicArray
-from engram_runtime.npu.ledger import Ledger, RowsWait
+from engram_runtime.npu.ledger import Ledger
 from engram_runtime.npu.report import phase_figures, phase_lines
 from engram_runtime.session import Session
 from engram_targets import load_profile
@@ -130,7 +130,7 @@ def test_every_linear_layer_runs_on_the_accelerator_and_moves_what_it_must(compi
     assert [name for name, layer in found["layers"].items() if layer["runs"] == passes] == DENSE
     assert found["traffic"] <= 1.2
     assert found["cycles"] == sum(layer["cycles"] for layer in found["layers"].values())
-    assert len(executor.ledger.waits) == passes
+    assert [wait.passes for wait in executor.ledger.waits.values()] == [passes]
 
 
 @pytest.mark.exhaustive
@@ -267,13 +267,13 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def kept_ledger() -> Ledger:
     """Return a ledger of a pass over one token by two layers of an array that does 256 products a cycle."""
-    ledger = Ledger(["layers.0.a", "layers.0.b", "head"])
+    ledger = Ledger(["layers.0.a", "layers.0.b", "head"], GEOMETRY.clock_hz)
     cost = Cost(
         cycles=100, array_cycles=50, dma_in_cycles=80, macs=2560, weight_bytes=300, input_bytes=20, output_bytes=40
     )
     ledger.add(0, Product(rows=2, inputs=10, outputs=25, weights="int8"), 1, cost)
     ledger.add(1, Product(rows=2, inputs=10, outputs=25, weights="int8"), 2, cost)
-    ledger.waits.append(RowsWait(0, 0.4, 100))
+    ledger.add_wait(0, 0.4, 100)
     ledger.passes, ledger.host_s = 1, 0.25
     return ledger
 

@@ -72,7 +72,7 @@ def test_one_plane_is_coarser_and_tokens_at_once_are_tokens_one_by_one(
     expected = bundle_logits(workshop.compiled(bundle), random_ids(20), "tvm")
     coarse = Bundle.open(copy_folder(bundle.path, tmp_path / "bundle"))
     monkeypatch.setattr(build, "read_onnx_model", lambda *files: with_one_plane(read_onnx_model(*files)))
-    build.compile_bundle(coarse, tiny_profile(kernels="portable", prefill_tokens=()))
+    build.compile_bundle(coarse, tiny_profile(kernels="portable", decode_tokens=(1, 4), prefill_tokens=()))
     found = bundle_logits(coarse, random_ids(20), "tvm")
     assert same_bits(found, stepwise_logits(coarse, random_ids(20), "tvm"))
     difference = np.abs(found - expected).max() / np.abs(expected).max()

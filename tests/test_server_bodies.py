@@ -75,18 +75,20 @@ def test_a_prompt_of_far_too_many_tokens_has_openai_s_code(url: str) -> None:
 
 def test_bodies_are_bounded_together(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "MAX_HELD_BYTES", 5000)
+    monkeypatch.setattr(body, "LARGE_BODY_BYTES", 1500)
     with half_a_body(url, 4000):
-        answers = [httpx2.post(f"{url}{CHAT}", json=chat("a" * 2000)) for _ in range(2)]
-        assert [answer.headers["retry-after"] for answer in answers] == ["1", "1"]
-        assert error_of(answers[0]) == (
+        answer = httpx2.post(f"{url}{CHAT}", json=chat("a" * 2000))
+        assert answer.headers["retry-after"] == "1"
+        assert error_of(answer) == (
             503,
             "server_busy",
-            "the requests under way have more than 5000 bytes together; ask again",
+            "the requests under way have more than 5000 bytes together, so that none of more than 1500 is taken; "
+            "ask again",
         )
-    # The half is forgotten when its client has left.
-    while httpx2.post(f"{url}{CHAT}", json=chat("a" * 100)).status_code == 503:
-        pass
-    assert error_of(httpx2.post(f"{url}{CHAT}", json=chat("a" * 4000)))[1] == "context_length_exceeded"
+        assert error_of(httpx2.post(f"{url}{CHAT}", json=chat("a" * 1000)))[0] == 400
+    while (answer := httpx2.post(f"{url}{CHAT}", json=chat("a" * 2000))).status_code == 503:
+        pass  # until the server has seen that the other client has left
+    assert error_of(answer)[1] == "context_length_exceeded"
 
 
 def test_large_bodies_are_worked_on_by_one_thread() -> None:

@@ -13,6 +13,7 @@ from tests.faults.libraries_code import with_illegal_instructions
 from tests.workshop import THREADS, Workshop, copy_folder, tiny_profile
 
 from engram_runtime import LLM, Bundle
+from engram_runtime.bundle import sealed
 from engram_runtime.errors import BundleError, EngramError, RequestError, TargetError
 from engram_runtime.executors import tvm_library
 from engram_runtime.library import LibraryInfo, find_library
@@ -311,7 +312,7 @@ def test_a_signature_of_something_else_is_none(bundle: Bundle, key: Path, comman
     manifest, library = bundle.path / "engram.json", library_of(bundle)[0] / "compile.json"
     signed = manifest.with_name("engram.json.sig"), library.with_name("compile.json.sig")
     changes: dict[str, Callable[[], object]] = {
-        "manifest": lambda: manifest.write_bytes(manifest.read_bytes() + b"\n"),
+        "manifest": lambda: manifest.write_bytes(sealed(read_json_object(manifest) | {"producer": "somebody"})),
         "library": lambda: replace_code(bundle, b"evil"),
         "swapped": lambda: signed[0].write_bytes(signed[1].read_bytes()),
     }

@@ -17,7 +17,7 @@ MOST_AXES, MOST_VALUES = 8, 1 << 48  # of a tensor
 MOST_DIGITS = 18
 WEIGHT_KINDS = "biuf"  # of numpy's own dtypes: what a weights file holds
 # Whatever onnx's helpers raise on a file that isn't what it says.
-GRAPH_FAILURES = (DecodeError, AttributeError, LookupError, NotImplementedError, OverflowError, TypeError, ValueError)
+GRAPH_FAILURES = (AttributeError, LookupError, NotImplementedError, OverflowError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,18 @@ def read_onnx_model(graph: Path, weights_file: Path) -> OnnxModel:
         BundleError: it is not an ONNX graph, or one of its constants isn't what it says.
         CompileError: a weight lies in another file or outside this one, or can't be read there.
     """
+    model = load_onnx(graph)
     try:
-        return _read(onnx.load(graph, load_external_data=False), weights_file)
+        return _read(model, weights_file)
     except GRAPH_FAILURES as error:
+        raise BundleError(f"{graph} is not an ONNX graph: {error}; export the bundle again") from error
+
+
+def load_onnx(graph: Path) -> onnx.ModelProto:
+    """Load a graph without its external weights; raises BundleError where a file is none."""
+    try:
+        return onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
         raise BundleError(f"{graph} is not an ONNX graph: {error}; export the bundle again") from error
 
 

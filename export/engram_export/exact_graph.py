@@ -15,12 +15,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
+from engram_compilers.onnx_model import load_onnx
 from engram_export.moe_operators import keep_float_activations
 from engram_export.weight_map import row_slices
 from engram_runtime.bundle import Bundle
 from engram_runtime.draft_head import Drafted, DraftHead
 from engram_runtime.errors import BundleError
 from engram_runtime.executors.onnxruntime_session import REFUSALS, OnnxRuntimeExecutor
+from engram_runtime.onnx_places import check_places
 from engram_runtime.session import UNLOADED, Session, close_sites, open_sites
 
 
@@ -69,17 +71,22 @@ def exact_drafts(
 
 def open_exact_executor(bundle: Bundle, threads: int) -> OnnxRuntimeExecutor:
     """Open a bundle's graphs as `open_exact_graph` does."""
-    files = bundle.manifest.graph
-    return OnnxRuntimeExecutor(lambda name: open_exact_graph(bundle.file(files(name).file), threads=threads), threads)
+
+    def open_graph(name: str) -> ort.InferenceSession:
+        graph = bundle.manifest.graph(name)
+        check_places(bundle.file(graph.file), bundle.file(graph.weights))
+        return open_exact_graph(bundle.file(graph.file), threads=threads)
+
+    return OnnxRuntimeExecutor(open_graph, threads)
 
 
 def open_exact_graph(path: Path, *, threads: int) -> ort.InferenceSession:
     """Open a graph whose weights stand in a file beside it.
 
     Raises:
-        BundleError: onnxruntime refuses the graph.
+        BundleError: it is not an ONNX graph, or onnxruntime refuses it.
     """
-    model = onnx.load(path, load_external_data=False)
+    model = load_onnx(path)
     keep_float_activations(model.graph)
     graph = model.graph
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}

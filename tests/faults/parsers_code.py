@@ -43,7 +43,7 @@ PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 Payload = Callable[[Path], None]  # given an empty folder, lays a trap and uses what is there as the product does
 
 
-class _Bomb:
+class Bomb:
     """Runs a command where it is unpickled."""
 
     def __init__(self, sentinel: Path) -> None:
@@ -54,7 +54,7 @@ class _Bomb:
 
 
 def _pickled(folder: Path, protocol: int = 2) -> bytes:
-    return pickle.dumps(_Bomb(folder / SENTINEL), protocol)
+    return pickle.dumps(Bomb(folder / SENTINEL), protocol)
 
 
 def _zipped(folder: Path) -> bytes:

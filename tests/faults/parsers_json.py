@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from tests.faults.parsers_mutators import damage_document, damage_json
@@ -12,6 +13,7 @@ from tests.faults.parsers_survey import Parser, evenly, survey
 from tests.faults.row import Outcome, Row
 from tests.test_bundle import GOLDEN, contents, manifest_json, write_bundle
 
+from engram_compilers.pack import launcher
 from engram_compilers.tuning import store
 from engram_runtime.bundle import MANIFEST_NAME, UNSEALED_VERSION, Bundle, sealed
 from engram_runtime.drafting.costs import MOST_ROWS, VERSION, ForwardCosts
@@ -63,6 +65,14 @@ PLAN = {
 COSTS = {
     **{"version": VERSION, "library": "0" * 64, "threads": 2, "machine": "m"},
     **{"forward_s": [0.5 + row for row in range(MOST_ROWS)], "draft_s": 0.1},
+}
+PACK = {
+    **{"target": "x86-64-v3", "machine": "x86_64", "system": "linux", "install": "pip install numpy"},
+    **{
+        "pythons": ["3.11", "3.12"],
+        "modules": {"numpy": "numpy"},
+        "files": {"pack.json": [9, None], "a": [1, "0" * 64]},
+    },
 }
 SIZES = {"version": store.VERSION, "sizes": [{"kind": "int8", "rows": 4, "sums": 8}]}
 
@@ -123,9 +133,21 @@ def _use_plan(path: Path) -> None:
     str(read_plan(path).most_threads)
 
 
-def _parser(name: str, sound: Any, use: Callable[[Path], object]) -> Parser:
+def _use_pack(path: Path) -> None:
+    """Check a packed folder as its launcher does, which ends where the folder won't do."""
+    with mock.patch.object(launcher, "HERE", path.parent):
+        try:
+            pack = launcher.packed()
+        except SystemExit as error:
+            raise BundleError(f"exit {error.code}") from error
+        str((launcher.misfit(pack), launcher.damage(pack)))
+
+
+def _parser(name: str, sound: Any, use: Callable[[Path], object], file: str = "file") -> Parser:
     text = sound if isinstance(sound, bytes) else json.dumps(sound).encode()
-    return Parser(name=name, damaged=lambda rng: damage_json(rng, text), use=use, refusals=(BundleError,), sound=text)
+    return Parser(
+        name=name, damaged=lambda rng: damage_json(rng, text), use=use, refusals=(BundleError,), sound=text, file=file
+    )
 
 
 def _damaged_manifest(rng: random.Random) -> bytes:
@@ -151,6 +173,7 @@ PARSERS = (
     _parser("costs", COSTS, _use_costs),
     _parser("block sizes", SIZES, _use_sizes),
     _parser("program.json", PLAN, _use_plan),
+    _parser("pack.json", PACK, _use_pack, "pack.json"),
 )
 
 
@@ -175,7 +198,7 @@ ROWS = (
     ),
     Row(
         name="A1 others",
-        fault="golden.json, compile.json, measured costs and block sizes, a GPU's program.json; each damaged",
+        fault="golden.json, compile.json, pack.json, measured costs and block sizes, a GPU's plan; each damaged",
         expected="BundleError; at most 1 s and 64 MiB",
         quick=10_000,
         full=200_000,

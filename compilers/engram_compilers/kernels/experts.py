@@ -111,7 +111,9 @@ def route(routing: Routing, *, normalise: bool) -> tirx.PrimFunc:
                     weight[token, slot] = values[best]
                     keys[best] = _LOWEST_KEY
                 weigh(weight, token, top_k, values)
-            _order_by_expert(routing, chosen, Segments(order, expert, start, count))
+            place = T.alloc_local((experts,), "int32")
+            found = T.alloc_local((2,), "int32")
+            order_by_expert(routing, chosen, Segments(order, expert, start, count), place, found)
 
     return kernel
 
@@ -181,16 +183,20 @@ def _divide(weight: Expr, token: Expr, top_k: int, total: Expr) -> None:
         T.buffer_store(weight, weight[token, slot] / total, [token, slot])
 
 
-def _order_by_expert(routing: Routing, chosen: Expr, segments: Segments) -> None:
-    """Sort the pairs by counting; ``place`` is first the pairs of an expert, then where its next one goes."""
-    place = T.alloc_local((routing.experts,), "int32")
-    found = T.alloc_local((2,), "int32")  # segments so far, pairs in them
+def order_by_expert(routing: Routing, chosen: Expr, segments: Segments, place: Expr, found: Expr) -> None:
+    """Sort the pairs by counting.
+
+    Args:
+        chosen: i32 [P], the expert of each pair.
+        place: i32 [E] to work in, first the pairs of an expert, then where its next one goes.
+        found: i32 [2] to work in, segments so far and pairs in them.
+    """
     with T.serial(routing.experts) as e:
-        T.buffer_store(place, 0, [e])
+        T.buffer_store(place, T.int32(0), [e])
     with T.serial(routing.pairs) as pair:
         T.buffer_store(place, place[chosen[pair]] + 1, [chosen[pair]])
     for i in range(2):
-        T.buffer_store(found, 0, [i])
+        T.buffer_store(found, T.int32(0), [i])
     with T.serial(routing.experts) as e, T.If(place[e] > 0), T.Then():
         size = T.Bind(place[e])
         T.buffer_store(segments.expert, e, [found[0]])

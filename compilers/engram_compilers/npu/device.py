@@ -6,14 +6,10 @@ With `engram_runtime.npu.device` this is the whole interface of a device; docs/a
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from engram_compilers.kernels.packing import Bytes
 from engram_compilers.npu.dot_engine import DotEngineCompiler
 from engram_compilers.npu.systolic import SystolicCompiler
 from engram_runtime.npu.device import Geometry, Product
-
-Bytes = NDArray[np.uint8]
 
 
 class DeviceCompiler(Protocol):

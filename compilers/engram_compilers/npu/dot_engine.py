@@ -1,13 +1,10 @@
 """Weights and command streams of the dot engine."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engram_compilers.kernels.packing import GROUP, INT8_BIAS, int4_header, pad, require_groups
+from engram_compilers.kernels.packing import GROUP, INT8_BIAS, Bytes, int4_header, pad, require_groups
 from engram_runtime.npu.device import Product
 from engram_runtime.npu.dot_engine import DotEngine, header, words
-
-Bytes = NDArray[np.uint8]
 
 
 class DotEngineCompiler:

@@ -1,17 +1,14 @@
 """Weights and command streams of the systolic array."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engram_compilers.kernels.packing import INT8_BIAS, int4_header, require_groups
+from engram_compilers.kernels.packing import INT8_BIAS, Bytes, int4_header, require_groups
 from engram_compilers.npu.schedule import schedule
 from engram_compilers.npu.tiling import choose_tiling
 from engram_runtime.npu.device import GROUP, Product
 from engram_runtime.npu.geometry import SystolicArray
 from engram_runtime.npu.isa import encode
 from engram_runtime.npu.tiles import HALF
-
-Bytes = NDArray[np.uint8]
 
 
 class SystolicCompiler:

@@ -17,17 +17,34 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DAMAGED, UNFIT = 3, 4  # exit codes, as those of engram
+TEXTS = ("target", "machine", "system", "install")  # of what the folder says of itself
 
 
 def packed() -> dict[str, Any]:
     """Return what the folder says of itself, or end where it doesn't."""
     path = HERE / "pack.json"
     try:
-        pack: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        pack = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        pack = None
+    if not is_sound(pack):
         sys.stderr.write(f"engram: {path} is missing or damaged; copy the packed folder here again\n")
         sys.exit(DAMAGED)
-    return pack
+    facts: dict[str, Any] = pack
+    return facts
+
+
+def is_sound(pack: Any) -> bool:
+    """Say whether a folder's facts are all there and of their kinds."""
+    if not isinstance(pack, dict) or not all(isinstance(pack.get(name), str) for name in TEXTS):
+        return False
+    pythons, modules, files = (pack.get(name) for name in ("pythons", "modules", "files"))
+    if not isinstance(pythons, list) or not isinstance(modules, dict) or not isinstance(files, dict) or not pythons:
+        return False
+    kinds = [isinstance(python, str) for python in pythons]
+    kinds += [isinstance(module, str) and module.isidentifier() for module in modules.values()]
+    kinds += [isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int for entry in files.values()]
+    return all(kinds) and not any("\0" in name for name in files)
 
 
 def damage(pack: dict[str, Any]) -> str | None:

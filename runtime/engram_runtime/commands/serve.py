@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from engram_runtime.commands.loading import Loading, loading_options
 from engram_runtime.errors import RequestError, TargetError
 from engram_runtime.sampling import SamplingOptions
 from engram_runtime.server.access import KEY_VARIABLE, access_for, read_keys
+from engram_runtime.serving.engine_protocol import Engine
 from engram_runtime.serving.options import DEFAULT_QUEUE, DEFAULT_SLOTS, MOST_SLOTS
 from engram_runtime.serving.worker.process import WorkerProcess
 from engram_runtime.serving.worker.settings import WorkerSettings
@@ -92,49 +95,66 @@ def serve(
     page to chat.
     """
     paths = _paths(bundles)
-    _check(paths.values(), loading)
-    defaults = {name: value for name, value in sampling.items() if value is not None}
-    SamplingOptions(**defaults)  # type: ignore[arg-type]  # refuses what is out of range
-    access = access_for(host, read_keys(api_key_file, os.environ))
     with contextlib.ExitStack() as started:
-        # They import what they need while this process does.
+        # They import what they need while this process does, and checks what it was given.
         workers = {name: started.enter_context(contextlib.closing(WorkerProcess(hidden=SECRETS))) for name in paths}
+        _check(paths.values(), loading)
+        access = access_for(host, read_keys(api_key_file, os.environ))
+        defaults = {name: value for name, value in sampling.items() if value is not None}
+        SamplingOptions(**defaults)  # type: ignore[arg-type]  # refuses what is out of range
         try:
             from engram_runtime.server.guard import access_log
             from engram_runtime.server.run import listen, serve_models
-            from engram_runtime.serving.worker.remote import RemoteEngine
         except ModuleNotFoundError as error:
             raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
 
-        def opened(name: str, note_pass: Callable[[float], None]) -> RemoteEngine:
-            bundle = Bundle.open(paths[name], loading.trust)
-            tokenizer = TextTokenizer.load(bundle.path)
-            tokenizer.sampling_defaults = {**tokenizer.sampling_defaults, **defaults}
-            settings = _settings(bundle.path, slots, queue, loading)
-            return RemoteEngine(
-                bundle, tokenizer, settings, _starter(workers[name]), lambda figures: note_pass(figures.seconds)
-            )
-
+        engines = _Engines(paths, workers, loading, slots, queue, defaults)
         with listen(host, port) as listener:
             url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             _introduce(url, next(iter(paths)), KEY_VARIABLE if access.keys else None)
             with _request_log(access_log) if verbose else contextlib.nullcontext():
-                serve_models(listener, paths, opened, access, loaded=lambda: click.echo(f"ready: {', '.join(paths)}"))
+                serve_models(
+                    listener, paths, engines.open, access, loaded=lambda: click.echo(f"ready: {', '.join(paths)}")
+                )
 
 
-def _settings(path: Path, slots: int, queue: int, loading: Loading) -> WorkerSettings:
-    return WorkerSettings(
-        path=path,
-        executor=loading.executor,
-        slots=slots,
-        queue=queue,
-        tables_on=loading.tables_on,
-        threads=loading.threads,
-        target=loading.target,
-        tables=loading.tables,
-        drafts=loading.drafts,
-        trust=loading.trust,
-    )
+@dataclass(frozen=True, slots=True)
+class _Engines:
+    """What opens engines, all by the same options; ``workers`` are the first ones, already started."""
+
+    paths: Mapping[str, Path]
+    workers: Mapping[str, WorkerProcess]
+    loading: Loading
+    slots: int
+    queue: int
+    defaults: Mapping[str, float]
+
+    def open(self, name: str, note_pass: Callable[[float], None]) -> AbstractContextManager[Engine]:
+        """See `engram_runtime.server.run.OpenModel`."""
+        from engram_runtime.serving.worker.remote import RemoteEngine  # after the workers were started
+
+        bundle = Bundle.open(self.paths[name], self.loading.trust)
+        tokenizer = TextTokenizer.load(bundle.path)
+        tokenizer.sampling_defaults = {**tokenizer.sampling_defaults, **self.defaults}
+        start = _starter(self.workers[name])
+        return RemoteEngine(
+            bundle, tokenizer, self._settings(bundle.path), start, lambda figures: note_pass(figures.seconds)
+        )
+
+    def _settings(self, path: Path) -> WorkerSettings:
+        loading = self.loading
+        return WorkerSettings(
+            path=path,
+            executor=loading.executor,
+            slots=self.slots,
+            queue=self.queue,
+            tables_on=loading.tables_on,
+            threads=loading.threads,
+            target=loading.target,
+            tables=loading.tables,
+            drafts=loading.drafts,
+            trust=loading.trust,
+        )
 
 
 def _starter(first: WorkerProcess) -> Callable[[], WorkerProcess]:

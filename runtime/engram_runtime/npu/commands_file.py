@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_runtime.errors import BundleError, TargetError
-from engram_runtime.npu.device import Geometry
+from engram_runtime.npu.device import AGAIN, Geometry
 from engram_runtime.npu.devices import parse_geometry
 from engram_runtime.strict_json import Fields, parse_json_object
 
@@ -22,7 +22,6 @@ MULTIPLY_EXPERTS = "engram.npu.multiply_experts"  # planes, weight u8 [E * B], `
 MAGIC = b"ENGRAMNP"
 SIZE_BYTES = 8
 MOST_HEADER_BYTES = 1 << 24  # of a name and a size for each layer: that of the demo model has some 5 KB
-AGAIN = "compile the bundle again"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engram_runtime.errors import TargetError
 from engram_runtime.strict_json import Fields
 
+AGAIN = "compile the bundle again"  # what ends every error about commands
 GROUP = 32  # inputs that share a multiplier and a zero of int4 weights
 MOST_INPUTS = 2**17 - 1  # of a product: sums of int8 products, each at most 2**14, then fit int32
 MOST_ROWS = 2**16

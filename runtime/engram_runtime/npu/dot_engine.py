@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import TargetError
-from engram_runtime.npu.device import SUM_BYTES, WEIGHT_BITS, Cost, Product, sizes
+from engram_runtime.npu.device import AGAIN, SUM_BYTES, WEIGHT_BITS, Cost, Product, sizes
 from engram_runtime.strict_json import Fields
 
 MAGIC = b"DOTS"
@@ -30,7 +30,6 @@ LIMITS = {
     "dma_bytes_per_cycle": (1, 4096),
     "clock_hz": (1, 10**11),
 }
-AGAIN = "compile the bundle again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

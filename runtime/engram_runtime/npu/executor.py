@@ -31,7 +31,7 @@ from engram_runtime.manifest import DECODER
 from engram_runtime.npu.commands_file import MULTIPLY, MULTIPLY_EXPERTS, CommandsFile, read_commands
 from engram_runtime.npu.device import Program
 from engram_runtime.npu.devices import open_device
-from engram_runtime.npu.ledger import Ledger, RowsWait
+from engram_runtime.npu.ledger import Ledger
 from engram_runtime.table_spec import TableSpec
 from engram_runtime.trust.library import trusted_library
 
@@ -63,7 +63,7 @@ class NpuExecutor(TvmExecutor):
         self.geometry = commands.geometry
         self.programs: Sequence[Program] = [device.load(stream) for stream in commands.streams]
         _check_own(folder, info)
-        self.ledger = Ledger(commands.layers)
+        self.ledger = Ledger(commands.layers, commands.geometry.clock_hz)
         load_tvm_runtime(folder, info)
         super().__init__(folder, info, tables, threads=threads, told=told)
 
@@ -122,7 +122,7 @@ class NpuStep(TvmStep):
         """Put rows in place and note how far the accelerator has come."""
         out[...] = rows
         ledger = self.executor.ledger
-        ledger.waits.append(RowsWait(site, fetch_s, ledger.cycles - cycles))
+        ledger.add_wait(site, fetch_s, ledger.cycles - cycles)
 
 
 def _multiply(planes: Any, weight: Any, program: int, layer: int, sums: Any) -> None:

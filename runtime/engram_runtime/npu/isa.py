@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_runtime.errors import TargetError
-from engram_runtime.npu.device import SUM_BYTES, WEIGHT_BITS, Product
+from engram_runtime.npu.device import AGAIN, SUM_BYTES, WEIGHT_BITS, Product
 from engram_runtime.npu.geometry import SystolicArray
 from engram_runtime.npu.tiles import Tiles
 
@@ -68,7 +68,6 @@ USED = {  # fields that say something, by opcode; the others are zero
     STORE: ("sums", "row_block", "output_tile"),
 }
 MOST_SLOTS = 2**16
-AGAIN = "compile the bundle again"
 
 Commands = NDArray[np.void]  # [C] of COMMAND
 

@@ -8,10 +8,10 @@ whole product: each sum is stored once, after all its inputs, in ascending order
 from dataclasses import dataclass, field
 
 from engram_runtime.errors import TargetError
+from engram_runtime.npu.device import AGAIN
 from engram_runtime.npu.geometry import SystolicArray
 from engram_runtime.npu.isa import (
     ACCUMULATE,
-    AGAIN,
     FREE_INPUT,
     FREE_WEIGHT,
     LOAD_INPUT,

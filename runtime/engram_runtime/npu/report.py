@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engram_runtime.npu.device import Cost, Geometry
-from engram_runtime.npu.ledger import LayerCost, Ledger, RowsWait
+from engram_runtime.npu.ledger import LayerCost, Ledger, RowsWaits
 
 Figures = dict[str, Any]
 
@@ -28,7 +28,7 @@ def phase_figures(ledger: Ledger, geometry: Geometry, tokens: int) -> Figures:
         "tok_s": tokens / seconds,
         "host_ms": 1e3 * ledger.host_s,
         **_figures(whole, geometry),
-        "rows": _rows(ledger.waits, geometry),
+        "rows": _rows(ledger.waits),
         "layers": {name: _figures(layer, geometry) for name, layer in ledger.layers.items() if layer.runs},
     }
 
@@ -61,23 +61,17 @@ def _moved(cost: Cost) -> int:
     return cost.weight_bytes + cost.input_bytes + cost.output_bytes
 
 
-def _rows(waits: Sequence[RowsWait], geometry: Geometry) -> list[Figures]:
+def _rows(waits: Mapping[int, RowsWaits]) -> list[Figures]:
     """Return for each site the time its rows took, that until its layer, and how much of the first the second hides."""
-    found = []
-    for site in sorted({wait.site for wait in waits}):
-        own = [wait for wait in waits if wait.site == site]
-        fetch_s = sum(wait.fetch_s for wait in own)
-        until_s = sum(wait.device_cycles for wait in own) / geometry.clock_hz
-        hidden_s = sum(min(wait.fetch_s, wait.device_cycles / geometry.clock_hz) for wait in own)
-        found.append(
-            {
-                "site": site,
-                "fetch_ms": 1e3 * fetch_s / len(own),
-                "until_layer_ms": 1e3 * until_s / len(own),
-                "hidden": hidden_s / fetch_s,
-            }
-        )
-    return found
+    return [
+        {
+            "site": site,
+            "fetch_ms": 1e3 * wait.fetch_s / wait.passes,
+            "until_layer_ms": 1e3 * wait.until_s / wait.passes,
+            "hidden": wait.hidden_s / wait.fetch_s,
+        }
+        for site, wait in sorted(waits.items())
+    ]
 
 
 HEADER = "| layer | runs | kilocycles | weights MB | inputs MB | sums MB | moved / had to be | array | DMA in |"

@@ -32,8 +32,8 @@ class Bodies:
         """Yield a request's body, which counts until the end of the block.
 
         Raises:
-            ApiError: it has more than ``MAX_BODY_BYTES``, whatever its headers say, or all of them together have more
-                than ``MAX_HELD_BYTES``.
+            ApiError: it has more than ``MAX_BODY_BYTES``, whatever its headers say, or it is large and all of them
+                together have more than ``MAX_HELD_BYTES``.
             ClientDisconnect: the client went away before its end.
         """
         announced = request.headers.get("content-length", "0")
@@ -47,7 +47,7 @@ class Bodies:
                 self._held_bytes += len(piece)
                 if size > MAX_BODY_BYTES:
                     raise _too_large()
-                if self._held_bytes > MAX_HELD_BYTES:
+                if size > LARGE_BODY_BYTES and self._held_bytes > MAX_HELD_BYTES:
                     raise _too_many()
                 pieces.append(piece)
             whole = b"".join(pieces)
@@ -71,7 +71,8 @@ def _too_large() -> ApiError:
 
 def _too_many() -> ApiError:
     return ApiError(
-        f"the requests under way have more than {MAX_HELD_BYTES} bytes together; ask again",
+        f"the requests under way have more than {MAX_HELD_BYTES} bytes together, so that none of more than "
+        f"{LARGE_BODY_BYTES} is taken; ask again",
         status=UNAVAILABLE,
         code="server_busy",
         retry_after_s=RETRY_S,

@@ -8,7 +8,7 @@ token, and the first thread of the block sorts the pairs.
 from tvm import tirx
 from tvm.script import tirx as T
 
-from engram_compilers.kernels.experts import Routing, Segments
+from engram_compilers.kernels.experts import Routing, Segments, order_by_expert
 from engram_compilers.kernels.gpu import blocks
 from engram_compilers.kernels.gpu.blocks import ATTRIBUTES, fma, own_columns
 from engram_compilers.kernels.intrinsics import Expr
@@ -57,7 +57,8 @@ def _route(routing: Routing, logits: Expr, segments: Segments, weight: Expr, thr
         _weigh(routing, logits, weight, token, normalise)
     blocks.synchronise()
     with T.If(thread == 0), T.Then():
-        _order_by_expert(routing, chosen, segments)
+        place, found = blocks.local(routing.experts, "int32"), blocks.local(2, "int32")
+        order_by_expert(routing, chosen, segments, place, found)
 
 
 def _key(logit: Expr) -> Expr:
@@ -92,32 +93,6 @@ def _weigh(routing: Routing, logits: Expr, weight: Expr, token: Expr, normalise:
             T.buffer_store(total, total[0] + decay, [0])
     with T.serial(routing.top_k) as slot:
         T.buffer_store(weight, weight[token, slot] / total[0], [token, slot])
-
-
-def _order_by_expert(routing: Routing, chosen: Expr, segments: Segments) -> None:
-    """Sort the pairs by counting; ``place`` is first the pairs of an expert, then where its next one goes."""
-    place = blocks.local(routing.experts, "int32")
-    found = blocks.local(2, "int32")  # segments so far, pairs in them
-    with T.serial(routing.experts) as e:
-        T.buffer_store(place, T.int32(0), [e])
-    with T.serial(routing.pairs) as pair:
-        T.buffer_store(place, place[chosen[pair]] + 1, [chosen[pair]])
-    for i in range(2):
-        T.buffer_store(found, T.int32(0), [i])
-    with T.serial(routing.experts) as e, T.If(place[e] > 0), T.Then():
-        size = T.Bind(place[e])
-        T.buffer_store(segments.expert, e, [found[0]])
-        T.buffer_store(segments.start, found[1], [found[0]])
-        T.buffer_store(place, found[1], [e])
-        T.buffer_store(found, found[0] + 1, [0])
-        T.buffer_store(found, found[1] + size, [1])
-    T.buffer_store(segments.count, found[0], [0])
-    T.buffer_store(segments.expert, segments.expert[0], [found[0]])
-    T.buffer_store(segments.start, found[1], [found[0]])
-    with T.serial(routing.pairs) as pair:
-        expert = T.Bind(chosen[pair])
-        T.buffer_store(segments.order, pair, [place[expert]])
-        T.buffer_store(place, place[expert] + 1, [expert])
 
 
 def combine(routing: Routing, columns: int) -> tirx.PrimFunc:
