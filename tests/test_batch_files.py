@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_runtime.batch.input_file import read_input
@@ -138,6 +138,7 @@ def answer(path: Path, *custom_ids: str) -> Path:
     return path
 
 
+@settings(deadline=None)  # each is an fsync, of a disk that others may use
 @given(st.integers(0, 400))
 def test_what_was_answered_is_left_out_and_a_torn_line_is_cut_off(
     tmp_path_factory: pytest.TempPathFactory, cut: int

@@ -1,7 +1,7 @@
 /* Preloaded before the C library: makes file calls fail on purpose, or notes what was written. See shim.py.
  *
  * A call is counted where its kind is armed and its path contains the armed text. The Nth one fails, or all from the
- * Nth on. A failing close closes; SHORT does half of a read or write. What was noted is written to a descriptor of the
+ * Nth on. Only descriptors that may write count for close, and a failing one closes; SHORT does half of a read or write. What was noted is written to a descriptor of the
  * shim's own: a line "kind result offset length path\tsecond path", then as many bytes. */
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS
@@ -151,7 +151,7 @@ int openat64(int folder, const char *name, int flags, ...) { MODE_OF(flags) retu
 
 int close(int descriptor) {
   int wanted = 0;
-  if (concerned(CLOSE)) {
+  if (concerned(CLOSE) && (fcntl(descriptor, F_GETFL) & O_ACCMODE) != O_RDONLY) {
     char path[PATH_MAX];
     path_of(descriptor, path);
     wanted = fault(CLOSE, path);

@@ -31,6 +31,7 @@ class Fault:
 
     Attributes:
         calls: names in `CALLS`; ``create`` opens with O_CREAT or O_TRUNC, ``pread`` and ``write`` are all their kinds.
+            A ``close`` is one of a file that may be written.
         error: errno, or `SHORT`. A ``close`` that fails has closed.
     """
 

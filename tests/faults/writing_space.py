@@ -1,12 +1,12 @@
 """B4: disks that are full, and files that may not grow."""
 
 import ctypes
-import ctypes.util
 import os
 import resource
 import signal
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tests.faults.row import CannotRun, Outcome, Row
@@ -55,7 +55,7 @@ def _each(warm: WarmExport, count: int, attempt: Callable[[int], None], said: Pa
     shares = sorted({1 + number * 98 // max(1, count - 1) for number in range(count)})
     for share in shares:
         said.write_text("")
-        code = ended(fork(lambda share=share: attempt(share)))
+        code = ended(fork(partial(attempt, share)))
         if code != REFUSED:
             failures.append(f"{share} %: exit code {code}: {said.read_text()[-400:]}")
     return Outcome(tried=len(shares), survived=len(shares) - len(failures), figure=figure, failures=tuple(failures[:5]))
@@ -97,18 +97,19 @@ def _pages(warm: WarmExport) -> int:
 
 def _mounted(folder: Path, num_bytes: int) -> None:
     """Mount a file system in memory that only this process sees, which ends with it; raises OSError."""
-    library = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+    library = ctypes.CDLL(None, use_errno=True)
     folder.mkdir(exist_ok=True)
+    size = f"size={num_bytes}".encode()
     spaces = CLONE_NEWNS if os.getuid() == 0 else CLONE_NEWNS | CLONE_NEWUSER
-    calls = (
-        lambda: library.unshare(spaces),
-        lambda: library.mount(b"none", b"/", None, ctypes.c_ulong(MS_PRIVATE_ALL), None),
-        lambda: library.mount(b"none", bytes(folder), b"tmpfs", ctypes.c_ulong(0), f"size={num_bytes}".encode()),
-    )
-    for call in calls:
-        if call() != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+    _check(library.unshare(spaces))
+    _check(library.mount(b"none", b"/", None, ctypes.c_ulong(MS_PRIVATE_ALL), None))
+    _check(library.mount(b"none", bytes(folder), b"tmpfs", ctypes.c_ulong(0), size))
+
+
+def _check(returned: int) -> None:
+    if returned != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 EXPECTED = "refused with the bytes that are needed, nothing at the place, at most 4 KB beside it"
