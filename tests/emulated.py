@@ -43,7 +43,7 @@ def emulator(machine: str) -> str:
 
 
 class EmulatedKernels:
-    """Kernels too small to be shared among threads, compiled for a target that isn't this machine."""
+    """Kernels compiled for a target that isn't this machine, run by one thread."""
 
     def __init__(self, kernels: dict[str, Any], target: str) -> None:
         profile = load_cpu_profile(target)
