@@ -25,6 +25,7 @@ from engram_runtime.errors import BundleError, CompileError, RequestError, Targe
 from engram_runtime.executor import PendingRows, load_executor
 from engram_runtime.gpu.plan import AwaitRows, ForwardPass, Launch, Place, read_plan
 from engram_runtime.gpu.running import BoundPass, Memory
+from engram_runtime.library import find_library
 from engram_runtime.manifest import GraphSpec, TensorSpec
 from engram_runtime.parallel.group import Group
 from engram_runtime.session import Session
@@ -63,6 +64,17 @@ def test_an_opencl_library_continues_a_text_as_the_processors_does(bundle: Bundl
     found_ids, found = greedy(bundle, "tvm", TARGET)
     assert found_ids == token_ids
     np.testing.assert_allclose(found, logits, atol=2e-3)
+
+
+def test_a_plan_of_other_kernels_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("pyopencl", reason="needs pyopencl: pip install 'engram-edge[opencl]'")
+    copy = Bundle.open(copy_folder(bundle.path, tmp_path / "bundle"))
+    folder, info = find_library(copy, TARGET)
+    plan = folder / info.files["commands"]
+    plan.write_text(json.dumps(json.loads(plan.read_text()), indent=1))  # as sound as before
+    with pytest.raises(TargetError) as caught:
+        load_executor("tvm", copy, threads=1, target=TARGET)
+    assert str(caught.value) == f"{plan} is not what was compiled; compile the bundle again"
 
 
 @needs_opencl

@@ -328,8 +328,16 @@ def test_the_command_refuses_what_it_can_not_serve(command: Command, bundle: Pat
     assert "has no compiled library; run: engram compile" in raw.err
 
 
-def test_the_command_says_what_it_lacks(command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lacking", ["uvicorn", "pydantic"])
+def test_the_command_says_what_it_lacks(
+    command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    if lacking == "pydantic":
+        monkeypatch.setattr("engram_runtime.commands.serve.WorkerProcess", pytest.fail)
     monkeypatch.delitem(sys.modules, "engram_runtime.server.run")
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, lacking, None)
     outcome = command("engram", "serve", bundle)
-    assert (outcome.code, outcome.err) == (4, "engram: engram serve needs uvicorn: pip install 'engram-edge[serve]'\n")
+    assert (outcome.code, outcome.err) == (
+        4,
+        f"engram: engram serve needs {lacking}: pip install 'engram-edge[serve]'\n",
+    )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.conftest import Command
 from tests.faults.libraries_code import with_illegal_instructions
 from tests.workshop import THREADS, Workshop, copy_folder, tiny_profile
@@ -154,6 +156,15 @@ def test_trusting_another_library_than_the_one_that_was_meant(bundle: Bundle, st
         f"engram: library {folder} has SHA-256 {info.digest}, expected {OTHER}; get the one that was meant\n",
     )
     assert record_of(info.digest) is None
+    assert command("engram", "trust", bundle.path, "--sha256", OTHER, "--forget") == said
+
+
+def test_a_pipe_in_a_librarys_place_is_not_waited_for(bundle: Bundle, stranger: Path, command: Command) -> None:
+    folder, info = library_of(bundle)
+    (folder / info.weights).unlink()
+    os.mkfifo(folder / info.weights)
+    said = command("engram", "trust", bundle.path)
+    assert (said.code, said.err) == (3, f"engram: {info.weights} in bundle {folder} is not a plain file\n")
 
 
 def test_a_damaged_library_is_not_trusted(bundle: Bundle, stranger: Path, command: Command) -> None:
@@ -226,6 +237,19 @@ def test_records_that_others_can_write_are_not_relied_on(bundle: Bundle, strange
 def test_folders_of_records_are_their_owners_alone(bundle: Bundle, stranger: Path, command: Command) -> None:
     command("engram", "trust", bundle.path)
     assert [path.stat().st_mode & 0o777 for path in (stranger, stranger / "libraries")] == [0o700, 0o700]
+
+
+def test_records_are_relied_on_where_a_users_own_group_may_write(
+    bundle: Bundle, stranger: Path, command: Command
+) -> None:
+    usual = os.umask(0o002)
+    try:
+        assert command("engram", "trust", bundle.path).code == 0
+        assert len(tokens_of(bundle)) == 6
+    finally:
+        os.umask(usual)
+    kept = [path for path in stranger.rglob("*") if path.is_file()]
+    assert [path.stat().st_mode & 0o777 for path in kept] == [0o600, 0o600]  # the record, and that it was tried
 
 
 @pytest.mark.parametrize("text", ["", '{"version": 2}', '{"version": 1, "how": "no", "target": "", "place": ""}'])
@@ -338,11 +362,25 @@ def test_files_that_are_no_keys(bundle: Bundle, key: Path, command: Command) -> 
         command("engram", "trust", public(key), "--sha256", OTHER).err,
     ]
     assert said == [
-        f"engram: {public(key)} holds no private key; make one with engram keys new\n",
+        f"engram: {public(key)} holds no private key without a passphrase; make one with engram keys new\n",
         f"engram: {key} holds no public key; engram keys new makes one beside each private key\n",
         f"engram: {key} exists; choose another place\n",
         "engram: --target and --sha256 are of a bundle's library, not of a key; leave them out\n",
     ]
+
+
+def test_a_key_with_a_passphrase_is_refused(bundle: Bundle, tmp_path: Path, command: Command) -> None:
+    locked = tmp_path / "locked.key"
+    locked.write_bytes(
+        Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"a passphrase"),
+        )
+    )
+    assert command("engram", "sign", bundle.path, "--key", locked).err == (
+        f"engram: {locked} holds no private key without a passphrase; make one with engram keys new\n"
+    )
 
 
 def test_the_doctor_says_whose_the_library_is(bundle: Bundle, stranger: Path, command: Command) -> None:

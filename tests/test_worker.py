@@ -144,6 +144,12 @@ def end(reason: str, *token_ids: int) -> bytes:
     )
 
 
+def beat(health: str) -> bytes:
+    """Return what no sound worker writes."""
+    load = '{"waiting":0,"running":0,"slots":1,"cached_tokens":0}'
+    return f'{{"kind":"beat","state":{{"load":{load},"health":{{{health}}}}}}}'.encode()
+
+
 def test_a_worker_that_dies_fails_its_texts_and_is_started_anew() -> None:
     model = held(3)
     workers = ToyWorkers(model)
@@ -268,6 +274,25 @@ def test_a_defect_of_the_engine_starts_another_one() -> None:
         again.generation()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_of_the_server_leaves_no_text_waiting() -> None:
+    def broken(index: int, event: Event) -> None:
+        raise ZeroDivisionError("by zero")
+
+    model = held(1)
+    with away(ToyWorkers(model), slots=2) as engine:
+        engine.submit([asked(1, max_tokens=LONG)], told := Told())
+        told.wait_for_tokens(1)
+        engine.submit([asked(2)], broken)
+        let_go(model)
+        message = "a defect has ended the engine: ZeroDivisionError('by zero'); start the server anew"
+        assert (type(told.error()), str(told.error())) == (EngineError, message)
+        until(lambda: engine.health.status == FAILED)
+        assert str(engine.failure) == engine.health.reason == message
+        with pytest.raises(EngineError, match=r"^a defect has ended the engine"):
+            engine.submit([asked(1)], Told())
+
+
 @pytest.mark.parametrize(
     ("says", "reason"),
     [
@@ -282,6 +307,8 @@ def test_a_defect_of_the_engine_starts_another_one() -> None:
         ([token(1, top=[(-1, 0.5)])], f"a token is outside the vocabulary of {VOCAB}"),
         ([end("stop", 2**70)], f"a token is outside the vocabulary of {VOCAB}"),
         ([end("whim")], "a text has ended by 'whim', which is no reason"),
+        ([beat('"status":"whim"')], "an engine is 'whim', wanted one of ['ok', 'degraded', 'restarting', 'failed']"),
+        ([beat('"since":NaN')], "a time since when is nan, wanted a finite number of seconds"),
     ],
 )
 def test_a_worker_that_lies_is_killed(says: list[bytes], reason: str | None) -> None:

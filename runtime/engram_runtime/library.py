@@ -270,11 +270,22 @@ def _digests(fields: Fields, parts: Sequence[str]) -> dict[str, str]:
 
 
 def verify_library(folder: Path, info: LibraryInfo) -> None:
-    """Hash a library's files; raises TargetError naming the first one whose contents are not those compiled."""
-    for part, name in info.files.items():
-        path = folder / name
-        if file_sha256(path) != info.sha256[part]:
-            raise TargetError(f"{path} is not what was compiled; compile the bundle again")
+    """Hash a library's files; raises what `verify_part` does of the first one that is not what was compiled."""
+    for part in info.files:
+        verify_part(folder, info, part)
+
+
+def verify_part(folder: Path, info: LibraryInfo, part: str) -> None:
+    """Hash one of `LibraryInfo.files`.
+
+    Raises:
+        BundleError: it is missing, or no plain file: a pipe would be waited for, and a device has no end.
+        TargetError: its contents are not those compiled.
+    """
+    path = folder / info.files[part]
+    plain_file(folder, info.files[part])
+    if file_sha256(path) != info.sha256[part]:
+        raise TargetError(f"{path} is not what was compiled; compile the bundle again")
 
 
 def graph_digest(bundle: Bundle) -> str:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from engram_runtime.trust.library import trusted_library
 
 DEFAULT_PORT = 8080
 SECRETS = (KEY_VARIABLE,)  # variables of the environment that a worker has no use for
+WORKERS_NEED = "pydantic"  # before they can say in one sentence what they lack
 SAMPLING_KINDS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -95,6 +97,8 @@ def serve(
     page to chat.
     """
     paths = _paths(bundles)
+    if find_spec(WORKERS_NEED) is None:
+        raise _lacking(WORKERS_NEED)
     with contextlib.ExitStack() as started:
         # They import what they need while this process does, and checks what it was given.
         workers = {name: started.enter_context(contextlib.closing(WorkerProcess(hidden=SECRETS))) for name in paths}
@@ -106,7 +110,7 @@ def serve(
             from engram_runtime.server.guard import access_log
             from engram_runtime.server.run import listen, serve_models
         except ModuleNotFoundError as error:
-            raise TargetError(f"engram serve needs {error.name}: pip install 'engram-edge[serve]'") from error
+            raise _lacking(error.name) from error
 
         engines = _Engines(paths, workers, loading, slots, queue, defaults)
         with listen(host, port) as listener:
@@ -155,6 +159,10 @@ class _Engines:
             drafts=loading.drafts,
             trust=loading.trust,
         )
+
+
+def _lacking(module: str | None) -> TargetError:
+    return TargetError(f"engram serve needs {module}: pip install 'engram-edge[serve]'")
 
 
 def _starter(first: WorkerProcess) -> Callable[[], WorkerProcess]:

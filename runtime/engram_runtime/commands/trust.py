@@ -31,11 +31,11 @@ def trust(what: Path, target: str | None, digest: str | None, forget: bool) -> N
 
 def _trust_library(bundle: Bundle, target: str | None, digest: str | None, *, forget: bool) -> None:
     folder, info = find_library(bundle, target)
+    _check_digest(folder, info, digest)
     if forget:
         known = forget_record(info.digest)
         click.echo(f"{folder} {'is trusted no longer' if known else 'was not trusted'}: {info.digest}")
         return
-    _check_digest(folder, info, digest)
     verify_library(folder, info)
     keep_record(info, TRUSTED, folder)
     click.echo(f"{folder} is trusted: {info.digest}")

@@ -19,7 +19,7 @@ from engram_runtime.forking import check_process
 from engram_runtime.gpu.device import Buffer, Device
 from engram_runtime.gpu.plan import Plan, read_plan
 from engram_runtime.gpu.running import BoundPass, Memory
-from engram_runtime.library import LibraryInfo, pass_function
+from engram_runtime.library import LibraryInfo, pass_function, verify_part
 from engram_runtime.manifest import DECODER, EMBEDDINGS, HIDDEN, GraphSpec
 from engram_runtime.trust.code import checked_text
 from engram_runtime.trust.library import trusted_library
@@ -195,5 +195,6 @@ def open_library(bundle: Bundle, folder: Path, info: LibraryInfo, *, threads: in
 
     assert info.commands is not None
     plan = read_plan(folder / info.commands)
+    verify_part(folder, info, "commands")  # or a sound plan may be of other kernels
     source = checked_text(folder / info.library, info.sha256["library"])
     return GpuExecutor(open_device(source, plan.most_threads), folder, info, plan, bundle.manifest.graphs)

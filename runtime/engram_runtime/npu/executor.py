@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_runtime.bundle import Bundle, file_sha256
+from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import available_cores
-from engram_runtime.errors import TargetError
 from engram_runtime.executor import MOST_THREADS, PendingRows
 from engram_runtime.executors.tvm_library import (
     TvmExecutor,
@@ -26,7 +25,7 @@ from engram_runtime.executors.tvm_library import (
     load_tvm_runtime,
     running_step,
 )
-from engram_runtime.library import LibraryInfo
+from engram_runtime.library import LibraryInfo, verify_part
 from engram_runtime.manifest import DECODER
 from engram_runtime.npu.commands_file import MULTIPLY, MULTIPLY_EXPERTS, CommandsFile, read_commands
 from engram_runtime.npu.device import Program
@@ -62,7 +61,7 @@ class NpuExecutor(TvmExecutor):
         device = open_device(commands.geometry)
         self.geometry = commands.geometry
         self.programs: Sequence[Program] = [device.load(stream) for stream in commands.streams]
-        _check_own(folder, info)
+        verify_part(folder, info, "commands")  # or sound streams may be of another library
         self.ledger = Ledger(commands.layers, commands.geometry.clock_hz)
         load_tvm_runtime(folder, info)
         super().__init__(folder, info, tables, threads=threads, told=told)
@@ -163,13 +162,6 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 let_call(MULTIPLY, _multiply)
 let_call(MULTIPLY_EXPERTS, _multiply_experts)
-
-
-def _check_own(folder: Path, info: LibraryInfo) -> None:
-    """Refuse sound streams of another library, whose products are not those this one asks for."""
-    path = folder / info.files["commands"]
-    if file_sha256(path) != info.sha256["commands"]:
-        raise TargetError(f"{path} is not what was compiled; compile the bundle again")
 
 
 def load(bundle: Bundle, *, threads: int | None, target: str | None) -> NpuExecutor:

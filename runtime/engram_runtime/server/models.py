@@ -5,10 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from engram_runtime.openai_api.errors import UNAVAILABLE, ApiError
-from engram_runtime.serving.engine_protocol import DEGRADED, FAILED, OK, RESTARTING, Engine
+from engram_runtime.serving.engine_protocol import DEGRADED, OK, STATUSES, Engine
 
 LOADING = "loading"
-WORSE = (OK, DEGRADED, RESTARTING, FAILED)
 SERVING = frozenset({OK, DEGRADED})
 LOADING_RETRY_S = 5.0
 
@@ -44,7 +43,7 @@ class Models:
         engines = dict(self.engines)
         if engines.keys() != self._names:
             return LOADING
-        return max((engine.health.status for engine in engines.values()), key=WORSE.index, default=OK)
+        return max((engine.health.status for engine in engines.values()), key=STATUSES.index, default=OK)
 
     @property
     def troubles(self) -> dict[str, dict[str, Any]]:

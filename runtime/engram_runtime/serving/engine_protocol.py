@@ -54,7 +54,7 @@ class Load:
     cached_tokens: int
 
 
-OK, DEGRADED, RESTARTING, FAILED = "ok", "degraded", "restarting", "failed"
+OK, DEGRADED, RESTARTING, FAILED = STATUSES = ("ok", "degraded", "restarting", "failed")  # from best to worst
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Files that nobody else can change."""
+"""Files that are not everybody's to change, nor another user's; a group that may write is its owner's choice."""
 
 import os
 import stat

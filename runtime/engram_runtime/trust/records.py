@@ -11,9 +11,8 @@ from typing import Self
 
 from engram_runtime.errors import BundleError, TargetError
 from engram_runtime.library import LibraryInfo
-from engram_runtime.new_file import new_file
 from engram_runtime.strict_json import Fields, read_json_object, version_error
-from engram_runtime.trust.state import own_file, own_folder
+from engram_runtime.trust.state import own_file, write_own
 
 FOLDER, VERSION = "libraries", 1
 COMPILED, TRUSTED = HOW = ("compiled", "trusted")
@@ -58,8 +57,7 @@ def keep_record(info: LibraryInfo, how: str, place: Path) -> None:
         TargetError: others can write to it.
     """
     facts = {"version": VERSION, "how": how, "target": info.target, "place": str(place.absolute())}
-    with new_file(own_folder(FOLDER) / info.digest, replace=True) as file:
-        file.write((json.dumps(facts) + "\n").encode())
+    write_own(FOLDER, info.digest, (json.dumps(facts) + "\n").encode())
 
 
 def record_of(digest: str) -> LibraryRecord | None:

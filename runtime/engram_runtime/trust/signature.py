@@ -13,10 +13,10 @@ from typing import Self
 from engram_runtime.errors import BundleError, RequestError, TargetError
 from engram_runtime.new_file import new_file
 from engram_runtime.strict_json import Fields, read_json_object, version_error
-from engram_runtime.trust.state import own_file, own_folder, state_folder
+from engram_runtime.trust.state import own_file, state_folder, write_own
 
 try:
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 except ModuleNotFoundError as error:
@@ -27,6 +27,7 @@ KEY_SUFFIX, PUBLIC_SUFFIX = ".key", ".pub"
 PURPOSE = b"engram-edge signature 1\0"
 KEY_ID, SIGNATURE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{128}")
 MAX_KEY_BYTES = 1 << 14
+NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)  # what loading one raises, TypeError where it has a passphrase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,10 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     """Return the key in a file; raises RequestError where it holds none."""
     try:
         key = serialization.load_pem_private_key(_pem(path), password=None)
-    except (ValueError, TypeError) as error:
-        raise RequestError(f"{path} holds no private key; make one with engram keys new") from error
+    except NO_KEY as error:
+        raise RequestError(
+            f"{path} holds no private key without a passphrase; make one with engram keys new"
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise RequestError(f"{path} holds a private key of another kind than Ed25519; make one with engram keys new")
     return key
@@ -90,7 +93,7 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     """Return the key in a file; raises RequestError where it holds none."""
     try:
         key = serialization.load_pem_public_key(_pem(path))
-    except (ValueError, TypeError) as error:
+    except NO_KEY as error:
         raise RequestError(f"{path} holds no public key; engram keys new makes one beside each private key") from error
     if not isinstance(key, Ed25519PublicKey):
         raise RequestError(f"{path} holds a public key of another kind than Ed25519; ask for one of that kind")
@@ -127,8 +130,7 @@ def signed_by(path: Path, kind: str, digest: str) -> str:
 def trust_key(path: Path) -> str:
     """Trust the owner of a public key from now on; returns its id."""
     key = read_public_key(path)
-    with new_file(own_folder(KEYS_FOLDER) / key_id(key), replace=True) as file:
-        file.write(_public_pem(key))
+    write_own(KEYS_FOLDER, key_id(key), _public_pem(key))
     return key_id(key)
 
 

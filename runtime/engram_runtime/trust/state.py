@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from engram_runtime.errors import TargetError
+from engram_runtime.new_file import new_file
 from engram_runtime.user_cache import NAME
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -34,6 +35,18 @@ def own_folder(name: str) -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         check_own(folder)
     return root / name
+
+
+def write_own(name: str, file: str, content: bytes) -> None:
+    """Keep a file in a folder of `state_folder`, for this user alone to read and write, in place of another one.
+
+    Raises:
+        OSError: the folder can't be written.
+        TargetError: others can write to it.
+    """
+    with new_file(own_folder(name) / file, replace=True) as opened:
+        os.fchmod(opened.fileno(), 0o600)  # whatever the umask: a user's own group is often let write
+        opened.write(content)
 
 
 def own_file(name: str, file: str) -> Path | None:

@@ -9,8 +9,7 @@ from engram_runtime.bundle import Bundle
 from engram_runtime.cpu import cpu_flags, machine
 from engram_runtime.errors import TargetError
 from engram_runtime.library import LibraryInfo
-from engram_runtime.new_file import new_file
-from engram_runtime.trust.state import own_file, own_folder
+from engram_runtime.trust.state import own_file, write_own
 
 FOLDER = "trials"
 TRIAL = "engram_runtime.trust.trial_run"
@@ -40,8 +39,7 @@ def require_trial(bundle: Bundle, folder: Path, info: LibraryInfo) -> None:
     if done.returncode != 0:
         (*_, last) = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise TargetError(f"library {folder} failed when it ran in a process of its own: {last}")
-    with new_file(own_folder(FOLDER) / name, replace=True) as file:
-        file.write(b"")
+    write_own(FOLDER, name, b"")
 
 
 def _processor() -> str:

@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from engram_runtime.errors import EngramError, RequestError
 from engram_runtime.forking import check_process
-from engram_runtime.serving.engine_protocol import BusyError, Tell, UnavailableError, WorkerError
+from engram_runtime.serving.engine_protocol import BusyError, EngineError, Tell, UnavailableError, WorkerError
 from engram_runtime.serving.events import Event, Failed
 from engram_runtime.serving.figures import StepFigures
 from engram_runtime.serving.request import TextRequest
@@ -39,6 +40,7 @@ HUNG_S = 60.0  # without a message, of which there is one a second, before the w
 ANSWER_S = 10.0  # for a worker to take a job, a grammar included
 MOST_UNSENT_BYTES = 64 << 20  # to a worker that doesn't read
 CLOSE_S = 1.0
+DEFECT = "a defect has ended the engine: {!r}; start the server anew"
 
 
 class Link:
@@ -89,14 +91,21 @@ class Link:
         return opened.fingerprint
 
     def run(self) -> EngramError:
-        """Take what the worker says until it dies, hangs or breaks the protocol; returns what is told of its texts."""
+        """Take what the worker says until it dies, hangs or breaks the protocol; returns what is told of its texts.
+
+        A defect of this process ends the worker too, so that no text waits for what nobody reads.
+        """
         try:
             self._take_all()
         except (EOFError, ProtocolError) as error:
-            with self._lock:
-                self._over = True
-                jobs, self._jobs = list(self._jobs.values()), {}
+            jobs = self._end_jobs()
             reason = self._lost(error)
+        except BaseException as defect:
+            jobs = self._end_jobs()
+            self._lost(EOFError())
+            for job in jobs:
+                job.lose(EngineError(DEFECT.format(defect)))
+            raise
         for job in jobs:
             job.lose(self._error(reason))
         return self._error(reason)
@@ -133,7 +142,7 @@ class Link:
         self._closing = True
         self._writer.close(0.0)
 
-    def _take_all(self) -> None:
+    def _take_all(self) -> NoReturn:
         heard = checked = time.monotonic()
         while True:
             frames = self._reader.receive(TICK_S)
@@ -144,6 +153,13 @@ class Link:
             if now - checked >= TICK_S:
                 checked = now
                 self._check_alive(now - heard)
+
+    def _end_jobs(self) -> list[RemoteJob]:
+        """Take no job from now on, and return those that there are."""
+        with self._lock:
+            self._over = True
+            jobs, self._jobs = list(self._jobs.values()), {}
+        return jobs
 
     def _lost(self, error: Exception) -> str:
         """Have the worker ended that was lost by an error, and return how it did."""

@@ -1,5 +1,6 @@
 """What the server and the process of an engine say to each other, as JSON: read strictly, by the types below."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from engram_runtime import errors
 from engram_runtime.errors import EngramError, RequestError
 from engram_runtime.serving import engine_protocol
-from engram_runtime.serving.engine_protocol import BusyError, EngineError, Health, Load, UnavailableError
+from engram_runtime.serving.engine_protocol import STATUSES, BusyError, EngineError, Health, Load, UnavailableError
 from engram_runtime.serving.events import Finished, Token
 from engram_runtime.serving.figures import StepFigures
 from engram_runtime.serving.request import TextRequest
@@ -23,6 +24,12 @@ ERRORS = {
 }
 
 
+def _require_finite(what: str, seconds: float | None) -> None:
+    """Refuse what can't be written into a response."""
+    if seconds is not None and not math.isfinite(seconds):
+        raise ProtocolError(f"{what} is {seconds}, wanted a finite number of seconds")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorNote:
     """An `EngramError`: the name of its class, its text, and what two of the classes have beside it."""
@@ -30,6 +37,9 @@ class ErrorNote:
     name: str
     message: str
     retry_after_s: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_finite("a time to come again", self.retry_after_s)
 
     @classmethod
     def of(cls, error: EngramError) -> Self:
@@ -53,6 +63,11 @@ class State:
     load: Load
     health: Health
     passes: tuple[StepFigures, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.health.status not in STATUSES:
+            raise ProtocolError(f"an engine is {self.health.status[:40]!r}, wanted one of {list(STATUSES)}")
+        _require_finite("a time since when", self.health.since)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

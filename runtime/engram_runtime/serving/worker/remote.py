@@ -25,7 +25,7 @@ from engram_runtime.serving.engine_protocol import (
 )
 from engram_runtime.serving.figures import StepFigures, unwatched
 from engram_runtime.serving.request import TextRequest
-from engram_runtime.serving.worker.link import Link
+from engram_runtime.serving.worker.link import DEFECT, Link
 from engram_runtime.serving.worker.process import Worker
 from engram_runtime.serving.worker.settings import WorkerSettings
 from engram_runtime.tokenizer import TextTokenizer
@@ -41,7 +41,8 @@ class RemoteEngine:
     `WorkerError`.
 
     Attributes:
-        failure: a worker that was started anew opened another bundle than before, so that nothing fits any more.
+        failure: a worker that was started anew opened another bundle than before, so that nothing fits any more, or a
+            defect has ended the thread that starts workers.
     """
 
     failure: EngramError | None = None
@@ -152,7 +153,11 @@ class RemoteEngine:
             raise
         self._link = link
         first.set_result(fingerprint)
-        self._serve(link)
+        try:
+            self._serve(link)
+        except BaseException as defect:
+            self._give_up(DEFECT.format(defect))
+            raise
 
     def _serve(self, link: Link | None) -> None:
         while link is not None:
@@ -175,16 +180,20 @@ class RemoteEngine:
                 continue
             if fingerprint == self.fingerprint:
                 return link
-            self._fail(link)
+            self._refuse(link)
             break
         return None
 
-    def _fail(self, link: Link) -> None:
+    def _refuse(self, link: Link) -> None:
         """Give up, as the bundle isn't the one whose tokenizer and name are known."""
-        self.failure = EngineError(f"the bundle of model {self.name!r} was replaced; start the server anew")
-        self._down = Health(status=FAILED, since=time.time(), reason=str(self.failure))
+        self._give_up(f"the bundle of model {self.name!r} was replaced; start the server anew")
         link.close()
         link.run()
+
+    def _give_up(self, reason: str) -> None:
+        self.failure = EngineError(reason)
+        self._down = Health(status=FAILED, since=time.time(), reason=reason)
+        self._link = None
 
 
 def _pauses() -> Iterator[float]:
