@@ -32,6 +32,7 @@ from engram_runtime.bundle import sealed
 from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.new_folder import new_folder
+from engram_runtime.tables.checksums import write_checksums
 from engram_targets import CpuProfile, load_cpu_profile
 
 pytestmark = pytest.mark.slow
@@ -234,7 +235,12 @@ def test_rows_that_lie_outside_the_bundle_are_copied_into_it(
     copy_bundle(bundle, library, info, tmp_path / "copy", with_graph=False)
     for path in checkpoint.iterdir():
         path.unlink()
-    Bundle.open(tmp_path / "copy").verify_digests()
+    made = Bundle.open(tmp_path / "copy")
+    made.verify_digests()
+    for rows in (rows for table in made.manifest.tables for rows in table.ranges):
+        assert rows.checksums is not None
+        write_checksums(made.file(rows.file), tmp_path / "checksums")
+        assert made.file(rows.checksums).read_bytes() == (tmp_path / "checksums").read_bytes()
     with LLM(tmp_path / "copy", threads=THREADS) as copy, LLM(packing.bundle.path, threads=THREADS) as llm:
         expected = llm.generate(PROMPT, max_tokens=24).token_ids
         assert copy.generate(PROMPT, max_tokens=24).token_ids == expected
