@@ -390,6 +390,20 @@ def test_a_library_that_was_damaged_is_not_packed(packing: Packing, tmp_path: Pa
     assert str(caught.value) == f"{library} is not what was compiled; compile the bundle again"
 
 
+def test_a_library_that_is_not_trusted_here_is_not_packed(
+    packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(TargetError) as caught:
+        ready_library(packing.bundle, quick_profile(), lambda step: None)
+    path, name = packing.bundle.path, quick_profile().name
+    assert str(caught.value) == (
+        f"library {path / 'lib' / name} was neither compiled by this user here nor signed by a key that is trusted "
+        f"here; run: engram compile {path} --target {name} --rebuild, or, if you trust who made it: engram trust {path} "
+        f"--target {name}"
+    )
+
+
 def test_machines_without_packages_are_refused(packing: Packing, tmp_path: Path) -> None:
     with pytest.raises(TargetError) as caught:
         pack_cpu(packing.bundle, quick_profile(name="mine", machine="riscv64"), OPTIONS, tmp_path)
