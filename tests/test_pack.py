@@ -399,8 +399,8 @@ def test_a_library_that_is_not_trusted_here_is_not_packed(
     path, name = packing.bundle.path, quick_profile().name
     assert str(caught.value) == (
         f"library {path / 'lib' / name} was neither compiled by this user here nor signed by a key that is trusted "
-        f"here; run: engram compile {path} --target {name} --rebuild, or, if you trust who made it: engram trust {path} "
-        f"--target {name}"
+        f"here; run: engram compile {path} --target {name} --rebuild, or, if you trust who made it: "
+        f"engram trust {path} --target {name}"
     )
 
 
