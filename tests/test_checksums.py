@@ -2,11 +2,14 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
+import resource
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,6 +185,24 @@ def test_a_mapped_row_that_was_forgotten_is_checked_again(tmp_path: Path) -> Non
     with pytest.raises(TableError) as caught:
         gathered(table, [1], 16 * BLOCK)
     assert str(caught.value) == damage(tmp_path / "rows.bin", 20, checksums["rows.bin"])
+
+
+def test_pages_that_came_back_from_the_disk_are_checked_before_their_rows_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = rows_spec(tmp_path)
+    checksums = checksums_of(tmp_path, spec)
+    table = opened(MappedTable, tmp_path, spec, checksums)
+    true = gathered(table, [0, 60], COLUMNS)  # known from now on
+    table._files.end_leases()  # type: ignore[attr-defined]
+    flip(tmp_path / "rows.bin", 2 * BLOCK)
+    np.testing.assert_array_equal(gathered(table, [60], COLUMNS), true[1:], strict=True)
+    faults = itertools.count()
+    monkeypatch.setattr(resource, "getrusage", lambda whose: SimpleNamespace(ru_majflt=next(faults)))
+    with pytest.raises(TableError) as caught:
+        gathered(table, [60], COLUMNS)
+    assert str(caught.value) == damage(tmp_path / "rows.bin", 2, checksums["rows.bin"])
+    np.testing.assert_array_equal(gathered(table, [0], COLUMNS), true[:1], strict=True)
 
 
 def test_an_exported_table_has_checksums_of_every_file(workshop: Workshop) -> None:

@@ -342,11 +342,13 @@ def test_ids_that_are_no_tokens_are_refused(workshop: Workshop, tmp_path: Path) 
     raw = json.loads((bundle.path / "engram.json").read_text())
     (entry,) = [entry for entry in raw["files"] if entry["path"] == "graph/mtp.vocabulary.int32"]
     ids = np.fromfile(path, dtype="<i4")
-    for wrong, sentence in (
-        (ids[1:], f"holds {DRAFT_VOCAB - 1} ids, the draft head has {DRAFT_VOCAB} logits; export again"),
-        (np.where(ids == ids[3], 300, ids), f"holds ids {ids.min()} to 300, expected 0 to 299; export again"),
+    need = f"bytes, the draft head's {DRAFT_VOCAB} logits need {4 * DRAFT_VOCAB}; export again"
+    another = np.where(ids == ids[3], 300, ids).astype("<i4").tobytes()
+    for content, sentence in (
+        (another[4:], f"holds {4 * DRAFT_VOCAB - 4} {need}"),
+        (another + b"x", f"holds {4 * DRAFT_VOCAB + 1} {need}"),
+        (another, f"holds ids {ids.min()} to 300, expected 0 to 299; export again"),
     ):
-        content = wrong.astype("<i4").tobytes()
         path.write_bytes(content)
         entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         (bundle.path / "engram.json").write_bytes(sealed(raw))

@@ -26,6 +26,7 @@ from engram_export.journal import Journal
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import BundleError
 from engram_runtime.executors.onnxruntime_session import load
+from engram_runtime.onnx_places import check_places
 from engram_runtime.strict_json import read_json_object
 
 
@@ -108,6 +109,17 @@ def test_no_executor_opens_a_graph_whose_weights_lie_elsewhere(
     assert str(caught.value) == (
         f"{graph} has a tensor said to lie at {place}, outside weights.safetensors of 256 bytes; "
         f"export the bundle again"
+    )
+
+
+def test_a_field_that_other_readers_take_for_a_graph_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights").touch()
+    graph_key = 7 << 3 | 2  # and bit 32, which protobuf in C++ drops
+    (tmp_path / "graph").write_bytes(bytes([graph_key | 128, 128, 128, 128, 1 << 4, 0]))
+    with pytest.raises(BundleError) as caught:
+        check_places(tmp_path / "graph", tmp_path / "weights")
+    assert str(caught.value) == (
+        f"{tmp_path / 'graph'} is not an ONNX file: the key at byte 0 has more than 32 bits; export the bundle again"
     )
 
 

@@ -87,7 +87,7 @@ def test_a_link_in_place_of_the_unfinished_file_is_not_written_through(tmp_path:
     (place / f".a.{os.getpid()}.tmp").symlink_to(tmp_path / "own")
     with pytest.raises(FileExistsError):
         interrupted(place / "a", OSError)
-    assert (tmp_path / "own").read_bytes() == b"mine"
+    assert ((tmp_path / "own").read_bytes(), names(place)) == (b"mine", [f".a.{os.getpid()}.tmp"])
 
 
 def test_a_pipe_beside_a_file_keeps_nobody_waiting(tmp_path: Path) -> None:
@@ -115,6 +115,15 @@ def test_a_link_in_place_of_a_workplace_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(RequestError):
         lock(tmp_path / "out")
     assert names(tmp_path / "elsewhere") == []
+
+
+def test_a_workplace_that_vanishes_was_another_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engram_runtime.workplace._make_own", lambda folder: None)
+    with pytest.raises(RequestError) as caught:
+        lock(tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'} is being exported to by another process; wait for it or choose another place"
+    )
 
 
 def lock(out: Path) -> None:

@@ -32,6 +32,7 @@ from engram_runtime.bundle import sealed
 from engram_runtime.cpu import machine
 from engram_runtime.errors import BundleError, CompileError, RequestError, TargetError
 from engram_runtime.new_folder import new_folder
+from engram_runtime.tables.checksums import write_checksums
 from engram_targets import CpuProfile, load_cpu_profile
 
 pytestmark = pytest.mark.slow
@@ -234,7 +235,12 @@ def test_rows_that_lie_outside_the_bundle_are_copied_into_it(
     copy_bundle(bundle, library, info, tmp_path / "copy", with_graph=False)
     for path in checkpoint.iterdir():
         path.unlink()
-    Bundle.open(tmp_path / "copy").verify_digests()
+    made = Bundle.open(tmp_path / "copy")
+    made.verify_digests()
+    for rows in (rows for table in made.manifest.tables for rows in table.ranges):
+        assert rows.checksums is not None
+        write_checksums(made.file(rows.file), tmp_path / "checksums")
+        assert made.file(rows.checksums).read_bytes() == (tmp_path / "checksums").read_bytes()
     with LLM(tmp_path / "copy", threads=THREADS) as copy, LLM(packing.bundle.path, threads=THREADS) as llm:
         expected = llm.generate(PROMPT, max_tokens=24).token_ids
         assert copy.generate(PROMPT, max_tokens=24).token_ids == expected
@@ -382,6 +388,20 @@ def test_a_library_that_was_damaged_is_not_packed(packing: Packing, tmp_path: Pa
     with pytest.raises(TargetError) as caught:
         ready_library(bundle, quick_profile(), lambda step: None)
     assert str(caught.value) == f"{library} is not what was compiled; compile the bundle again"
+
+
+def test_a_library_that_is_not_trusted_here_is_not_packed(
+    packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(TargetError) as caught:
+        ready_library(packing.bundle, quick_profile(), lambda step: None)
+    path, name = packing.bundle.path, quick_profile().name
+    assert str(caught.value) == (
+        f"library {path / 'lib' / name} was neither compiled by this user here nor signed by a key that is trusted "
+        f"here; run: engram compile {path} --target {name} --rebuild, or, if you trust who made it: "
+        f"engram trust {path} --target {name}"
+    )
 
 
 def test_machines_without_packages_are_refused(packing: Packing, tmp_path: Path) -> None:

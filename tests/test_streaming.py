@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -323,6 +324,15 @@ def with_large_table(checkpoint: Path, table_bytes: int) -> Path:
             writer.write(plan.name, tensors[plan.name])
         writer.write_rows(TABLE, int(primes.sum()) - 1, np.ones((1, ROW_DIM), dtype=np.float32))
     return checkpoint
+
+
+def test_a_system_that_writes_in_pieces_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:7], offset))
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    with SafetensorsWriter(tmp_path / "w", [TensorPlan("gain", "float32", (3, 4))]) as writer:
+        writer.write("gain", values)
+    np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "w")["gain"], values, strict=True)
 
 
 def fill_rows(checkpoint: Path, row_ids: NDArray[np.int64]) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from engram_runtime.batch.output_file import OutputFile
 from engram_runtime.disk_space import written_to
 from engram_runtime.errors import RequestError
+from engram_runtime.exchange import exchange
 from engram_runtime.new_file import new_file
 from engram_runtime.new_folder import new_folder, staged_place
 from engram_runtime.workplace import holder
@@ -64,6 +66,24 @@ def test_a_folder_without_space_says_what_it_needs(tmp_path: Path) -> None:
         f"choose another place"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def swap_nothing(one: Path, other: Path) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("swap", [exchange, swap_nothing])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: Callable[[Path, Path], bool]
+) -> None:
+    monkeypatch.setattr("engram_runtime.new_folder.exchange", swap)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/mark").touch()
+    (tmp_path / "out").symlink_to("old")
+    with new_folder(tmp_path / "out", "mark", "a folder", replace=True) as folder:
+        (folder / "new").touch()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert (left, (tmp_path / "out").is_symlink()) == (["old", "old/mark", "out", "out/new"], False)
 
 
 def test_other_errors_of_a_disk_keep_the_name_they_have(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class SafetensorsWriter:
         layout = SafetensorsLayout.of(plans, alignment=alignment)
         self.offsets = layout.offsets
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        os.pwrite(self._file, layout.header, 0)
+        self.write_at(0, np.frombuffer(layout.header, dtype=np.uint8))
         os.ftruncate(self._file, len(layout.header) + sum(plan.bytes for plan in plans))
 
     def write(self, name: str, values: NDArray[Any]) -> None:
@@ -83,8 +83,10 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        os.fsync(self._file)
-        os.close(self._file)
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
 
     def __enter__(self) -> Self:
         return self

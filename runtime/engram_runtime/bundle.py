@@ -130,10 +130,14 @@ class Bundle:
         """
         head, relative = self.manifest.graph(DRAFT_HEAD), self.manifest.draft_vocabulary
         assert relative is not None  # see `Manifest.check`
-        values = np.frombuffer(self.read_checked(relative), dtype="<i4").astype(np.int64)
         vocab_size, expected = self.manifest.model.vocab_size, head.outputs[0].shape[-1]
-        if len(values) != expected:
-            raise BundleError(f"{relative} holds {len(values)} ids, the draft head has {expected} logits; export again")
+        data = self.read_checked(relative)
+        if len(data) != 4 * expected:
+            raise BundleError(
+                f"{relative} holds {len(data)} bytes, the draft head's {expected} logits need {4 * expected}; "
+                f"export again"
+            )
+        values = np.frombuffer(data, dtype="<i4").astype(np.int64)
         if values.min() < 0 or values.max() >= vocab_size:
             raise BundleError(
                 f"{relative} holds ids {values.min()} to {values.max()}, expected 0 to {vocab_size - 1}; export again"

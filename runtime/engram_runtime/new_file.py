@@ -36,20 +36,21 @@ def new_file(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
         RequestError: there is no space, or as `check_place`.
     """
     check_place(path, replace=replace)
-    _remove_left(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with written_to(path):
-            with scratch.open("xb") as file:  # no link of another user's
+    with written_to(path):
+        _remove_left(path)
+        file = scratch.open("xb")  # no link of another user's, nor what a process of this number in a container writes
+        try:
+            with file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             scratch.replace(path)
             flush(path.parent)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
 
 def _remove_left(path: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from engram_runtime.disk_space import written_to
 from engram_runtime.errors import RequestError
 from engram_runtime.exchange import exchange
 from engram_runtime.new_file import flush
-from engram_runtime.workplace import STAGED_FOLDER, clear, locked_workplace, workplace
+from engram_runtime.workplace import STAGED_FOLDER, clear, locked_workplace, remove, workplace
 
 
 def check_new_folder(out: Path, mark: str, kind: str, *, replace: bool) -> None:
@@ -72,7 +71,7 @@ def restore_replaced(out: Path) -> None:
     """Put back a folder that was moved aside by who was killed then, or remove it if the new one is there."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.replaced-*"):
         if out.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         else:
             folder.rename(out)
 
@@ -102,7 +101,7 @@ def move_into_place(scratch: Path, out: Path) -> None:
     """
     old = scratch if out.exists() and exchange(scratch, out) else _renamed(scratch, out)
     flush(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def _renamed(scratch: Path, out: Path) -> Path:

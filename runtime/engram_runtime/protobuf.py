@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5  # kinds of fields
 MOST_VARINT_BYTES = 10  # of a number of 64 bits
+MOST_KEY = 2**32 - 1
 
 Value = int | memoryview
 
@@ -19,7 +20,10 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
     """
     at = 0
     while at < len(message):
-        key, at = _varint(message, at)
+        key, after = _varint(message, at)
+        if key > MOST_KEY:  # of which readers in C++ drop bits, and take the field for another one
+            raise ValueError(f"the key at byte {at} has more than 32 bits")
+        at = after
         number, kind = key >> 3, key & 7
         if kind == VARINT:
             value, at = _varint(message, at)

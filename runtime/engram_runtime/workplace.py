@@ -35,7 +35,11 @@ def locked_workplace(out: Path, doing: str) -> Iterator[BinaryIO]:
     folder = workplace(out)
     _make_own(folder)
     path = folder / JOURNAL_FILE
-    with path.open("a+b") as stream:
+    try:
+        journal = path.open("a+b")
+    except FileNotFoundError as error:
+        raise _busy(out, doing, None) from error  # the folder was removed by the process that had it until now
+    with journal as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -66,7 +70,16 @@ def clear(out: Path) -> None:
     """Remove what was made in the workplace of ``out``; a file that can't be removed stays."""
     for made in workplace(out).iterdir():
         if made.name != JOURNAL_FILE:
-            shutil.rmtree(made, ignore_errors=True)
+            remove(made)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder and all that is in it, of a link nothing but that; what can't be removed stays."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def holder(file: BinaryIO) -> int | None:

@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from engram_runtime.bundle import MANIFEST_NAME, Bundle, manifest_bytes
+from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_sha256, manifest_bytes
 from engram_runtime.library import LIBRARY_FOLDER, LIBRARY_INFO_NAME, LibraryInfo
 from engram_runtime.manifest import FileEntry, Manifest
 from engram_runtime.new_folder import make_read_only
 from engram_runtime.table_spec import RowRange, TablePart, TableSpec
+from engram_runtime.tables.checksums import write_checksums
 
 COPY_BLOCK_BYTES = 1 << 22
 
@@ -79,7 +80,8 @@ def _copy_external_rows(bundle: Bundle, out: Path) -> tuple[tuple[TableSpec, ...
             return rows
         name = next(names)
         written.append(_copy_rows(bundle.table_path(rows), rows.offset, rows.num_rows * row_bytes, out, name))
-        return dataclasses.replace(rows, file=name, external=False, offset=0, identity=None)
+        written.append(checksums := _sum_up(out, name))
+        return dataclasses.replace(rows, file=name, external=False, offset=0, identity=None, checksums=checksums.path)
 
     def copied(part: TablePart) -> TablePart:
         return dataclasses.replace(part, ranges=tuple(inside(rows, part.row_bytes) for rows in part.ranges))
@@ -91,6 +93,13 @@ def _copy_external_rows(bundle: Bundle, out: Path) -> tuple[tuple[TableSpec, ...
 def _unused_names(taken: set[str]) -> Iterator[str]:
     names = (f"tables/rows-{number:05}.bin" for number in range(1, 1 << 20))
     return (name for name in names if name not in taken)
+
+
+def _sum_up(out: Path, name: str) -> FileEntry:
+    """Write the checksums of a file."""
+    path = out / f"{name}.crc32"
+    write_checksums(out / name, path)
+    return FileEntry(path=f"{name}.crc32", bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def _copy_rows(source: Path, offset: int, size: int, out: Path, name: str) -> FileEntry:

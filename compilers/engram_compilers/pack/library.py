@@ -13,6 +13,7 @@ from engram_runtime.library import (
     verify_library,
 )
 from engram_runtime.strict_json import read_json_object
+from engram_runtime.trust.library import required_reason
 from engram_targets import CpuProfile
 
 
@@ -21,7 +22,8 @@ def ready_library(bundle: Bundle, profile: CpuProfile, report: Callable[[str], N
 
     Raises:
         CompileError: it must be compiled and can't be.
-        TargetError: a library's file is not what was compiled.
+        TargetError: a library's file is not what was compiled, or it was neither compiled here nor is it trusted:
+            boxes are told to trust what is packed.
     """
     folder = bundle.file(LIBRARY_FOLDER) / profile.name
     if (info := current_library(bundle, profile)) is None:
@@ -31,6 +33,7 @@ def ready_library(bundle: Bundle, profile: CpuProfile, report: Callable[[str], N
         compile_bundle(bundle, profile, report)
         info = LibraryInfo.from_dict(read_json_object(folder / LIBRARY_INFO_NAME))
     verify_library(folder, info)
+    required_reason(bundle, folder, info)
     return folder, info
 
 

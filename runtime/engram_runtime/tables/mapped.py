@@ -28,7 +28,7 @@ class MappedTable:
     """A table mapped read-only, all its files side by side.
 
     Before rows are copied from the map their pages, unless known to be in memory, are read with the errors of reads and
-    held against their checksums.
+    held against their checksums; where the system had taken one back, once it was copied from.
     Its files are leased: a program that would truncate one waits, and from then on the table is read as `PreadTable`
     does. A page that was evicted and can't be read again still kills the process with SIGBUS, and so does, where the
     system grants no lease, a truncation in the microseconds between the look at the size and the copy: `PreadTable`
@@ -113,8 +113,9 @@ class MappedTable:
         whose = resource.RUSAGE_SELF if len(out) >= SHARED_FROM_ROWS else resource.RUSAGE_THREAD
         faults = resource.getrusage(whose).ru_majflt
         self._decode(self._memory, addresses, out)
-        if resource.getrusage(whose).ru_majflt != faults:  # pages that were known had been evicted
+        if resource.getrusage(whose).ru_majflt != faults:  # pages that were known had been evicted, and came back
             self._residency.forget()
+            self._check_blocks(addresses)
         return cold, wait_s
 
     def request(self, row_ids: NDArray[np.int64]) -> None:
@@ -144,12 +145,11 @@ class MappedTable:
         ranges = self._residency.ranges(addresses, self._base)
         self._advise(ranges, WILL_NEED)  # all at once, even if requested: a request may be long ago
         count, pages = count_distinct(row_ids), self._residency.pages(addresses)  # while the disk works
-        self._residency.mark(pages, PRESENT)
         is_known = False
         try:
+            self._residency.mark(pages, PRESENT)
             if not (is_populated := self._advise(ranges, POPULATE_READ) == len(ranges)):
                 self._read(addresses)
-            self._files.check(addresses)
             self._check_blocks(addresses)
             is_known = is_populated
         finally:  # the wait may be interrupted
@@ -158,7 +158,8 @@ class MappedTable:
         return count
 
     def _check_blocks(self, addresses: NDArray[np.int64]) -> None:
-        """Hold the blocks in which rows at ``[parts, N]`` lie against their checksums."""
+        """Hold the blocks in which rows at ``[parts, N]`` lie against their checksums; raises as `_bring_in`."""
+        self._files.check(addresses)
         memory = self._memory.data
         begins = self._residency.blocks(addresses)
         for begin, (file, offset) in zip(begins.tolist(), self._files.places(begins), strict=True):

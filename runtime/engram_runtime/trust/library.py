@@ -24,9 +24,7 @@ def trusted_library(bundle: Bundle, target: str | None = None) -> tuple[Path, Li
             trust is asked for, or it ends the process that runs it.
     """
     folder, info = find_library(bundle, target)
-    why = reason(bundle, folder, info)
-    if why is None:
-        raise TargetError(f"library {folder} {UNTRUSTED}; {mend(bundle, info)}")
+    why = required_reason(bundle, folder, info)
     if bundle.trust.strict:
         check_owners(folder, [folder / LIBRARY_INFO_NAME, *(folder / name for name in info.files.values())])
         verify_library(folder, info)
@@ -44,6 +42,13 @@ def reason(bundle: Bundle, folder: Path, info: LibraryInfo) -> str | None:
     if info.digest in bundle.trust.pinned:
         return PINNED
     return _signed(folder, info) if (folder / (LIBRARY_INFO_NAME + SIGNATURE_SUFFIX)).exists() else None
+
+
+def required_reason(bundle: Bundle, folder: Path, info: LibraryInfo) -> str:
+    """Say why a library may be loaded; raises TargetError if it may not, and what `reason` raises."""
+    if (why := reason(bundle, folder, info)) is None:
+        raise TargetError(f"library {folder} {UNTRUSTED}; {mend(bundle, info)}")
+    return why
 
 
 def _signed(folder: Path, info: LibraryInfo) -> str:
