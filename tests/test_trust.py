@@ -306,7 +306,9 @@ def test_what_a_trusted_key_signed_runs(
     bundle: Bundle, stranger: Path, key: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engram_runtime.trust.library.require_trial", no_trial)
+    command("engram", "trust", bundle.path)
     sign(bundle, key, command)
+    command("engram", "trust", bundle.path, "--forget")
     signature = library_of(bundle)[0] / "compile.json.sig"
     identity = read_json_object(signature)["key"]
     assert refusal(bundle) == (
@@ -345,6 +347,13 @@ def test_a_signature_of_something_else_is_none(bundle: Bundle, key: Path, comman
     assert refusal(bundle, Trust(signed=True)) == (
         f"{expected} is not a signature of what is there; have it signed again"
     )
+
+
+def test_what_strangers_compiled_is_not_signed(bundle: Bundle, stranger: Path, key: Path, command: Command) -> None:
+    said = command("engram", "sign", bundle.path, "--key", key)
+    assert (said.code, said.err) == (4, f"engram: {refusal(bundle)}\n")
+    assert UNTRUSTED in said.err
+    assert not list(bundle.path.rglob("*.sig"))
 
 
 def test_what_is_damaged_is_not_signed(bundle: Bundle, key: Path, command: Command) -> None:

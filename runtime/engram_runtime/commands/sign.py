@@ -7,6 +7,7 @@ import click
 from engram_runtime.bundle import MANIFEST_NAME, Bundle, file_sha256
 from engram_runtime.commands.options import bundle_argument
 from engram_runtime.library import LIBRARY_INFO_NAME, library_infos, verify_library
+from engram_runtime.trust.library import required_reason
 from engram_runtime.trust.names import LIBRARY, MANIFEST, SIGNATURE_SUFFIX
 
 
@@ -16,7 +17,8 @@ from engram_runtime.trust.names import LIBRARY, MANIFEST, SIGNATURE_SUFFIX
 def sign_command(bundle: Path, key: Path) -> None:
     """Sign BUNDLE's manifest and its libraries, once all files are found to be what these say.
 
-    The signatures lie beside them. Sign again after compiling or packing, which make other libraries or manifests.
+    A library that you neither compiled nor trust is not signed, as others would run it on your word. The signatures
+    lie beside them. Sign again after compiling or packing, which make other libraries or manifests.
     """
     from engram_runtime.trust.signature import read_private_key, sign
 
@@ -26,6 +28,7 @@ def sign_command(bundle: Path, key: Path) -> None:
     opened.verify_digests()
     for folder, info in libraries:
         verify_library(folder, info)
+        required_reason(opened, folder, info)
     signed = [(bundle / MANIFEST_NAME, MANIFEST, file_sha256(bundle / MANIFEST_NAME))]
     signed += [(folder / LIBRARY_INFO_NAME, LIBRARY, info.digest) for folder, info in libraries]
     for path, kind, digest in signed:
