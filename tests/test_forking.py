@@ -15,19 +15,21 @@ from engram_runtime.serving.engine import BundleEngine
 from engram_runtime.serving.options import EngineOptions
 
 WATCHDOG_S = 10
-REFUSED, WENT_ON = 3, 4
+REFUSED, WENT_ON, OTHERWISE = 3, 4, 5
 
 
 def in_a_child(act: Callable[[], object]) -> int:
     """Return the exit code of a forked child: `REFUSED` with the error's text as it must be."""
     if (child := os.fork()) == 0:
         signal.alarm(WATCHDOG_S)
-        parent, code = os.getppid(), WENT_ON
+        parent, code = os.getppid(), OTHERWISE
         try:
             act()
+            code = WENT_ON
         except ForkError as error:
-            code = REFUSED if str(error) == sentence(os.getpid(), parent) else WENT_ON
-        os._exit(code)
+            code = REFUSED if str(error) == sentence(os.getpid(), parent) else OTHERWISE
+        finally:
+            os._exit(code)  # whatever else was raised: the child must not go on with the tests
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

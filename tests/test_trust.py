@@ -284,6 +284,18 @@ def test_a_run_that_takes_too_long_is_no_run(bundle: Bundle, stranger: Path, mon
     assert str(caught.value) == f"library {folder} had not run after 300 s; compile the bundle again"
 
 
+def test_whatever_code_writes_is_told(
+    bundle: Bundle, stranger: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, info = library_of(bundle)
+    (python := tmp_path / "python").write_text("#!/bin/sh\nprintf 'no \\377 text' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(TargetError) as caught:
+        trial.require_trial(bundle, folder, info)
+    assert str(caught.value) == f"library {folder} failed when it ran in a process of its own: no \ufffd text"
+
+
 @pytest.fixture
 def key(tmp_path: Path, command: Command) -> Path:
     """Return a private key; the public one is beside it."""

@@ -13,6 +13,7 @@ from tests.faults.row import Outcome, Row
 
 from engram_runtime import LLM, Bundle, SamplingOptions
 from engram_runtime.errors import ForkError
+from engram_runtime.serving.events import Token
 from engram_runtime.serving.opening import open_engine
 from engram_runtime.serving.options import EngineOptions
 from engram_runtime.serving.request import TextRequest
@@ -60,7 +61,7 @@ def loaded() -> Iterator[tuple[Mapping[str, tuple[Action, int]], list[Action]]]:
 
         def ask() -> None:
             ended = threading.Event()
-            engine.submit([request], lambda index, event: None if hasattr(event, "piece") else ended.set())
+            engine.submit([request], lambda index, event: None if isinstance(event, Token) else ended.set())
             ended.wait(WATCHDOG_S)
 
         yield (

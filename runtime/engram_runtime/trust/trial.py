@@ -17,7 +17,7 @@ MOST_S = 300.0
 
 
 def require_trial(bundle: Bundle, folder: Path, info: LibraryInfo) -> None:
-    """Run every kind of forward pass of a library once, unless this kind of processor has.
+    """Run every kind of forward pass of a library's decoder once, unless this kind of processor has.
 
     Raises:
         OSError: this user's state folder can't be written.
@@ -28,7 +28,16 @@ def require_trial(bundle: Bundle, folder: Path, info: LibraryInfo) -> None:
         return
     command = [sys.executable, "-P", "-m", TRIAL, str(bundle.path), info.target, info.digest]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=MOST_S)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",  # the code may write anything
+            check=False,
+            timeout=MOST_S,
+        )
     except subprocess.TimeoutExpired as error:
         raise TargetError(f"library {folder} had not run after {MOST_S:.0f} s; compile the bundle again") from error
     if done.returncode < 0:
