@@ -1,4 +1,4 @@
-"""Run every kind of forward pass of a library's decoder once: ``python -m engram_runtime.trust.trial_run BUNDLE TARGET DIGEST``.
+"""Run a library's decoder in all ways once: ``python -m engram_runtime.trust.trial_run BUNDLE TARGET DIGEST``.
 
 The caller has found that it may run.
 """
