@@ -102,7 +102,10 @@ def holder(file: BinaryIO) -> int | None:
 
 
 def _is_at(path: Path, stream: BinaryIO) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _busy(out: Path, doing: str, process: int | None) -> RequestError:
