@@ -40,12 +40,7 @@ def locked_workplace(out: Path, doing: str) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:
         raise _busy(out, doing, None) from error  # the folder was removed by the process that had it until now
     with journal as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _busy(out, doing, holder(stream)) from error
-        if not _is_at(path, stream):
-            raise _busy(out, doing, None)  # it was removed by the process that held the lock until now
+        _lock(stream, path, out, doing)
         try:
             yield stream
         finally:
@@ -54,6 +49,16 @@ def locked_workplace(out: Path, doing: str) -> Iterator[BinaryIO]:
                 path.unlink()  # the last to go: until then no other process can begin
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+
+
+def _lock(stream: BinaryIO, path: Path, out: Path, doing: str) -> None:
+    """Lock the journal of ``out``, opened at ``path``; raises what `locked_workplace` does."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(out, doing, holder(stream)) from error
+    if not _is_at(path, stream):
+        raise _busy(out, doing, None)  # it was removed by the process that held the lock until now
 
 
 def _make_own(folder: Path) -> None:
@@ -97,7 +102,10 @@ def holder(file: BinaryIO) -> int | None:
 
 
 def _is_at(path: Path, stream: BinaryIO) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _busy(out: Path, doing: str, process: int | None) -> RequestError:
