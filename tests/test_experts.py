@@ -40,6 +40,7 @@ from engram_export.experts import (
 from engram_export.linear import FloatLinear, Int4Linear, Int8Linear
 from engram_export.moe_operators import FloatExperts, QuantisedExperts, keep_float_activations, mix_experts
 from engram_export.onnx_functions import add_functions
+from engram_runtime.bundle import file_sha256
 from engram_runtime.cpu import machine
 from engram_runtime.errors import CheckpointError, CompileError
 from engram_runtime.executor import StepInputs
@@ -295,7 +296,7 @@ def compiled(folder: Path, model: onnx.ModelProto, family: str) -> Library:
         weights="packed.bin",
         commands=None,
         weights_bytes=packed.bytes,
-        sha256={},
+        sha256={"library": file_sha256(folder / "model.so")},
         passes=passes,
         batches=(),
         tensors=tuple(packed.tensors.values()),

@@ -274,6 +274,16 @@ def test_a_prompt_beyond_the_context_has_openai_s_code(engine: ScriptedEngine) -
     assert refusal(engine, max_tokens=CONTEXT + 1)["code"] == "context_length_exceeded"
 
 
+def test_a_prompt_that_is_refused_while_it_is_read_has_it_too(engine: ScriptedEngine) -> None:
+    text = "é" * 100_000
+    for told, param in (
+        (refusal(engine, messages=[{"role": "user", "content": text}]), "messages"),
+        (refusal(engine, COMPLETION, prompt=text), "prompt"),
+    ):
+        assert (told["code"], told["param"]) == ("context_length_exceeded", param)
+        assert told["message"].endswith(" tokens, wanted at most 192; shorten it")
+
+
 def test_more_tokens_than_are_left_become_those_that_are(engine: ScriptedEngine) -> None:
     made = request(engine, max_tokens=CONTEXT)
     assert made.max_tokens == CONTEXT - len(made.prompt_ids)

@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tests.conftest import Command
 from tests.rows import gathered
-from tests.test_bundle import COLUMNS, HEADER, ROWS, TABLE, change_manifest, contents, write_bundle
+from tests.test_bundle import COLUMNS, HEADER, ROWS, TABLE, change_manifest, contents, write_bundle, write_manifest
 from tests.tiny import TinyModel, TinySite
 from tests.workshop import THREADS, Workshop, copy_folder
 
 from engram_export.repack import encode_rows, repacked_format
 from engram_runtime import LLM
-from engram_runtime.bundle import Bundle
+from engram_runtime.bundle import Bundle, file_sha256
 from engram_runtime.errors import RequestError, TableError
 from engram_runtime.memory import FreeMemory
 from engram_runtime.records import RecordFormat
 from engram_runtime.session import open_sites
 from engram_runtime.tables import overlay_file
+from engram_runtime.tables.checksums import write_checksums
 from engram_runtime.tables.counters import TableCounters
 from engram_runtime.tables.files import FileTable
 from engram_runtime.tables.options import TableOptions
@@ -486,13 +487,19 @@ def test_a_model_with_a_cartridge_says_what_a_model_with_that_table_says(
 
 
 def other_rows(bundle: Bundle, folder: Path) -> Path:
-    """Copy a bundle and change every row of its table."""
+    """Copy a bundle and change every row of its table, and what says how they are."""
     copy_folder(bundle.path, folder)
     (rows,) = bundle.manifest.tables[0].ranges
     data = bytearray((folder / rows.file).read_bytes())
     for row in range(rows.num_rows):
         data[rows.offset + row * bundle.manifest.tables[0].record.record_bytes] ^= 0x55
     (folder / rows.file).write_bytes(data)
+    assert rows.checksums is not None
+    write_checksums(folder / rows.file, folder / rows.checksums)
+    raw = json.loads((folder / "engram.json").read_text())
+    for entry in raw["files"]:
+        entry["sha256"] = file_sha256(folder / entry["path"])
+    write_manifest(folder, raw)
     return folder
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import safetensors.numpy
 import torch
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
-from tests.conftest import Command
+from tests.conftest import Command, Outcome
 from tests.tiny import CONTEXT, HASH_HEADS, HIDDEN, ORDERS, ROW_DIM, VOCAB, TinyModel, TinySite, save_tokenizer
 from tests.workshop import SilentReporter, Workshop, copy_folder, export, export_options, files_of, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -267,26 +269,44 @@ def test_a_journal_that_is_torn_is_no_obstacle(workshop: Workshop, tmp_path: Pat
     assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
 
 
-def test_a_full_disk_keeps_what_is_finished_and_says_how_to_resume(
-    workshop: Workshop, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+def failing_export(checkpoint: Path, out: Path, command: Command, error: OSError) -> Outcome:
+    """Export with a disk that fails at the table."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_writer, "write_table_file", fail)
+        return command("engram-export", checkpoint, "-o", out, "--quant", "none")
+
+
+def test_a_disk_that_fails_keeps_what_is_finished_and_says_how_to_resume(
+    workshop: Workshop, tmp_path: Path, command: Command
 ) -> None:
     checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(table_writer, "write_table_file", full)
-        outcome = command("engram-export", checkpoint, "-o", out, "--quant", "none")
+    outcome = failing_export(checkpoint, out, command, OSError(errno.EIO, "Input/output error"))
     kept = tmp_path / ".bundle.partial"
     assert outcome.code == 3
-    assert outcome.err.splitlines()[-2:] == [
-        f"finished files are kept in {kept}; run the same command again to resume",
-        "engram-export: No space left on device",
-    ]
+    told, sentence = outcome.err.splitlines()[-2:]
+    assert told == f"finished files are kept in {kept}; run the same command again to resume"
+    assert sentence.startswith("engram-export: Input/output error: ")
     assert list(inodes(out)) == FILES[:2]
     assert command("engram-export", checkpoint, "-o", out, "--quant", "none").code == 0
     assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
+
+
+def test_a_full_disk_gets_nothing_and_what_is_needed_is_said(
+    workshop: Workshop, tmp_path: Path, command: Command
+) -> None:
+    checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
+    outcome = failing_export(checkpoint, out, command, OSError(errno.ENOSPC, "No space left on device"))
+    assert outcome.code == 2
+    assert re.fullmatch(
+        rf"engram-export: no space to write {re.escape(str(out))}: at least [\d,]+ bytes are needed, no space left on "
+        "device; free some or choose another place",
+        outcome.err.splitlines()[-1],
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_errors_of_repacked_rows_are_printed(workshop: Workshop, tmp_path: Path, command: Command) -> None:

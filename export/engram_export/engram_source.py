@@ -16,7 +16,6 @@ from engram_export.safetensors_file import SafetensorsFile, SafetensorsShards
 from engram_export.source_files import parse_json_object, read_small_file
 from engram_export.token_compression import compress_vocabulary
 from engram_export.weight_map import ReadRows
-from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -87,8 +86,8 @@ class EngramSource:
         if self.config.token_map == DERIVE_FROM_TOKENIZER:
             if tokenizer_json is None:
                 raise CheckpointError("the engram token map is to be derived, but the checkpoint has no tokenizer")
-            with native_errors(CheckpointError, "the engram token map can't be derived, the tokenizer can't be used"):
-                values = compress_vocabulary(tokenizer_json)
+            problem = "the engram token map can't be derived, the tokenizer can't be used"
+            values = compress_vocabulary(tokenizer_json, problem)
         else:
             values = self.tensors.read_raw(self.config.token_map).astype(np.int32)
         self._check_token_map(values, vocab_size)

@@ -28,14 +28,17 @@ NORMALIZER = normalizers.Sequence(
 )
 
 
-def compress_vocabulary(tokenizer_json: bytes) -> NDArray[np.int32]:
+def compress_vocabulary(tokenizer_json: bytes, problem: str = "the tokenizer can't be used") -> NDArray[np.int32]:
     """Return ``[V]``: raw id -> compressed id, numbered in the order the keys are first seen.
+
+    Args:
+        problem: what an error begins with.
 
     Raises:
         CheckpointError: the tokenizer can't be used.
     """
     known: dict[str, int] = {}
-    with native_errors(CheckpointError, "the tokenizer can't be used"):
+    with native_errors(CheckpointError, problem):
         tokenizer = Tokenizer.from_buffer(tokenizer_json)
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         return np.array([known.setdefault(_key(tokenizer, raw), len(known)) for raw in range(size)], dtype=np.int32)

@@ -17,7 +17,7 @@ Messages say what is wrong, with the value found and the value wanted, then what
 
 from typing import ClassVar
 
-OS_ERROR_EXIT_CODE = 3  # what the commands return where the operating system refuses, as for a full disk
+OS_ERROR_EXIT_CODE = 3  # what the commands return where the operating system refuses, as for a disk that fails
 UNFIT_EXIT_CODE = 4  # what ``engram plan`` and ``engram doctor`` return where a model or a machine won't do
 
 

@@ -22,7 +22,6 @@ from engram_export.scaled_tensors import ScaledTensors, weight_block
 from engram_export.site_source import SiteSource, TablesSource
 from engram_export.token_compression import compress_vocabulary
 from engram_export.weight_map import Floats, Joined, WeightSource
-from engram_runtime.detokenise import native_errors
 from engram_runtime.errors import CheckpointError
 from engram_runtime.hashing import column_offsets, derive_multipliers, derive_primes
 from engram_runtime.keyer_spec import NgramKeyerSpec
@@ -90,8 +89,8 @@ def read_token_map(checkpoint: Checkpoint, vocab_size: int, compressed_vocab_siz
         raise CheckpointError(
             f"{checkpoint.source} has no tokenizer.json, which row ids are computed with; download it as well"
         )
-    with native_errors(CheckpointError, f"the tokenizer of {checkpoint.source} can't be used"):
-        token_map = compress_vocabulary(checkpoint.tokenizer_json)
+    problem = f"the tokenizer of {checkpoint.source} can't be used"
+    token_map = compress_vocabulary(checkpoint.tokenizer_json, problem)
     advice = "row ids would be wrong, give the model's own tokenizer.json"
     if len(token_map) != vocab_size:
         raise CheckpointError(f"the tokenizer has {len(token_map)} tokens, the config says {vocab_size}; {advice}")

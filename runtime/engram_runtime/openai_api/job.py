@@ -1,12 +1,13 @@
 """A body made into what the engine is asked and what becomes of its answer."""
 
+import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engram_runtime.errors import EngramError
+from engram_runtime.errors import EngramError, LengthError
 from engram_runtime.openai_api.answer import Answer, Choice, Heading
 from engram_runtime.openai_api.chat_body import ChatBody
 from engram_runtime.openai_api.chat_choice import ChatChoice
@@ -70,7 +71,8 @@ def _prepare_chat(engines: Engines, raw: Mapping[str, Any]) -> Job:
     body = ChatBody.parse(raw)
     engine = find_engine(engines, body.model)
     tools = body.callable_tools
-    prompt_ids = encode_messages(engine.tokenizer, body.messages, tools, most_tokens=engine.context_length)
+    with _prompt_in("messages"):
+        prompt_ids = encode_messages(engine.tokenizer, body.messages, tools, most_tokens=engine.context_length)
     param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     max_tokens = token_limit(len(prompt_ids), body.asked_tokens, engine, prompt_param="messages", param=param)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -123,9 +125,19 @@ def _answer(
     )
 
 
+@contextlib.contextmanager
+def _prompt_in(param: str) -> Iterator[None]:
+    """Name the field of a prompt that is refused while it is read."""
+    try:
+        yield
+    except LengthError as error:
+        raise ApiError(str(error), param=param, code="context_length_exceeded") from error
+
+
 def _prompt_ids(prompt: str | list[int], engine: Engine) -> tuple[int, ...]:
     most = engine.context_length
-    token_ids = engine.tokenizer.encode(prompt, most_tokens=most) if isinstance(prompt, str) else prompt
+    with _prompt_in("prompt"):
+        token_ids = engine.tokenizer.encode(prompt, most_tokens=most) if isinstance(prompt, str) else prompt
     if not token_ids:
         raise ApiError("the prompt is empty, wanted at least one token", param="prompt", code="invalid_value")
     check_token_ids(token_ids, engine, "prompt")
