@@ -136,7 +136,11 @@ def _command(folder: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and Path(path).is_dir())
     command = [sys.executable, "-P", "-c", program, "plan", "."]
-    subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    if "Traceback" in done.stderr:
+        raise RuntimeError(f"the command itself doesn't run: {done.stderr[-500:]}")
 
 
 PAYLOADS: Mapping[str, Payload] = {
@@ -156,6 +160,7 @@ PAYLOADS: Mapping[str, Payload] = {
 
 def payloads(count: int) -> Outcome:
     """Lay every trap and use what is there."""
+    _check_that_traps_work()
     failures = []
     for name, lay in PAYLOADS.items():
         with scratch() as folder:
@@ -168,6 +173,13 @@ def payloads(count: int) -> Outcome:
     survived = len(PAYLOADS) - len(failures)
     figure = f"{len(failures)} of {len(PAYLOADS)} ran"
     return Outcome(tried=len(PAYLOADS), survived=survived, figure=figure, failures=tuple(failures))
+
+
+def _check_that_traps_work() -> None:
+    with scratch() as folder:
+        pickle.loads(_pickled(folder))
+        if not (folder / SENTINEL).exists():
+            raise RuntimeError("a pickle that is read leaves nothing to see, so this row would find nothing")
 
 
 def templates(count: int) -> Outcome:

@@ -1,8 +1,9 @@
 /* Preloaded before the C library: makes file calls fail on purpose, or notes what was written. See shim.py.
  *
  * A call is counted where its kind is armed and its path contains the armed text. The Nth one fails, or all from the
- * Nth on. Only descriptors that may write count for close, and a failing one closes; SHORT does half of a read or write. What was noted is written to a descriptor of the
- * shim's own: a line "kind result offset length path\tsecond path", then as many bytes. */
+ * Nth on. Only descriptors that may write count for close, and a failing one closes; SHORT does half of a read or
+ * write. What was noted is written to a descriptor of the shim's own: a line
+ * "kind result offset length path\tsecond path", then as many bytes. */
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS
 #include <dlfcn.h>
