@@ -218,7 +218,7 @@ ROWS = (
     Row(
         name="C11",
         fault="NaN or infinity in weights, rows, scales, overlays, states, packed weights, logits",
-        expected="export refuses it, running ends with an error; below 0.5 % of a step",
+        expected="export refuses it, running ends with an error that says so",
         quick=240,
         full=5000,
         run=not_finite,
