@@ -329,6 +329,7 @@ MANIFEST_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_a_manifest_that_contradicts_itself_is_refused(workshop: Workshop, name: str) -> None:
     damage, sentence = MANIFEST_DAMAGE[name]
     raw = json.loads((with_head(workshop).path / "engram.json").read_text())
+    del raw["sha256"]  # the file's seal, which is no part of what it says
     damage(raw)
     with pytest.raises(BundleError) as caught:
         Manifest.from_dict(raw)
@@ -338,14 +339,19 @@ def test_a_manifest_that_contradicts_itself_is_refused(workshop: Workshop, name:
 def test_ids_that_are_no_tokens_are_refused(workshop: Workshop, tmp_path: Path) -> None:
     bundle = Bundle.open(copy_folder(with_head(workshop).path, tmp_path / "b"))
     path = bundle.file("graph/mtp.vocabulary.int32")
+    raw = json.loads((bundle.path / "engram.json").read_text())
+    (entry,) = [entry for entry in raw["files"] if entry["path"] == "graph/mtp.vocabulary.int32"]
     ids = np.fromfile(path, dtype="<i4")
     for wrong, sentence in (
         (ids[1:], f"holds {DRAFT_VOCAB - 1} ids, the draft head has {DRAFT_VOCAB} logits; export again"),
         (np.where(ids == ids[3], 300, ids), f"holds ids {ids.min()} to 300, expected 0 to 299; export again"),
     ):
-        path.write_bytes(wrong.astype("<i4").tobytes())
+        content = wrong.astype("<i4").tobytes()
+        path.write_bytes(content)
+        entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        (bundle.path / "engram.json").write_bytes(sealed(raw))
         with pytest.raises(BundleError) as caught:
-            bundle.draft_vocabulary()
+            Bundle.open(bundle.path).draft_vocabulary()
         assert str(caught.value) == f"graph/mtp.vocabulary.int32 {sentence}"
 
 

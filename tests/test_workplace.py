@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from engram_runtime.batch.output_file import OutputFile
+from engram_runtime.command_line import run_command
 from engram_runtime.disk_space import written_to
 from engram_runtime.errors import RequestError
 from engram_runtime.new_file import new_file
@@ -90,3 +92,15 @@ def test_answers_that_find_no_space_say_where(tmp_path: Path, monkeypatch: pytes
         output.close()
     expected = f"no space to write {tmp_path / 'out'}: no space left on device; free some or choose another place"
     assert str(caught.value) == expected
+
+
+def test_an_error_of_a_copy_names_both_files(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy() -> None:
+        raise OSError(errno.EIO, "Input/output error", "source", None, "target")
+
+    monkeypatch.setattr(sys, "argv", ["engram"])
+    with pytest.raises(SystemExit) as caught:
+        run_command(click.Command("engram", callback=copy), "engram")
+    assert (caught.value.code, capsys.readouterr().err) == (3, "engram: Input/output error: source -> target\n")

@@ -25,8 +25,9 @@ def run(program: Callable[[], object], name: str) -> None:
     except EngramError as error:
         _fail(f"{name}: {error}", error.exit_code)
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
-        _fail(f"{name}: {reason}", OS_ERROR_EXIT_CODE)
+        places = [str(place) for place in (error.filename, error.filename2) if place]  # two of a copy or a rename
+        reason = error.strerror or str(error)
+        _fail(f"{name}: {': '.join([reason, *([' -> '.join(places)] if places else [])])}", OS_ERROR_EXIT_CODE)
 
 
 def show_warning(name: str, message: Warning | str, *where: object, **more: object) -> None:

@@ -7,7 +7,7 @@ rename is one change, as it is in every journal.
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,7 @@ from tests.faults.shim import Change
 Folder = dict[str, int]  # names and the numbers of what they name
 ROOT = 0
 PAGE_BYTES = 4096  # a write may be there in part, by pages
+LAST = 40
 LIKELY = (0.5, 0.8, 0.95, 0.99)  # that a change which isn't safe is there, in random choices
 
 
@@ -210,10 +211,13 @@ class _Recorder:
                 self.safe_from[place] = len(self.units)
 
 
-def states(found: Recorded, rng: random.Random) -> Iterator[tuple[int, Disk]]:
+def states(found: Recorded, rng: random.Random, most: int) -> Iterator[tuple[int, Disk]]:
     """Yield what may be on the disk if the power goes after each change: what is safe and some of the rest.
 
     Of what is not safe: all, nothing, names and sizes without contents, contents without names, and random choices.
+
+    Args:
+        most: moments to look at; the last `LAST`, where names are given, and others by chance.
     """
     chosen: list[Callable[[Unit], bool]] = [
         lambda unit: True,
@@ -222,7 +226,10 @@ def states(found: Recorded, rng: random.Random) -> Iterator[tuple[int, Disk]]:
         lambda unit: not isinstance(unit, Names),
         *[lambda unit, share=share: rng.random() < share for share in LIKELY],
     ]
-    for end in range(len(found.units) + 1):
+    ends: Sequence[int] = range(len(found.units) + 1)
+    if len(ends) > most:
+        ends = sorted([*rng.sample(ends[:-LAST], most - LAST), *ends[-LAST:]])
+    for end in ends:
         safe = [place is not None and place < end for place in found.safe_from[:end]]
         for choice in chosen if not all(safe) else chosen[:1]:
             disk = found.before.copy()

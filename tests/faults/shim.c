@@ -2,8 +2,8 @@
  *
  * A call is counted where its kind is armed and its path contains the armed text. The Nth one fails, or all from the
  * Nth on. Only descriptors that may write count for close, and a failing one closes; SHORT does half of a read or
- * write. What was noted is written to a descriptor of the shim's own: a line
- * "kind result offset length path\tsecond path", then as many bytes. */
+ * write. What was noted is written to a descriptor of the shim's own: a line "kind result offset length path\tsecond
+ * path", then as many bytes. */
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS
 #include <dlfcn.h>

@@ -105,7 +105,7 @@ def _wrong_end(code: int, text: str, fault: shim.Fault) -> str:
         return "" if fault.calls[0] in MAY_BE_IN_VAIN else "exit code 0, as if nothing had failed"
     if "/place" not in text.rpartition("engram: ")[2]:
         return f"a sentence that doesn't say where: {text[-300:]!r}"
-    if code < 0 or not text.rstrip("\n").rpartition("\n")[2].startswith("engram: "):
+    if code < 0 or not any(line.startswith("engram: ") for line in text.splitlines()):  # TVM may warn after it
         return f"exit code {code}, without a sentence: {text[-300:]!r}"
     return ""
 

@@ -17,6 +17,7 @@ from tests.faults.warm import WarmExport, contents, ended, fork, warm_compile, w
 from engram_runtime.library import LIBRARY_FOLDER
 
 OUT = "out"
+MOST_MOMENTS, FEW_MOMENTS = 1000, 80  # of a recording; a library's files are large
 RESUMED_EVERY = 30  # states; from each of these the same export is run once more
 Wrong = Callable[[Path], str]
 
@@ -88,7 +89,7 @@ def _record(root: Path, work: Callable[[Path], object], made: Path = Path()) -> 
     if ended(fork(noted)) != 0:
         raise RuntimeError("what is recorded fails")
     found = recorded(before, shim.changes(log), place, place / OUT / made)
-    return states(found, random.Random("power"))
+    return states(found, random.Random("power"), MOST_MOMENTS if made == Path() else FEW_MOMENTS)
 
 
 def _contents(path: Path) -> bytes | None:
@@ -162,7 +163,7 @@ ROWS = (
         name="B2 compile",
         fault="power cut in a compilation in place of a library",
         expected="the old library or the new one, whole; the next compilation succeeds",
-        quick=300,
+        quick=150,
         full=20000,
         run=preloaded(power_cuts_of_compilations),
     ),
