@@ -91,7 +91,7 @@ def _file_limit(num_bytes: int | None) -> None:
 
 
 def _pages(warm: WarmExport) -> int:
-    """Return the pages that the files of a bundle have on a file system in memory."""
+    """Return the pages of a bundle on a file system in memory, a page each for folders and the journal included."""
     return sum(-(-len(data) // PAGE_BYTES) for data in warm.new.values())
 
 
