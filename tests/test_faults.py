@@ -12,6 +12,13 @@ from tests.faults.table import table, write_json
 from tools.security_page import figures_text
 
 LAST_ROWS = {"A": 7, "B": 7, "C": 13, "D": 10}
+# What `make faults` must make at least; rows that aren't here make fewer, as each takes long.
+LEAST = {
+    **dict.fromkeys(("A1", "A2", "A3 safetensors", "A3 onnx", "A3 tokenizer", "A3 overlay", "A3 streams"), 10_000),
+    **{"B1": 200, "B1 compile": 50, "C1": 1000, "C3": 10_000, "C4 verify": 10_000, "C4 reads": 10_000},
+    **{"C5": 1_000_000, "C12": 50, "D1 bodies": 50_000, "D5 engine": 10_000},
+}
+LEFT_TO_FULL = {"B3 replace", "B3 compile"}
 HANGS_AFTER_S, ORDINARY_LIMIT_S = 3, 100
 
 
@@ -93,6 +100,12 @@ def test_every_kind_of_fault_has_a_row() -> None:
     """The table of goals is A1 to A7, B1 to B7, C1 to C13 and D1 to D10."""
     wanted = {(letter, number) for letter, last in LAST_ROWS.items() for number in range(1, last + 1)}
     assert wanted - {place(placed.row.name)[:2] for placed in placed_rows()} == set()
+
+
+def test_the_quick_tier_makes_as_many_faults_as_is_promised() -> None:
+    quick = {placed.row.name: placed.row.quick for placed in placed_rows()}
+    assert [(name, quick[name]) for name, least in LEAST.items() if quick[name] < least] == []
+    assert {name for name, count in quick.items() if count == 0} == LEFT_TO_FULL
 
 
 def test_names_of_rows_are_letter_number_word_and_different() -> None:

@@ -25,7 +25,7 @@ from engram_runtime.serving.request import TextRequest
 
 ENGINE = ToyEngine(queue=64, pass_s=0.001, drafts=3)
 LEAVING, CHECKING = 10, 2  # clients at once
-FREED_S = 0.1  # beside the pass that runs
+FREED_S, STUCK_S = 0.1, 1.0  # beside the pass that runs: for 99 of 100, and for any
 LONGEST_S = 0.03  # that a client waits before it leaves
 KINDS = ("in the body", "at once", "after a time", "after the head", "in the text")
 
@@ -109,13 +109,15 @@ def _aborts(watched: Watched, count: int, freed_s: float) -> Outcome:
         before = _descriptors()
         failures, checked, freed = asyncio.run(_run(url, watched, known, count))
     slow = sorted(seconds for seconds in freed if seconds > freed_s + ENGINE.pass_s)
-    failures += [f"freed after {seconds:.3f} s" for seconds in slow[len(freed) // 100 :]]
+    excused = min(len(freed) // 100, sum(seconds < STUCK_S for seconds in slow))
+    failures += [f"freed after {seconds:.3f} s" for seconds in slow[excused:]]
     time.sleep(1)  # a worker tells of its load now and then
     failures += [f"{watched.load} at the end"] * bool(not watched.idle or watched.load.running or watched.load.waiting)
     failures += ["slots are busy at the end"] * (len(watched.inner._running.slots.free) != ENGINE.slots)
     failures += [f"{_descriptors() - before} descriptors more"] * (_descriptors() > before)
     phases = ", ".join(f"{times:,} {phase}" for phase, times in sorted(watched.left_in.items()))
-    figure = f"left: {phases}; {checked:,} texts beside them equal; freed in {statistics.median(freed) * 1e3:.1f} ms"
+    took = f"freed in {statistics.median(freed) * 1e3:.1f} ms, at most {max(freed) * 1e3:.0f}"
+    figure = f"left: {phases}; {checked:,} texts beside them equal; {took}"
     return Outcome(tried=count, survived=count - len(failures), figure=figure, failures=tuple(failures[:10]))
 
 
@@ -224,7 +226,7 @@ ROWS = (
     Row(
         name="D5 engine",
         fault="clients leave while the body is read, queued, in prefill, in decode and in a speculative step",
-        expected="slots free within a step and 100 ms, 0 texts of others changed, descriptors +0",
+        expected="slots free within a step and 100 ms (99 of 100), 0 texts of others changed, descriptors +0",
         quick=10_000,
         full=100_000,
         run=aborts,
@@ -232,7 +234,7 @@ ROWS = (
     Row(
         name="D5 worker",
         fault="the same with the engine in a worker, over its connection",
-        expected="slots free within a step and 100 ms, 0 texts of others changed, descriptors +0",
+        expected="slots free within a step and 100 ms (99 of 100), 0 texts of others changed, descriptors +0",
         quick=1_000,
         full=100_000,
         run=aborts_in_worker,

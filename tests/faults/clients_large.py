@@ -194,7 +194,7 @@ ROWS = (
     Row(
         name="D3",
         fault="a hundred megabytes, prompts beyond the context, a million of one character, deep and wide JSON",
-        expected="400 or 413; memory +64 MiB at most; another client's p99 at most 1.5 times that beside other load",
+        expected="400 or 413; memory +64 MiB; another client's p99 at most 1.5 times that beside other load, and 50 ms",
         quick=6,
         full=1000,
         run=large,

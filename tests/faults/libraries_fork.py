@@ -97,6 +97,8 @@ def working(work: list[Action]) -> Iterator[None]:
         thread.start()
     try:
         yield
+        if not all(thread.is_alive() for thread in threads):
+            raise RuntimeError("a thread that was to work meanwhile has ended: see above")
     finally:
         over.set()
         for thread in threads:
@@ -110,8 +112,8 @@ def child(action: Action) -> int:
     try:
         action()
         code = ENDED
-    except ForkError:
-        code = REFUSED
+    except ForkError as error:
+        code = REFUSED if "spawn" in str(error) else OTHERWISE
     except BaseException:  # noqa: BLE001 - a forked test must not go on as its parent
         code = OTHERWISE
     os._exit(code)

@@ -136,7 +136,11 @@ def _command(folder: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and Path(path).is_dir())
     command = [sys.executable, "-P", "-c", program, "plan", "."]
-    subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    if "Traceback" in done.stderr:
+        raise RuntimeError(f"the command itself doesn't run: {done.stderr[-500:]}")
 
 
 PAYLOADS: Mapping[str, Payload] = {

@@ -199,7 +199,7 @@ ROWS = (
     Row(
         name="A1 others",
         fault="golden.json, compile.json, pack.json, measured costs and block sizes, a GPU's plan; each damaged",
-        expected="BundleError; at most 1 s and 64 MiB",
+        expected="BundleError, or what it holds; at most 1 s and 64 MiB",
         quick=10_000,
         full=200_000,
         run=descriptions,

@@ -89,13 +89,14 @@ def opens_outside(root: Path) -> Iterator[list[str]]:
     """Note what is opened in the folder around the bundle but not in the bundle, or is a device or of the system."""
     found: list[str] = []
     around = os.path.realpath(root.parent)
+    others = ("/etc/passwd", "/dev/zero", os.path.realpath("/proc/self/mem"), "/secret")
     noting = True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if noting and event == "open" and isinstance(arguments[0], str | bytes):
             path = os.path.realpath(os.fsdecode(arguments[0]))
             inside = path == os.path.realpath(root) or path.startswith(os.path.realpath(root) + os.sep)
-            if not inside and path.startswith((around, "/etc/passwd", "/dev/zero", "/proc/self/mem", "/secret")):
+            if not inside and path.startswith((around, *others)):
                 found.append(path)
 
     sys.addaudithook(hook)  # stays for good, so it is told when to rest

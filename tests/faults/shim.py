@@ -82,8 +82,10 @@ def library() -> Path:
             "-ldl",
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "No module named" in done.stderr:
+            raise CannotRun("there is no C compiler: install gcc")
         if done.returncode != 0:
-            raise CannotRun(f"no C compiler builds {SOURCE.name}: install gcc ({done.stderr.strip()[-200:]})")
+            raise RuntimeError(f"{SOURCE.name} isn't compiled: {done.stderr.strip()[-800:]}")
         scratch.replace(path)
     return path
 

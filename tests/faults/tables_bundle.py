@@ -101,6 +101,11 @@ def true_rows(bundle: Bundle) -> NDArray[np.float32]:
     return rows
 
 
+def mapping(bundle: Bundle) -> str:
+    """Say whether tables that are to be mapped are mapped here, see `open_rows`."""
+    return "mapped under a lease" if can_lease(table_file(bundle)) else "no leases here: what is to be mapped is read"
+
+
 def open_rows(bundle: Bundle, io: str) -> tuple[Gather, Callable[[], None]]:
     """Open a table; returns what gives rows and what closes it.
 

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from tests.faults.row import Outcome, Row
-from tests.faults.tables_bundle import IOS, Gather, open_rows, table_file, true_rows, write_bundle
+from tests.faults.tables_bundle import IOS, Gather, mapping, open_rows, table_file, true_rows, write_bundle
 
 from engram_runtime.bundle import Bundle
 from engram_runtime.errors import TableError
@@ -92,7 +92,8 @@ def truncated(count: int) -> Outcome:
             shutil.rmtree(copy)
             if wrong:
                 failures.append(f"round {number}, {io}: {wrong}")
-    return Outcome(tried=count, survived=count - len(failures), failures=tuple(failures[:8]))
+        figure = mapping(bundle)
+    return Outcome(tried=count, survived=count - len(failures), figure=figure, failures=tuple(failures[:8]))
 
 
 def truncated_once(sound: Sound, io: str, copy: Path, truncator: Truncator, rng: random.Random) -> str:
@@ -167,7 +168,8 @@ def replaced(count: int) -> Outcome:
                 failures.append(f"round {number}, {io}, {change.__name__}: {wrong[:200]}")
             close()
             shutil.rmtree(work)
-    return Outcome(tried=count, survived=count - len(failures), failures=tuple(failures[:8]))
+        figure = mapping(bundle)
+    return Outcome(tried=count, survived=count - len(failures), figure=figure, failures=tuple(failures[:8]))
 
 
 ROWS = (

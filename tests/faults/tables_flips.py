@@ -11,6 +11,7 @@ from tests.faults.row import Outcome, Row
 from tests.faults.tables_bundle import (
     IOS,
     RECORD,
+    mapping,
     open_records,
     open_rows,
     table_file,
@@ -92,7 +93,8 @@ def found_by_reads(count: int) -> Outcome:
             flip(path, bit)
             if wrong:
                 failures.append(f"bit {bit}, {way}: {wrong}")
-    return Outcome(tried=count, survived=count - len(failures), failures=tuple(failures[:8]))
+        figure = mapping(bundle)
+    return Outcome(tried=count, survived=count - len(failures), figure=figure, failures=tuple(failures[:8]))
 
 
 def found_by_a_read(bundle: Bundle, rows: NDArray[np.float32], byte: int, way: str, rng: random.Random) -> str:

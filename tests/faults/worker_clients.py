@@ -91,7 +91,7 @@ class Others:
             first = chance.randrange(1, 7)
             try:
                 answer = ask(self.url, [first, 2, 3])
-            except (OSError, ValueError, http.client.HTTPException) as error:
+            except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
                 self._note(0, 0.0, f"{error!r} instead of an answer")
                 continue
             self._note(answer.status, answer.seconds, self._fault(first, answer))

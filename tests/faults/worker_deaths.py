@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from random import Random
 
-from tests.faults.control_group import memory_group
-from tests.faults.row import CannotRun, Outcome, Row
+from tests.faults.row import Outcome, Row
 from tests.faults.worker_clients import LONGEST_S, LOST, Others, ask, longest_s
 from tests.faults.worker_toy import ABORT, COMMAND, EXIT, MEMORY, SEGMENTATION, toy_engine
 from tests.served import served
 
+from engram_runtime.bench.cgroup import memory_group
+from engram_runtime.errors import TargetError
 from engram_runtime.serving.worker.process import WorkerProcess
 
 WORKER_BYTES = 256 << 20
@@ -23,16 +24,16 @@ def ended_for_memory(count: int) -> Outcome:
     """C7: a request has the worker take all the memory its control group has; without such a group it is killed."""
     with contextlib.ExitStack() as made:
         try:
-            group = made.enter_context(memory_group(WORKER_BYTES))
-        except CannotRun as reason:
+            group = made.enter_context(memory_group(f"faults-{os.getpid()}", WORKER_BYTES))
+        except TargetError as reason:
             return _killed(count, f"by kill -9, as {reason}")
-
-        def start() -> WorkerProcess:
-            worker = WorkerProcess(COMMAND)
-            group.add(worker.pid)
-            return worker
-
-        return _deaths("C7", count, start, lambda url, chance: _ask_for_death(url, MEMORY), "by the kernel")
+        return _deaths(
+            "C7",
+            count,
+            lambda: WorkerProcess(group.command(COMMAND)),
+            lambda url, chance: _ask_for_death(url, MEMORY),
+            "by the kernel",
+        )
 
 
 def _killed(count: int, how: str) -> Outcome:

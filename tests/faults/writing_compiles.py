@@ -26,21 +26,22 @@ def kills_of_compilations(count: int) -> Outcome:
     found = _finish(warm, bundle)
     longest = 1.1 * (time.monotonic() - started)
     failures = [f"undisturbed: {found}"] if found else []
-    early = 0
-    for number in range(count):
+    killed_so_far = number = 0
+    while killed_so_far < count:
         shutil.rmtree(library, ignore_errors=True)
         if number % 2:
             write_folder(library, warm.old)
         process = fork(lambda: warm.run(bundle))
         time.sleep(delay := rng.uniform(0, longest))
-        early += killed(process) < 0
+        killed_so_far += killed(process) < 0
         found = wrong(warm, library, *([warm.old] if number % 2 else [{}]))
         if not found and number % FINISHED_EVERY == FINISHED_EVERY - 1:
             found = _finish(warm, bundle)
         if found:
             failures.append(f"kill {number} after {delay:.3f} s: {found}")
-    figure = f"{early} of {count} before its end, over {longest:.1f} s"
-    return Outcome(tried=count, survived=count - len(failures), figure=figure, failures=tuple(failures[:5]))
+        number += 1
+    figure = f"{count} killed, {number - count} ended before that, over {longest:.1f} s"
+    return Outcome(tried=number, survived=number - len(failures), figure=figure, failures=tuple(failures[:5]))
 
 
 def wrong(warm: WarmCompile, library: Path, before: dict[str, bytes]) -> str:

@@ -28,9 +28,10 @@ RUN_AGAIN_EVERY = 6
 
 @dataclass(slots=True)
 class _Tally:
-    """Faults made, by kind of call, and what was wrong after some."""
+    """Faults made, how many of them for good, calls by their kind, and what was wrong after some faults."""
 
     tried: int = 0
+    sticky: int = 0
     sites: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -47,6 +48,7 @@ def _failing(name: str) -> Callable[[int], Outcome]:
         if tally.tried == 0:
             raise RuntimeError("no call was made to fail")
         sites = ", ".join(f"{number} {kind}" for kind, number in tally.sites.items() if number)
+        sites += f"; {tally.tried - tally.sticky} once, {tally.sticky} from then on"
         survived = tally.tried - len(tally.failures)
         return Outcome(tried=tally.tried, survived=survived, figure=sites, failures=tuple(tally.failures[:8]))
 
@@ -70,6 +72,7 @@ def _fail_all(job: Job, kind: str, root: Path, count: int, tally: _Tally) -> Non
                     tally.failures.append(f"{kind}, none fails: {found}")
                 return
             tally.tried += 1
+            tally.sticky += sticky
             if found:
                 often = "all from" if sticky else "call"
                 tally.failures.append(f"{kind}, {often} {number}, {os.strerror(fault.error)}: {found}")
@@ -81,6 +84,7 @@ def _fail_one(job: Job, fault: shim.Fault, root: Path, *, again: bool) -> tuple[
     if place.exists():
         shutil.rmtree(place)
     place.mkdir()
+    count.unlink(missing_ok=True)  # of the fault before
     job.prepare(place)
     code = ended(fork(lambda: _command(job, place, fault, said, count)))
     hit = int(count.read_text()) >= fault.nth if count.exists() else True
@@ -156,7 +160,7 @@ def file_errors(count: int) -> Outcome:
     )
 
 
-FAULT = "every create, write, fsync, close, truncate, rename, mkdir, unlink of {} fails, once and from then on"
+FAULT = "every create, write, fsync, close, truncate, rename, mkdir, unlink of {} fails, some from then on"
 EXPECTED = "one sentence, exit code not 0, what was there before; the same again succeeds"
 ROWS = (
     Row(
