@@ -162,6 +162,7 @@ class RecordFile:
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
+        self.end_lease()  # which a map that somebody still holds would keep
         # Closing twice would close whatever file has been given the number since.
         if self.descriptor != CLOSED:
             os.close(self.descriptor)
