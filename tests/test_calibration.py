@@ -200,7 +200,9 @@ class Interrupted(SilentReporter):
         yield self.calibration.append if title == "calibration" else lambda count: None
 
 
-@pytest.mark.parametrize("stage", ["weights", "verify", "digests"])
+@pytest.mark.parametrize(
+    "stage", ["verify", *(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in ("weights", "digests"))]
+)
 def test_an_interrupted_export_is_not_calibrated_again(workshop: Workshop, tmp_path: Path, stage: str) -> None:
     options = export_options(workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle", quant="int4", calibration=BUILT_IN)
     first, second = Interrupted(stage), Interrupted("none")

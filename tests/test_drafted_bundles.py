@@ -64,7 +64,7 @@ BUNDLES: dict[str, Callable[[Workshop], Bundle]] = {
         for name in CONFIGS
     },
 }
-DEFAULT = (HEADED, PADDED, "qwen4_exp")  # the last with recurrent states, experts and n-gram rows
+DEFAULT = (PADDED, "qwen4_exp")  # the last with recurrent states, experts and n-gram rows
 
 
 @pytest.fixture(autouse=True)

@@ -199,7 +199,15 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "finished"), [("weights", 1), ("table layer_1", 4), ("verify", 4), ("digests", 4)])
+@pytest.mark.parametrize(
+    ("stage", "finished"),
+    [
+        ("weights", 1),
+        pytest.param("table layer_1", 4, marks=pytest.mark.exhaustive),
+        ("verify", 4),
+        pytest.param("digests", 4, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_killed_export_is_resumed_to_the_same_bundle(
     workshop: Workshop, tmp_path: Path, stage: str, finished: int
 ) -> None:
@@ -225,7 +233,7 @@ def test_a_resumed_repacked_table_keeps_its_errors(workshop: Workshop, tmp_path:
     assert 0 < expected["layer_1"].mean < expected["layer_1"].max < 0.12
 
 
-@pytest.mark.parametrize("change", ["options", "checkpoint"])
+@pytest.mark.parametrize("change", [pytest.param("options", marks=pytest.mark.exhaustive), "checkpoint"])
 def test_another_export_starts_anew_and_says_so(workshop: Workshop, tmp_path: Path, change: str) -> None:
     checkpoint = copy_folder(workshop.checkpoint(PLAIN, SITE), tmp_path / "checkpoint")
     killed_export(checkpoint, tmp_path / "bundle", "weights")
@@ -259,7 +267,7 @@ def test_a_kept_file_that_was_cut_is_written_again(workshop: Workshop, tmp_path:
     assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
 
 
-@pytest.mark.parametrize("torn", [b'{"path": "gra', b"\0\0\0\n"])
+@pytest.mark.parametrize("torn", [b'{"path": "gra', pytest.param(b"\0\0\0\n", marks=pytest.mark.exhaustive)])
 def test_a_journal_that_is_torn_is_no_obstacle(workshop: Workshop, tmp_path: Path, torn: bytes) -> None:
     checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
     killed_export(checkpoint, out, "weights")
