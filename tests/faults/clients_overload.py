@@ -124,7 +124,7 @@ ROWS = (
         name="D4",
         fault="ten times the requests that can be served; so many seconds",
         expected="429 or 503 with Retry-After beyond the queue, accepted texts whole, goodput >= 90 %, memory flat",
-        quick=30,
+        quick=20,
         full=600,
         run=overload,
     ),

@@ -160,7 +160,7 @@ ROWS = (
         name="C10 crash",
         fault="trusted code with illegal instructions",
         expected="TargetError, or the same tokens where they aren't reached; 0 signals in this process",
-        quick=5,
+        quick=3,
         full=200,
         run=crashing_code,
     ),
