@@ -215,6 +215,7 @@ def test_an_interrupted_export_is_not_calibrated_again(workshop: Workshop, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.exhaustive
 def test_another_text_is_another_export(workshop: Workshop, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("The tide goes out and a table of rows is read. " * 100)

@@ -275,6 +275,7 @@ def test_a_table_that_is_gone_is_named(workshop: Workshop, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.exhaustive
 def test_two_exports_of_a_checkpoint_are_the_same_to_the_byte(workshop: Workshop, tmp_path: Path) -> None:
     """The second one is the installed command in a process with other string hashes, so no set's order may show."""
     checkpoint = workshop.checkpoint(PLAIN, *SITES["two-sites"])

@@ -278,6 +278,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"examples.retrofit.mtp_training.{name}", value)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("small_steps")
 def test_training_lowers_the_loss_and_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

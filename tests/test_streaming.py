@@ -222,6 +222,7 @@ def test_a_killed_export_is_resumed_to_the_same_bundle(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_repacked_table_keeps_its_errors(workshop: Workshop, tmp_path: Path) -> None:
     checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
     repack = {"tables": "repack", "table_dtype": "int4"}
@@ -259,6 +260,7 @@ def test_a_kept_file_that_was_changed_is_found(workshop: Workshop, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_a_kept_file_that_was_cut_is_written_again(workshop: Workshop, tmp_path: Path) -> None:
     checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
     killed_export(checkpoint, out, "table layer_1")
@@ -267,7 +269,9 @@ def test_a_kept_file_that_was_cut_is_written_again(workshop: Workshop, tmp_path:
     assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
 
 
-@pytest.mark.parametrize("torn", [b'{"path": "gra', pytest.param(b"\0\0\0\n", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "torn", [pytest.param(torn, marks=pytest.mark.exhaustive) for torn in (b'{"path": "gra', b"\0\0\0\n")]
+)
 def test_a_journal_that_is_torn_is_no_obstacle(workshop: Workshop, tmp_path: Path, torn: bytes) -> None:
     checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
     killed_export(checkpoint, out, "weights")
@@ -381,6 +385,7 @@ def measured(checkpoint: Path) -> dict[str, float]:
     return result
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_table_of_four_gib_is_exported_by_reference_in_no_more_memory_than_a_small_one(
     workshop: Workshop, tmp_path: Path

@@ -126,7 +126,7 @@ ROWS = (
         name="B5 compile",
         fault="8 processes compile one bundle at once",
         expected=EXPECTED.format("one wins, others at most after it"),
-        quick=16,
+        quick=8,
         full=800,
         run=races_of_compilations,
     ),
