@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests import bad_rows
 from tests.faults.rows import Placed, place, placed_rows
-from tests.faults.runner import Result, run_rows
+from tests.faults.runner import Result, from_both_ends, run_rows
 from tests.faults.table import table, write_json
 
 from tools.security_page import figures_text
@@ -34,6 +34,11 @@ def results() -> dict[str, Result]:
     found = sorted([*runs[0], *runs[1]], key=lambda result: place(result.name))
     assert sorted(shown, key=lambda result: place(result.name)) == found
     return {result.name: result for result in found}
+
+
+@pytest.mark.parametrize(("count", "order"), [(0, []), (1, [0]), (4, [0, 3, 1, 2]), (5, [0, 4, 1, 3, 2])])
+def test_rows_begin_from_both_ends(count: int, order: list[int]) -> None:
+    assert from_both_ends(count) == order
 
 
 def test_what_survived_is_counted(results: dict[str, Result]) -> None:

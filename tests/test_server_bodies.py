@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -100,6 +101,27 @@ def test_large_bodies_are_worked_on_by_one_thread() -> None:
     *large, small = asyncio.run(threads(LARGE_BODY_BYTES + 1, LARGE_BODY_BYTES + 1, LARGE_BODY_BYTES))
     assert large == ["large-bodies_0"] * 2
     assert not small.startswith("large-bodies")
+
+
+def test_the_thread_for_large_bodies_rests_twice_as_long_as_it_worked(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rests = 100.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        rests.append(seconds)
+
+    def work(took: bytes) -> None:
+        nonlocal now
+        now += len(took)
+
+    monkeypatch.setattr(body, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    bodies = body.Bodies()
+    for took in (3, 1, 1):
+        bodies._paced(work, b" " * took)
+    now += 100
+    bodies._paced(work, b"")
+    assert rests == [0, 6, 2, 0]
 
 
 def test_one_connection_too_many_is_told_when_to_come_back(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

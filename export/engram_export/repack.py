@@ -79,10 +79,11 @@ def check_rows(values: NDArray[np.float32], first_row: int) -> None:
     if bad.any():
         row = int(bad.argmax())
         largest = np.abs(values[row]).max()
-        raise CheckpointError(
-            f"row {first_row + row} of the table has a value of magnitude {largest}, at most {limit:.0f} can be "
-            f"repacked; use --tables copy"
-        )
+        if np.isfinite(largest):
+            wrong = f"magnitude {largest}, at most {limit:.0f} can be repacked; use --tables copy"
+        else:
+            wrong = f"{largest}, which isn't finite; download the checkpoint again"
+        raise CheckpointError(f"row {first_row + row} of the table has a value of {wrong}")
 
 
 Encoded = tuple[NDArray[np.uint8], NDArray[np.float16]]  # payload [N, groups, bytes], scales [N, groups]

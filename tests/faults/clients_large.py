@@ -53,12 +53,12 @@ BODIES: dict[str, Callable[[], bytes]] = {
     "a million spaces": lambda: _message(" " * MILLION),
     "of four bytes": lambda: json.dumps(json.loads(_message("🏳" * 250_000)), ensure_ascii=False).encode(),
     "a prompt beyond the context": lambda: _message("ab " * ENGINE.context),
-    "token ids beyond the context": lambda: _completion([97] * 300_000),
+    "token ids beyond the context": lambda: _completion([97] * 250_000),
     "lists in lists": lambda: _with("metadata", b"[" * 400_000 + b"]" * 400_000),
     "many lists": lambda: _with("stop", b"[" + b"[]," * 300_000 + b"1]"),
     "many objects": lambda: _with("stop", b"[" + b"{}," * 300_000 + b"1]"),
     "many keys": lambda: json.dumps({f"k{number}": 1 for number in range(70_000)}).encode(),
-    "many wrong token ids": lambda: _completion([None] * 190_000),
+    "many wrong token ids": lambda: _completion([None] * 160_000),
     "many wrong prompts": lambda: _completion([[""]] * 160_000),
     "many numbers": lambda: _with("logit_bias", b"[" + b"1," * 450_000 + b"1]"),
     "many messages": lambda: json.dumps(
@@ -85,7 +85,8 @@ async def _measure(server: Running, other: str, known: Sequence[Known], count: i
     calm = _late(await _asking_while(asyncio.sleep(CALM_S), server.url, known, failures))
     base = server.resident_mib
     server.reset_peak()
-    elsewhere, here = [], []
+    elsewhere: list[float] = []
+    here: list[float] = []
     for _ in range(ROUNDS):  # in turn, as the machine has other things to do as well
         for url, late in ((other, elsewhere), (server.url, here)):
             work = _elsewhere(url, max(1, count // ROUNDS), failures)

@@ -219,7 +219,7 @@ ROWS = (
         name="C11",
         fault="NaN or infinity in weights, rows, scales, overlays, states, packed weights, logits",
         expected="export refuses it, running ends with an error that says so",
-        quick=120,
+        quick=96,
         full=5000,
         run=not_finite,
     ),

@@ -54,7 +54,8 @@ def _document() -> dict[str, Any]:
     document = openapi_document()
     for schema in document["components"]["schemas"].values():
         if "model" in schema.get("properties", {}):
-            schema["properties"]["model"] = {"const": "toy"}
+            required = "model" in schema.get("required", ())
+            schema["properties"]["model"] = {"enum": ["toy"] if required else ["toy", None]}
     return document
 
 

@@ -54,7 +54,10 @@ class Result:
 def run_rows(
     rows: Sequence[Placed], count_of: Callable[[Row], int], limit_s: float, show: Callable[[Result], None]
 ) -> list[Result]:
-    """Run rows, `AT_ONCE` at a time; ``show`` gets each result when it is known."""
+    """Run rows, `AT_ONCE` at a time, and return their results in order; ``show`` gets each when it is known.
+
+    The first rows compute, the last ones wait as well: `from_both_ends` has one of each run at a time.
+    """
     with running_folder() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         living: set[int] = set()
 
@@ -66,12 +69,19 @@ def run_rows(
             return result
 
         try:
-            return list(pool.map(run_one, rows))
+            order = from_both_ends(len(rows))
+            found = dict(zip(order, pool.map(run_one, (rows[place] for place in order)), strict=True))
+            return [found[place] for place in range(len(rows))]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for group in tuple(living):
                 kill_group(group)
             raise
+
+
+def from_both_ends(count: int) -> list[int]:
+    """Return the numbers below ``count``, from the first and from the last one in turn."""
+    return [place // 2 if place % 2 == 0 else count - 1 - place // 2 for place in range(count)]
 
 
 @contextlib.contextmanager

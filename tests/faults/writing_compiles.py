@@ -11,7 +11,7 @@ from tests.faults.warm import WarmCompile, contents, ended, fork, killed, warm_c
 
 from engram_runtime.library import LIBRARY_FOLDER
 
-FINISHED_EVERY = 5
+FINISHED_EVERY = 10
 
 
 def kills_of_compilations(count: int) -> Outcome:

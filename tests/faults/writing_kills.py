@@ -97,7 +97,7 @@ ROWS = (
         name="B1 replace",
         fault="kill -9 during an export in place of a bundle",
         expected="the old bundle or the new one, whole; the next export succeeds and leaves nothing else",
-        quick=60,
+        quick=20,
         full=5000,
         run=kills_of_replacements,
     ),

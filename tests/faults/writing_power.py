@@ -163,7 +163,7 @@ ROWS = (
         name="B2 compile",
         fault="power cut in a compilation in place of a library",
         expected="the old library or the new one, whole; the next compilation succeeds",
-        quick=60,
+        quick=30,
         full=20000,
         run=preloaded(power_cuts_of_compilations),
     ),
