@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Self
@@ -14,7 +15,7 @@ Open = Callable[[], AbstractContextManager[Engine]]
 
 
 class Loader:
-    """Opens engines one after the other in a thread, and closes them at the end of its ``with``.
+    """Opens engines one after the other in a thread, and closes them, all at once, at the end of its ``with``.
 
     Attributes:
         error: what kept one from being opened; a defect has shown its traceback.
@@ -26,7 +27,7 @@ class Loader:
         self._models = models
         self._openings = openings
         self._done = done
-        self._opened = ExitStack()
+        self._opened: list[ExitStack] = []
         # A daemon, as a server that is told to end doesn't wait until tables are loaded.
         self._thread = threading.Thread(target=self._load, name="loading", daemon=True)
 
@@ -38,7 +39,9 @@ class Loader:
         failure: EngramError | OSError | SystemExit | None = SystemExit(1)
         try:
             for name, opening in self._openings.items():
-                self._models.engines[name] = self._opened.enter_context(opening())
+                opened = ExitStack()
+                self._models.engines[name] = opened.enter_context(opening())
+                self._opened.append(opened)
             failure = None
         except (EngramError, OSError) as error:
             failure = error
@@ -47,5 +50,6 @@ class Loader:
             self._done()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not self._thread.is_alive():
-            self._opened.close()
+        if not self._thread.is_alive() and self._opened:
+            with ThreadPoolExecutor(len(self._opened)) as threads:  # each may take seconds, the server has ten
+                list(threads.map(ExitStack.close, self._opened))
