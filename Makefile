@@ -3,15 +3,16 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 SUPPLY := build/supply
-LOCKED := -q --no-deps --require-hashes --only-binary :all:
+LOCKED := -q --no-compile --no-deps --require-hashes --only-binary :all:
 RETROFIT := $(BIN)/python -m examples.retrofit
 
 .PHONY: setup demo docs model test test-all faults faults-full check format lock audit sbom clean
 
 setup: $(INSTALLED)
 
-# Everything by its hash, and nothing that isn't in a lock. Where pip finds PyTorch's CPU build, as in CI, it takes that:
-# PyPI's for Linux needs CUDA's packages as well, 3 GB. This project itself is built by what the lock has.
+# Everything by its hash, and nothing that isn't in a lock; what is never imported is never compiled, which halves the
+# time. Where pip finds PyTorch's CPU build, as in CI, it takes that: PyPI's for Linux needs CUDA's packages as well, 3 GB.
+# This project itself is built by what the lock has.
 $(INSTALLED): pyproject.toml $(wildcard locks/*.txt)
 	@echo "installing Python packages, 3 GB in $(VENV): this takes some minutes and says nothing"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -21,7 +21,8 @@ from tests.faults.writing_jobs import JOBS, Job
 from engram_runtime.command_line import run_command
 
 KINDS = ("create", "write", "fsync", "close", "truncate", "rename", "mkdir", "unlink", "rmdir", "copy")
-MAY_BE_IN_VAIN = ("unlink", "rmdir", "copy", "mkdir")  # what is left is removed later; a folder may be there already
+# What is left, or can't be opened to be removed, is removed later; a folder may be there already.
+MAY_BE_IN_VAIN = ("unlink", "rmdir", "copy", "mkdir", "open")
 ERRORS = (errno.EIO, errno.ENOSPC)
 RUN_AGAIN_EVERY = 6
 
@@ -65,7 +66,7 @@ def _fail_all(job: Job, kind: str, root: Path, count: int, tally: _Tally) -> Non
             fault = shim.Fault(
                 calls=(kind,), nth=number, error=ERRORS[number % 2], sticky=sticky, path=str(root / "place")
             )
-            hit, found = _fail_one(job, fault, root, again=tally.tried % RUN_AGAIN_EVERY == 0)
+            hit, found = fail_one(job, fault, root, again=tally.tried % RUN_AGAIN_EVERY == 0)
             if not hit:
                 tally.sites[kind] = number - 1
                 if found:
@@ -78,7 +79,7 @@ def _fail_all(job: Job, kind: str, root: Path, count: int, tally: _Tally) -> Non
                 tally.failures.append(f"{kind}, {often} {number}, {os.strerror(fault.error)}: {found}")
 
 
-def _fail_one(job: Job, fault: shim.Fault, root: Path, *, again: bool) -> tuple[bool, str]:
+def fail_one(job: Job, fault: shim.Fault, root: Path, *, again: bool) -> tuple[bool, str]:
     """Do a job while calls fail; returns whether any did and what is wrong then."""
     place, said, count = root / "place", root / "said", root / "count"
     if place.exists():
@@ -103,7 +104,7 @@ def _wrong_end(code: int, text: str, fault: shim.Fault) -> str:
         return f"a traceback: {text[-600:]}"
     if code == 0:
         return "" if fault.calls[0] in MAY_BE_IN_VAIN else "exit code 0, as if nothing had failed"
-    if "/place" not in text.rpartition("engram: ")[2]:
+    if f"/{Path(fault.path).name}" not in text.rpartition("engram: ")[2]:
         return f"a sentence that doesn't say where: {text[-300:]!r}"
     if code < 0 or not any(line.startswith("engram: ") for line in text.splitlines()):  # TVM may warn after it
         return f"exit code {code}, without a sentence: {text[-300:]!r}"

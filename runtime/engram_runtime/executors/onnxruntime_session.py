@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
     raise TargetError("the onnxruntime executor needs onnxruntime: pip install 'engram-edge[ort]'") from error
 
 REFUSALS = (
+    ort_state.EngineError,  # of a file that the system fails to open or map
     ort_state.Fail,
     ort_state.InvalidArgument,
     ort_state.InvalidGraph,
