@@ -68,6 +68,9 @@ model: setup
 # Two processes, whole files each, as a file's tests share what they compile; tests/conftest.py says which come first.
 SUITE := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# As many processes as CI has cores: threads beside them wait for one another, a third longer in all.
+test test-all faults faults-full: export OMP_NUM_THREADS = 1
+
 test: setup
 	$(SUITE)
 

@@ -18,6 +18,7 @@ from engram_runtime.errors import BundleError, TableError
 from engram_runtime.keyer_spec import KeyerSpec, NgramKeyerSpec
 from engram_runtime.keyers import Keyer
 from engram_runtime.manifest import DRAFT_HEAD, FileEntry, Manifest
+from engram_runtime.named_errors import naming
 from engram_runtime.strict_json import parse_json_object, read_json_bytes
 from engram_runtime.table_spec import RowRange
 from engram_runtime.trust.levels import LOCALLY, Trust
@@ -227,7 +228,7 @@ def plain_file(folder: Path, relative: str) -> os.stat_result:
 def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
     """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while block := file.read(DIGEST_BLOCK_BYTES):
             digest.update(block)
             progress(len(block))
@@ -237,7 +238,7 @@ def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None
 def file_identity(path: Path) -> str:
     """Return the SHA-256 of a file's size and first 64 KiB: tells files apart without reading tables of gigabytes."""
     # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+    with naming(path), os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         head = file.read(IDENTITY_BYTES)
         return hashlib.sha256(os.fstat(file.fileno()).st_size.to_bytes(8, "little") + head).hexdigest()
 

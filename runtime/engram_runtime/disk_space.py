@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engram_runtime.errors import RequestError
+from engram_runtime.named_errors import naming
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, what a user may have of it, what a file may have
 
@@ -30,12 +31,11 @@ def written_to(out: Path, num_bytes: int | None = None) -> Iterator[None]:
         RequestError: there was no space for it.
     """
     try:
-        yield
+        with naming(out):
+            yield
     except OSError as error:
         if error.errno in FULL:
             raise _full(out, num_bytes, f"{error.strerror}".lower()) from error
-        if error.filename is None:  # of a file that is open the system tells no name
-            error.filename = str(out)
         raise
 
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from engram_runtime.disk_space import written_to
 from engram_runtime.errors import RequestError
+from engram_runtime.named_errors import naming
 
 
 def check_place(path: Path, *, replace: bool) -> None:
@@ -68,12 +69,9 @@ def _open_plain(path: str, flags: int) -> int:
 
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk; the error of a disk that fails names it."""
-    try:
+    with naming(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
