@@ -104,13 +104,29 @@ def configure(shapes, palette=1):
     ("trial", "expected"),
     [
         ("amx().amx_zeros(address_of(data), 64)", "tilezero: tiles are not configured"),
-        ("configure({1: (16, 64)}); amx().amx_zeros(address_of(data), 64)", "tilezero: tile 5 is not configured"),
+        pytest.param(
+            "configure({1: (16, 64)}); amx().amx_zeros(address_of(data), 64)",
+            "tilezero: tile 5 is not configured",
+            marks=pytest.mark.exhaustive,
+        ),
         ("configure({}, palette=2)", "ldtilecfg: palette 2, there are 0 and 1"),
         ("configure({2: (17, 64)})", "ldtilecfg: tile 2 has 17 rows of 64 bytes, at most 16 of 64"),
-        ("configure({2: (16, 65)})", "ldtilecfg: tile 2 has 16 rows of 65 bytes, at most 16 of 64"),
-        ("configure({2: (0, 64)})", "ldtilecfg: tile 2 has 0 rows of 64 bytes, at most 16 of 64"),
-        ("configure({8: (16, 0)})", "ldtilecfg: byte 56 is 16, must be 0"),
-        ("configure({0: (2, 4), 1: (2, 4)}); amx().amx_repeated_operand()", "tdpb: tiles 0, 1 and 1 are not distinct"),
+        pytest.param(
+            "configure({2: (16, 65)})",
+            "ldtilecfg: tile 2 has 16 rows of 65 bytes, at most 16 of 64",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "configure({2: (0, 64)})",
+            "ldtilecfg: tile 2 has 0 rows of 64 bytes, at most 16 of 64",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param("configure({8: (16, 0)})", "ldtilecfg: byte 56 is 16, must be 0", marks=pytest.mark.exhaustive),
+        pytest.param(
+            "configure({0: (2, 4), 1: (2, 4)}); amx().amx_repeated_operand()",
+            "tdpb: tiles 0, 1 and 1 are not distinct",
+            marks=pytest.mark.exhaustive,
+        ),
         (
             "config = configuration({0: (2, 8), 6: (2, 12), 7: (2, 8)})\n"
             "amx().amx_tdpbssd(*map(address_of, (config, data, data, data)), 64, 64, 64)",

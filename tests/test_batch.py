@@ -265,6 +265,7 @@ def test_workers_without_ray_are_refused(bundle: Path, command: Command, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_batch_on_ray_has_the_answers_of_one_machine(bundle: Path, command: Command, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     source = write_requests(tmp_path / "in.jsonl", *(f"c{number}" for number in range(12)))

@@ -89,7 +89,7 @@ def test_one_pass_gives_the_logits_of_transformers(
     np.testing.assert_allclose(found, expected(name)[:length], atol=FLOAT_TOLERANCE)
 
 
-@pytest.mark.parametrize(("length", "step"), [(64, 1), (LENGTH, 7)])
+@pytest.mark.parametrize(("length", "step"), [pytest.param(64, 1, marks=pytest.mark.exhaustive), (LENGTH, 7)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_give_the_logits_of_transformers(
     checkpoint: Checkpoints, expected: Callable[[str], Logits], name: str, length: int, step: int

@@ -638,6 +638,7 @@ class TestSmolLM2:
         assert peak < largest + (32 << 20)  # the copies gguf's decoders make of a chunk
 
     @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_every_tensor_equals_the_weights_transformers_loads(self) -> None:
         expected = transformers_weights(smollm2())
         tensors = open_checkpoint(smollm2()).tensors

@@ -103,7 +103,9 @@ def test_slices_of_a_gguf_file_are_the_whole(
     assert stored(tmp_path / "bundle") == whole
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    "quant", [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("none", "int8")), "int4"]
+)
 def test_slices_of_a_mixture_are_the_whole(
     mixture: Path, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
 ) -> None:
@@ -113,7 +115,9 @@ def test_slices_of_a_mixture_are_the_whole(
     assert stored(tmp_path / "bundle") == whole
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "dtype", ["int4", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("int8", "fp8"))]
+)
 def test_slices_of_a_repacked_table_are_the_whole(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
@@ -202,7 +206,7 @@ FILES = [
 @pytest.mark.parametrize(
     ("stage", "finished"),
     [
-        ("weights", 1),
+        pytest.param("weights", 1, marks=pytest.mark.exhaustive),
         pytest.param("table layer_1", 4, marks=pytest.mark.exhaustive),
         ("verify", 4),
         pytest.param("digests", 4, marks=pytest.mark.exhaustive),
@@ -407,6 +411,7 @@ def test_a_table_of_four_gib_is_exported_by_reference_in_no_more_memory_than_a_s
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # row B7 of the faults has a bundle of a gigabyte as well
 def test_memory_does_not_grow_with_the_checkpoint_and_is_what_the_plan_says() -> None:
     line = [sys.executable, str(BENCHMARK), "--size-mib", "64", "--size-mib", "1024"]
     done = subprocess.run(line, cwd=BENCHMARK.parents[1], capture_output=True, text=True, check=True)

@@ -208,7 +208,7 @@ ROWS = (
         name="D7",
         fault="characters of 1 to 4 bytes split between tokens, invalid bytes, limits and stop strings within",
         expected="deltas add up to the whole text, which is what Python decodes; always UTF-8",
-        quick=100_000,
+        quick=40_000,
         full=1_000_000,
         run=texts,
     ),

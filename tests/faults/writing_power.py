@@ -155,7 +155,7 @@ ROWS = (
         name="B2 replace",
         fault="power cut in an export in place of a bundle",
         expected=f"the old bundle or the new one, whole; {EXPECTED}",
-        quick=500,
+        quick=200,
         full=20000,
         run=preloaded(power_cuts_of_replacements),
     ),
