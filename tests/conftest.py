@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.spared import spare_repetitions
+from tests.spared import remember_traces, spare_repetitions
 from tests.workshop import Workshop
 
 from engram_export import cli as export_cli
 from engram_runtime import cli as runtime_cli
 
 spare_repetitions()
+remember_traces()
 
 HOMES = ("XDG_STATE_HOME", "XDG_RUNTIME_DIR")  # of the developer's own records, keys and locks
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # which has been given what the first process has
