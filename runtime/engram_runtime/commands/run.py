@@ -1,7 +1,7 @@
 """``engram run``: continue one prompt."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from engram_runtime.terminal import show
 @click.command()
 @bundle_argument
 @click.argument("prompt")
+@click.option(
+    "--chat", "in_chat", is_flag=True, help="PROMPT is a user's message: put it into the model's chat template."
+)
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @samples_options
@@ -32,6 +35,7 @@ from engram_runtime.terminal import show
 def run(
     bundle: Path,
     prompt: str,
+    in_chat: bool,
     max_tokens: int,
     stop: tuple[str, ...],
     count: int,
@@ -47,17 +51,18 @@ def run(
     if count > 1 and trace is not None:
         raise RequestError("samples drawn together are not traced; leave out --trace or --n")
     with loading.load(bundle, trace) as llm:
+        asked = llm.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if in_chat else prompt
         figures = loading.figures(llm)
         if count > 1:
-            print_samples(llm, prompt, count, best_of, figures=figures if as_json else None, **request)
+            print_samples(llm, asked, count, best_of, figures=figures if as_json else None, **request)
         elif as_json:
-            made = llm.generate(prompt, **request)
+            made = llm.generate(asked, **request)
             click.echo(json.dumps({**generation_figures(made), **figures, **reading_figures(llm, made, loading)}))
         else:
-            _print_text(llm, prompt, request)
+            _print_text(llm, asked, request)
 
 
-def _print_text(llm: LLM, prompt: str, request: Mapping[str, Any]) -> None:
+def _print_text(llm: LLM, prompt: str | Sequence[int], request: Mapping[str, Any]) -> None:
     for piece in llm.stream(prompt, **request):
         show(piece, nl=False)
     assert llm.last is not None

@@ -45,7 +45,7 @@ def check_samples(count: int, best: str | None, drafts: DraftOptions) -> None:
 
 def print_samples(
     llm: LLM,
-    prompt: str,
+    prompt: str | Sequence[int],
     count: int,
     best: str | None,
     *,

@@ -82,7 +82,7 @@ def verify(
         _check_rows(opened, Golden.read(opened), reading)
         sites = "not run" if opened.manifest.graphs else "none"
         report: dict[str, Any] = {"digests": "ok", "tables": "ok", "decoder": "none", "sites": sites}
-        click.echo(json.dumps(report) if as_json else _table(report))
+        _print(report, as_json=as_json)
         return
     if executor == "tvm":
         verify_library(*find_library(opened, target))  # before any of its machine code is loaded
@@ -98,7 +98,12 @@ def verify(
         with Session.open(opened, loaded, options=reading, tables_on=tables == "on") as session:
             report["against tables"] = tables
             report["against"] = checkpoint_parity().compare_with_transformers(session, opened, against, text, tokens)
-    click.echo(json.dumps(report) if as_json else _table(report))
+    _print(report, as_json=as_json)
+
+
+def _print(report: dict[str, Any], *, as_json: bool) -> None:
+    """Print what was found; what is wrong was an error before."""
+    click.echo(json.dumps(report) if as_json else f"{_table(report)}\nall of it is as it was exported")
 
 
 def _refuse_decoder_options() -> None:

@@ -111,9 +111,11 @@ def signed_by(path: Path, kind: str, digest: str) -> str:
     """Return the id of the trusted key whose signature of a digest ``path`` holds.
 
     Raises:
-        BundleError: it holds no signature.
+        BundleError: there is none, or it holds no signature.
         TargetError: the key isn't trusted here, or the signature is not of that digest.
     """
+    if not path.exists():
+        raise BundleError(f"there is no signature {path}; ask who made it to run engram sign, or trust it otherwise")
     signature = Signature.read(path)
     if own_file(KEYS_FOLDER, signature.key) is None:
         raise TargetError(
