@@ -1,8 +1,8 @@
 """Spares tests what compilers do again for every function or graph though it changes nothing they make.
 
-Both took a third of the time: TVM's parser asks `inspect` for all frames above a kernel, each with its line of source,
-and uses the frames alone; under pytest there are a hundred. torch's exporter parses its operators' sources for every
-graph.
+TVM's parser asks `inspect` for all frames above a kernel, each with its line of source, and uses the frames alone;
+under pytest there are a hundred. torch's exporter parses its operators' sources for every graph, and graphs of one
+structure are traced for every format, place and option of an export.
 """
 
 import functools
@@ -65,12 +65,12 @@ def remember_traces() -> None:
 
 
 def structure(module: nn.Module) -> str:
-    """Return all that a graph is made of: its modules' types, values, and shapes of parameters and buffers."""
+    """Return what tells graphs apart here: modules' types, their values, and shapes of parameters and buffers."""
     own = vars(nn.Module())
     parts = []
     for name, part in module.named_modules():
         values = {key: value for key, value in vars(part).items() if key not in own}
         tensors = [(key, tuple(each.shape), each.dtype) for key, each in part.named_parameters(recurse=False)]
         tensors += [(key, tuple(each.shape), each.dtype) for key, each in part.named_buffers(recurse=False)]
-        parts.append((name, type(part).__qualname__, values, tensors))
+        parts.append((name, type(part).__module__, type(part).__qualname__, values, tensors))
     return repr(parts)

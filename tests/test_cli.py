@@ -266,7 +266,7 @@ def test_verify_finds_a_bundle_as_it_was_exported(workshop: Workshop, command: C
 def test_verify_says_that_all_was_well(workshop: Workshop, command: Command) -> None:
     outcome = command("engram", "verify", workshop.ready().path)
     assert outcome.out.startswith("digests: ok\ntables: ok\n")
-    assert outcome.out.endswith("\nall of it is as it was exported\n")
+    assert outcome.out.endswith("\nfiles and golden values are as they were exported\n")
 
 
 def test_a_message_is_answered_as_in_a_chat(workshop: Workshop, command: Command) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -393,10 +394,15 @@ def test_a_table_dtype_goes_with_repacking_alone(
     assert (outcome.code, left_in(tmp_path)) == (2, [])
 
 
-def test_a_bundle_is_not_replaced_without_force(workshop: Workshop, tmp_path: Path, command: Command) -> None:
+def test_a_bundle_is_not_replaced_without_force(
+    workshop: Workshop, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is said before torch is imported."""
     out = copy_folder(workshop.bundle(workshop.checkpoint(PLAIN)).path, tmp_path / "bundle")
     before = files_of(out)
-    outcome = command("engram-export", workshop.checkpoint(PLAIN), "-o", out)
+    checkpoint = workshop.checkpoint(PLAIN)
+    monkeypatch.setitem(sys.modules, "engram_export.pipeline", None)
+    outcome = command("engram-export", checkpoint, "-o", out)
     assert outcome.err == (
         f"engram-export: {out} is a bundle already; replace it with --force or choose another place\n"
     )

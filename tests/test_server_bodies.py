@@ -106,22 +106,25 @@ def test_large_bodies_are_worked_on_by_one_thread() -> None:
 def test_the_thread_for_large_bodies_rests_twice_as_long_as_it_worked(monkeypatch: pytest.MonkeyPatch) -> None:
     now, rests = 100.0, []
 
-    def sleep(seconds: float) -> None:
+    async def sleep(seconds: float) -> None:
         nonlocal now
         now += seconds
         rests.append(seconds)
 
-    def work(took: bytes) -> None:
-        nonlocal now
-        now += len(took)
+    async def work_for(*took: float) -> None:
+        def work(body: bytes) -> None:
+            nonlocal now
+            now += took[len(rests) - 1]
 
-    monkeypatch.setattr(body, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    bodies = body.Bodies()
-    for took in (3, 1, 1):
-        bodies._paced(work, b" " * took)
-    now += 100
-    bodies._paced(work, b"")
-    assert rests == [0, 6, 2, 0]
+        bodies = body.Bodies()
+        for _ in took:
+            await bodies.work(work, b" " * (LARGE_BODY_BYTES + 1))
+        await bodies.work(lambda _: None, b"small")
+
+    monkeypatch.setattr(body, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(body, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
+    asyncio.run(work_for(0.125, 0.0625, 3, 0))
+    assert rests == [0, 0.25, 0.125, 0.5]
 
 
 def test_one_connection_too_many_is_told_when_to_come_back(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,19 @@
 """What is spared changes nothing: graphs of a structure that was traced before are those of tracing it again."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests import spared
 from tests.spared import structure
 from tests.tiny import TinyModel, TinySite
 from tests.workshop import Workshop, export
 
 from engram_export import graph_writer
+from engram_export.decoder import Decoder
 from engram_export.formats import weight_format
-from engram_export.onnx_graph import trace
+from engram_export.onnx_graph import TracedGraph, trace
 from engram_export.source import open_source
 
 MODEL, SITE = TinyModel(), TinySite()
@@ -24,9 +27,20 @@ def exported(workshop: Workshop, out: Path) -> dict[str, bytes]:
 def test_a_remembered_graph_is_that_of_tracing(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    traces = []
+
+    def counted(build: Callable[[], Decoder], embedding_width: int = 0) -> TracedGraph:
+        traces.append(embedding_width)
+        return trace(build, embedding_width)
+
+    monkeypatch.setattr(spared, "trace", counted)
+    monkeypatch.setattr(graph_writer, "trace", None)  # which this puts something in place of
+    spared.remember_traces()
     remembered = [exported(workshop, tmp_path / name) for name in ("first", "second")]
+    assert traces == [0]
     monkeypatch.setattr(graph_writer, "trace", trace)
     assert remembered == [exported(workshop, tmp_path / "traced")] * 2
+    assert list(remembered[0]) == ["decoder.onnx"]
 
 
 def structure_of(workshop: Workshop, model: TinyModel, site: TinySite, quant: str, context: int | None) -> str:

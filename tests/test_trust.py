@@ -56,7 +56,7 @@ def refusal(bundle: Bundle, trust: Trust | None = None) -> str:
 
 
 def unsigned(path: Path) -> str:
-    return f"there is no signature {path}; ask who made it to run engram sign, or trust it otherwise"
+    return f"there is no signature {path}; ask who made it to run engram sign, or leave out --trust signed"
 
 
 def tokens_of(bundle: Bundle, trust: Trust | None = None) -> tuple[int, ...]:

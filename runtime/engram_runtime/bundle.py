@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,8 +228,8 @@ def plain_file(folder: Path, relative: str) -> os.stat_result:
 def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
     """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
-    with naming(path), path.open("rb") as file:
-        while block := file.read(DIGEST_BLOCK_BYTES):
+    with path.open("rb") as file:
+        while block := _read(file, path, DIGEST_BLOCK_BYTES):
             digest.update(block)
             progress(len(block))
     return digest.hexdigest()
@@ -238,9 +238,14 @@ def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None
 def file_identity(path: Path) -> str:
     """Return the SHA-256 of a file's size and first 64 KiB: tells files apart without reading tables of gigabytes."""
     # Without O_NONBLOCK a pipe in place of the file would wait for a writer.
-    with naming(path), os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        head = file.read(IDENTITY_BYTES)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        head = _read(file, path, IDENTITY_BYTES)
         return hashlib.sha256(os.fstat(file.fileno()).st_size.to_bytes(8, "little") + head).hexdigest()
+
+
+def _read(file: BinaryIO, path: Path, num_bytes: int) -> bytes:
+    with naming(path):
+        return file.read(num_bytes)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

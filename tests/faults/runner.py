@@ -56,7 +56,7 @@ def run_rows(
 ) -> list[Result]:
     """Run rows, `AT_ONCE` at a time, and return their results in order; ``show`` gets each when it is known.
 
-    The first rows compute, the last ones wait as well: `from_both_ends` has one of each run at a time.
+    The first rows compute, the last ones wait as well: begun from both ends, mostly one of each runs.
     """
     with running_folder() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         living: set[int] = set()

@@ -21,7 +21,7 @@ from tests.faults.writing_jobs import JOBS, Job
 from engram_runtime.command_line import run_command
 
 KINDS = ("create", "write", "fsync", "close", "truncate", "rename", "mkdir", "unlink", "rmdir", "copy")
-# What is left, or can't be opened to be removed, is removed later; a folder may be there already.
+# What is left, or can't be opened to be removed, is removed later (`writing_reads`); a folder may be there already.
 MAY_BE_IN_VAIN = ("unlink", "rmdir", "copy", "mkdir", "open")
 ERRORS = (errno.EIO, errno.ENOSPC)
 RUN_AGAIN_EVERY = 6

@@ -102,8 +102,10 @@ def verify(
 
 
 def _print(report: dict[str, Any], *, as_json: bool) -> None:
-    """Print what was found; what is wrong was an error before."""
-    click.echo(json.dumps(report) if as_json else f"{_table(report)}\nall of it is as it was exported")
+    """Print what was found; wrong digests and golden values were errors before, other figures are for the reader."""
+    click.echo(
+        json.dumps(report) if as_json else f"{_table(report)}\nfiles and golden values are as they were exported"
+    )
 
 
 def _refuse_decoder_options() -> None:

@@ -14,7 +14,7 @@ from engram_runtime.openai_api.errors import TOO_LARGE, UNAVAILABLE, ApiError
 from engram_runtime.server.limits import LARGE_BODY_BYTES, MAX_BODY_BYTES, MAX_HELD_BYTES
 
 RETRY_S = 1.0
-REST = 2.0  # of the thread for large bodies, times what the last one took
+REST, LONGEST_REST_S = 2.0, 0.5  # of the thread for large bodies, times what the last one took
 Made = TypeVar("Made")
 
 
@@ -23,14 +23,15 @@ class Bodies:
 
     Reading and tokenising a large one takes a hundred milliseconds and tens of megabytes. These have a thread of their
     own, so that nobody else waits for them, and that the allocator, which keeps memory by threads, keeps theirs once.
-    The thread rests after each, twice as long as it took: parsers hold the interpreter's lock for up to 40 ms, and
+    The thread rests after each, twice as long as that took: parsers hold the interpreter's lock for up to 40 ms, and
     without a pause every token of another text waited that long.
     """
 
     def __init__(self) -> None:
         self._held_bytes = 0
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
-        self._rested_at = 0.0  # by the clock; of that thread
+        self._turn = asyncio.Lock()
+        self._rests_until = 0.0  # by the clock
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -62,19 +63,17 @@ class Bodies:
             self._held_bytes -= size
 
     async def work(self, make: Callable[[bytes], Made], body: bytes) -> Made:
-        """Have a thread make something of a body."""
-        if len(body) > LARGE_BODY_BYTES:
-            return await asyncio.get_running_loop().run_in_executor(self._large, self._paced, make, body)
-        return await to_thread.run_sync(make, body)
-
-    def _paced(self, make: Callable[[bytes], Made], body: bytes) -> Made:
-        time.sleep(max(0, self._rested_at - time.monotonic()))
-        began = time.monotonic()
-        try:
-            return make(body)
-        finally:
-            ended = time.monotonic()
-            self._rested_at = ended + REST * (ended - began)
+        """Have a thread make something of a body; large ones wait their turn, and until that thread has rested."""
+        if len(body) <= LARGE_BODY_BYTES:
+            return await to_thread.run_sync(make, body)
+        async with self._turn:
+            await asyncio.sleep(max(0, self._rests_until - time.monotonic()))
+            began = time.monotonic()
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._large, make, body)
+            finally:
+                ended = time.monotonic()
+                self._rests_until = ended + min(REST * (ended - began), LONGEST_REST_S)
 
 
 def _too_large() -> ApiError:

@@ -115,7 +115,9 @@ def signed_by(path: Path, kind: str, digest: str) -> str:
         TargetError: the key isn't trusted here, or the signature is not of that digest.
     """
     if not path.exists():
-        raise BundleError(f"there is no signature {path}; ask who made it to run engram sign, or trust it otherwise")
+        raise BundleError(
+            f"there is no signature {path}; ask who made it to run engram sign, or leave out --trust signed"
+        )
     signature = Signature.read(path)
     if own_file(KEYS_FOLDER, signature.key) is None:
         raise TargetError(
