@@ -132,7 +132,7 @@ ROWS = (
         name="D9",
         fault="texts, wrong requests, large ones, grammars and clients that leave, all at once; so many seconds",
         expected="memory +1 % and 2 MiB at most once it is warm, descriptors +0, texts as they are alone",
-        quick=60,
+        quick=150,
         full=4 * 3600,
         run=soak,
     ),

@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import RunVar
 
 from engram_runtime.errors import EngramError
 from engram_runtime.openai_api.errors import ApiError, as_api_error
@@ -13,6 +14,9 @@ from engram_runtime.openai_api.job import Engines, Job, prepare
 from engram_runtime.openai_api.mailbox import Mailbox, Told
 from engram_runtime.serving.engine_protocol import Ticket
 from engram_runtime.serving.request import DEFAULT_TIME_LIMIT_S
+
+WAITING_FOR_GRAMMARS = 4  # threads
+_GRAMMAR_THREADS: RunVar[CapacityLimiter | None] = RunVar("engram grammar threads", None)
 
 
 @asynccontextmanager
@@ -32,7 +36,7 @@ async def asked(job: Job, *, client: str) -> AsyncIterator[Mailbox]:
             tickets[0].cancel()
 
     try:
-        await to_thread.run_sync(submit)  # a grammar may take a second
+        await to_thread.run_sync(submit, limiter=_grammar_threads() if _has_grammar(job) else None)
         yield mailbox
     except EngramError as error:
         raise as_api_error(error) from error
@@ -40,6 +44,18 @@ async def asked(job: Job, *, client: str) -> AsyncIterator[Mailbox]:
         left.set()
         for ticket in tickets:
             ticket.cancel()
+
+
+def _has_grammar(job: Job) -> bool:
+    return any(request.grammar is not None for request in job.requests)
+
+
+def _grammar_threads() -> CapacityLimiter:
+    """Return what bounds the threads that wait for grammars, which may take seconds; other requests have their own."""
+    if (limiter := _GRAMMAR_THREADS.get()) is None:
+        limiter = CapacityLimiter(WAITING_FOR_GRAMMARS)
+        _GRAMMAR_THREADS.set(limiter)
+    return limiter
 
 
 async def respond(

@@ -1,7 +1,7 @@
 """The application: which path is answered by what."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from engram_runtime.server.metrics import Metrics
 from engram_runtime.server.models import SERVING, Models
 from engram_runtime.server.openapi import openapi_document
 from engram_runtime.serving.engine_protocol import Engine
-from engram_runtime.serving.worker.answering import MOST_GRAMMARS
 
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -78,7 +77,7 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
             HTTPException: _tell_http,
             Exception: _tell_defect,
         },
-        lifespan=_threads(WORKER_THREADS + models.count * MOST_GRAMMARS),
+        lifespan=_few_threads,
     )
     app.router.redirect_slashes = False
     return Guard(
@@ -90,15 +89,10 @@ def create_app(models: Models, access: Access, metrics: Metrics) -> ASGIApp:
     )
 
 
-def _threads(count: int) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
-    """Return a lifespan with so many threads for requests: a grammar that a worker reads has one wait for it."""
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        to_thread.current_default_thread_limiter().total_tokens = count
-        yield
-
-    return lifespan
+@asynccontextmanager
+async def _few_threads(app: Starlette) -> AsyncIterator[None]:
+    to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
+    yield
 
 
 def _page_routes() -> list[Route]:

@@ -12,4 +12,4 @@ BODY_S = 10.0  # from there to the end of the body
 STALLED_READER_S = 10.0  # that a client may leave what was sent unread
 KEEP_ALIVE_S = 5
 DRAIN_S = 8  # for answers under way when the server is told to end, which it does within 10
-WORKER_THREADS = 4  # that tokenise and render templates, beside those that wait for grammars and the engines' own
+WORKER_THREADS = 4  # that tokenise and render templates, beside the engines' own and those that wait for grammars

@@ -25,11 +25,6 @@ class Models:
         self.created = created
         self._names = frozenset(names)
 
-    @property
-    def count(self) -> int:
-        """How many engines there are, those that are still loading included."""
-        return len(self._names)
-
     def engines_for(self, model: object) -> dict[str, Engine]:
         """Return the engines that are loaded; raises ApiError where ``model`` is one that isn't yet."""
         engines = dict(self.engines)
