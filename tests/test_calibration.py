@@ -153,7 +153,9 @@ def report_of(bundle: Path) -> Any:
     return json.loads((bundle / REPORT).read_text())
 
 
-@pytest.mark.parametrize("model", [PLAIN, QWEN], ids=lambda model: model.family)
+@pytest.mark.parametrize(
+    "model", [PLAIN, pytest.param(QWEN, marks=pytest.mark.exhaustive)], ids=lambda model: model.family
+)
 def test_a_calibrated_bundle_diverges_less_than_one_that_was_rounded(
     workshop: Workshop, tmp_path: Path, model: TinyModel
 ) -> None:

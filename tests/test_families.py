@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,19 @@ TEXT_TOKENS = 150
 WITHOUT_TIES = 1
 
 
-def every_configuration() -> list[Any]:
-    """Return family and number of each configuration; all but the first of a family are exhaustive."""
+def every_configuration(usual: Container[str]) -> list[Any]:
+    """Return family and number of each configuration; all but the first of a usual family are exhaustive."""
+    exhaustive = [pytest.mark.exhaustive]
     return [
-        pytest.param(family, number, id=f"{family}-{number}", marks=[pytest.mark.exhaustive] * (number > 0))
+        pytest.param(family, number, id=f"{family}-{number}", marks=exhaustive * (number > 0 or family not in usual))
         for family, configurations in FAMILIES.items()
         for number in range(len(configurations))
     ]
 
 
-with_configurations = pytest.mark.parametrize(("family", "number"), every_configuration())
+with_configurations = pytest.mark.parametrize(("family", "number"), every_configuration(FAMILIES))
+# Their kernels for experts are those of the others, which test_expert_kernels.py and test_experts.py have as well.
+with_compiled = pytest.mark.parametrize(("family", "number"), every_configuration(("qwen3_5_moe", "qwen4_exp")))
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -294,7 +297,7 @@ def decoded_weights_logits(checkpoint: Path, bundle: Bundle, token_ids: Sequence
     return reference_logits(source, np.array(token_ids), weight_format(quant, source.kept_type), encoded=stored)
 
 
-@with_configurations
+@with_compiled
 def test_tvm_gives_the_logits_of_the_int8_weights(workshop: Workshop, family: str, number: int) -> None:
     tiny, token_ids = FAMILIES[family][number], text(TEXT_TOKENS, WITHOUT_TIES)
     bundle = compiled(workshop, tiny, "int8")
@@ -304,7 +307,7 @@ def test_tvm_gives_the_logits_of_the_int8_weights(workshop: Workshop, family: st
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.99
 
 
-@with_configurations
+@with_compiled
 def test_one_token_at_a_time_gives_the_bits_of_all_at_once(workshop: Workshop, family: str, number: int) -> None:
     bundle, token_ids = compiled(workshop, FAMILIES[family][number], "int8"), text(TEXT_TOKENS)
     assert_same_bits(stepwise_logits(bundle, token_ids, "tvm"), bundle_logits(bundle, token_ids, "tvm"))

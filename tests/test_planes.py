@@ -64,7 +64,7 @@ def with_one_plane(model: OnnxModel) -> OnnxModel:
     return dataclasses.replace(model, nodes=tuple(nodes))
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", [pytest.param("int8", marks=pytest.mark.exhaustive), "int4"])
 def test_one_plane_is_coarser_and_tokens_at_once_are_tokens_one_by_one(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quant: str
 ) -> None:
