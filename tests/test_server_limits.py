@@ -5,8 +5,10 @@ import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import h11
 import httpx2
 import openai
 import pytest
-from tests.scripted_engine import ROWS, SITE, ScriptedEngine
+from tests.scripted_engine import ROWS, SITE, ScriptedEngine, ScriptedTicket
 from tests.served import LOOPBACK, raw_answer, served
 from tests.tiny import save_tokenizer
 
@@ -25,8 +27,10 @@ from engram_runtime.openai_api.respond import respond
 from engram_runtime.server import protocol
 from engram_runtime.server.access import Access, access_for, read_keys
 from engram_runtime.server.guard import OTHER_ROUTE
-from engram_runtime.server.limits import MAX_BODY_BYTES
+from engram_runtime.server.limits import MAX_BODY_BYTES, WORKER_THREADS
 from engram_runtime.server.run import listen
+from engram_runtime.serving.engine_protocol import Tell
+from engram_runtime.serving.request import TextRequest
 from engram_runtime.tokenizer import TextTokenizer
 
 TEXT = "Über den Wolken, 日本"
@@ -387,6 +391,37 @@ def test_a_response_that_is_cancelled_ends_its_text(engine: ScriptedEngine, paus
 
     asyncio.run(leave())
     until(lambda: engine.load.running == 0)
+
+
+class SlowGrammars(ScriptedEngine):
+    """Takes requests with a grammar when ``read`` is set; ``waiting`` is how many there are."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        super().__init__(tokenizer, lambda request: TEXT)
+        self.read = threading.Event()
+        self.waiting = 0
+
+    def submit(self, requests: Sequence[TextRequest], tell: Tell, *, client: str = "") -> ScriptedTicket:
+        if requests[0].grammar is not None:
+            self.waiting += 1
+            assert self.read.wait(20)
+        return super().submit(requests, tell, client=client)
+
+
+def test_grammars_that_take_long_keep_no_other_request_waiting(tokenizer: TextTokenizer) -> None:
+    engine = SlowGrammars(tokenizer)
+    with served(engine) as url, ThreadPoolExecutor(WORKER_THREADS) as clients:
+
+        def ask(**fields: object) -> int:
+            return httpx2.post(f"{url}{CHAT}", json={**BODY, **fields}, timeout=10).status_code
+
+        slow = [clients.submit(ask, response_format={"type": "json_object"}) for _ in range(WORKER_THREADS)]
+        try:
+            until(lambda: engine.waiting == WORKER_THREADS)
+            assert ask() == 200
+        finally:
+            engine.read.set()
+        assert [each.result() for each in slow] == [200] * WORKER_THREADS
 
 
 def test_a_schema_s_multiple_that_is_no_number_is_refused_by_the_grammar(tokenizer: TextTokenizer) -> None:

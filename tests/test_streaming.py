@@ -273,9 +273,8 @@ def test_a_kept_file_that_was_cut_is_written_again(workshop: Workshop, tmp_path:
     assert files_of(out) == files_of(workshop.bundle(checkpoint).path)
 
 
-@pytest.mark.parametrize(
-    "torn", [pytest.param(torn, marks=pytest.mark.exhaustive) for torn in (b'{"path": "gra', b"\0\0\0\n")]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("torn", [b'{"path": "gra', b"\0\0\0\n"])
 def test_a_journal_that_is_torn_is_no_obstacle(workshop: Workshop, tmp_path: Path, torn: bytes) -> None:
     checkpoint, out = workshop.checkpoint(PLAIN, SITE), tmp_path / "bundle"
     killed_export(checkpoint, out, "weights")
